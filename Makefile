@@ -1,0 +1,91 @@
+# retort: distils a Mixture-of-Experts teacher into dense students.      make help  lists the targets
+#
+#   MODE=release|debug|asan   DEV=1 (warnings are errors)   PREFIX=/usr/local
+
+MODE ?= release
+PREFIX ?= /usr/local
+CC ?= gcc
+B := build/$(MODE)
+
+WARN := -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prototypes -Wvla -Wpointer-arith
+CPPFLAGS += -I. -D_GNU_SOURCE
+CFLAGS_release := -O2 -g
+CFLAGS_debug := -O0 -g
+CFLAGS_asan := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+LDFLAGS_asan := -fsanitize=address,undefined
+BASE := -std=c11 -pthread $(WARN) $(CFLAGS_$(MODE)) $(if $(DEV),-Werror)
+# The kernels: contraction and vectorised selects, but never -ffast-math (NaN checks and parity depend on IEEE semantics).
+KERNEL := -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
+
+LIBS := -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lcurl -lz -lm
+
+LIB_SRC := $(wildcard core/*.c core/ref/*.c core/cpu/*.c formats/*.c teacher/*.c student/*.c) \
+           $(filter-out distill/main.c,$(wildcard distill/*.c))
+LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o)
+TEST_SRC := $(wildcard tests/*.c)
+TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
+BENCH_SRC := $(wildcard bench/*.c)
+BENCH_BIN := $(BENCH_SRC:bench/%.c=$(B)/bench_%)
+
+.PHONY: all help deps demo test check check-asan oracle bench install uninstall clean
+all: deps $(B)/retort ## build the program (default)
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  variables: MODE=release|debug|asan  DEV=1  PREFIX=/usr/local'
+
+deps:
+	@sh tests/deps.sh
+
+$(B)/core/cpu/%.o: BASE += $(KERNEL)
+$(B)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(BASE) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$(B)/libretort.a: $(LIB_OBJ)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(B)/retort: $(B)/distill/main.o $(B)/libretort.a
+	$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
+
+# One RT_SUITE(name) in each tests/test_*.c; the runner's list is made from them.
+$(B)/tests/suites.inc: $(TEST_SRC)
+	@mkdir -p $(@D)
+	sed -n 's/^RT_SUITE(\([a-z0-9_]*\).*/RT_SUITE_ENTRY(\1)/p' $(sort $(filter tests/test_%.c,$^)) > $@
+$(B)/tests/main.o: CPPFLAGS += -I$(B)/tests
+$(B)/tests/main.o: $(B)/tests/suites.inc
+
+$(B)/retort-tests: $(TEST_OBJ) $(B)/libretort.a
+	$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ -lcmocka $(LIBS) -o $@
+
+test: deps $(B)/retort $(B)/retort-tests ## everything that needs no GPU; ends with `N passed, N failed`
+	@sh tests/run.sh $(B)
+
+check: test
+
+check-asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(MAKE) --no-print-directory MODE=asan test
+
+demo: all ## the main job on the embedded teacher: traces, logits, five students, the comparison
+	@sh examples/demo.sh $(B)/retort
+
+oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOKENIZER_CASES=FILE] [BACKENDS="ref cpu"]
+	@$(B)/retort-tests --oracle --cases "$(CASES)" --tokenizers "$(TOKENIZERS)" --tokenizer-cases "$(TOKENIZER_CASES)" \
+	    --backends "$(if $(BACKENDS),$(BACKENDS),ref cpu)"
+
+$(B)/bench_%: $(B)/bench/%.o $(B)/libretort.a
+	$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
+bench: deps $(B)/retort $(BENCH_BIN) ## speed against OpenBLAS sgemm, memory, bytes a token
+	@sh bench/run.sh $(B)
+
+install: all ## PREFIX=/usr/local
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(B)/retort $(DESTDIR)$(PREFIX)/bin/retort
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/retort
+clean: ## remove build/
+	rm -rf build
+
+-include $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BENCH_SRC:%.c=$(B)/%.d) $(B)/distill/main.d
+.SECONDARY:

@@ -1,0 +1,27 @@
+/* SHA-256 (FIPS 180-4): identities of tokenizers, configurations, sequences. */
+#ifndef RT_CORE_SHA256_H
+#define RT_CORE_SHA256_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct rt_sha256 {
+    uint32_t h[8];
+    uint64_t bytes;
+    uint8_t block[64];
+};
+void rt_sha256_init(struct rt_sha256 *s);
+void rt_sha256_update(struct rt_sha256 *s, const void *data, size_t n);
+void rt_sha256_final(struct rt_sha256 *s, uint8_t out[32]);
+void rt_sha256(const void *data, size_t n, uint8_t out[32]);
+/* Lower-case hexadecimal of n bytes; out holds 2n + 1. */
+void rt_hex(char *out, const uint8_t *data, size_t n);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
