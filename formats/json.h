@@ -56,7 +56,7 @@ enum rt_status rt_json_string_or(const struct rt_json *obj, const char *key, con
 /* Building. The root owns what is added; adders return NOMEM only. A number that is not finite is written as null. */
 enum rt_status rt_json_new_object(struct rt_json **out, struct rt_err *err);
 enum rt_status rt_json_new_array(struct rt_json **out, struct rt_err *err);
-/* obj[key] = value, replacing. For arrays key is NULL: appends. rt_json_set_object rt_json_set_object, _array give the new child. */
+/* obj[key] = value, replacing. For arrays key is NULL: appends. */
 enum rt_status rt_json_set_int(struct rt_json *v, const char *key, int64_t value, struct rt_err *err);
 enum rt_status rt_json_set_double(struct rt_json *v, const char *key, double value, struct rt_err *err);
 enum rt_status rt_json_set_bool(struct rt_json *v, const char *key, bool value, struct rt_err *err);
