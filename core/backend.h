@@ -1,0 +1,320 @@
+/* The backend table: every operation that the engines call, in three instances.
+ *
+ *   ref    plain loops in fixed order: the specification. Also built with double as element type ("ref64") for finite
+ *          differences: same source, act == RT_F64.
+ *   cpu    OpenBLAS and SIMD, tiles cut from shapes alone.
+ *   cuda   its own files; absent from builds without it.
+ *
+ * Conventions, for all operations:
+ *   - Memory is the backend's: pointers come from be->alloc (or an arena over such a block) and are never dereferenced by an
+ *     engine; bytes cross by upload and download. Arrays marked [host] are ordinary memory of the caller.
+ *   - "act" is the element type of activations, parameters and gradients, be->act: F32 for ref and cpu, BF16 for cuda.
+ *     Matrices are row-major; ld* is the distance of rows in elements, 0 meaning dense.
+ *   - Every call is ordered on its queue. An error leaves outputs unspecified. Results depend on shapes and inputs alone,
+ *     never on the number of threads. Inputs and outputs do not overlap unless an entry says "in place".
+ *   - `=` overwrites, `+=` accumulates; each output says which.
+ *   - An entry that a backend lacks is NULL; RT_OP answers with an error that names it, never with a fallback.
+ * Symbols: n tokens (rows), H hidden_size, I intermediate, E experts, k top-k, nh/nkv heads, T temperature.
+ */
+#ifndef RT_CORE_BACKEND_H
+#define RT_CORE_BACKEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/dtype.h"
+#include "core/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct rt_dev;    /* device context of a backend */
+struct rt_queue;  /* order of execution */
+struct rt_event;
+struct rt_weight; /* a matrix or vector prepared for use as weight; what it holds is the backend's business */
+
+/* A matrix as operand of a product: act elements (scale NULL), or e4m3 codes [rows, cols] with one scale for each run of 128
+ * columns, scale[cols/128][rows] (column block major): value = code * scale. Made by quant, norm_fwd, swiglu_fwd. */
+struct rt_act {
+    void *data;
+    float *scale;
+};
+
+/* ---- weights ---- */
+struct rt_weight_src {
+    const char *name;         /* for messages */
+    enum rt_dtype dtype;      /* F32, F16, BF16, E4M3 */
+    int64_t rows, cols;       /* [out, in]; a vector has rows 1 */
+    const void *data;         /* [host] */
+    const float *scale_inv;   /* [host] [ceil(rows/128), ceil(cols/128)] for E4M3, multiplied; else NULL */
+    bool resident;            /* used many times: a faster, larger copy pays */
+};
+
+struct rt_dev_options {
+    int threads;              /* 0: all */
+    int index;                /* which GPU */
+};
+
+/* ---- forward, shared ---- */
+/* out[i,:] = table[ids[i],:] */
+struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; void *out; int64_t n, cols; };
+
+/* s = x (+ add); y = s * rstd * w, rstd = 1/sqrt(mean(s^2) + eps). Outputs, each may be NULL: sum = s (may alias x or add),
+ * y =, yq = the e4m3 form of y, rstd [n] float. w NULL: all ones. */
+struct rt_norm_fwd_args {
+    const void *x, *add; const struct rt_weight *w; void *sum, *y; struct rt_act yq; float *rstd;
+    int64_t n, cols, ldx, ldy; float eps;
+};
+
+/* q = e4m3 form of x, 1x128: s = max(amax, 1e-12)/448 (float32), code = rne(x/s). cols % 128 == 0. */
+struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; };
+
+/* y = x w^T (+ bias), or += with accumulate. x [n, K] dense, or ldx for act elements; w [N, K]; y [n, N] act, or float32 with y_f32.
+ * x.scale given: the product of 128-column blocks is (code sum) * x scale * weight scale, summed in float32.
+ * row_exact: row i depends on row i of x alone, bit for bit, whatever n is (generation needs it). */
+struct rt_linear_fwd_args {
+    struct rt_act x; int64_t ldx; const struct rt_weight *w, *bias; void *y; int64_t ldy;
+    int64_t n, K, N; bool accumulate, y_f32, row_exact;
+};
+
+/* In place: rotates `dim` elements of each head by angle position * frequency, from the table cos/sin [max_pos, dim/2] float.
+ * interleaved: pairs (2i, 2i+1); else (i, i + dim/2). inverse: by -angle. x points at the first rotated element. */
+struct rt_rope_args {
+    void *x; int64_t ld, head_ld; const float *cos, *sin; const int32_t *position; int64_t n; int heads, dim; bool interleaved, inverse;
+};
+
+/* Attention over packed sequences, block-diagonal and causal: o = softmax(scale q k^T) v. Sequence s is rows
+ * cu_seqlens[s] .. cu_seqlens[s+1]. q [n, nh, dqk], k [n, nkv, dqk], v [n, nkv, dv] with token and head strides; query head h uses
+ * key head h / (nh/nkv). o [n, nh*dv] dense =. lse [nh, n] float = log sum exp of the scaled scores, or NULL. */
+struct rt_attn_shape {
+    const int32_t *cu_seqlens; /* [host] [n_seq + 1] */
+    int64_t n, n_seq; int nh, nkv, dqk, dv; float scale;
+};
+struct rt_attn_fwd_args {
+    struct rt_attn_shape s;
+    const void *q, *k, *v; int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head; void *o; float *lse;
+};
+
+/* h = silu(gate) * up; gate and up are [n, I] with row distance ld (both halves of one [n, 2I], or two matrices). h [n, I] dense = or
+ * NULL, hq its e4m3 form or {NULL}. */
+struct rt_swiglu_fwd_args { const void *gate, *up; int64_t ld; void *h; struct rt_act hq; int64_t n, I; };
+
+/* ---- teacher ---- */
+/* k[t,h,:] = [kv[t,h,0:dn], k_pe[t,:]]; kv [n, nh, dn+dv] dense, k_pe rows at distance k_pe_ld, k [n, nh, dn+dr] dense =. */
+struct rt_mla_concat_k_args { const void *kv, *k_pe; int64_t k_pe_ld; void *k; int64_t n; int nh, dn, dr, dv; };
+
+/* Router, in float32: z = x w^T; score = sigmoid(z) or softmax(z); choice = score + bias (bias for selection only, NULL: none).
+ * n_group > 1: the topk_group groups of the greatest group score stay (sum of the two best choices with group_top2, else the best),
+ * others get -inf. ids = the k greatest choices, ties to the smaller id, in descending order; weight = score[id], divided by
+ * (their sum + 1e-20) with norm, times scale. (DeepSeek-V3 report 2.1.2; V2: softmax, group maximum.) */
+struct rt_route_args {
+    const void *x; const struct rt_weight *w, *bias; int32_t *ids; float *weight; int64_t n; int H, E, k, n_group, topk_group;
+    bool sigmoid, group_top2, norm; float scale;
+};
+
+/* perm [n*k] = the flat indices t*k+j sorted by (ids[t,j], t); offset [host] [E+1] = where each expert's run begins. Waits. */
+struct rt_moe_sort_args { const int32_t *ids; int32_t *perm; int32_t *offset; int64_t n; int k, E; };
+
+/* y[t,:] += weight * down(silu(gate x_t) * up x_t) for each listed expert in the order given and each row of its run.
+ * Expert j of the list has the rows perm[offset[j]] .. perm[offset[j+1]-1], t = perm/k, weight[perm]. perm NULL: one expert, all n rows,
+ * weight 1 (dense and shared MLP). x.scale given: the e4m3 products, and silu*up is quantised too. y [n, H] act. */
+struct rt_moe_ffn_args {
+    struct rt_act x; const int32_t *perm; const float *weight; const int32_t *offset; /* offset: [host] [n_experts + 1] */
+    const struct rt_weight *const *gate, *const *up, *const *down;                    /* [host] [n_experts] */
+    void *y; int64_t n; int n_experts, k, H, I; bool row_exact;
+};
+
+/* Head of a scored window: z = x w^T over the ids [0, n_ids) in tiles, never [n, V] for the window. Each output [n]:
+ * topk_ids uint32 [n,k], topk_logits float [n,k] (descending logit, then ascending id), lse float [n, n_lse] = log sum exp(z * inv_temp[i]),
+ * next_logprob float = z[next] - log sum exp(z), next_rank uint32 = #{v: z_v > z_next or (z_v == z_next and v < next)}. */
+struct rt_head_topk_args {
+    const void *x; const struct rt_weight *w; const int32_t *next; int64_t n, H, n_ids; int k, n_lse; const float *inv_temp; /* [host] */
+    uint32_t *topk_ids; float *topk_logits, *lse, *next_logprob; uint32_t *next_rank;
+};
+
+/* Per-head products with the rows of one weight: w [nh * head_rows, R], head h owns rows h*head_rows + row0 .. + d.
+ * transpose false: y[t,h,0:R] = x[t,h,0:d] w_h; true: y[t,h,0:d] = x[t,h,0:R] w_h^T. x, y with token and head strides. Rows are exact
+ * (see row_exact). Used to absorb kv_b into queries and outputs (V2 report, 2.1). */
+struct rt_head_matmul_args {
+    const void *x; int64_t x_ld, x_head; const struct rt_weight *w; void *y; int64_t y_ld, y_head;
+    int64_t n; int nh, head_rows, row0, d, R; bool transpose;
+};
+
+/* Caches of generation: token i belongs to slot[i] at position pos[i]; row (slot, pos) of a cache is at (slot*capacity + pos)*width. */
+struct rt_cache_put_args { const void *x; int64_t ldx; void *cache; const int32_t *slot, *pos; int64_t n, capacity, width; };
+/* cache rows [0, n) of slot dst = those of slot src */
+struct rt_cache_copy_args { void *cache; int64_t capacity, width, n; int32_t src, dst; };
+
+/* Absorbed MLA attention: query token i sees cache rows 0 .. pos[i] of its slot; a row is [latent R | k_pe dr].
+ * score = (q_lat . latent + q_pe . k_pe) * scale, o[i,h,:] = softmax . latent. q_lat [n,nh,R] dense, q_pe with strides, o [n,nh,R] =. */
+struct rt_mla_cached_args {
+    const void *q_lat, *q_pe; int64_t q_pe_ld, q_pe_head; const void *cache; const int32_t *slot, *pos; void *o;
+    int64_t n, capacity; int nh, R, dr; float scale;
+};
+/* Grouped-head attention over a cache: k and v caches of width nkv*d. q [n,nh,d] with stride q_ld, o [n,nh*d] =. */
+struct rt_attn_cached_args {
+    const void *q; int64_t q_ld; const void *k_cache, *v_cache; const int32_t *slot, *pos; void *o;
+    int64_t n, capacity; int nh, nkv, d; float scale;
+};
+
+/* ---- student, forward and backward ---- */
+/* y[t,h,:] = rope(norm(x[t,h,:]; w)), norm over d with eps; w NULL: no norm. rstd [n, heads] float = or NULL. May be in place (y == x) only
+ * where w is NULL. Half-split rope. */
+struct rt_headnorm_rope_fwd_args {
+    const void *x; int64_t ldx; const struct rt_weight *w; void *y; int64_t ldy; float *rstd;
+    const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps;
+};
+/* dx = gradient at x from dy (dx may alias dy); dw += (act [d]; NULL where w is). x is the forward's input. */
+struct rt_headnorm_rope_bwd_args {
+    const void *dy, *x; int64_t lddy, ldx; const struct rt_weight *w; const float *rstd; void *dx; int64_t lddx; void *dw;
+    const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps;
+};
+/* dx += (or = without accumulate) gradient of norm_fwd at s, dw += . x is s, the normalised sum. */
+struct rt_norm_bwd_args {
+    const void *dy, *x; const struct rt_weight *w; const float *rstd; void *dx, *dw; int64_t n, cols; float eps; bool accumulate;
+};
+/* dx = dy w, or += . dy [n, N] with lddy, dx [n, K] dense. */
+struct rt_linear_dgrad_args { const void *dy; int64_t lddy; const struct rt_weight *w; void *dx; int64_t n, K, N; bool accumulate; };
+/* dw += dy^T x, db += column sums of dy (db NULL: none). dw [N, K] dense. */
+struct rt_linear_wgrad_args { const void *dy, *x; int64_t lddy, ldx; void *dw, *db; int64_t n, K, N; };
+/* dq, dk, dv = (same strides as q, k, v). delta [nh, n] float is scratch. */
+struct rt_attn_bwd_args {
+    struct rt_attn_shape s;
+    const void *q, *k, *v; int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head;
+    const void *o, *dout; const float *lse; void *dq, *dk, *dv; float *delta;
+};
+/* dgate, dup = ; with row distance ld. h = recomputed silu(gate)*up, or NULL. */
+struct rt_swiglu_bwd_args { const void *gate, *up, *dh; int64_t ld; void *dgate, *dup, *h; int64_t n, I; };
+/* dtable[ids[i],:] += dy[i,:], rows in ascending i. */
+struct rt_embed_bwd_args { const int32_t *ids; const void *dy; void *dtable; int64_t n, cols, rows; };
+/* out[i,:] = x[index[i],:]; and x[index[i],:] (+)= y[i,:] for distinct indices. */
+struct rt_gather_args { const void *x; const int32_t *index; void *out; int64_t n, cols; };
+struct rt_scatter_args { const void *y; const int32_t *index; void *x; int64_t n, cols; bool accumulate; };
+
+/* Loss of the head over compacted rows, in tiles; never [n, V] for the batch.
+ *   z = x w^T [n, V];  ce = lse_1(z) - z[label];
+ *   kl = T^2 * KL(P || Q) at temperature T over the stored ids K and, with RT_TAIL_BUCKET, one bucket for all others:
+ *        sum_K p log(p/q) + P_R log(P_R/Q_R), q_j = exp(z_j/T - lse_T(z)), Q_R summed over the complement itself;
+ *        with RT_TAIL_RENORM both sides are renormalised over K.
+ *   L = sum_i w_ce ce_i + w_kl kl_i        (w_* hold 1/number of targets already)
+ *   dx = dL/dx (NULL: forward only), dw += dL/dw (NULL: none).
+ * Rows whose label is < 0 take no CE; rows with kl_mask 0 take no KL. P_R < 1e-7 drops the bucket. (Formulas: distillation at
+ * temperature, Hinton et al. 2015, section 2; gradients i in K: T (q_i - p_i); else T q_i (1 - P_R/Q_R).) */
+enum rt_tail { RT_TAIL_BUCKET, RT_TAIL_RENORM };
+struct rt_head_loss_args {
+    const void *x; const struct rt_weight *w; void *dx, *dw; int64_t n, H, V;
+    const int32_t *label;                         /* [n] */
+    int k; const int32_t *top_ids; const float *top_logp; /* [n,k] ascending id not required; log p at T (not renormalised) */
+    const uint8_t *kl_mask;                       /* [n] or NULL: none takes KL */
+    enum rt_tail tail; double w_ce, w_kl, T;
+    /* per row, double, each may be NULL: losses without w (kl with T^2), teacher and student mass on K at T, and whether argmax z equals
+     * the label (bit 0) and the teacher's top id top_ids[i,0] (bit 1) */
+    double *ce, *kl, *teacher_mass, *student_mass; uint8_t *hit;
+};
+
+/* Feature loss, per row i with weight w: mse: w * mean_d (a-b)^2; cosine: w * (1 - a.b/(|a||b|)). da = gradient at a (NULL: none),
+ * loss [n] double = without w. a [n, cols] act, b [n, cols] float. */
+struct rt_feature_loss_args { const void *a; const float *b; void *da; double *loss; double w; int64_t n, cols; bool cosine; };
+
+/* *out [host] = sum of squares in float64, fixed order. Waits. */
+struct rt_sumsq_args { const void *x; int64_t n; double *out; };
+/* y += a x; y *= a (x NULL). */
+struct rt_axpy_args { const void *x; void *y; int64_t n; double a; };
+/* AdamW (Loshchilov & Hutter 2019), decoupled decay, bias-corrected, g = grad * grad_scale:
+ * m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr (mhat/(sqrt(vhat)+eps) + decay p). step counts from 1. All [n] act in place. */
+struct rt_adamw_args {
+    void *p; const void *grad; void *m, *v; int64_t n, step; double lr, beta1, beta2, eps, decay, grad_scale;
+};
+/* dst = src converted between act and float32 (to_f32: src act, dst float). */
+struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
+
+#define RT_BACKEND_OPS(X) \
+    X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
+    X(mla_concat_k) X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) \
+    X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(embed_bwd) \
+    X(gather) X(scatter) X(head_loss) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
+
+enum rt_op {
+#define RT_OP_ENUM(op) RT_OP_##op,
+    RT_BACKEND_OPS(RT_OP_ENUM)
+#undef RT_OP_ENUM
+    RT_OP_COUNT
+};
+
+struct rt_backend {
+    const char *name;    /* "ref", "cpu", "cuda": what --device takes */
+    enum rt_dtype act;
+    bool (*available)(char *why, int cap); /* is the hardware there; why not */
+    enum rt_status (*open)(const struct rt_dev_options *o, struct rt_dev **out, struct rt_err *err);
+    void (*close)(struct rt_dev *dev);
+    const char *(*describe)(const struct rt_dev *dev); /* "2 threads, OpenBLAS SkylakeX": for the log and the identity */
+
+    enum rt_status (*alloc)(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err); /* 64-byte aligned, zeroed */
+    void (*free)(struct rt_dev *dev, void *p);
+    enum rt_status (*queue_create)(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err);
+    void (*queue_free)(struct rt_dev *dev, struct rt_queue *q);
+    enum rt_status (*queue_sync)(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);
+    enum rt_status (*event_create)(struct rt_dev *dev, struct rt_event **out, struct rt_err *err);
+    void (*event_free)(struct rt_dev *dev, struct rt_event *e);
+    enum rt_status (*event_record)(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+    enum rt_status (*event_wait)(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+    /* Asynchronous; the host block must stay valid until the queue is synchronised. */
+    enum rt_status (*upload)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
+    enum rt_status (*download)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
+    enum rt_status (*copy)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
+    enum rt_status (*zero)(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
+    /* x [n] act: sum over all ranks in rank order; copy of rank root's. Identity for one rank. */
+    enum rt_status (*all_reduce)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
+    enum rt_status (*broadcast)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, int root, struct rt_err *err);
+
+    /* Prepares a weight from host bytes. ref and cpu borrow data and scale_inv until weight_free (and copy where resident). */
+    enum rt_status (*weight_load)(struct rt_dev *dev, struct rt_queue *q, const struct rt_weight_src *src, struct rt_weight **out, struct rt_err *err);
+    /* A handle over act elements in device memory that may change (a parameter that is trained); borrows p. */
+    enum rt_status (*weight_param)(struct rt_dev *dev, void *p, int64_t rows, int64_t cols, struct rt_weight **out, struct rt_err *err);
+    void (*weight_free)(struct rt_dev *dev, struct rt_weight *w); /* NULL is fine */
+    /* Device (here: heap) bytes that weight_load takes beyond the borrowed data. */
+    size_t (*weight_bytes)(const struct rt_weight_src *src);
+
+#define RT_OP_ENTRY(op) enum rt_status (*op)(struct rt_dev *, struct rt_queue *, const struct rt_##op##_args *, struct rt_err *);
+    RT_BACKEND_OPS(RT_OP_ENTRY)
+#undef RT_OP_ENTRY
+};
+
+/* A backend with its context and one queue: what engines pass around. */
+struct rt_device {
+    const struct rt_backend *be;
+    struct rt_dev *dev;
+    struct rt_queue *q;
+};
+
+/* RT_OP(d, norm_fwd, err, .x = x, .n = n, ...): the operation, or UNSUPPORTED naming it. */
+#define RT_OP(d, op, err, ...) \
+    ((d)->be->op != NULL ? (d)->be->op((d)->dev, (d)->q, &(const struct rt_##op##_args){__VA_ARGS__}, (err)) \
+                         : rt_op_missing((d)->be, #op, (err)))
+enum rt_status rt_op_missing(const struct rt_backend *be, const char *op, struct rt_err *err);
+
+extern const struct rt_backend rt_backend_ref;
+extern const struct rt_backend rt_backend_ref64; /* double elements: tests only */
+extern const struct rt_backend rt_backend_cpu;
+
+/* NULL-terminated, in the order in which `auto` tries them: cuda (where built), cpu; then ref, which auto never picks. */
+const struct rt_backend *const *rt_backend_list(void);
+/* `name`: auto, cpu, cuda, ref. auto is the first of cuda, cpu that is available and has all of `need` [n_need]. Errors: USAGE
+ * unknown name, DEVICE not in this build or no hardware, UNSUPPORTED an operation is missing (named). */
+enum rt_status rt_backend_select(const char *name, const enum rt_op *need, int n_need, const struct rt_backend **out, struct rt_err *err);
+enum rt_status rt_device_open(const struct rt_backend *be, const struct rt_dev_options *o, struct rt_device *out, struct rt_err *err);
+void rt_device_close(struct rt_device *d); /* a zeroed one is fine */
+
+/* Shorthands on the device's queue. */
+enum rt_status rt_device_upload(const struct rt_device *d, void *dst, const void *src, size_t bytes, struct rt_err *err);
+/* Waits for the bytes. */
+enum rt_status rt_device_download(const struct rt_device *d, void *dst, const void *src, size_t bytes, struct rt_err *err);
+enum rt_status rt_device_zero(const struct rt_device *d, void *dst, size_t bytes, struct rt_err *err);
+enum rt_status rt_device_sync(const struct rt_device *d, struct rt_err *err);
+size_t rt_device_act_size(const struct rt_device *d);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
