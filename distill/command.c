@@ -1,0 +1,106 @@
+#include "distill/command.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/mem.h"
+
+#define COMMON(field) offsetof(struct rt_common, field)
+
+static const struct rt_opt common_options[] = {
+    {"device", RT_OPT_CHOICE, COMMON(device), "auto", 0, 0, "auto|cpu|cuda|ref", NULL,
+     "where to compute; auto is the first of cuda, cpu that can", false, false},
+    {"threads", RT_OPT_INT, COMMON(threads), "0", 0, 4096, NULL, "N", "threads; 0 takes every core; results do not depend on it", false, true},
+    {"seed", RT_OPT_INT, COMMON(seed), "0", 0, 9e15, NULL, "N", "seed of everything random", false, false},
+    {"memory", RT_OPT_BYTES, COMMON(memory), "0", 0, 9e18, NULL, "8G", "host memory to stay within; 0 takes 3/4 of what is free", false, true},
+    {"gpu-memory", RT_OPT_BYTES, COMMON(gpu_memory), "0", 0, 9e18, NULL, "24G", "memory of each GPU to stay within; 0 takes what is free", false, true},
+    {"gpus", RT_OPT_INT, COMMON(gpus), "1", 1, 1024, NULL, "N", "GPUs to use", false, true},
+    {"config", RT_OPT_STRING, COMMON(config), NULL, 0, 0, NULL, "FILE", "JSON object of option names and values; the command line wins", false, true},
+    {"json", RT_OPT_FLAG, COMMON(json), NULL, 0, 0, NULL, NULL, "answer in JSON where a program may read it", false, true},
+    {"dry-run", RT_OPT_FLAG, COMMON(dry_run), NULL, 0, 0, NULL, NULL, "print the plan and stop: tokens, bytes, memory, time", false, true},
+    {"verbose", RT_OPT_FLAG, COMMON(verbose), NULL, 0, 0, NULL, NULL, "say more on stderr", false, true},
+    {"quiet", RT_OPT_FLAG, COMMON(quiet), NULL, 0, 0, NULL, NULL, "only warnings and errors on stderr", false, true},
+    {"help", RT_OPT_FLAG, COMMON(help), NULL, 0, 0, NULL, NULL, "this text", false, true},
+    {0},
+};
+
+const struct rt_opt *rt_common_options(void)
+{
+    return common_options;
+}
+
+enum rt_status rt_command_device(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
+                                 struct rt_device *out, struct rt_err *err)
+{
+    const struct rt_backend *be;
+    enum rt_status st = rt_backend_select(common->device, need, n_need, &be, err);
+    if (st != RT_OK)
+        return st;
+    const struct rt_dev_options o = {.threads = (int)common->threads};
+    st = rt_device_open(be, &o, out, err);
+    if (st == RT_OK)
+        rt_info(ctx->log, "device %s: %s", be->name, be->describe(out->dev));
+    return st;
+}
+
+static int64_t available_memory(void)
+{
+    FILE *f = fopen("/proc/meminfo", "r");
+    char line[256];
+    int64_t kib = 0;
+    while (f != NULL && fgets(line, sizeof line, f) != NULL)
+        if (sscanf(line, "MemAvailable: %ld kB", &kib) == 1)
+            break;
+    if (f != NULL)
+        fclose(f);
+    return kib > 0 ? kib * 1024 : (int64_t)1 << 31;
+}
+
+int64_t rt_command_memory(const struct rt_common *common)
+{
+    return common->memory > 0 ? common->memory : available_memory() / 4 * 3;
+}
+
+enum rt_status rt_command_resolved(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err)
+{
+    const struct rt_opt *const tables[] = {cmd->options, common_options};
+    enum rt_status st;
+    struct rt_buf text = {0};
+    struct rt_json *root = NULL;
+    RT_TRY(rt_json_new_object(&root, err));
+    RT_TRY(rt_json_set_string(root, "command", cmd->name, err));
+    for (int t = 0; t < 2; t++)
+        for (const struct rt_opt *o = tables[t]; o->name != NULL; o++) {
+            if (o->runtime)
+                continue;
+            text.len = 0;
+            RT_TRY(rt_buf_puts(&text, "", err));
+            RT_TRY(rt_options_value(o, values, &text, err));
+            RT_TRY(rt_json_set_string_n(root, o->name, text.data, text.len, err));
+        }
+    *out = root;
+    root = NULL;
+out:
+    rt_json_free(root);
+    rt_buf_free(&text);
+    return st;
+}
+
+enum rt_status rt_parse_doubles(const char *option, const char *text, double *out, int cap, int *n, struct rt_err *err)
+{
+    const char *p = text;
+    *n = 0;
+    while (*p != '\0') {
+        char *end;
+        const double v = strtod(p, &end);
+        if (end == p || (*end != '\0' && *end != ','))
+            return rt_fail(err, RT_USAGE, "--%s %s: expected numbers with commas between them, found '%s'", option, text, p);
+        if (*n == cap)
+            return rt_fail(err, RT_USAGE, "--%s %s: more than %d numbers", option, text, cap);
+        out[(*n)++] = v;
+        p = *end == ',' ? end + 1 : end;
+    }
+    return RT_OK;
+}

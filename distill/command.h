@@ -1,0 +1,65 @@
+/* A command of the retort program: one table of options, one run function.
+ *
+ * The values struct of every command begins with `struct rt_common common;`. Product goes to stdout, chat to the log.
+ */
+#ifndef RT_DISTILL_COMMAND_H
+#define RT_DISTILL_COMMAND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/backend.h"
+#include "core/log.h"
+#include "core/options.h"
+#include "core/status.h"
+#include "formats/json.h"
+
+/* Options that every command takes. */
+struct rt_common {
+    const char *device, *config;
+    int64_t threads, seed, memory, gpu_memory, gpus;
+    bool json, dry_run, verbose, quiet, help;
+};
+
+struct rt_context {
+    struct rt_log *log;
+    const struct rt_command *command;
+    /* True after the first SIGINT or SIGTERM: finish the unit of work, save, return RT_INTERRUPTED. */
+    bool (*stop)(void *self);
+    void *stop_self;
+    int argc;            /* as given, for run directories */
+    char *const *argv;
+};
+
+struct rt_command {
+    const char *name;
+    const char *synopsis;         /* "PATH", "--teacher DIR --data FILE|DIR --out DIR" */
+    const char *summary;          /* one line, for the list of commands */
+    const char *help;             /* more, NULL: none; ends with an example */
+    const struct rt_opt *options; /* own ones, ended by a NULL name */
+    size_t values_size;
+    int min_positionals, max_positionals; /* max -1: any number */
+    enum rt_status (*run)(struct rt_context *ctx, const void *values, const struct rt_positionals *pos, struct rt_err *err);
+};
+
+/* distill/cmd_*.c */
+extern const struct rt_command rt_cmd_inspect, rt_cmd_doctor, rt_cmd_tokenize, rt_cmd_traces, rt_cmd_filter, rt_cmd_logits, rt_cmd_retarget,
+    rt_cmd_train, rt_cmd_eval, rt_cmd_experiment, rt_cmd_compare, rt_cmd_export, rt_cmd_cat;
+
+/* The common table, whose offsets are into struct rt_common. */
+const struct rt_opt *rt_common_options(void);
+
+/* --device, opened with --threads; logs which one `auto` took. need as in rt_backend_select. */
+enum rt_status rt_command_device(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
+                                 struct rt_device *out, struct rt_err *err);
+/* --memory, or 3/4 of what the machine has available. */
+int64_t rt_command_memory(const struct rt_common *common);
+
+/* A JSON object with the resolved value of every option that changes results (common and own): what a run directory keeps and what
+ * a resume is compared with. Free with rt_json_free. */
+enum rt_status rt_command_resolved(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err);
+
+/* Numbers of a comma-separated list ("0.6,1,2"), at most cap; USAGE names option and place. */
+enum rt_status rt_parse_doubles(const char *option, const char *text, double *out, int cap, int *n, struct rt_err *err);
+
+#endif

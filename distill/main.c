@@ -1,0 +1,166 @@
+/* retort COMMAND ...: finds the command, parses its options, runs it, and turns its status into the exit code. */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "distill/command.h"
+
+static const struct rt_command *const commands[] = {
+    &rt_cmd_inspect, &rt_cmd_doctor, &rt_cmd_tokenize, &rt_cmd_traces, &rt_cmd_filter, &rt_cmd_logits, &rt_cmd_train,
+    &rt_cmd_eval, &rt_cmd_experiment, &rt_cmd_compare, &rt_cmd_export, &rt_cmd_cat,
+};
+enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
+
+static volatile sig_atomic_t signals_seen; /* a signal handler has nowhere else to write */
+
+static void on_signal(int sig)
+{
+    if (++signals_seen > 1) {
+        signal(sig, SIG_DFL);
+        raise(sig);
+    }
+}
+
+static bool stop_asked(void *self)
+{
+    (void)self;
+    return signals_seen > 0;
+}
+
+static void print_usage(FILE *out)
+{
+    fputs("retort distils a DeepSeek-V3/R1-class Mixture-of-Experts teacher into dense Qwen and Llama students.\n\n"
+          "usage: retort COMMAND [OPTIONS]      retort COMMAND --help  lists the options\n\n", out);
+    for (int i = 0; i < N_COMMANDS; i++)
+        fprintf(out, "  %-11s %s\n", commands[i]->name, commands[i]->summary);
+    fputs("\nExit codes: 0 done, 1 failed at run time, 2 usage, 3 bad input file, 4 numeric failure,\n"
+          "            5 out of memory or no device, 130 interrupted after saving.\n", out);
+}
+
+static const struct rt_command *find_command(const char *name)
+{
+    const char *names[N_COMMANDS];
+    for (int i = 0; i < N_COMMANDS; i++) {
+        if (strcmp(commands[i]->name, name) == 0)
+            return commands[i];
+        names[i] = commands[i]->name;
+    }
+    const char *near = rt_nearest(name, names, N_COMMANDS);
+    fprintf(stderr, "retort: '%s' is no command%s%s%s; `retort --help` lists them\n", name, near ? "; did you mean '" : "",
+            near ? near : "", near ? "'?" : "");
+    return NULL;
+}
+
+static enum rt_status print_help(const struct rt_command *cmd, struct rt_err *err)
+{
+    const struct rt_opt *const own[] = {cmd->options}, *const common[] = {rt_common_options()};
+    struct rt_buf text = {0};
+    enum rt_status st;
+    RT_TRY(rt_buf_printf(&text, err, "usage: retort %s %s\n%s\n", cmd->name, cmd->synopsis, cmd->summary));
+    if (cmd->help != NULL)
+        RT_TRY(rt_buf_printf(&text, err, "\n%s\n", cmd->help));
+    if (cmd->options->name != NULL) {
+        RT_TRY(rt_buf_puts(&text, "\noptions\n", err));
+        RT_TRY(rt_options_help(own, 1, &text, err));
+    }
+    RT_TRY(rt_buf_puts(&text, "\nfor every command\n", err));
+    RT_TRY(rt_options_help(common, 1, &text, err));
+    fwrite(text.data, 1, text.len, stdout);
+out:
+    rt_buf_free(&text);
+    return st;
+}
+
+/* Applies the members of a --config file to options that the command line left alone. */
+static enum rt_status apply_config(const struct rt_opt *const *tables, const char *path, const bool *seen, void *values,
+                                   struct rt_json **keep, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_json_load(path, 1 << 20, keep, err));
+    if (rt_json_typeof(*keep) != RT_JSON_OBJECT)
+        RT_FAIL(err, FORMAT, "%s: expected a JSON object of option names and values", path);
+    const char *key;
+    const struct rt_json *value;
+    for (size_t i = 0; rt_json_member(*keep, i, &key, &value); i++) {
+        int at = 0, found = -1;
+        for (int t = 0; t < 2; t++)
+            for (const struct rt_opt *o = tables[t]; o->name != NULL; o++, at++)
+                if (strcmp(o->name, key) == 0)
+                    found = at;
+        if (found >= 0 && seen[found])
+            continue;
+        struct rt_buf text = {0};
+        const char *s = rt_json_as_string(value, NULL);
+        bool flag;
+        if (s == NULL && rt_json_as_bool(value, &flag)) {
+            s = flag ? "true" : "false";
+        } else if (s == NULL) {
+            RT_TRY(rt_json_dump(value, 0, &text, err));
+            RT_TRY(rt_json_set_string_n(*keep, key, text.data, text.len, err)); /* the document keeps the text alive */
+            rt_buf_free(&text);
+            s = rt_json_as_string(rt_json_get(*keep, key), NULL);
+        }
+        RT_TRY(rt_options_set(tables, 2, key, s, path, values, err));
+    }
+out:
+    return st;
+}
+
+static enum rt_status run(const struct rt_command *cmd, int argc, char **argv, struct rt_log *log, struct rt_err *err)
+{
+    const struct rt_opt *const tables[] = {cmd->options, rt_common_options()};
+    struct rt_positionals pos = {0};
+    bool seen[128] = {false};
+    struct rt_json *config = NULL;
+    enum rt_status st;
+    void *values = calloc(1, cmd->values_size);
+    if (values == NULL)
+        return rt_fail(err, RT_NOMEM, "out of memory");
+    const struct rt_common *common = values;
+    RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
+    if (common->help) {
+        st = print_help(cmd, err);
+        goto out;
+    }
+    if (common->config != NULL)
+        RT_TRY(apply_config(tables, common->config, seen, values, &config, err));
+    RT_TRY(rt_options_check(tables, 2, values, err));
+    if (pos.n < cmd->min_positionals || (cmd->max_positionals >= 0 && pos.n > cmd->max_positionals))
+        RT_FAIL(err, USAGE, "found %d arguments; usage: retort %s %s", pos.n, cmd->name, cmd->synopsis);
+    log->level = common->quiet ? RT_LOG_WARN : common->verbose ? RT_LOG_DEBUG : RT_LOG_INFO;
+    struct rt_context ctx = {.log = log, .command = cmd, .stop = stop_asked, .argc = argc, .argv = argv};
+    st = cmd->run(&ctx, values, &pos, err);
+out:
+    rt_json_free(config);
+    rt_options_free(tables, 2, values, &pos);
+    free(values);
+    return st;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+        print_usage(argc < 2 ? stderr : stdout);
+        return argc < 2 ? 2 : 0;
+    }
+    const struct rt_command *cmd = find_command(argv[1]);
+    if (cmd == NULL)
+        return 2;
+    struct sigaction sa = {.sa_handler = on_signal};
+    sigaction(SIGINT, &sa, NULL);
+    sigaction(SIGTERM, &sa, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    struct rt_log log;
+    struct rt_err err = {0};
+    rt_log_init(&log, stderr, RT_LOG_INFO);
+    enum rt_status st = run(cmd, argc - 2, argv + 2, &log, &err);
+    if (st == RT_OK && (fflush(stdout) != 0 || ferror(stdout)))
+        st = rt_fail_errno(&err, "cannot write to stdout");
+    if (st != RT_OK && err.msg[0] != '\0')
+        fprintf(stderr, "retort %s: %s\n", cmd->name, err.msg);
+    else if (st != RT_OK)
+        fprintf(stderr, "retort %s: %s\n", cmd->name, rt_status_text(st));
+    return rt_exit_code(st);
+}
