@@ -37,7 +37,8 @@ enum rt_status rt_publish_commit(struct rt_publish *p, struct rt_err *err);
 void rt_publish_abort(struct rt_publish *p); /* after commit or on a zeroed struct with fd -1: does nothing */
 enum rt_status rt_publish_bytes(const char *path, const void *data, size_t n, struct rt_err *err);
 
-/* Appends one whole record to a file (created if absent) and fsyncs it: a crash leaves at most one torn last line. */
+/* Appends one whole record to a file (created if absent) and fsyncs it: a crash leaves at most one torn last line. A record
+ * that ends a line first cuts off such a torn line; a record that could not be written whole is cut off again. */
 enum rt_status rt_file_append_sync(const char *path, const void *data, size_t n, struct rt_err *err);
 enum rt_status rt_fsync_dir(const char *path, struct rt_err *err);
 
