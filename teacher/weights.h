@@ -1,0 +1,86 @@
+/* The teacher's weights as parts, streamed in the order of a pass or kept.
+ *
+ * A part is what is needed at one time: the attention of a layer, its dense MLP, its router with the shared expert, one routed expert,
+ * the head, an MTP layer's own matrices. Checkpoint names, shapes and types are checked once, at open, for all parts; a weight and
+ * its scale may lie in different files, in any order.
+ *
+ * A pass hands parts out in the order in which they were asked for. Parts that fit into the budget stay in memory for later passes
+ * (the first ones of a pass that fit); the others are read ahead by one thread into a ring of bytes, whose size bounds memory
+ * whatever the size of the checkpoint.
+ */
+#ifndef RT_TEACHER_WEIGHTS_H
+#define RT_TEACHER_WEIGHTS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/backend.h"
+#include "core/status.h"
+#include "formats/safetensors.h"
+#include "teacher/config.h"
+
+enum rt_part_kind { RT_PART_ATTN, RT_PART_DENSE, RT_PART_ROUTER, RT_PART_EXPERT, RT_PART_HEAD, RT_PART_MTP };
+
+/* Weights of a part, by kind. Absent ones are NULL. */
+enum {
+    RT_W_INPUT_NORM, RT_W_Q_A, RT_W_Q_A_NORM, RT_W_Q_B, RT_W_KV_A, RT_W_KV_A_NORM, RT_W_KV_B, RT_W_O, RT_W_POST_NORM, /* ATTN; q_proj is Q_B */
+    RT_W_GATE = 0, RT_W_UP, RT_W_DOWN,              /* DENSE, EXPERT, and the shared expert of ROUTER */
+    RT_W_ROUTER, RT_W_BIAS,                         /* ROUTER */
+    RT_W_NORM = 0, RT_W_HEAD,                       /* HEAD */
+    RT_W_ENORM = 0, RT_W_HNORM, RT_W_EH_PROJ, RT_W_MTP_NORM, RT_W_MTP_HEAD, /* MTP */
+    RT_PART_WEIGHTS = 9,
+};
+
+struct rt_part_id {
+    enum rt_part_kind kind;
+    int layer;  /* MTP layer i is layers + i */
+    int expert; /* EXPERT only */
+};
+
+struct rt_part {
+    struct rt_part_id id;
+    struct rt_weight *w[RT_PART_WEIGHTS];
+    bool fp8[RT_PART_WEIGHTS]; /* stored as e4m3: its products may take e4m3 activations */
+    size_t bytes;              /* host bytes held */
+    bool resident;
+    void *host;
+};
+
+struct rt_weights_options {
+    const char *dir;
+    const struct rt_teacher_config *config;
+    const struct rt_device *device;
+    int64_t budget;  /* bytes of host memory for parts, ring included */
+    bool resident;   /* the parts are used many times (generation): ask the backend for faster copies */
+    bool mtp;        /* check and offer the MTP layers' parts */
+};
+
+struct rt_weights;
+/* FORMAT or SHAPE names the tensor; NOMEM where the budget does not hold the largest part twice, with the numbers. */
+enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_weights **out, struct rt_err *err);
+void rt_weights_free(struct rt_weights *w); /* NULL is fine */
+
+/* Identity of the checkpoint (rt_tensors_sha256), and its tensors. */
+const struct rt_tensors *rt_weights_tensors(const struct rt_weights *w);
+/* Bytes on disk of all parts of the main model, of the largest part, and how many bytes passes have read so far. */
+uint64_t rt_weights_model_bytes(const struct rt_weights *w);
+uint64_t rt_weights_largest_part(const struct rt_weights *w);
+uint64_t rt_weights_bytes_read(const struct rt_weights *w);
+/* Seconds that next() waited for the reader. */
+double rt_weights_waited(const struct rt_weights *w);
+
+/* Starts a pass over n parts (copied). One pass at a time. */
+enum rt_status rt_weights_begin(struct rt_weights *w, const struct rt_part_id *parts, int64_t n, struct rt_err *err);
+/* The next part of the pass; valid until it is released. Parts are released in the order in which they came. */
+enum rt_status rt_weights_next(struct rt_weights *w, const struct rt_part **out, struct rt_err *err);
+void rt_weights_release(struct rt_weights *w, const struct rt_part *part);
+/* Ends a pass, also an unfinished one. Without a pass: does nothing. */
+void rt_weights_end(struct rt_weights *w);
+
+/* out [n, hidden] float32 [host] = embedding rows of the ids, read from the checkpoint (layer < 0) or from MTP layer `layer`'s copy. */
+enum rt_status rt_weights_embed(struct rt_weights *w, int layer, const uint32_t *ids, int64_t n, float *out, struct rt_err *err);
+
+/* Appends the parts of layer `layer` in the order in which rt_layer_forward asks for them: returns how many; parts may be NULL. */
+int64_t rt_weights_layer_parts(const struct rt_teacher_config *c, int layer, struct rt_part_id *parts);
+
+#endif
