@@ -24,6 +24,7 @@ struct rt_log {
 };
 
 void rt_log_init(struct rt_log *log, FILE *out, enum rt_log_level level);
+/* One line (fmt ends without a newline); warnings and errors say so in front. Control characters of outside text become '?'. */
 void rt_log(struct rt_log *log, enum rt_log_level level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 #define rt_info(log, ...) rt_log((log), RT_LOG_INFO, __VA_ARGS__)
 #define rt_warn(log, ...) rt_log((log), RT_LOG_WARN, __VA_ARGS__)
@@ -32,6 +33,7 @@ struct rt_progress {
     struct rt_log *log;
     const char *what, *unit; /* "scoring", "tokens" */
     int64_t done, total;     /* total 0: unknown */
+    int64_t first;           /* done before t_start (a resume; set after _begin): not counted in the rate */
     double t_start, t_last;  /* seconds, rt_now */
 };
 void rt_progress_begin(struct rt_progress *p, struct rt_log *log, const char *what, const char *unit, int64_t total);
