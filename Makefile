@@ -22,6 +22,8 @@ LIBS := -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lcurl -lz -lm
 LIB_SRC := $(wildcard core/*.c core/ref/*.c core/cpu/*.c formats/*.c teacher/*.c student/*.c) \
            $(filter-out distill/main.c,$(wildcard distill/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o)
+# The reference backend twice: elements float, and double for finite differences.
+LIB_OBJ += $(patsubst %.c,$(B)/%.64.o,$(wildcard core/ref/*.c))
 TEST_SRC := $(wildcard tests/*.c)
 TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
 BENCH_SRC := $(wildcard bench/*.c)
@@ -38,6 +40,9 @@ deps:
 	@sh tests/deps.sh
 
 $(B)/core/cpu/%.o: BASE += $(KERNEL)
+$(B)/core/ref/%.64.o: core/ref/%.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(BASE) -DRT_REF_REAL64 $(CFLAGS) -MMD -MP -c $< -o $@
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(BASE) $(CFLAGS) -MMD -MP -c $< -o $@

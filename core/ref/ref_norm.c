@@ -1,0 +1,196 @@
+/* Normalisation, quantisation, rotary positions. */
+#include "core/ref/ref.h"
+
+float REF(quant_block)(const real *x, uint8_t *code)
+{
+    float amax = 0;
+    for (int j = 0; j < REF_BLOCK; j++)
+        amax = fmaxf(amax, fabsf((float)x[j]));
+    const float s = fmaxf(amax, 1e-12f) / 448.0f;
+    for (int j = 0; j < REF_BLOCK; j++)
+        code[j] = rt_f32_to_e4m3((float)x[j] / s);
+    return s;
+}
+
+void REF(quant_row)(const real *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols)
+{
+    for (int64_t b = 0; b < cols / REF_BLOCK; b++)
+        q->scale[b * n + row] = REF(quant_block)(x + b * REF_BLOCK, (uint8_t *)q->data + row * cols + b * REF_BLOCK);
+}
+
+static enum rt_status check_blocks(const char *op, int64_t cols, struct rt_err *err)
+{
+    if (cols % REF_BLOCK == 0)
+        return RT_OK;
+    return rt_fail(err, RT_SHAPE, "%s: %lld columns; the e4m3 form needs a multiple of %d", op, (long long)cols, REF_BLOCK);
+}
+
+REF_OP(quant)
+{
+    const enum rt_status st = check_blocks("quant", a->cols, err);
+    if (st != RT_OK)
+        return st;
+    const int64_t ldx = ref_ld(a->ldx, a->cols);
+    for (int64_t t = 0; t < a->n; t++)
+        REF(quant_row)((const real *)a->x + t * ldx, &a->q, t, a->n, a->cols);
+    return RT_OK;
+}
+
+static double rstd_of(const real *s, int64_t cols, double eps)
+{
+    return 1 / sqrt(ref_dot(s, s, cols) / (double)cols + eps);
+}
+
+REF_OP(norm_fwd)
+{
+    enum rt_status st;
+    const real *w = NULL;
+    real *w_own = NULL, *s = NULL, *y = NULL;
+    const int64_t ldx = ref_ld(a->ldx, a->cols), ldy = ref_ld(a->ldy, a->cols);
+
+    if (a->yq.data != NULL)
+        RT_TRY(check_blocks("norm_fwd", a->cols, err));
+    RT_TRY(REF(weight_vec)(a->w, a->cols, &w, &w_own, err));
+    RT_TRY(rt_alloc((size_t)a->cols, sizeof(real), "scratch of norm_fwd", &s, err));
+    RT_TRY(rt_alloc((size_t)a->cols, sizeof(real), "scratch of norm_fwd", &y, err));
+    for (int64_t t = 0; t < a->n; t++) {
+        const real *x = (const real *)a->x + t * ldx;
+        const real *add = a->add != NULL ? (const real *)a->add + t * a->cols : NULL;
+        for (int64_t j = 0; j < a->cols; j++)
+            s[j] = add != NULL ? x[j] + add[j] : x[j];
+        const double rstd = rstd_of(s, a->cols, a->eps);
+        for (int64_t j = 0; j < a->cols; j++)
+            y[j] = (real)(s[j] * rstd * (w != NULL ? (double)w[j] : 1.0));
+        if (a->sum != NULL)
+            memcpy((real *)a->sum + t * a->cols, s, (size_t)a->cols * sizeof *s);
+        if (a->y != NULL)
+            memcpy((real *)a->y + t * ldy, y, (size_t)a->cols * sizeof *y);
+        if (a->yq.data != NULL)
+            REF(quant_row)(y, &a->yq, t, a->n, a->cols);
+        if (a->rstd != NULL)
+            a->rstd[t] = (float)rstd;
+    }
+out:
+    rt_free(w_own);
+    rt_free(s);
+    rt_free(y);
+    return st;
+}
+
+/* dx (= or +=) r (g - x r^2 mean(g x)) with g = dy w; dw += dy x r. dx may be dy. */
+static void norm_row_bwd(const real *dy, const real *x, const real *w, double r, real *dx, real *dw, int64_t cols, bool accumulate)
+{
+    double gx = 0;
+    for (int64_t j = 0; j < cols; j++)
+        gx += (double)dy[j] * (w != NULL ? (double)w[j] : 1.0) * x[j];
+    const double c = r * r * gx / (double)cols;
+    for (int64_t j = 0; j < cols; j++) {
+        const double g = (double)dy[j] * (w != NULL ? (double)w[j] : 1.0);
+        if (dw != NULL)
+            dw[j] = (real)(dw[j] + dy[j] * r * x[j]);
+        dx[j] = (real)((accumulate ? (double)dx[j] : 0.0) + r * (g - x[j] * c));
+    }
+}
+
+/* The float that a forward saved; what it stands for where there is none, and in float64. */
+static double saved_rstd(const float *rstd, int64_t at, const real *x, int64_t cols, double eps)
+{
+    return rstd != NULL && !REF_IS64 ? rstd[at] : rstd_of(x, cols, eps);
+}
+
+REF_OP(norm_bwd)
+{
+    const real *w;
+    real *w_own;
+    const enum rt_status st = REF(weight_vec)(a->w, a->cols, &w, &w_own, err);
+    if (st != RT_OK)
+        return st;
+    for (int64_t t = 0; t < a->n; t++) {
+        const real *x = (const real *)a->x + t * a->cols;
+        norm_row_bwd((const real *)a->dy + t * a->cols, x, w, saved_rstd(a->rstd, t, x, a->cols, a->eps),
+                     (real *)a->dx + t * a->cols, a->dw, a->cols, a->accumulate);
+    }
+    rt_free(w_own);
+    return RT_OK;
+}
+
+/* x[lo], x[hi] turned by the angle of (cos, sin). */
+static void turn(real *x, int64_t lo, int64_t hi, double c, double s)
+{
+    const double u = x[lo], v = x[hi];
+    x[lo] = (real)(u * c - v * s);
+    x[hi] = (real)(u * s + v * c);
+}
+
+static void turn_row(real *x, const float *cos_t, const float *sin_t, int dim, bool interleaved, bool inverse)
+{
+    for (int i = 0; i < dim / 2; i++) {
+        const double s = inverse ? -(double)sin_t[i] : (double)sin_t[i];
+        if (interleaved)
+            turn(x, 2 * i, 2 * i + 1, cos_t[i], s);
+        else
+            turn(x, i, i + dim / 2, cos_t[i], s);
+    }
+}
+
+REF_OP(rope)
+{
+    const int64_t head_ld = ref_ld(a->head_ld, a->dim), ld = ref_ld(a->ld, a->heads * head_ld);
+    for (int64_t t = 0; t < a->n; t++) {
+        const int64_t at = (int64_t)a->position[t] * (a->dim / 2);
+        for (int h = 0; h < a->heads; h++)
+            turn_row((real *)a->x + t * ld + h * head_ld, a->cos + at, a->sin + at, a->dim, a->interleaved, a->inverse);
+    }
+    return RT_OK;
+}
+
+REF_OP(headnorm_rope_fwd)
+{
+    const real *w;
+    real *w_own;
+    const enum rt_status st = REF(weight_vec)(a->w, a->d, &w, &w_own, err);
+    if (st != RT_OK)
+        return st;
+    const int64_t ldx = ref_ld(a->ldx, (int64_t)a->heads * a->d), ldy = ref_ld(a->ldy, (int64_t)a->heads * a->d);
+    for (int64_t t = 0; t < a->n; t++) {
+        const int64_t at = (int64_t)a->position[t] * (a->d / 2);
+        for (int h = 0; h < a->heads; h++) {
+            const real *x = (const real *)a->x + t * ldx + (int64_t)h * a->d;
+            real *y = (real *)a->y + t * ldy + (int64_t)h * a->d;
+            const double rstd = w != NULL ? rstd_of(x, a->d, a->eps) : 1;
+            for (int j = 0; j < a->d; j++)
+                y[j] = w != NULL ? (real)(x[j] * rstd * w[j]) : x[j];
+            turn_row(y, a->cos + at, a->sin + at, a->d, false, false);
+            if (a->rstd != NULL)
+                a->rstd[t * a->heads + h] = (float)rstd;
+        }
+    }
+    rt_free(w_own);
+    return RT_OK;
+}
+
+REF_OP(headnorm_rope_bwd)
+{
+    const real *w;
+    real *w_own;
+    const enum rt_status st = REF(weight_vec)(a->w, a->d, &w, &w_own, err);
+    if (st != RT_OK)
+        return st;
+    const int64_t dense = (int64_t)a->heads * a->d;
+    const int64_t lddy = ref_ld(a->lddy, dense), ldx = ref_ld(a->ldx, dense), lddx = ref_ld(a->lddx, dense);
+    for (int64_t t = 0; t < a->n; t++) {
+        const int64_t at = (int64_t)a->position[t] * (a->d / 2);
+        for (int h = 0; h < a->heads; h++) {
+            const real *dy = (const real *)a->dy + t * lddy + (int64_t)h * a->d;
+            real *dx = (real *)a->dx + t * lddx + (int64_t)h * a->d;
+            memmove(dx, dy, (size_t)a->d * sizeof *dx);
+            turn_row(dx, a->cos + at, a->sin + at, a->d, false, true);
+            if (w == NULL)
+                continue;
+            const real *x = (const real *)a->x + t * ldx + (int64_t)h * a->d;
+            norm_row_bwd(dx, x, w, saved_rstd(a->rstd, t * a->heads + h, x, a->d, a->eps), dx, a->dw, a->d, false);
+        }
+    }
+    rt_free(w_own);
+    return RT_OK;
+}
