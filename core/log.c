@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdarg.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -112,6 +113,9 @@ void rt_progress_update(struct rt_progress *p, int64_t done, const char *note)
         return;
     }
     defuse(text);
+    struct winsize ws; /* a line that wraps could not be overwritten */
+    if (ioctl(fileno(log->out), TIOCGWINSZ, &ws) == 0 && ws.ws_col > 1 && strlen(text) >= ws.ws_col)
+        text[ws.ws_col - 1] = '\0';
     fprintf(log->out, "\r%s\033[K", text);
     fflush(log->out);
     log->live = true;
