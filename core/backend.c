@@ -49,6 +49,8 @@ enum rt_status rt_backend_select(const char *name, const enum rt_op *need, int n
 {
     const bool automatic = strcmp(name, "auto") == 0;
     char why[128] = "";
+    const struct rt_backend *lacking = NULL;
+    const char *lacked = NULL;
     for (int i = 0; backends[i] != NULL; i++) {
         const struct rt_backend *be = backends[i];
         if (automatic ? be == &rt_backend_ref : strcmp(name, be->name) != 0)
@@ -65,9 +67,15 @@ enum rt_status rt_backend_select(const char *name, const enum rt_op *need, int n
         }
         if (!automatic)
             return rt_op_missing(be, missing, err);
+        if (lacking == NULL) {
+            lacking = be;
+            lacked = missing;
+        }
     }
+    if (lacking != NULL)
+        return rt_op_missing(lacking, lacked, err);
     if (automatic)
-        return rt_fail(err, RT_DEVICE, "--device auto: no backend has every operation that this command needs");
+        return rt_fail(err, RT_DEVICE, "--device auto: no device for this build's backends; use --device ref (slow)");
     if (strcmp(name, "cuda") == 0)
         return rt_fail(err, RT_DEVICE, "--device cuda: this build has no cuda backend; use --device cpu");
     return rt_fail(err, RT_USAGE, "--device %s: unknown; expected auto, cpu, cuda or ref", name);

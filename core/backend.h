@@ -13,6 +13,8 @@
  *   - Every call is ordered on its queue. An error leaves outputs unspecified. Results depend on shapes and inputs alone,
  *     never on the number of threads. Inputs and outputs do not overlap unless an entry says "in place".
  *   - `=` overwrites, `+=` accumulates; each output says which.
+ *   - Ids, labels, positions, slots and indices are the caller's to check: they come from files. ref answers SHAPE for those that
+ *     it can see are outside, cpu may, cuda does not.
  *   - An entry that a backend lacks is NULL; RT_OP answers with an error that names it, never with a fallback.
  * Symbols: n tokens (rows), H hidden_size, I intermediate, E experts, k top-k, nh/nkv heads, T temperature.
  */
@@ -35,7 +37,9 @@ struct rt_event;
 struct rt_weight; /* a matrix or vector prepared for use as weight; what it holds is the backend's business */
 
 /* A matrix as operand of a product: act elements (scale NULL), or e4m3 codes [rows, cols] with one scale for each run of 128
- * columns, scale[cols/128][rows] (column block major): value = code * scale. Made by quant, norm_fwd, swiglu_fwd. */
+ * columns, scale[cols/128][rows] (column block major; rows is the n of the call that made it, and of the call that reads it):
+ * value = code * scale. Made by quant, norm_fwd, swiglu_fwd. A product takes it with E4M3 weights only (else UNSUPPORTED); an act operand
+ * takes any weight, E4M3 ones dequantised (float32 product of code and scale). */
 struct rt_act {
     void *data;
     float *scale;
@@ -47,7 +51,7 @@ struct rt_weight_src {
     enum rt_dtype dtype;      /* F32, F16, BF16, E4M3 */
     int64_t rows, cols;       /* [out, in]; a vector has rows 1 */
     const void *data;         /* [host] */
-    const float *scale_inv;   /* [host] [ceil(rows/128), ceil(cols/128)] for E4M3, multiplied; else NULL */
+    const float *scale_inv;   /* [host] [ceil(rows/128), ceil(cols/128)] for E4M3, multiplied; required there, else NULL */
     bool resident;            /* used many times: a faster, larger copy pays */
 };
 
@@ -61,7 +65,7 @@ struct rt_dev_options {
 struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; void *out; int64_t n, cols; };
 
 /* s = x (+ add); y = s * rstd * w, rstd = 1/sqrt(mean(s^2) + eps). Outputs, each may be NULL: sum = s (may alias x or add),
- * y =, yq = the e4m3 form of y, rstd [n] float. w NULL: all ones. */
+ * y =, yq = the e4m3 form of y, rstd [n] float. w NULL: all ones. add and sum are dense (so ldx is dense where sum is x). */
 struct rt_norm_fwd_args {
     const void *x, *add; const struct rt_weight *w; void *sum, *y; struct rt_act yq; float *rstd;
     int64_t n, cols, ldx, ldy; float eps;
@@ -72,6 +76,7 @@ struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; };
 
 /* y = x w^T (+ bias), or += with accumulate. x [n, K] dense, or ldx for act elements; w [N, K]; y [n, N] act, or float32 with y_f32.
  * x.scale given: the product of 128-column blocks is (code sum) * x scale * weight scale, summed in float32.
+ * With accumulate the bias is added as well.
  * row_exact: row i depends on row i of x alone, bit for bit, whatever n is (generation needs it). */
 struct rt_linear_fwd_args {
     struct rt_act x; int64_t ldx; const struct rt_weight *w, *bias; void *y; int64_t ldy;
@@ -85,7 +90,7 @@ struct rt_rope_args {
 };
 
 /* Attention over packed sequences, block-diagonal and causal: o = softmax(scale q k^T) v. Sequence s is rows
- * cu_seqlens[s] .. cu_seqlens[s+1]. q [n, nh, dqk], k [n, nkv, dqk], v [n, nkv, dv] with token and head strides; query head h uses
+ * cu_seqlens[s] .. cu_seqlens[s+1], from 0 to n without gaps; an empty one is fine. q [n, nh, dqk], k [n, nkv, dqk], v [n, nkv, dv] with token and head strides; query head h uses
  * key head h / (nh/nkv). o [n, nh*dv] dense =. lse [nh, n] float = log sum exp of the scaled scores, or NULL. */
 struct rt_attn_shape {
     const int32_t *cu_seqlens; /* [host] [n_seq + 1] */
@@ -106,7 +111,7 @@ struct rt_mla_concat_k_args { const void *kv, *k_pe; int64_t k_pe_ld; void *k; i
 
 /* Router, in float32: z = x w^T; score = sigmoid(z) or softmax(z); choice = score + bias (bias for selection only, NULL: none).
  * n_group > 1: the topk_group groups of the greatest group score stay (sum of the two best choices with group_top2, else the best),
- * others get -inf. ids = the k greatest choices, ties to the smaller id, in descending order; weight = score[id], divided by
+ * others get -inf; ties to the smaller group; the kept groups hold at least k experts. ids = the k greatest choices, ties to the smaller id, in descending order; weight = score[id], divided by
  * (their sum + 1e-20) with norm, times scale. (DeepSeek-V3 report 2.1.2; V2: softmax, group maximum.) */
 struct rt_route_args {
     const void *x; const struct rt_weight *w, *bias; int32_t *ids; float *weight; int64_t n; int H, E, k, n_group, topk_group;
@@ -117,7 +122,8 @@ struct rt_route_args {
 struct rt_moe_sort_args { const int32_t *ids; int32_t *perm; int32_t *offset; int64_t n; int k, E; };
 
 /* y[t,:] += weight * down(silu(gate x_t) * up x_t) for each listed expert in the order given and each row of its run.
- * Expert j of the list has the rows perm[offset[j]] .. perm[offset[j+1]-1], t = perm/k, weight[perm]. perm NULL: one expert, all n rows,
+ * Expert j of the list has the rows perm[offset[j]] .. perm[offset[j+1]-1], t = perm/k, weight[perm] (offset[0] need not be 0: a
+ * list may be a part of the experts). perm NULL: one expert, all n rows,
  * weight 1 (dense and shared MLP). x.scale given: the e4m3 products, and silu*up is quantised too. y [n, H] act. */
 struct rt_moe_ffn_args {
     struct rt_act x; const int32_t *perm; const float *weight; const int32_t *offset; /* offset: [host] [n_experts + 1] */
@@ -127,7 +133,9 @@ struct rt_moe_ffn_args {
 
 /* Head of a scored window: z = x w^T over the ids [0, n_ids) in tiles, never [n, V] for the window. Each output [n]:
  * topk_ids uint32 [n,k], topk_logits float [n,k] (descending logit, then ascending id), lse float [n, n_lse] = log sum exp(z * inv_temp[i]),
- * next_logprob float = z[next] - log sum exp(z), next_rank uint32 = #{v: z_v > z_next or (z_v == z_next and v < next)}. */
+ * next_logprob float = z[next] - log sum exp(z), next_rank uint32 = #{v: z_v > z_next or (z_v == z_next and v < next)}. z is rounded to
+ * float32 before anything is made of it. Each of the top-k pair, next_logprob and next_rank may be NULL; next NULL: neither of the two.
+ * next[i] outside [0, n_ids): -inf and n_ids. */
 struct rt_head_topk_args {
     const void *x; const struct rt_weight *w; const int32_t *next; int64_t n, H, n_ids; int k, n_lse; const float *inv_temp; /* [host] */
     uint32_t *topk_ids; float *topk_logits, *lse, *next_logprob; uint32_t *next_rank;
@@ -143,7 +151,7 @@ struct rt_head_matmul_args {
 
 /* Caches of generation: token i belongs to slot[i] at position pos[i]; row (slot, pos) of a cache is at (slot*capacity + pos)*width. */
 struct rt_cache_put_args { const void *x; int64_t ldx; void *cache; const int32_t *slot, *pos; int64_t n, capacity, width; };
-/* cache rows [0, n) of slot dst = those of slot src */
+/* cache rows [0, n) of slot dst = those of slot src (equal slots: nothing) */
 struct rt_cache_copy_args { void *cache; int64_t capacity, width, n; int32_t src, dst; };
 
 /* Absorbed MLA attention: query token i sees cache rows 0 .. pos[i] of its slot; a row is [latent R | k_pe dr].
@@ -159,7 +167,7 @@ struct rt_attn_cached_args {
 };
 
 /* ---- student, forward and backward ---- */
-/* y[t,h,:] = rope(norm(x[t,h,:]; w)), norm over d with eps; w NULL: no norm. rstd [n, heads] float = or NULL. May be in place (y == x) only
+/* y[t,h,:] = rope(norm(x[t,h,:]; w)), norm over d with eps; w NULL: no norm. rstd [n, heads] float = or NULL (unspecified without w). May be in place (y == x) only
  * where w is NULL. Half-split rope. */
 struct rt_headnorm_rope_fwd_args {
     const void *x; int64_t ldx; const struct rt_weight *w; void *y; int64_t ldy; float *rstd;
@@ -170,7 +178,8 @@ struct rt_headnorm_rope_bwd_args {
     const void *dy, *x; int64_t lddy, ldx; const struct rt_weight *w; const float *rstd; void *dx; int64_t lddx; void *dw;
     const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps;
 };
-/* dx += (or = without accumulate) gradient of norm_fwd at s, dw += . x is s, the normalised sum. */
+/* dx += (or = without accumulate) gradient of norm_fwd at s, dw += (NULL where w is). x is s, the normalised sum. rstd is what
+ * norm_fwd wrote, as in every backward. All dense. */
 struct rt_norm_bwd_args {
     const void *dy, *x; const struct rt_weight *w; const float *rstd; void *dx, *dw; int64_t n, cols; float eps; bool accumulate;
 };
@@ -184,7 +193,7 @@ struct rt_attn_bwd_args {
     const void *q, *k, *v; int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head;
     const void *o, *dout; const float *lse; void *dq, *dk, *dv; float *delta;
 };
-/* dgate, dup = ; with row distance ld. h = recomputed silu(gate)*up, or NULL. */
+/* dgate, dup = ; with row distance ld; dh dense. h = recomputed silu(gate)*up, or NULL. */
 struct rt_swiglu_bwd_args { const void *gate, *up, *dh; int64_t ld; void *dgate, *dup, *h; int64_t n, I; };
 /* dtable[ids[i],:] += dy[i,:], rows in ascending i. */
 struct rt_embed_bwd_args { const int32_t *ids; const void *dy; void *dtable; int64_t n, cols, rows; };
@@ -199,7 +208,9 @@ struct rt_scatter_args { const void *y; const int32_t *index; void *x; int64_t n
  *        with RT_TAIL_RENORM both sides are renormalised over K.
  *   L = sum_i w_ce ce_i + w_kl kl_i        (w_* hold 1/number of targets already)
  *   dx = dL/dx (NULL: forward only), dw += dL/dw (NULL: none).
- * Rows whose label is < 0 take no CE; rows with kl_mask 0 take no KL. P_R < 1e-7 drops the bucket. (Formulas: distillation at
+ * Rows whose label is < 0 take no CE; rows with kl_mask 0 take no KL; what a row does not take is 0 (dx too where it takes neither).
+ * Ids of a row are distinct; an entry whose id is < 0 is empty and counts nowhere, nor does a logp of -inf; renorm over no mass is
+ * no KL. P_R = 1 - sum_K p; P_R < 1e-7 drops the bucket: its term, and P_R from the gradient (as does a K that holds all V ids). (Formulas: distillation at
  * temperature, Hinton et al. 2015, section 2; gradients i in K: T (q_i - p_i); else T q_i (1 - P_R/Q_R).) */
 enum rt_tail { RT_TAIL_BUCKET, RT_TAIL_RENORM };
 struct rt_head_loss_args {
@@ -208,13 +219,13 @@ struct rt_head_loss_args {
     int k; const int32_t *top_ids; const float *top_logp; /* [n,k] ascending id not required; log p at T (not renormalised) */
     const uint8_t *kl_mask;                       /* [n] or NULL: none takes KL */
     enum rt_tail tail; double w_ce, w_kl, T;
-    /* per row, double, each may be NULL: losses without w (kl with T^2), teacher and student mass on K at T, and whether argmax z equals
-     * the label (bit 0) and the teacher's top id top_ids[i,0] (bit 1) */
+    /* per row, double, each may be NULL: losses without w (kl with T^2), teacher and student mass on K at T, and whether argmax z (ties to
+     * the smaller id) equals the label (bit 0) and the teacher's top id top_ids[i,0] (bit 1, rows that take KL) */
     double *ce, *kl, *teacher_mass, *student_mass; uint8_t *hit;
 };
 
 /* Feature loss, per row i with weight w: mse: w * mean_d (a-b)^2; cosine: w * (1 - a.b/(|a||b|)). da = gradient at a (NULL: none),
- * loss [n] double = without w. a [n, cols] act, b [n, cols] float. */
+ * loss [n] double = without w, or NULL. a [n, cols] act, b [n, cols] float. cosine of a zero vector: loss 1, no gradient. */
 struct rt_feature_loss_args { const void *a; const float *b; void *da; double *loss; double w; int64_t n, cols; bool cosine; };
 
 /* *out [host] = sum of squares in float64, fixed order. Waits. */

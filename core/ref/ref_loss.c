@@ -16,6 +16,7 @@ struct tile {
     real *w_row;   /* [H] */
     double *z;     /* [TILE, V] logits, then dL/dz */
     double *dx;    /* [TILE, H] */
+    double *dw;    /* [H] one row's share of this tile */
     uint8_t *in_k; /* [V] */
 };
 
@@ -158,15 +159,17 @@ static void tile_backward(const struct rt_head_loss_args *a, const struct tile *
     for (int64_t v = 0; v < a->V; v++) {
         const real *w_row = REF(weight_row)(a->w, v, w->w_row);
         real *dw = a->dw != NULL ? (real *)a->dw + v * a->H : NULL;
-        for (int64_t j = 0; j < a->H; j++) {
-            double sum = 0;
-            for (int64_t t = 0; t < rows; t++) {
-                w->dx[t * a->H + j] += w->z[t * a->V + v] * w_row[j];
-                sum += w->z[t * a->V + v] * ((const real *)a->x)[(t0 + t) * a->H + j];
+        memset(w->dw, 0, (size_t)a->H * sizeof *w->dw);
+        for (int64_t t = 0; t < rows; t++) {
+            const double dz = w->z[t * a->V + v];
+            const real *x = (const real *)a->x + (t0 + t) * a->H;
+            for (int64_t j = 0; j < a->H; j++) {
+                w->dx[t * a->H + j] += dz * w_row[j];
+                w->dw[j] += dz * x[j];
             }
-            if (dw != NULL)
-                dw[j] = (real)(dw[j] + sum);
         }
+        for (int64_t j = 0; j < a->H && dw != NULL; j++)
+            dw[j] = (real)(dw[j] + w->dw[j]);
     }
     for (int64_t i = 0; i < rows * a->H && a->dx != NULL; i++)
         ((real *)a->dx)[t0 * a->H + i] = (real)w->dx[i];
@@ -181,6 +184,7 @@ REF_OP(head_loss)
     RT_TRY(rt_alloc((size_t)a->H, sizeof(real), "a row of weights", &w.w_row, err));
     RT_TRY(rt_alloc((size_t)a->V * TILE, sizeof *w.z, "a tile of logits", &w.z, err));
     RT_TRY(rt_alloc((size_t)a->H * TILE, sizeof *w.dx, "a tile of gradients", &w.dx, err));
+    RT_TRY(rt_alloc((size_t)a->H, sizeof *w.dw, "a row of gradients", &w.dw, err));
     RT_TRY(rt_alloc((size_t)a->V, 1, "a mask of ids", &w.in_k, err));
     for (int64_t t0 = 0; t0 < a->n; t0 += TILE) {
         const int64_t rows = a->n - t0 < TILE ? a->n - t0 : TILE;
@@ -198,6 +202,7 @@ out:
     rt_free(w.w_row);
     rt_free(w.z);
     rt_free(w.dx);
+    rt_free(w.dw);
     rt_free(w.in_k);
     return st;
 }
