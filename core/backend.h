@@ -65,7 +65,7 @@ struct rt_dev_options {
 struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; void *out; int64_t n, cols; };
 
 /* s = x (+ add); y = s * rstd * w, rstd = 1/sqrt(mean(s^2) + eps). Outputs, each may be NULL: sum = s (may alias x or add),
- * y =, yq = the e4m3 form of y, rstd [n] float. w NULL: all ones. add and sum are dense (so ldx is dense where sum is x). */
+ * y = (may be x with ldy == ldx), yq = the e4m3 form of y, rstd [n] float. w NULL: all ones. add and sum are dense (so ldx is dense where sum is x). */
 struct rt_norm_fwd_args {
     const void *x, *add; const struct rt_weight *w; void *sum, *y; struct rt_act yq; float *rstd;
     int64_t n, cols, ldx, ldy; float eps;

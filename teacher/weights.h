@@ -69,6 +69,9 @@ uint64_t rt_weights_bytes_read(const struct rt_weights *w);
 /* Seconds that next() waited for the reader. */
 double rt_weights_waited(const struct rt_weights *w);
 
+/* Bytes of parts that may be held at once, beyond one, without a pass coming to a stop. */
+uint64_t rt_weights_group_limit(const struct rt_weights *w);
+
 /* Starts a pass over n parts (copied). One pass at a time. */
 enum rt_status rt_weights_begin(struct rt_weights *w, const struct rt_part_id *parts, int64_t n, struct rt_err *err);
 /* The next part of the pass; valid until it is released. Parts are released in the order in which they came. */

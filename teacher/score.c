@@ -1,0 +1,267 @@
+#include "teacher/score.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/dtype.h"
+#include "teacher/features.h"
+
+enum { HEAD_ROWS = 1024 };
+
+/* What the window's rows become before they are put. Host arrays over all stored rows, in input order. */
+struct outputs {
+    int64_t n_rows;
+    int32_t *row_token;  /* flat token of each row, within the window */
+    uint32_t *position;
+    uint32_t *topk_ids, *next_id, *next_rank;
+    float *topk_logits, *lse, *next_logprob;
+};
+
+struct device_rows {
+    int32_t *index, *next;
+    uint32_t *topk_ids, *next_rank;
+    float *topk_logits, *lse, *next_logprob;
+    void *x, *block;
+};
+
+int64_t rt_score_token_bytes(const struct rt_score_options *o)
+{
+    int64_t b = 8 * o->top_k + 4 * o->n_lse + 20;
+    for (int i = 0; i < o->n_features; i++)
+        b += o->feature[i].dim * (int64_t)rt_dtype_size(o->feature[i].dtype) + 4;
+    return b;
+}
+
+static void free_outputs(struct outputs *r)
+{
+    rt_free(r->row_token);
+    rt_free(r->position);
+    rt_free(r->topk_ids);
+    rt_free(r->next_id);
+    rt_free(r->next_rank);
+    rt_free(r->topk_logits);
+    rt_free(r->lse);
+    rt_free(r->next_logprob);
+}
+
+static enum rt_status make_outputs(const struct rt_score_options *o, const struct rt_rows *seqs, int64_t n_seqs, struct outputs *r,
+                                   struct rt_err *err)
+{
+    enum rt_status st;
+    int64_t n = 0;
+    for (int64_t s = 0; s < n_seqs; s++)
+        for (int64_t i = 0; i + 1 < seqs[s].n_tokens; i++)
+            n += !o->completion_only || seqs[s].loss_mask[i + 1];
+    r->n_rows = n;
+    const size_t N = (size_t)n, k = (size_t)o->top_k;
+    RT_TRY(rt_alloc(N, sizeof(int32_t), "rows", &r->row_token, err));
+    RT_TRY(rt_alloc(N, sizeof(uint32_t), "rows", &r->position, err));
+    RT_TRY(rt_alloc(N * k, sizeof(uint32_t), "top-k ids", &r->topk_ids, err));
+    RT_TRY(rt_alloc(N, sizeof(uint32_t), "rows", &r->next_id, err));
+    RT_TRY(rt_alloc(N, sizeof(uint32_t), "rows", &r->next_rank, err));
+    RT_TRY(rt_alloc(N * k, sizeof(float), "top-k logits", &r->topk_logits, err));
+    RT_TRY(rt_alloc(N * (size_t)o->n_lse, sizeof(float), "log-sum-exps", &r->lse, err));
+    RT_TRY(rt_alloc(N, sizeof(float), "rows", &r->next_logprob, err));
+    int64_t at = 0, base = 0;
+    for (int64_t s = 0; s < n_seqs; base += seqs[s++].n_tokens)
+        for (int64_t i = 0; i + 1 < seqs[s].n_tokens; i++)
+            if (!o->completion_only || seqs[s].loss_mask[i + 1]) {
+                r->row_token[at] = (int32_t)(base + i);
+                r->position[at] = (uint32_t)i;
+                r->next_id[at++] = seqs[s].ids[i + 1];
+            }
+out:
+    return st;
+}
+
+static enum rt_status make_device_rows(struct rt_teacher *t, const struct rt_score_options *o, struct device_rows *v, struct rt_err *err)
+{
+    const struct rt_device *d = t->o.device;
+    const size_t R = HEAD_ROWS, k = (size_t)o->top_k, L = (size_t)o->n_lse, H = (size_t)t->c.hidden * rt_device_act_size(d);
+    const size_t size = rt_arena_round(R * H) + 2 * rt_arena_round(R * k * 4) + rt_arena_round(R * L * 4) + 4 * rt_arena_round(R * 4);
+    struct rt_arena a;
+    enum rt_status st;
+    RT_TRY(d->be->alloc(d->dev, size, &v->block, err));
+    rt_arena_init(&a, v->block, size, "head rows");
+    RT_TRY(rt_arena_alloc(&a, R * H, &v->x, err));
+    RT_TRY(rt_arena_alloc(&a, R * k * 4, &v->topk_ids, err));
+    RT_TRY(rt_arena_alloc(&a, R * k * 4, &v->topk_logits, err));
+    RT_TRY(rt_arena_alloc(&a, R * L * 4, &v->lse, err));
+    RT_TRY(rt_arena_alloc(&a, R * 4, &v->index, err));
+    RT_TRY(rt_arena_alloc(&a, R * 4, &v->next, err));
+    RT_TRY(rt_arena_alloc(&a, R * 4, &v->next_logprob, err));
+    RT_TRY(rt_arena_alloc(&a, R * 4, &v->next_rank, err));
+out:
+    return st;
+}
+
+/* Rows of the head, HEAD_ROWS at a time; final [window, H] are the normalised states. */
+static enum rt_status head(struct rt_teacher *t, const struct rt_score_options *o, const struct rt_part *p, const void *final,
+                           struct outputs *r, struct rt_err *err)
+{
+    const struct rt_device *d = t->o.device;
+    struct device_rows v = {0};
+    float inv[RT_MAX_LSE];
+    enum rt_status st;
+    for (int i = 0; i < o->n_lse; i++)
+        inv[i] = (float)(1.0 / o->lse_temperature[i]);
+    RT_TRY(make_device_rows(t, o, &v, err));
+    for (int64_t i = 0; i < r->n_rows; i += HEAD_ROWS) {
+        const int64_t n = r->n_rows - i < HEAD_ROWS ? r->n_rows - i : HEAD_ROWS;
+        const size_t N = (size_t)n, k = (size_t)o->top_k, L = (size_t)o->n_lse;
+        RT_TRY(rt_device_upload(d, v.index, r->row_token + i, N * 4, err));
+        RT_TRY(rt_device_upload(d, v.next, r->next_id + i, N * 4, err));
+        RT_TRY(RT_OP(d, gather, err, .x = final, .index = v.index, .out = v.x, .n = n, .cols = t->c.hidden));
+        RT_TRY(RT_OP(d, head_topk, err, .x = v.x, .w = p->w[RT_W_HEAD], .next = v.next, .n = n, .H = t->c.hidden, .n_ids = o->n_ids,
+                     .k = o->top_k, .n_lse = o->n_lse, .inv_temp = inv, .topk_ids = v.topk_ids, .topk_logits = v.topk_logits,
+                     .lse = v.lse, .next_logprob = v.next_logprob, .next_rank = v.next_rank));
+        RT_TRY(d->be->download(d->dev, d->q, r->topk_ids + (size_t)i * k, v.topk_ids, N * k * 4, err));
+        RT_TRY(d->be->download(d->dev, d->q, r->topk_logits + (size_t)i * k, v.topk_logits, N * k * 4, err));
+        RT_TRY(d->be->download(d->dev, d->q, r->lse + (size_t)i * L, v.lse, N * L * 4, err));
+        RT_TRY(d->be->download(d->dev, d->q, r->next_logprob + i, v.next_logprob, N * 4, err));
+        RT_TRY(rt_device_download(d, r->next_rank + i, v.next_rank, N * 4, err));
+    }
+out:
+    if (v.block != NULL)
+        d->be->free(d->dev, v.block);
+    return st;
+}
+
+static enum rt_status put_rows(const struct rt_score_options *o, const struct outputs *r, const struct rt_features *f, struct rt_rows *seqs,
+                               int64_t n_seqs, int64_t skip, struct rt_row_sink *sink, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    int64_t at = 0, base = 0;
+    for (int64_t s = 0; s < n_seqs; base += seqs[s++].n_tokens) {
+        struct rt_rows *q = &seqs[s];
+        int64_t n = 0;
+        while (at + n < r->n_rows && r->row_token[at + n] < base + q->n_tokens)
+            n++;
+        q->n_rows = n;
+        q->k = o->top_k;
+        q->n_lse = o->n_lse;
+        q->position = r->position + at;
+        q->topk_ids = r->topk_ids + at * o->top_k;
+        q->topk_logits = r->topk_logits + at * o->top_k;
+        q->lse = r->lse + at * o->n_lse;
+        q->next_id = r->next_id + at;
+        q->next_logprob = r->next_logprob + at;
+        q->next_rank = r->next_rank + at;
+        rt_features_attach(f, base, q);
+        if (s >= skip && sink != NULL)
+            RT_TRY(sink->put(sink->self, q, err));
+        at += n;
+    }
+out:
+    return st;
+}
+
+/* States after `layer` layers: finite, offered to the tap, stored where they are features. */
+static enum rt_status visit(struct rt_teacher *t, const struct rt_score_options *o, int layer, const void *x, int64_t n,
+                            struct rt_features *f, struct rt_err *err)
+{
+    double sum;
+    enum rt_status st;
+    RT_TRY(RT_OP(t->o.device, sumsq, err, .x = x, .n = n * t->c.hidden, .out = &sum));
+    if (!isfinite(sum)) {
+        if (layer == 0)
+            RT_FAIL(err, NUMERIC, "%s: an embedding is not finite", t->o.dir);
+        RT_FAIL(err, NUMERIC, "%s: hidden states are not finite after layer %d: a damaged tensor in that layer, or overflow", t->o.dir,
+                layer == RT_LAYER_FINAL ? t->c.layers : layer - 1);
+    }
+    if (o->tap != NULL)
+        o->tap(o->tap_self, layer, x, n);
+    RT_TRY(rt_features_take(f, layer, x, n, err));
+out:
+    return st;
+}
+
+static enum rt_status upload_positions(struct rt_teacher *t, const struct rt_rows *seqs, int64_t n_seqs, int32_t *cu, int64_t *n,
+                                       struct rt_err *err)
+{
+    enum rt_status st;
+    int32_t *pos = NULL;
+    int64_t total = 0;
+    for (int64_t s = 0; s < n_seqs; s++) {
+        if (seqs[s].n_tokens < 1 || seqs[s].n_tokens > t->o.max_length)
+            RT_FAIL(err, USAGE, "a sequence of %ld tokens; the teacher was opened for 1 to %ld", (long)seqs[s].n_tokens, (long)t->o.max_length);
+        total += seqs[s].n_tokens;
+    }
+    RT_ASSERT(total <= t->plan.window);
+    RT_TRY(rt_alloc((size_t)total, sizeof *pos, "positions", &pos, err));
+    cu[0] = 0;
+    for (int64_t s = 0, at = 0; s < n_seqs; s++) {
+        for (int64_t i = 0; i < seqs[s].n_tokens; i++)
+            pos[at++] = (int32_t)i;
+        cu[s + 1] = (int32_t)at;
+    }
+    RT_TRY(rt_device_upload(t->o.device, t->position, pos, (size_t)total * sizeof *pos, err));
+    RT_TRY(rt_device_sync(t->o.device, err));
+    *n = total;
+out:
+    rt_free(pos);
+    return st;
+}
+
+static enum rt_status embed_window(struct rt_teacher *t, const struct rt_rows *seqs, int64_t n_seqs, struct rt_err *err)
+{
+    const size_t row = (size_t)t->c.hidden * rt_device_act_size(t->o.device);
+    enum rt_status st = RT_OK;
+    for (int64_t s = 0, at = 0; s < n_seqs; at += seqs[s++].n_tokens)
+        RT_TRY(rt_teacher_embed(t, -1, seqs[s].ids, seqs[s].n_tokens, (char *)t->hidden + (size_t)at * row, err));
+out:
+    return st;
+}
+
+/* All layers over the window; leaves the normalised states in *final. */
+static enum rt_status run_layers(struct rt_teacher *t, const struct rt_score_options *o, const struct rt_layer_batch *b,
+                                 struct rt_features *f, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(visit(t, o, 0, t->hidden, b->n, f, err));
+    for (int l = 0; l < t->c.layers; l++) {
+        if (o->stop != NULL && o->stop(o->stop_self))
+            RT_FAIL(err, INTERRUPTED, "interrupted before layer %d of %d; finished windows are kept", l, t->c.layers);
+        RT_TRY(rt_layer_forward(&t->ctx, l, b, t->hidden, err));
+        RT_TRY(visit(t, o, l + 1, t->hidden, b->n, f, err));
+        if (o->progress != NULL)
+            o->progress(o->progress_self, l + 1, t->c.layers);
+    }
+out:
+    return st;
+}
+
+enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
+                                struct rt_row_sink *sink, struct rt_err *err)
+{
+    struct outputs r = {0};
+    struct rt_features f = {0};
+    struct rt_layer_batch b = {.position = t->position, .n_seq = n_seqs};
+    int32_t *cu = NULL;
+    const struct rt_part *p;
+    enum rt_status st;
+    RT_TRY(rt_alloc((size_t)n_seqs + 1, sizeof *cu, "sequence ends", &cu, err));
+    RT_TRY(upload_positions(t, seqs, n_seqs, cu, &b.n, err));
+    b.cu_seqlens = cu;
+    RT_TRY(make_outputs(o, seqs, n_seqs, &r, err));
+    RT_TRY(rt_features_init(&f, t, o, b.n, err));
+    RT_TRY(embed_window(t, seqs, n_seqs, err));
+    t->ctx.load = o->load;
+    RT_TRY(rt_weights_begin(t->w, t->pass, t->n_pass, err));
+    RT_TRY(run_layers(t, o, &b, &f, err));
+    RT_TRY(rt_weights_next(t->w, &p, err));
+    RT_TRY(RT_OP(t->o.device, norm_fwd, err, .x = t->hidden, .w = p->w[RT_W_NORM], .y = t->ctx.fx, .n = b.n, .cols = t->c.hidden,
+                 .eps = (float)t->c.eps));
+    RT_TRY(visit(t, o, RT_LAYER_FINAL, t->ctx.fx, b.n, &f, err));
+    if (o->top_k > 0)
+        RT_TRY(head(t, o, p, t->ctx.fx, &r, err));
+    rt_weights_release(t->w, p);
+    rt_weights_end(t->w);
+    RT_TRY(put_rows(o, &r, &f, seqs, n_seqs, skip, sink, err));
+out:
+    rt_weights_end(t->w);
+    rt_features_free(&f);
+    free_outputs(&r);
+    rt_free(cu);
+    return st;
+}

@@ -1,0 +1,73 @@
+/* The teacher: a checkpoint directory opened for scoring (whole sequences, layer-major) or for generation (batched steps).
+ *
+ * Memory: options.memory bounds everything that a teacher takes on the host; on backends whose device is the host (ref, cpu) this
+ * includes activations. rt_teacher_open plans it and refuses what cannot fit, with the numbers.
+ */
+#ifndef RT_TEACHER_TEACHER_H
+#define RT_TEACHER_TEACHER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/backend.h"
+#include "core/log.h"
+#include "core/mem.h"
+#include "core/status.h"
+#include "teacher/config.h"
+#include "teacher/layer.h"
+#include "teacher/weights.h"
+
+struct rt_teacher_options {
+    const char *dir;
+    const struct rt_device *device;
+    bool w8a8;             /* else w8a16 */
+    int64_t memory;        /* bytes */
+    int64_t max_length;    /* longest sequence, in tokens; at most the model's maximum */
+    int64_t window;        /* scoring: tokens of a window; 0: planned from memory and data_tokens */
+    int64_t data_tokens;   /* scoring: how many there are, 0: unknown */
+    int64_t token_bytes;   /* scoring: further host bytes a token of the window that the caller's outputs take */
+    int64_t slots;         /* generation: sequences at a time; 0: a teacher for scoring */
+    int64_t batch_tokens;  /* generation: most tokens of one step */
+    bool mtp;
+};
+
+struct rt_teacher_plan {
+    int64_t window, chunk;         /* tokens */
+    uint64_t window_bytes, cache_bytes, weight_budget, model_bytes, largest_part;
+    bool resident;                 /* all weights stay in memory after the first pass */
+};
+
+/* Read by the files of teacher/; others use the functions. */
+struct rt_teacher {
+    struct rt_teacher_options o;
+    struct rt_teacher_config c;
+    struct rt_teacher_plan plan;
+    struct rt_weights *w;
+    struct rt_layer_ctx ctx;
+    void *block;                   /* one device block: rope tables, layer buffers, states */
+    struct rt_arena arena;
+    void *hidden, *cache;          /* [window, H]; generation: [layers][slots][capacity][kv_lora + dr] */
+    int32_t *position, *slot;      /* device [window] */
+    struct rt_part_id *pass;       /* [host] the parts of one pass over all layers and the head */
+    int64_t n_pass;
+};
+
+/* Errors of the configuration, the checkpoint (names tensor), of memory (with the numbers). *out is freed with rt_teacher_close. */
+enum rt_status rt_teacher_open(const struct rt_teacher_options *o, struct rt_teacher **out, struct rt_err *err);
+void rt_teacher_close(struct rt_teacher *t); /* NULL is fine */
+/* What open would plan, without reading weights. */
+enum rt_status rt_teacher_plan_memory(const struct rt_teacher_options *o, struct rt_teacher_plan *out, struct rt_err *err);
+
+const struct rt_teacher_config *rt_teacher_config(const struct rt_teacher *t);
+const struct rt_teacher_plan *rt_teacher_plan(const struct rt_teacher *t);
+/* 64 hexadecimal digits: identity of the checkpoint. */
+const char *rt_teacher_sha256(const struct rt_teacher *t);
+
+/* Copies embeddings of ids [n] to device rows x [n, H] act. layer -1: the model's, else MTP layer `layer`'s. */
+enum rt_status rt_teacher_embed(struct rt_teacher *t, int layer, const uint32_t *ids, int64_t n, void *x, struct rt_err *err);
+
+/* Which operations scoring and generation need, for rt_backend_select. */
+const enum rt_op *rt_teacher_score_ops(int *n);
+const enum rt_op *rt_teacher_decode_ops(int *n);
+
+#endif
