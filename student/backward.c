@@ -1,0 +1,131 @@
+#include <math.h>
+
+#include "student/internal.h"
+
+static void *grad_at(const struct rt_student *s, int64_t offset)
+{
+    return offset < 0 ? NULL : rt_student_at(s, s->grads, offset);
+}
+
+/* dx += each extra gradient at hidden state l. */
+static enum rt_status add_extra(struct rt_student *s, int l, const struct rt_student_extra *extra, int n_extra, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    for (int i = 0; i < n_extra; i++)
+        if (extra[i].layer == l)
+            RT_TRY(RT_OP(s->d, axpy, err, .x = extra[i].grad, .y = s->a.dx, .n = s->a.batch.n * s->c->hidden, .a = 1));
+out:
+    return st;
+}
+
+/* dx (gradient at the layer's output, and at mid through the residual) += the path through the MLP. */
+static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_param_layer *p = &s->p->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    const struct rt_student_saved *v = &a->saved[i];
+    const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
+    const float eps = (float)s->c->eps;
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->dx, .w = l->down, .dx = a->d_h, .n = n, .K = I, .N = H));
+    RT_TRY(RT_OP(s->d, swiglu_bwd, err, .gate = v->gate_up, .up = rt_student_at(s, v->gate_up, I), .dh = a->d_h, .ld = 2 * I,
+                 .dgate = a->d_gate_up, .dup = rt_student_at(s, a->d_gate_up, I), .h = a->h, .n = n, .I = I));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = a->h, .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
+                 .N = H));
+    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_gate_up, .x = a->normed, .dw = grad_at(s, p->gate_up),
+                 .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I));
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
+    RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = v->mid, .w = l->norm2, .rstd = v->rstd2, .dx = a->dx,
+                 .dw = grad_at(s, p->norm2), .n = n, .cols = H, .eps = eps, .accumulate = true));
+out:
+    return st;
+}
+
+/* d_qkv = gradient at the projection's output from d_o. */
+static enum rt_status qkv_backward(struct rt_student *s, int i, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_config *c = s->c;
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_param_layer *p = &s->p->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    const struct rt_student_saved *v = &a->saved[i];
+    const int64_t n = a->batch.n, q = rt_student_q_dim(c), kv = rt_student_kv_dim(c), ld = q + 2 * kv, hd = c->head_dim;
+    const bool apart = v->qk != NULL;
+    const int64_t ld_qk = apart ? q + kv : ld;
+    const void *qk = apart ? v->qk : v->qkv;
+    void *d_qk = apart ? a->d_qk : a->d_qkv;
+    const float eps = (float)c->eps;
+    RT_TRY(RT_OP(s->d, attn_bwd, err,
+                 .s = {.cu_seqlens = a->batch.cu_seqlens, .n = n, .n_seq = a->batch.n_seq, .nh = c->heads, .nkv = c->kv_heads,
+                       .dqk = c->head_dim, .dv = c->head_dim, .scale = (float)(1 / sqrt(c->head_dim))},
+                 .q = qk, .q_ld = ld_qk, .q_head = hd, .k = rt_student_at(s, qk, q), .k_ld = ld_qk, .k_head = hd,
+                 .v = rt_student_at(s, v->qkv, q + kv), .v_ld = ld, .v_head = hd, .o = v->o, .dout = a->d_o, .lse = v->lse, .dq = d_qk,
+                 .dk = rt_student_at(s, d_qk, q), .dv = rt_student_at(s, a->d_qkv, q + kv), .delta = a->delta));
+    RT_TRY(RT_OP(s->d, headnorm_rope_bwd, err, .dy = d_qk, .lddy = ld_qk, .x = v->qkv, .ldx = ld, .w = l->q_norm, .rstd = v->rstd_q,
+                 .dx = a->d_qkv, .lddx = ld, .dw = grad_at(s, p->q_norm), .cos = s->cos, .sin = s->sin, .position = a->pos, .n = n,
+                 .heads = c->heads, .d = c->head_dim, .eps = eps));
+    RT_TRY(RT_OP(s->d, headnorm_rope_bwd, err, .dy = rt_student_at(s, d_qk, q), .lddy = ld_qk, .x = rt_student_at(s, v->qkv, q),
+                 .ldx = ld, .w = l->k_norm, .rstd = v->rstd_k, .dx = rt_student_at(s, a->d_qkv, q), .lddx = ld,
+                 .dw = grad_at(s, p->k_norm), .cos = s->cos, .sin = s->sin, .position = a->pos, .n = n, .heads = c->kv_heads,
+                 .d = c->head_dim, .eps = eps));
+out:
+    return st;
+}
+
+/* dx (gradient at mid, and at the layer's input through the residual) += the path through attention. */
+static enum rt_status attention_backward(struct rt_student *s, int i, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_config *c = s->c;
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_param_layer *p = &s->p->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    const struct rt_student_saved *v = &a->saved[i];
+    const int64_t n = a->batch.n, H = c->hidden, q = rt_student_q_dim(c), qkv = rt_student_qkv_dim(c);
+    const float eps = (float)c->eps;
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->dx, .w = l->o, .dx = a->d_o, .n = n, .K = q, .N = H));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = v->o, .dw = grad_at(s, p->o), .db = grad_at(s, p->o_bias), .n = n, .K = q,
+                 .N = H));
+    RT_TRY(qkv_backward(s, i, err));
+    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .n = n, .cols = H, .eps = eps));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = a->normed, .dw = grad_at(s, p->qkv), .db = grad_at(s, p->qkv_bias), .n = n,
+                 .K = H, .N = qkv));
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_qkv, .w = l->qkv, .dx = a->branch, .n = n, .K = H, .N = qkv));
+    RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = a->hidden[i], .w = l->norm1, .rstd = v->rstd1, .dx = a->dx,
+                 .dw = grad_at(s, p->norm1), .n = n, .cols = H, .eps = eps, .accumulate = true));
+out:
+    return st;
+}
+
+enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
+                                   struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_student_acts *a = &s->a;
+    const int64_t n = a->batch.n, H = s->c->hidden;
+    const int last = s->c->layers;
+    if (!a->done || s->grads == NULL)
+        RT_FAIL(err, USAGE, "backward without %s", s->grads == NULL ? "a block of gradients" : "a forward that kept its states");
+    for (int i = 0; i < n_extra; i++)
+        if (extra[i].layer < 0 || extra[i].layer > last)
+            RT_FAIL(err, USAGE, "a gradient at hidden state %d, expected 0 to %d", extra[i].layer, last);
+    a->done = false;
+    if (d_final == NULL)
+        RT_TRY(rt_device_zero(s->d, a->dx, (size_t)(n * H) * rt_device_act_size(s->d), err));
+    else
+        RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = d_final, .x = a->hidden[last], .w = s->final_norm, .rstd = a->rstd_final, .dx = a->dx,
+                     .dw = grad_at(s, s->p->final_norm), .n = n, .cols = H, .eps = (float)s->c->eps));
+    for (int i = last - 1; i >= 0; i--) {
+        RT_TRY(add_extra(s, i + 1, extra, n_extra, err));
+        RT_TRY(mlp_backward(s, i, err));
+        RT_TRY(attention_backward(s, i, err));
+    }
+    RT_TRY(add_extra(s, 0, extra, n_extra, err));
+    RT_TRY(RT_OP(s->d, embed_bwd, err, .ids = a->ids, .dy = a->dx, .dtable = grad_at(s, s->p->embed), .n = n, .cols = H,
+                 .rows = s->c->vocab_size));
+out:
+    return st;
+}

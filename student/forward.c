@@ -1,0 +1,220 @@
+#include <math.h>
+#include <string.h>
+
+#include "student/internal.h"
+
+/* ---- memory of one batch: the same walk counts the bytes and cuts the arena ---- */
+
+struct cut {
+    struct rt_arena *arena; /* NULL: count only */
+    size_t bytes, act;
+    enum rt_status st;
+    struct rt_err *err;
+};
+
+static void take(struct cut *k, size_t elements, size_t size, void *out_ptr_to_ptr)
+{
+    const size_t bytes = rt_arena_round(elements * size);
+    k->bytes += bytes;
+    if (k->arena != NULL && k->st == RT_OK)
+        k->st = rt_arena_alloc(k->arena, bytes, out_ptr_to_ptr, k->err);
+}
+
+static void take_layer(struct cut *k, const struct rt_student_config *c, size_t n, struct rt_student_saved *s)
+{
+    const size_t H = (size_t)c->hidden, q = (size_t)rt_student_q_dim(c), kv = (size_t)rt_student_kv_dim(c);
+    take(k, n * (q + 2 * kv), k->act, &s->qkv);
+    s->qk = NULL;
+    s->rstd_q = s->rstd_k = NULL;
+    if (c->qk_norm) {
+        take(k, n * (q + kv), k->act, &s->qk);
+        take(k, n * (size_t)c->heads, sizeof(float), &s->rstd_q);
+        take(k, n * (size_t)c->kv_heads, sizeof(float), &s->rstd_k);
+    }
+    take(k, n * q, k->act, &s->o);
+    take(k, n * H, k->act, &s->mid);
+    take(k, n * 2 * (size_t)c->intermediate, k->act, &s->gate_up);
+    take(k, n * (size_t)c->heads, sizeof(float), &s->lse);
+    take(k, n, sizeof(float), &s->rstd1);
+    take(k, n, sizeof(float), &s->rstd2);
+}
+
+static void take_all(struct cut *k, const struct rt_student_config *c, size_t n, enum rt_student_keep keep, struct rt_student_acts *a,
+                     void **hidden, struct rt_student_saved *saved)
+{
+    const size_t H = (size_t)c->hidden, I = (size_t)c->intermediate, q = (size_t)rt_student_q_dim(c), kv = (size_t)rt_student_kv_dim(c);
+    take(k, n, sizeof(int32_t), &a->ids);
+    take(k, n, sizeof(int32_t), &a->pos);
+    for (int l = 0; l <= c->layers; l++) {
+        if (l == 0 || keep != RT_KEEP_FINAL)
+            take(k, n * H, k->act, &hidden[k->arena == NULL ? 0 : l]);
+        else if (k->arena != NULL)
+            hidden[l] = hidden[0];
+    }
+    for (int l = 0; l < c->layers; l++) {
+        if (l == 0 || keep == RT_KEEP_ALL)
+            take_layer(k, c, n, &saved[k->arena == NULL ? 0 : l]);
+        else if (k->arena != NULL)
+            saved[l] = saved[0];
+    }
+    take(k, n * H, k->act, &a->final);
+    take(k, n, sizeof(float), &a->rstd_final);
+    take(k, n * H, k->act, &a->normed);
+    take(k, n * H, k->act, &a->branch);
+    take(k, n * I, k->act, &a->h);
+    a->d_qk = NULL;
+    if (keep != RT_KEEP_ALL)
+        return;
+    take(k, n * H, k->act, &a->dx);
+    take(k, n * (q + 2 * kv), k->act, &a->d_qkv);
+    if (c->qk_norm)
+        take(k, n * (q + kv), k->act, &a->d_qk);
+    take(k, n * q, k->act, &a->d_o);
+    take(k, n * 2 * I, k->act, &a->d_gate_up);
+    take(k, n * I, k->act, &a->d_h);
+    take(k, n * (size_t)c->heads, sizeof(float), &a->delta);
+}
+
+size_t rt_student_activation_bytes(const struct rt_student_config *c, int64_t n, enum rt_student_keep keep, size_t act_size)
+{
+    struct cut k = {.act = act_size};
+    struct rt_student_acts a = {0};
+    struct rt_student_saved saved = {0};
+    void *hidden = NULL;
+    take_all(&k, c, (size_t)n, keep, &a, &hidden, &saved);
+    return k.bytes;
+}
+
+/* ---- the batch ---- */
+
+static enum rt_status check_batch(const struct rt_student *s, const struct rt_student_batch *b, struct rt_err *err)
+{
+    if (b->n < 1 || b->n > INT32_MAX || b->n_seq < 1 || b->cu_seqlens[0] != 0 || b->cu_seqlens[b->n_seq] != b->n)
+        return rt_fail(err, RT_USAGE, "a batch of %lld tokens in %lld documents: their ends do not run from 0 to its length",
+                       (long long)b->n, (long long)b->n_seq);
+    for (int64_t i = 0; i < b->n_seq; i++) {
+        const int64_t len = (int64_t)b->cu_seqlens[i + 1] - b->cu_seqlens[i];
+        if (len < 1 || len > s->max_length)
+            return rt_fail(err, RT_USAGE, "document %lld of the batch has %lld tokens, expected 1 to %lld", (long long)i, (long long)len,
+                           (long long)s->max_length);
+    }
+    for (int64_t i = 0; i < b->n; i++)
+        if (b->ids[i] < 0 || b->ids[i] >= s->c->vocab_size)
+            return rt_fail(err, RT_USAGE, "token %lld of the batch is id %d, expected 0 to %lld (vocab_size - 1)", (long long)i,
+                           (int)b->ids[i], (long long)s->c->vocab_size - 1);
+    return RT_OK;
+}
+
+static enum rt_status upload_batch(struct rt_student *s, const struct rt_student_batch *b, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    RT_TRY(rt_device_sync(s->d, err)); /* the last batch may still be read from staging */
+    if (s->staging_cap < b->n) {
+        rt_free(s->staging);
+        s->staging = NULL;
+        s->staging_cap = 0;
+        RT_TRY(rt_alloc((size_t)b->n, 2 * sizeof *s->staging, "ids of a batch", &s->staging, err));
+        s->staging_cap = b->n;
+    }
+    int32_t *pos = s->staging + b->n;
+    memcpy(s->staging, b->ids, (size_t)b->n * sizeof *b->ids);
+    for (int64_t i = 0; i < b->n_seq; i++)
+        for (int32_t t = b->cu_seqlens[i]; t < b->cu_seqlens[i + 1]; t++)
+            pos[t] = t - b->cu_seqlens[i];
+    RT_TRY(rt_device_upload(s->d, s->a.ids, s->staging, (size_t)b->n * sizeof *pos, err));
+    RT_TRY(rt_device_upload(s->d, s->a.pos, pos, (size_t)b->n * sizeof *pos, err));
+out:
+    return st;
+}
+
+/* ---- the layers ---- */
+
+enum rt_status rt_student_rotate(const struct rt_student *s, const struct rt_student_layer *l, void *qkv, void *qk,
+                                 const int32_t *pos, int64_t n, float *rstd_q, float *rstd_k, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_config *c = s->c;
+    const int64_t q = rt_student_q_dim(c), kv = rt_student_kv_dim(c), ld = q + 2 * kv, ldy = qk == NULL ? ld : q + kv;
+    void *y = qk == NULL ? qkv : qk;
+    RT_TRY(RT_OP(s->d, headnorm_rope_fwd, err, .x = qkv, .ldx = ld, .w = l->q_norm, .y = y, .ldy = ldy, .rstd = rstd_q, .cos = s->cos,
+                 .sin = s->sin, .position = pos, .n = n, .heads = c->heads, .d = c->head_dim, .eps = (float)c->eps));
+    RT_TRY(RT_OP(s->d, headnorm_rope_fwd, err, .x = rt_student_at(s, qkv, q), .ldx = ld, .w = l->k_norm, .y = rt_student_at(s, y, q),
+                 .ldy = ldy, .rstd = rstd_k, .cos = s->cos, .sin = s->sin, .position = pos, .n = n, .heads = c->kv_heads,
+                 .d = c->head_dim, .eps = (float)c->eps));
+out:
+    return st;
+}
+
+static enum rt_status attention(struct rt_student *s, int i, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_config *c = s->c;
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    const struct rt_student_saved *v = &a->saved[i];
+    const int64_t n = a->batch.n, q = rt_student_q_dim(c), kv = rt_student_kv_dim(c), ld = q + 2 * kv, ld_qk = v->qk == NULL ? ld : q + kv;
+    const void *qk = v->qk == NULL ? v->qkv : v->qk;
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = a->normed}, .w = l->qkv, .bias = l->qkv_bias, .y = v->qkv, .n = n, .K = c->hidden,
+                 .N = ld));
+    RT_TRY(rt_student_rotate(s, l, v->qkv, v->qk, a->pos, n, v->rstd_q, v->rstd_k, err));
+    RT_TRY(RT_OP(s->d, attn_fwd, err,
+                 .s = {.cu_seqlens = a->batch.cu_seqlens, .n = n, .n_seq = a->batch.n_seq, .nh = c->heads, .nkv = c->kv_heads,
+                       .dqk = c->head_dim, .dv = c->head_dim, .scale = (float)(1 / sqrt(c->head_dim))},
+                 .q = qk, .q_ld = ld_qk, .q_head = c->head_dim, .k = rt_student_at(s, qk, q), .k_ld = ld_qk, .k_head = c->head_dim,
+                 .v = rt_student_at(s, v->qkv, q + kv), .v_ld = ld, .v_head = c->head_dim, .o = v->o, .lse = v->lse));
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = v->o}, .w = l->o, .bias = l->o_bias, .y = a->branch, .n = n, .K = q,
+                 .N = c->hidden));
+out:
+    return st;
+}
+
+static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
+    void *gate_up = a->saved[i].gate_up;
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = a->normed}, .w = l->gate_up, .bias = l->gate_up_bias, .y = gate_up, .n = n, .K = H,
+                 .N = 2 * I));
+    RT_TRY(RT_OP(s->d, swiglu_fwd, err, .gate = gate_up, .up = rt_student_at(s, gate_up, I), .ld = 2 * I, .h = a->h, .n = n, .I = I));
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = a->h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
+out:
+    return st;
+}
+
+enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_batch *b, enum rt_student_keep keep,
+                                  struct rt_arena *acts, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_student_acts *a = &s->a;
+    const int64_t H = s->c->hidden;
+    const float eps = (float)s->c->eps;
+    struct cut k = {.arena = acts, .act = rt_device_act_size(s->d), .err = err};
+    a->done = false;
+    RT_TRY(check_batch(s, b, err));
+    rt_arena_reset(acts, 0);
+    take_all(&k, s->c, (size_t)b->n, keep, a, a->hidden, a->saved);
+    RT_TRY(k.st);
+    a->batch = *b;
+    a->keep = keep;
+    RT_TRY(upload_batch(s, b, err));
+    RT_TRY(RT_OP(s->d, embed_fwd, err, .ids = a->ids, .table = s->embed, .out = a->hidden[0], .n = b->n, .cols = H));
+    for (int i = 0; i < s->c->layers; i++) {
+        const struct rt_student_saved *v = &a->saved[i];
+        /* The residual of the layer before is added in its norm; sum = hidden state i. */
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = i == 0 ? a->hidden[0] : a->saved[i - 1].mid, .add = i == 0 ? NULL : a->branch,
+                     .w = s->layer[i].norm1, .sum = i == 0 ? NULL : a->hidden[i], .y = a->normed, .rstd = v->rstd1, .n = b->n, .cols = H,
+                     .eps = eps));
+        RT_TRY(attention(s, i, err));
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = s->layer[i].norm2, .sum = v->mid, .y = a->normed,
+                     .rstd = v->rstd2, .n = b->n, .cols = H, .eps = eps));
+        RT_TRY(mlp(s, i, err));
+    }
+    const int last = s->c->layers;
+    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->saved[last - 1].mid, .add = a->branch, .w = s->final_norm, .sum = a->hidden[last],
+                 .y = a->final, .rstd = a->rstd_final, .n = b->n, .cols = H, .eps = eps));
+    a->done = keep == RT_KEEP_ALL;
+out:
+    return st;
+}

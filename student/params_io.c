@@ -1,0 +1,222 @@
+/* Values of parameters across the border of the device: from files, from the generator, to files. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/mem.h"
+#include "core/rng.h"
+#include "student/params.h"
+
+enum { PIECE = 1 << 18 }; /* elements that are converted at a time */
+
+static char *at(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first)
+{
+    return (char *)(uintptr_t)block + (size_t)(p->offset + first) * rt_device_act_size(d);
+}
+
+enum rt_status rt_param_upload(const struct rt_device *d, void *block, const struct rt_param *p, int64_t first, int64_t n,
+                               const float *src, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    void *tmp = NULL;
+    const size_t size = rt_device_act_size(d);
+    if (d->be->act == RT_F32) {
+        RT_TRY(rt_device_upload(d, at(d, block, p, first), src, (size_t)n * size, err));
+    } else {
+        RT_TRY(rt_alloc((size_t)n, size, "conversion of a parameter", &tmp, err));
+        if (d->be->act == RT_F64)
+            for (int64_t i = 0; i < n; i++)
+                ((double *)tmp)[i] = src[i];
+        else if (!rt_from_f32(tmp, d->be->act, src, (size_t)n))
+            RT_FAIL(err, INTERNAL, "no conversion from F32 to %s", rt_dtype_name(d->be->act));
+        RT_TRY(rt_device_upload(d, at(d, block, p, first), tmp, (size_t)n * size, err));
+    }
+    RT_TRY(rt_device_sync(d, err));
+out:
+    rt_free(tmp);
+    return st;
+}
+
+enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
+                                 float *dst, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    void *tmp = NULL;
+    const size_t size = rt_device_act_size(d);
+    if (d->be->act == RT_F32) {
+        RT_TRY(rt_device_download(d, dst, at(d, block, p, first), (size_t)n * size, err));
+    } else {
+        RT_TRY(rt_alloc((size_t)n, size, "conversion of a parameter", &tmp, err));
+        RT_TRY(rt_device_download(d, tmp, at(d, block, p, first), (size_t)n * size, err));
+        if (!rt_to_f32(dst, tmp, d->be->act, (size_t)n))
+            RT_FAIL(err, INTERNAL, "no conversion from %s to F32", rt_dtype_name(d->be->act));
+    }
+out:
+    rt_free(tmp);
+    return st;
+}
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, void *block, const struct rt_tensors *t,
+                              struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    float *piece = NULL;
+    RT_TRY(rt_alloc(PIECE, sizeof *piece, "loading", &piece, err));
+    RT_TRY(rt_device_zero(d, block, (size_t)p->elements * rt_device_act_size(d), err));
+    for (int i = 0; i < p->n; i++) {
+        const struct rt_param *e = &p->at[i];
+        const struct rt_tensor_decl decl = rt_param_decl(e, RT_F32);
+        const struct rt_tensor *tensor = NULL;
+        RT_TRY(rt_tensors_get(t, e->name, RT_DT(RT_F32) | RT_DT(RT_F16) | RT_DT(RT_BF16), decl.ndim, decl.ne, &tensor, err));
+        for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
+            n = smaller(PIECE, rt_param_elements(e) - first);
+            RT_TRY(rt_tensors_read_f32(t, tensor, first, n, piece, err));
+            RT_TRY(rt_param_upload(d, block, e, first, n, piece, err));
+        }
+    }
+out:
+    rt_free(piece);
+    return st;
+}
+
+enum rt_status rt_params_init(const struct rt_params *p, const struct rt_device *d, void *block, double initializer_range,
+                              uint64_t seed, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    float *piece = NULL;
+    RT_TRY(rt_alloc(PIECE, sizeof *piece, "initialisation", &piece, err));
+    RT_TRY(rt_device_zero(d, block, (size_t)p->elements * rt_device_act_size(d), err));
+    for (int i = 0; i < p->n; i++) {
+        const struct rt_param *e = &p->at[i];
+        if (e->kind == RT_PARAM_BIAS)
+            continue;
+        const uint64_t stream = rt_rng_stream(e->name);
+        for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
+            n = smaller(PIECE, rt_param_elements(e) - first);
+            for (int64_t j = 0; j < n; j++)
+                piece[j] = e->kind == RT_PARAM_NORM
+                               ? 1
+                               : (float)(initializer_range * rt_rng_normal(seed, stream, (uint64_t)(first + j)));
+            RT_TRY(rt_param_upload(d, block, e, first, n, piece, err));
+        }
+    }
+out:
+    rt_free(piece);
+    return st;
+}
+
+enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *d, const void *block, enum rt_dtype dtype,
+                             rt_param_put_fn put, void *ctx, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    float *piece = NULL;
+    void *out = NULL;
+    RT_TRY(rt_alloc(PIECE, sizeof *piece, "saving", &piece, err));
+    RT_TRY(rt_alloc(PIECE, sizeof *piece, "saving", &out, err));
+    for (int i = 0; i < p->n; i++) {
+        const struct rt_param *e = &p->at[i];
+        for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
+            n = smaller(PIECE, rt_param_elements(e) - first);
+            RT_TRY(rt_param_download(d, block, e, first, n, piece, err));
+            if (!rt_from_f32(out, dtype, piece, (size_t)n))
+                RT_FAIL(err, USAGE, "parameters are written as F32, F16 or BF16, not as %s", rt_dtype_name(dtype));
+            RT_TRY(put(ctx, out, (uint64_t)n * rt_dtype_size(dtype), err));
+        }
+    }
+out:
+    rt_free(piece);
+    rt_free(out);
+    return st;
+}
+
+/* *same = whether two tensors of equal shape hold equal values. */
+static enum rt_status equal_values(const struct rt_tensors *t, const struct rt_tensor *a, const struct rt_tensor *b, bool *same,
+                                   struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    float *x = NULL, *y = NULL;
+    const int64_t n_all = rt_tensor_elements(a);
+    *same = rt_tensor_elements(b) == n_all;
+    RT_TRY(rt_alloc(PIECE, sizeof *x, "comparing the head", &x, err));
+    RT_TRY(rt_alloc(PIECE, sizeof *y, "comparing the head", &y, err));
+    for (int64_t first = 0, n; *same && first < n_all; first += n) {
+        n = smaller(PIECE, n_all - first);
+        RT_TRY(rt_tensors_read_f32(t, a, first, n, x, err));
+        RT_TRY(rt_tensors_read_f32(t, b, first, n, y, err));
+        *same = memcmp(x, y, (size_t)n * sizeof *x) == 0;
+    }
+out:
+    rt_free(x);
+    rt_free(y);
+    return st;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static bool known(const char *const *names, size_t n_names, const char *name)
+{
+    static const char old[] = ".rotary_emb.inv_freq"; /* in files of the first Llama 2 conversions */
+    const size_t n = strlen(name), k = sizeof old - 1;
+    return strcmp(name, "lm_head.weight") == 0 || (n > k && strcmp(name + n - k, old) == 0) ||
+           bsearch(&name, names, n_names, sizeof *names, by_name) != NULL;
+}
+
+static enum rt_status warn_unknown(const struct rt_student_config *c, const struct rt_tensors *t, struct rt_log *log,
+                                   struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_params p = {0};
+    struct rt_buf list = {0};
+    const char **names = NULL;
+    int64_t n = 0;
+    RT_TRY(rt_params_create(c, &p, err));
+    RT_TRY(rt_alloc((size_t)p.n, sizeof *names, "names of parameters", &names, err));
+    for (int i = 0; i < p.n; i++)
+        names[i] = p.at[i].name;
+    qsort(names, (size_t)p.n, sizeof *names, by_name);
+    for (int64_t i = 0; i < rt_tensors_count(t); i++) {
+        const char *name = rt_tensors_at(t, i)->name;
+        if (known(names, (size_t)p.n, name))
+            continue;
+        if (n++ < 8)
+            RT_TRY(rt_buf_printf(&list, err, "%s%s", n == 1 ? "" : ", ", name));
+    }
+    if (n > 0)
+        rt_warn(log, "%s: %lld tensors are not part of a %s student and are left out: %s%s", rt_tensors_path(t), (long long)n,
+                rt_student_family_name(c->family), list.data, n > 8 ? ", ..." : "");
+out:
+    rt_free(names);
+    rt_buf_free(&list);
+    rt_params_free(&p);
+    return st;
+}
+
+enum rt_status rt_params_check_model(struct rt_student_config *c, const struct rt_tensors *t, bool tie_missing_head,
+                                     struct rt_log *log, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_tensor *head = rt_tensors_find(t, "lm_head.weight"), *embed = rt_tensors_find(t, "model.embed_tokens.weight");
+    if (c->tied && head != NULL && embed != NULL) {
+        bool same = false;
+        RT_TRY(equal_values(t, head, embed, &same, err));
+        if (!same)
+            rt_warn(log, "%s: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight; the latter is used",
+                    rt_tensors_path(t));
+    } else if (!c->tied && head == NULL) {
+        if (!tie_missing_head)
+            RT_FAIL(err, FORMAT, "%s: no tensor lm_head.weight, though tie_word_embeddings is false; tie the head to the embeddings "
+                    "by setting it to true in config.json", rt_tensors_path(t));
+        c->tied = true;
+        rt_warn(log, "%s: no lm_head.weight; the head is tied to the embeddings", rt_tensors_path(t));
+    }
+    RT_TRY(warn_unknown(c, t, log, err));
+out:
+    return st;
+}
