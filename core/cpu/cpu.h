@@ -58,7 +58,7 @@ static inline int64_t rt_min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t rt_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t rt_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* ---- weights (weight.c) ---- */
+/* ---- weights (cpu_weight.c) ---- */
 enum rt_status rt_cpu_weight_load(struct rt_dev *dev, struct rt_queue *q, const struct rt_weight_src *src, struct rt_weight **out,
                                   struct rt_err *err);
 enum rt_status rt_cpu_weight_param(struct rt_dev *dev, void *p, int64_t rows, int64_t cols, struct rt_weight **out,
@@ -75,7 +75,7 @@ enum rt_status rt_cpu_weight_is(const struct rt_weight *w, int64_t rows, int64_t
 /* dst[0..cols) = code * scale of row `row` of a quantised matrix with n rows (see struct rt_act). */
 void rt_cpu_dequant_row(float *dst, const struct rt_act *x, int64_t row, int64_t n, int64_t cols);
 
-/* ---- products on the calling thread (gemm.c); c = alpha product (beta 0) or += (beta 1); row-major, OpenBLAS ---- */
+/* ---- products on the calling thread (cpu_blas.c); c = alpha product (beta 0) or += (beta 1); row-major, OpenBLAS ---- */
 /* c[m,n] = a[m,k] b[n,k]^T */
 void rt_cpu_gemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
                     float *c, int64_t ldc);
@@ -86,7 +86,7 @@ void rt_cpu_gemm_nn(int64_t m, int64_t n, int64_t k, float alpha, const float *a
 void rt_cpu_gemm_tn(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
                     float *c, int64_t ldc);
 
-/* ---- exact products (exact.c): element (i, j) depends on row i of a and on b alone, bit for bit, whatever m and n ---- */
+/* ---- exact products (cpu_exact.c): element (i, j) depends on row i of a and on b alone, bit for bit, whatever m and n ---- */
 /* c[m,n] = a[m,k] b[n,k]^T, or += */
 void rt_cpu_exact_nt(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, bool accumulate,
                      float *c, int64_t ldc);
@@ -94,7 +94,7 @@ void rt_cpu_exact_nt(int64_t m, int64_t n, int64_t k, const float *a, int64_t ld
 void rt_cpu_exact_nn(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, bool accumulate,
                      float *c, int64_t ldc);
 
-/* ---- OpenBLAS (blas.c) ---- */
+/* ---- OpenBLAS (cpu_blas.c) ---- */
 /* One thread, a kernel that fits the processor, buffers of each worker reserved, a small product checked. Error DEVICE. */
 enum rt_status rt_cpu_blas_setup(struct rt_pool *pool, struct rt_err *err);
 const char *rt_cpu_blas_core(void);

@@ -34,9 +34,9 @@ RT_INLINE rt_v16 rt_v16_load(const float *p)
     return v;
 }
 
-RT_INLINE void rt_v16_store(float *p, rt_v16 v)
+RT_INLINE void rt_v16_store(float *p, const rt_v16 *v)
 {
-    memcpy(p, &v, sizeof v);
+    memcpy(p, v, sizeof *v);
 }
 
 /* First n (< 16) floats, others 0. */
@@ -48,10 +48,10 @@ RT_INLINE rt_v16 rt_v16_load_n(const float *p, int64_t n)
 }
 
 /* Sum in a fixed tree. */
-RT_INLINE float rt_v16_sum(rt_v16 v)
+RT_INLINE float rt_v16_sum(const rt_v16 *v)
 {
     float t[16];
-    memcpy(t, &v, sizeof t);
+    memcpy(t, v, sizeof t);
     for (int w = 8; w >= 1; w /= 2)
         for (int i = 0; i < w; i++)
             t[i] += t[i + w];
@@ -67,7 +67,7 @@ RT_INLINE float rt_sum(const float *x, int64_t n)
         acc += rt_v16_load(x + i);
     if (i < n)
         acc += rt_v16_load_n(x + i, n - i);
-    return rt_v16_sum(acc);
+    return rt_v16_sum(&acc);
 }
 
 RT_INLINE float rt_dot(const float *x, const float *y, int64_t n)
@@ -78,7 +78,7 @@ RT_INLINE float rt_dot(const float *x, const float *y, int64_t n)
         acc += rt_v16_load(x + i) * rt_v16_load(y + i);
     if (i < n)
         acc += rt_v16_load_n(x + i, n - i) * rt_v16_load_n(y + i, n - i);
-    return rt_v16_sum(acc);
+    return rt_v16_sum(&acc);
 }
 
 /* Greatest of n floats, -inf for none; NaNs are passed over. */

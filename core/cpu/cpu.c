@@ -1,0 +1,212 @@
+/* The cpu backend: device, memory and the table. Everything is done when a call returns, so queues and events hold nothing. */
+#include "core/cpu/cpu.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/mem.h"
+
+#define UNUSED __attribute__((unused))
+
+struct rt_queue {
+    struct rt_dev *dev;
+};
+struct rt_event {
+    struct rt_dev *dev;
+};
+
+static bool available(char *why, int cap)
+{
+    if (cap > 0)
+        why[0] = '\0';
+    return true;
+}
+
+static void dev_close(struct rt_dev *dev)
+{
+    if (dev == NULL)
+        return;
+    for (int i = 0; i < dev->threads; i++) {
+        if (dev->panel != NULL)
+            rt_free(dev->panel[i]);
+        if (dev->tile != NULL)
+            rt_free(dev->tile[i]);
+    }
+    rt_free(dev->panel);
+    rt_free(dev->tile);
+    rt_free(dev->shared);
+    rt_pool_free(dev->pool);
+    rt_free(dev);
+}
+
+static enum rt_status dev_open(const struct rt_dev_options *o, struct rt_dev **out, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_dev *dev = NULL;
+
+    RT_TRY(rt_alloc(1, sizeof *dev, "the cpu device", &dev, err));
+    RT_TRY(rt_pool_create(o != NULL ? o->threads : 0, &dev->pool, err));
+    const int threads = rt_pool_threads(dev->pool);
+    RT_TRY(rt_alloc((size_t)threads, sizeof *dev->panel, "scratch of the cpu device", &dev->panel, err));
+    RT_TRY(rt_alloc((size_t)threads, sizeof *dev->tile, "scratch of the cpu device", &dev->tile, err));
+    dev->threads = threads;
+    for (int i = 0; i < threads; i++) {
+        RT_TRY(rt_alloc(RT_CPU_PANEL, sizeof(float), "scratch of the cpu device", &dev->panel[i], err));
+        RT_TRY(rt_alloc(RT_CPU_TILE, sizeof(float), "scratch of the cpu device", &dev->tile[i], err));
+    }
+    RT_TRY(rt_cpu_blas_setup(dev->pool, err));
+    snprintf(dev->description, sizeof dev->description, "%d thread%s, OpenBLAS %s", threads, threads == 1 ? "" : "s",
+             rt_cpu_blas_core());
+    *out = dev;
+    dev = NULL;
+out:
+    dev_close(dev);
+    return st;
+}
+
+static const char *describe(const struct rt_dev *dev)
+{
+    return dev->description;
+}
+
+enum rt_status rt_cpu_shared(struct rt_dev *dev, size_t bytes, void *out_ptr_to_ptr, struct rt_err *err)
+{
+    if (bytes > dev->shared_size) {
+        rt_free(dev->shared);
+        dev->shared = NULL;
+        dev->shared_size = 0;
+        const enum rt_status st = rt_alloc(bytes, 1, "shared scratch of the cpu device", &dev->shared, err);
+        if (st != RT_OK)
+            return st;
+        dev->shared_size = bytes;
+    }
+    memcpy(out_ptr_to_ptr, &dev->shared, sizeof dev->shared);
+    return RT_OK;
+}
+
+int64_t rt_cpu_grain(int64_t n, int64_t cost)
+{
+    const int64_t item = 1 << 15; /* element operations that make an item worth handing out: some microseconds */
+    return rt_max64(1, rt_min64(n, item / rt_max64(cost, 1)));
+}
+
+struct rows_job {
+    rt_cpu_rows_fn *fn;
+    void *ctx;
+    int64_t n, grain;
+};
+
+static void rows_item(void *ctx, int64_t item, int worker)
+{
+    const struct rows_job *job = ctx;
+    job->fn(job->ctx, item * job->grain, rt_min64((item + 1) * job->grain, job->n), worker);
+}
+
+void rt_cpu_rows(struct rt_dev *dev, int64_t n, int64_t grain, rt_cpu_rows_fn *fn, void *ctx)
+{
+    rt_pool_run(dev->pool, rt_ceil_div(n, grain), rows_item, &(struct rows_job){fn, ctx, n, grain});
+}
+
+static enum rt_status mem_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
+{
+    return rt_alloc(bytes, 1, "device memory", out, err);
+}
+
+static void mem_free(UNUSED struct rt_dev *dev, void *p)
+{
+    rt_free(p);
+}
+
+static enum rt_status queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err)
+{
+    const enum rt_status st = rt_alloc(1, sizeof **out, "a queue", out, err);
+    if (st == RT_OK)
+        (*out)->dev = dev;
+    return st;
+}
+
+static void queue_free(UNUSED struct rt_dev *dev, struct rt_queue *q)
+{
+    rt_free(q);
+}
+
+static enum rt_status queue_sync(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+static enum rt_status event_create(struct rt_dev *dev, struct rt_event **out, struct rt_err *err)
+{
+    const enum rt_status st = rt_alloc(1, sizeof **out, "an event", out, err);
+    if (st == RT_OK)
+        (*out)->dev = dev;
+    return st;
+}
+
+static void event_free(UNUSED struct rt_dev *dev, struct rt_event *e)
+{
+    rt_free(e);
+}
+
+static enum rt_status event_nothing(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_event *e,
+                                    UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+static enum rt_status mem_copy(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, void *dst, const void *src, size_t bytes,
+                               UNUSED struct rt_err *err)
+{
+    if (bytes > 0)
+        memmove(dst, src, bytes);
+    return RT_OK;
+}
+
+static enum rt_status mem_zero(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, void *dst, size_t bytes,
+                               UNUSED struct rt_err *err)
+{
+    if (bytes > 0)
+        memset(dst, 0, bytes);
+    return RT_OK;
+}
+
+/* One rank: sums and copies over the ranks leave x as it is. */
+static enum rt_status all_reduce(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n,
+                                 UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+static enum rt_status broadcast(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n,
+                                UNUSED int root, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+const struct rt_backend rt_backend_cpu = {
+    .name = "cpu",
+    .act = RT_F32,
+    .available = available,
+    .open = dev_open,
+    .close = dev_close,
+    .describe = describe,
+    .alloc = mem_alloc,
+    .free = mem_free,
+    .queue_create = queue_create,
+    .queue_free = queue_free,
+    .queue_sync = queue_sync,
+    .event_create = event_create,
+    .event_free = event_free,
+    .event_record = event_nothing,
+    .event_wait = event_nothing,
+    .upload = mem_copy,
+    .download = mem_copy,
+    .copy = mem_copy,
+    .zero = mem_zero,
+    .all_reduce = all_reduce,
+    .broadcast = broadcast,
+    .weight_load = rt_cpu_weight_load,
+    .weight_param = rt_cpu_weight_param,
+    .weight_free = rt_cpu_weight_free,
+    .weight_bytes = rt_cpu_weight_bytes,
+};
