@@ -14,8 +14,9 @@ struct cut {
 
 static void take(struct cut *k, size_t elements, size_t size, void *out_ptr_to_ptr)
 {
-    const size_t bytes = rt_arena_round(elements * size);
-    k->bytes += bytes;
+    const size_t bytes = rt_arena_round(elements * size); /* a config's limits keep one product far below 2^64 */
+    if (!rt_add_size(k->bytes, bytes, &k->bytes))
+        k->bytes = SIZE_MAX / 2; /* no device has that: the allocation says so */
     if (k->arena != NULL && k->st == RT_OK)
         k->st = rt_arena_alloc(k->arena, bytes, out_ptr_to_ptr, k->err);
 }

@@ -70,9 +70,10 @@ enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *
 /* decl[p->n], in order. Free with rt_free. */
 enum rt_status rt_params_decl(const struct rt_params *p, enum rt_dtype dtype, struct rt_tensor_decl **decl, struct rt_err *err);
 
-/* Looks at the directory of a published model before the table is made: with tie_missing_head an untied config without
- * lm_head.weight becomes tied (without it: FORMAT); a tied one with a head that differs from the embedding warns. Tensors
- * that the model does not know are named in one warning (rotary_emb.inv_freq excepted). */
+/* Holds the files of a published model against its config, before anything is allocated for it: every tensor is there with its
+ * shape (else FORMAT, SHAPE). With tie_missing_head an untied config without lm_head.weight becomes tied (without it: FORMAT);
+ * a tied one whose head differs from the embedding warns. Tensors that the model does not know are named in one warning
+ * (rotary_emb.inv_freq excepted). log may be NULL. */
 enum rt_status rt_params_check_model(struct rt_student_config *c, const struct rt_tensors *t, bool tie_missing_head,
                                      struct rt_log *log, struct rt_err *err);
 

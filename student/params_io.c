@@ -60,6 +60,13 @@ static int64_t smaller(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+/* The tensor of an entry: name, shape and an element type that a student is read from. */
+static enum rt_status find_tensor(const struct rt_tensors *t, const struct rt_param *e, const struct rt_tensor **out, struct rt_err *err)
+{
+    const struct rt_tensor_decl decl = rt_param_decl(e, RT_F32);
+    return rt_tensors_get(t, e->name, RT_DT(RT_F32) | RT_DT(RT_F16) | RT_DT(RT_BF16), decl.ndim, decl.ne, out, err);
+}
+
 enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, void *block, const struct rt_tensors *t,
                               struct rt_err *err)
 {
@@ -69,9 +76,8 @@ enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device 
     RT_TRY(rt_device_zero(d, block, (size_t)p->elements * rt_device_act_size(d), err));
     for (int i = 0; i < p->n; i++) {
         const struct rt_param *e = &p->at[i];
-        const struct rt_tensor_decl decl = rt_param_decl(e, RT_F32);
         const struct rt_tensor *tensor = NULL;
-        RT_TRY(rt_tensors_get(t, e->name, RT_DT(RT_F32) | RT_DT(RT_F16) | RT_DT(RT_BF16), decl.ndim, decl.ne, &tensor, err));
+        RT_TRY(find_tensor(t, e, &tensor, err));
         for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
             n = smaller(PIECE, rt_param_elements(e) - first);
             RT_TRY(rt_tensors_read_f32(t, tensor, first, n, piece, err));
@@ -168,22 +174,20 @@ static bool known(const char *const *names, size_t n_names, const char *name)
            bsearch(&name, names, n_names, sizeof *names, by_name) != NULL;
 }
 
-static enum rt_status warn_unknown(const struct rt_student_config *c, const struct rt_tensors *t, struct rt_log *log,
-                                   struct rt_err *err)
+static enum rt_status warn_unknown(const struct rt_student_config *c, const struct rt_params *p, const struct rt_tensors *t,
+                                   struct rt_log *log, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    struct rt_params p = {0};
     struct rt_buf list = {0};
     const char **names = NULL;
     int64_t n = 0;
-    RT_TRY(rt_params_create(c, &p, err));
-    RT_TRY(rt_alloc((size_t)p.n, sizeof *names, "names of parameters", &names, err));
-    for (int i = 0; i < p.n; i++)
-        names[i] = p.at[i].name;
-    qsort(names, (size_t)p.n, sizeof *names, by_name);
+    RT_TRY(rt_alloc((size_t)p->n, sizeof *names, "names of parameters", &names, err));
+    for (int i = 0; i < p->n; i++)
+        names[i] = p->at[i].name;
+    qsort(names, (size_t)p->n, sizeof *names, by_name);
     for (int64_t i = 0; i < rt_tensors_count(t); i++) {
         const char *name = rt_tensors_at(t, i)->name;
-        if (known(names, (size_t)p.n, name))
+        if (known(names, (size_t)p->n, name))
             continue;
         if (n++ < 8)
             RT_TRY(rt_buf_printf(&list, err, "%s%s", n == 1 ? "" : ", ", name));
@@ -194,29 +198,44 @@ static enum rt_status warn_unknown(const struct rt_student_config *c, const stru
 out:
     rt_free(names);
     rt_buf_free(&list);
-    rt_params_free(&p);
     return st;
+}
+
+static enum rt_status check_head(struct rt_student_config *c, const struct rt_tensors *t, bool tie_missing_head, struct rt_log *log,
+                                 struct rt_err *err)
+{
+    const struct rt_tensor *head = rt_tensors_find(t, "lm_head.weight"), *embed = rt_tensors_find(t, "model.embed_tokens.weight");
+    if (c->tied && head != NULL && embed != NULL) {
+        bool same = false;
+        const enum rt_status st = equal_values(t, head, embed, &same, err);
+        if (st != RT_OK)
+            return st;
+        if (!same)
+            rt_warn(log, "%s: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight; the latter is used",
+                    rt_tensors_path(t));
+    } else if (!c->tied && head == NULL) {
+        if (!tie_missing_head)
+            return rt_fail(err, RT_FORMAT, "%s: no tensor lm_head.weight, though tie_word_embeddings is false; set it to true in "
+                           "config.json if the head is the embedding matrix", rt_tensors_path(t));
+        c->tied = true;
+        rt_warn(log, "%s: no lm_head.weight; the head is tied to the embeddings", rt_tensors_path(t));
+    }
+    return RT_OK;
 }
 
 enum rt_status rt_params_check_model(struct rt_student_config *c, const struct rt_tensors *t, bool tie_missing_head,
                                      struct rt_log *log, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    const struct rt_tensor *head = rt_tensors_find(t, "lm_head.weight"), *embed = rt_tensors_find(t, "model.embed_tokens.weight");
-    if (c->tied && head != NULL && embed != NULL) {
-        bool same = false;
-        RT_TRY(equal_values(t, head, embed, &same, err));
-        if (!same)
-            rt_warn(log, "%s: tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight; the latter is used",
-                    rt_tensors_path(t));
-    } else if (!c->tied && head == NULL) {
-        if (!tie_missing_head)
-            RT_FAIL(err, FORMAT, "%s: no tensor lm_head.weight, though tie_word_embeddings is false; tie the head to the embeddings "
-                    "by setting it to true in config.json", rt_tensors_path(t));
-        c->tied = true;
-        rt_warn(log, "%s: no lm_head.weight; the head is tied to the embeddings", rt_tensors_path(t));
+    struct rt_params p = {0};
+    RT_TRY(check_head(c, t, tie_missing_head, log, err));
+    RT_TRY(rt_params_create(c, &p, err));
+    for (int i = 0; i < p.n; i++) {
+        const struct rt_tensor *tensor = NULL;
+        RT_TRY(find_tensor(t, &p.at[i], &tensor, err));
     }
-    RT_TRY(warn_unknown(c, t, log, err));
+    RT_TRY(warn_unknown(c, &p, t, log, err));
 out:
+    rt_params_free(&p);
     return st;
 }
