@@ -34,7 +34,7 @@ struct rt_dataset_options {
     int64_t n_ids;                  /* ids must be below; 0: the tokenizer's (one of the two is needed) */
     int64_t max_length;             /* tokens of a sample; 0: no limit */
     enum rt_overlong overlong;      /* split: parts of max_length tokens, the last one shorter; parts without a target are left out */
-    bool thinking;                  /* for prompts: see rt_template_prompt */
+    enum rt_thinking thinking;      /* for prompts: see template.h */
 };
 
 struct rt_dataset_counts {

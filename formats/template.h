@@ -46,10 +46,16 @@ void rt_template_free(struct rt_template *t); /* NULL is fine */
 
 const char *rt_template_name(const struct rt_template *t);   /* the family */
 const char *rt_template_sha256(const struct rt_template *t); /* of the template's text (given by name: of the name) */
-uint32_t rt_template_end_id(const struct rt_template *t);    /* the token that ends an assistant turn: stop here */
+/* The token that ends an assistant turn: a sampler stops at it. UINT32_MAX: none (family none, no EOS in the configuration). */
+uint32_t rt_template_end_id(const struct rt_template *t);
 const char *rt_template_names(void);                         /* "deepseek_v3|...", for usage texts */
-/* What a sampled completion is preceded by: "<think>\n" for deepseek_r1, "" for most. A trace is whole only with it. */
-const char *rt_template_forced(const struct rt_template *t, bool thinking);
+
+/* Whether a prompt opens a thought, in the families that can do both (deepseek_v3_1, qwen3): AUTO is what the template does
+ * when it is not told. The other families ignore it. */
+enum rt_thinking { RT_THINKING_AUTO, RT_THINKING_ON, RT_THINKING_OFF };
+/* What the prompt puts between the opening of the assistant's turn and the completion: "<think>\n" for deepseek_r1, "" for
+ * most. A trace is whole only with it, and rt_template_completion takes it with it or without. */
+const char *rt_template_forced(const struct rt_template *t, enum rt_thinking thinking);
 
 struct rt_message {
     const char *role, *content, *reasoning; /* reasoning: NULL or "reasoning_content" */
@@ -74,16 +80,18 @@ void rt_rendered_free(struct rt_rendered *r);
  * know, no messages), UNSUPPORTED (tool turns). `where` is for messages ("FILE:LINE"). = *r */
 enum rt_status rt_template_render(const struct rt_template *t, const struct rt_message *m, size_t n, const char *where,
                                   struct rt_rendered *r, struct rt_err *err);
-/* The prompt of a sampler: messages and the opening of an assistant turn. thinking: the families that can do both
- * (deepseek_v3_1, qwen3) open a thought, or an answer without one; the others ignore it. No targets. = *r */
-enum rt_status rt_template_prompt(const struct rt_template *t, const struct rt_message *m, size_t n, bool thinking,
+/* The prompt of a sampler: messages and the opening of an assistant turn. No targets. = *r */
+enum rt_status rt_template_prompt(const struct rt_template *t, const struct rt_message *m, size_t n, enum rt_thinking thinking,
                                   const char *where, struct rt_rendered *r, struct rt_err *err);
 /* rt_template_prompt, then the completion and the end token as targets: the ids of the prompt followed by those of the
- * completion, encoded apart, so that training sees what a sampler saw.
- * A completion may hold what the prompt already forces: where the prompt ends with "<think>\n" (or "<think>"), a completion
- * that begins with "<think>" loses that tag and, if the prompt has it, one newline after it. deepseek_v3_1: a completion
- * that begins with <think>, or holds </think> beyond its start, has a thinking prompt, any other the answering one.
- * Otherwise the completion is taken as it is. The end token is not doubled. = *r */
+ * completion, encoded apart, so that training sees what a sampler saw. r->text is the text of both.
+ * A completion may begin with what the prompt forces: it is not doubled. Rules:
+ * - where the prompt ends with "<think>\n" (deepseek_r1, the thinking-only qwen3), a completion that begins with "<think>"
+ *   loses that tag and one newline after it;
+ * - deepseek_v3_1: a completion that begins with <think> or </think> loses it, and its prompt ends with it; one that holds
+ *   </think> further on has a thinking prompt; any other has the template's default;
+ * - qwen3: a completion that begins with an empty thought ("<think>\n\n</think>\n\n") has it in the prompt;
+ * - otherwise the completion is taken as it is. An end token at its end is not doubled. */
 enum rt_status rt_template_completion(const struct rt_template *t, const struct rt_message *m, size_t n, const char *completion,
                                       size_t completion_len, const char *where, struct rt_rendered *r, struct rt_err *err);
 
