@@ -5,7 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "core/mem.h"
+#include "formats/rundir.h"
 
 #define COMMON(field) offsetof(struct rt_common, field)
 
@@ -63,29 +63,10 @@ int64_t rt_command_memory(const struct rt_common *common)
     return common->memory > 0 ? common->memory : available_memory() / 4 * 3;
 }
 
-enum rt_status rt_command_resolved(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err)
+enum rt_status rt_command_config(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err)
 {
     const struct rt_opt *const tables[] = {cmd->options, common_options};
-    enum rt_status st;
-    struct rt_buf text = {0};
-    struct rt_json *root = NULL;
-    RT_TRY(rt_json_new_object(&root, err));
-    RT_TRY(rt_json_set_string(root, "command", cmd->name, err));
-    for (int t = 0; t < 2; t++)
-        for (const struct rt_opt *o = tables[t]; o->name != NULL; o++) {
-            if (o->runtime)
-                continue;
-            text.len = 0;
-            RT_TRY(rt_buf_puts(&text, "", err));
-            RT_TRY(rt_options_value(o, values, &text, err));
-            RT_TRY(rt_json_set_string_n(root, o->name, text.data, text.len, err));
-        }
-    *out = root;
-    root = NULL;
-out:
-    rt_json_free(root);
-    rt_buf_free(&text);
-    return st;
+    return rt_run_config(cmd->name, tables, 2, values, out, err);
 }
 
 enum rt_status rt_parse_doubles(const char *option, const char *text, double *out, int cap, int *n, struct rt_err *err)

@@ -55,9 +55,9 @@ enum rt_status rt_command_device(struct rt_context *ctx, const struct rt_common 
 /* --memory, or 3/4 of what the machine has available. */
 int64_t rt_command_memory(const struct rt_common *common);
 
-/* A JSON object with the resolved value of every option that changes results (common and own): what a run directory keeps and what
- * a resume is compared with. Free with rt_json_free. */
-enum rt_status rt_command_resolved(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err);
+/* rt_run_config over the command's own and the common options: what a run directory keeps and a resume is compared with. Free with
+ * rt_json_free. */
+enum rt_status rt_command_config(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err);
 
 /* Numbers of a comma-separated list ("0.6,1,2"), at most cap; USAGE names option and place. */
 enum rt_status rt_parse_doubles(const char *option, const char *text, double *out, int cap, int *n, struct rt_err *err);

@@ -1,0 +1,51 @@
+#include "distill/model_dir.h"
+
+#include <stdio.h>
+
+#include "core/io.h"
+
+enum rt_status rt_model_dir_open(const char *path, const char *template_name, struct rt_log *log, struct rt_model_dir *out,
+                                 struct rt_err *err)
+{
+    char file[4096];
+    struct rt_err tmpl_err = {0};
+    enum rt_status st;
+    *out = (struct rt_model_dir){0};
+    if (!rt_path_exists(path))
+        RT_FAIL(err, IO, "%s: no such directory", path);
+    snprintf(out->path, sizeof out->path, "%s", path);
+    RT_TRY(rt_path_join(file, sizeof file, path, "tokenizer.json", err));
+    if (!rt_path_exists(file)) {
+        if (template_name != NULL)
+            RT_FAIL(err, USAGE, "--template %s: %s has no tokenizer.json", template_name, path);
+        return RT_OK;
+    }
+    RT_TRY(rt_tokenizer_load(path, &out->tok, err));
+    st = rt_template_load(path, template_name, out->tok, &out->tmpl, &tmpl_err);
+    if (st == RT_UNSUPPORTED && template_name == NULL) {
+        rt_warn(log, "warning: %s", tmpl_err.msg);
+        st = RT_OK;
+    } else if (st != RT_OK) {
+        rt_fail(err, st, "%s", tmpl_err.msg);
+    }
+out:
+    if (st != RT_OK)
+        rt_model_dir_close(out);
+    return st;
+}
+
+void rt_model_dir_close(struct rt_model_dir *m)
+{
+    rt_template_free(m->tmpl);
+    rt_tokenizer_free(m->tok);
+    *m = (struct rt_model_dir){0};
+}
+
+enum rt_status rt_model_dir_n_ids(const struct rt_model_dir *m, int64_t vocab_size, int64_t *n_ids, struct rt_err *err)
+{
+    *n_ids = m->tok != NULL ? (int64_t)rt_tokenizer_n_ids(m->tok) : vocab_size;
+    if (*n_ids > vocab_size)
+        return rt_fail(err, RT_FORMAT, "%s: tokenizer.json has ids up to %ld, the model's vocabulary has %ld rows", m->path,
+                       (long)*n_ids - 1, (long)vocab_size);
+    return RT_OK;
+}

@@ -1,0 +1,26 @@
+/* The text side of a model directory: its tokenizer and chat template, and what identifies both. */
+#ifndef RT_DISTILL_MODEL_DIR_H
+#define RT_DISTILL_MODEL_DIR_H
+
+#include <stdint.h>
+
+#include "core/log.h"
+#include "core/status.h"
+#include "formats/template.h"
+#include "formats/tokenizer.h"
+
+struct rt_model_dir {
+    char path[4096];
+    struct rt_tokenizer *tok;  /* NULL where the directory has no tokenizer.json: only input_ids lines are read then */
+    struct rt_template *tmpl;  /* NULL where there is none, or none that is recognised (a warning says so) */
+};
+
+/* template_name: NULL, or a family that overrides the directory's own template (then an unusable one is an error). */
+enum rt_status rt_model_dir_open(const char *path, const char *template_name, struct rt_log *log, struct rt_model_dir *out,
+                                 struct rt_err *err);
+void rt_model_dir_close(struct rt_model_dir *m); /* a zeroed one is fine */
+/* Ids that exist: below 1 + the largest id of tokenizer.json, or vocab_size where there is no tokenizer. FORMAT where the tokenizer has
+ * more ids than the model has rows. */
+enum rt_status rt_model_dir_n_ids(const struct rt_model_dir *m, int64_t vocab_size, int64_t *n_ids, struct rt_err *err);
+
+#endif
