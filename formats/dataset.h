@@ -5,7 +5,9 @@
  *   {"messages"}              targets: the last assistant turn, kept whole; a message may carry "loss": false (or true)
  *   {"text"}                  BOS if the tokenizer adds it, no EOS; everything is a target
  *   {"input_ids"}             as they are, with an optional "loss_mask"; needs no tokenizer
- * "answer" is what to check against. Other members are kept (json). Lines of white space are skipped; a line is at most 16 MiB.
+ * A line that has several of them is read as the first of input_ids, messages, prompt, text. A message: "role" (system, user,
+ * assistant), "content", and as may be "reasoning_content" and "loss". "answer" is what to check against. Other members are
+ * kept (json). Lines of white space are skipped; a line is at most 16 MiB.
  */
 #ifndef RT_FORMATS_DATASET_H
 #define RT_FORMATS_DATASET_H
@@ -33,7 +35,7 @@ struct rt_dataset_options {
     const struct rt_template *tmpl; /* NULL: prompt and messages lines are refused. Borrowed */
     int64_t n_ids;                  /* ids must be below; 0: the tokenizer's (one of the two is needed) */
     int64_t max_length;             /* tokens of a sample; 0: no limit */
-    enum rt_overlong overlong;      /* split: parts of max_length tokens, the last one shorter; parts without a target are left out */
+    enum rt_overlong overlong;      /* split: parts of max_length tokens, the last one shorter; parts with no target are left out */
     enum rt_thinking thinking;      /* for prompts: see template.h */
 };
 
@@ -84,8 +86,8 @@ void rt_dataset_close(struct rt_dataset *d); /* NULL is fine */
 const char *rt_dataset_path(const struct rt_dataset *d); /* of the file that is read */
 
 /* The next sample; *end = true (and *out untouched) after the last. FORMAT "FILE:LINE: ..." for a line that is no JSON object,
- * no known form or two of them, wrong types, an id that is too large, a loss_mask of another length, a line over 16 MiB, a file
- * without lines; UNSUPPORTED for a form that needs a tokenizer or template that is not there. */
+ * no known form, wrong types, an id that is too large, a loss_mask of another length, a line over 16 MiB, a file
+ * without lines; UNSUPPORTED for a form that needs a tokenizer or template that is not there, and for tools. */
 enum rt_status rt_dataset_next(struct rt_dataset *d, struct rt_sample *out, bool *end, struct rt_err *err);
 /* The next prompt, from the same lines: a completion, and a last message that is the assistant's, are left out. Over
  * max_length: dropped and counted, whatever `overlong` says. */
