@@ -148,11 +148,15 @@ static void linear_backward(void **state)
     assert_ok(RT_OP(&d, linear_wgrad, &err, .dy = dy, .lddy = LDDY, .x = x, .dw = dw, .db = db, .n = N, .K = COLS, .N = OUT));
     ops_check_grad("linear dw", linear_loss, &k, w, COUNT(w), dw);
     ops_check_grad("linear db", linear_loss, &k, b, COUNT(b), db);
-    double dw2[OUT * COLS];
+    double dw2[OUT * COLS], db2[OUT];
     memcpy(dw2, dw, sizeof dw);
+    memcpy(db2, db, sizeof db);
     assert_ok(RT_OP(&d, linear_wgrad, &err, .dy = c, .x = x, .dw = dw2, .n = N, .K = COLS, .N = OUT));
     for (int i = 0; i < COUNT(dw); i++)
         assert_near(dw2[i], 2 * dw[i], 1e-12);
+    assert_ok(RT_OP(&d, linear_wgrad, &err, .dy = c, .x = x, .dw = dw2, .db = db2, .n = N, .K = COLS, .N = OUT));
+    for (int i = 0; i < OUT; i++)
+        assert_near(db2[i], 2 * db[i], 1e-12);
     d.be->weight_free(d.dev, k.w);
     d.be->weight_free(d.dev, k.b);
     rt_device_close(&d);

@@ -117,6 +117,11 @@ static void values_match_definitions(void **state)
         make_case(&c, &d, 2);
         c.tail = renorm ? RT_TAIL_RENORM : RT_TAIL_BUCKET;
         run(&c, false);
+        for (int v = 0, best = 0; v < V; v++) { /* the row without KL: its argmax is the teacher's, and yet no hit */
+            best = ops_dot(c.x + 2 * H, c.wt + v * H, H) > ops_dot(c.x + 2 * H, c.wt + best * H, H) ? v : best;
+            c.ids[2 * K] = best;
+        }
+        run(&c, false);
         for (int i = 0; i < N; i++) {
             double z[V], q[V], sum1 = 0, sumT = 0, P = 0, Q = 0, kl = 0;
             int best = 0;
@@ -184,6 +189,21 @@ static void a_vanishing_tail(void **state)
     }
     check_gradients(&c, "a tail of 3e-7");
     double kl = c.kl[0];
+    for (int i = 0; i < N && c.mask[i] != 0; i++) { /* from the definition: the term of the tail is there */
+        double z, sum = 0, off = 0, mass = 0, expected = 0;
+        for (int v = 0; v < V; v++) {
+            z = exp(ops_dot(c.x + i * H, c.wt + v * H, H) / 2);
+            sum += z;
+            off += v != c.ids[i * K] && v != c.ids[i * K + 1] && v != c.ids[i * K + 2] ? z : 0;
+        }
+        for (int j = 0; j < K; j++) {
+            const double p = exp(c.logp[i * K + j]);
+            mass += p;
+            expected += p * (c.logp[i * K + j] - ops_dot(c.x + i * H, c.wt + c.ids[i * K + j] * H, H) / 2 + log(sum));
+        }
+        expected += (1 - mass) * log((1 - mass) / (off / sum));
+        assert_near(c.kl[i], 4 * expected, 1e-12);
+    }
     for (int i = 0; i < N; i++)
         c.logp[i * K + 2] = logf(0.25f);
     check_gradients(&c, "no tail");
