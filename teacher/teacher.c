@@ -76,12 +76,14 @@ static enum rt_status plan(const struct rt_teacher_options *o, const struct rt_t
             most = o->max_length;
         if (p->chunk > most)
             p->chunk = most;
+        if (o->chunk > 0)
+            p->chunk = o->chunk > o->max_length ? o->chunk : o->max_length;
         const uint64_t one = state_bytes(o, c, p->chunk, 1), two = state_bytes(o, c, p->chunk, 1025);
         const uint64_t a_token = (two - one) / 1024 + (uint64_t)o->token_bytes + 1;
         /* two of the largest part: one in use, one on its way */
         const uint64_t fixed = one + FIXED_BYTES + 2 * largest;
         int64_t fits = memory > fixed ? (int64_t)((memory - fixed) / a_token) : 0;
-        if (fits < o->max_length && p->chunk > o->max_length) { /* a smaller chunk may do */
+        if (fits < o->max_length && p->chunk > o->max_length && o->chunk == 0) { /* a smaller chunk may do */
             p->chunk = o->max_length;
             const uint64_t small = state_bytes(o, c, p->chunk, 1) + FIXED_BYTES + 2 * largest;
             fits = memory > small ? (int64_t)((memory - small) / a_token) : 0;
@@ -108,9 +110,9 @@ static enum rt_status open_weights(const struct rt_teacher_options *o, struct rt
 {
     enum rt_status st;
     struct rt_weights *probe = NULL;
-    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .budget = INT64_MAX, .resident = o->slots > 0,
-                                    .mtp = o->mtp && c->mtp_layers > 0};
+    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .budget = INT64_MAX, .resident = o->slots > 0, .mtp = o->mtp};
     RT_TRY(rt_teacher_config_load(o->dir, c, err));
+    wo.mtp = o->mtp && c->mtp_layers > 0;
     RT_TRY(check_options(o, c, err));
     RT_TRY(rt_weights_open(&wo, &probe, err));
     RT_TRY(plan(o, c, rt_weights_largest_part(probe), rt_weights_model_bytes(probe), p, err));

@@ -24,6 +24,7 @@ struct rt_teacher_options {
     int64_t memory;        /* bytes */
     int64_t max_length;    /* longest sequence, in tokens; at most the model's maximum */
     int64_t window;        /* scoring: tokens of a window; 0: planned from memory and data_tokens */
+    int64_t chunk;         /* scoring: tokens that the attention buffers hold; 0: planned. A resume gives both as they were */
     int64_t data_tokens;   /* scoring: how many there are, 0: unknown */
     int64_t token_bytes;   /* scoring: further host bytes a token of the window that the caller's outputs take */
     int64_t slots;         /* generation: sequences at a time; 0: a teacher for scoring */

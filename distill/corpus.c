@@ -1,0 +1,243 @@
+#include "distill/corpus.h"
+
+#include <string.h>
+
+#include "core/mem.h"
+#include "core/sha256.h"
+
+/* Occurrences of keys: open addressing, at most half full. */
+struct seen {
+    uint8_t key[RT_KEY_BYTES];
+    uint32_t count;
+};
+
+/* Offsets of a sequence's parts in the window's bytes; pointers are made when the window is complete. */
+struct place {
+    size_t ids, mask, text, byte_end;
+};
+
+struct rt_corpus {
+    struct rt_corpus_options o;
+    struct rt_dataset *data;
+    struct seen *seen;
+    size_t seen_cap, seen_n;
+    int64_t ordinal;
+    bool have; /* a sequence that did not fit into the last window is at the front of the next */
+    struct rt_sample held;
+    uint8_t held_key[RT_KEY_BYTES];
+    uint32_t held_occurrence;
+    struct rt_buf bytes, rows, places, text;
+    int64_t n, tokens;
+};
+
+enum rt_status rt_corpus_open(const struct rt_corpus_options *o, struct rt_corpus **out, struct rt_err *err)
+{
+    struct rt_corpus *c = NULL;
+    enum rt_status st;
+    const struct rt_dataset_options d = {.tok = o->model->tok, .tmpl = o->model->tmpl, .n_ids = o->n_ids, .max_length = o->max_length,
+                                         .overlong = o->overlong, .thinking = true};
+    RT_TRY(rt_alloc(1, sizeof *c, "corpus", &c, err));
+    c->o = *o;
+    c->o.n_parts = o->n_parts > 0 ? o->n_parts : 1;
+    RT_TRY(rt_dataset_open(o->data, &d, &c->data, err));
+    *out = c;
+    c = NULL;
+out:
+    rt_corpus_close(c);
+    return st;
+}
+
+void rt_corpus_close(struct rt_corpus *c)
+{
+    if (c == NULL)
+        return;
+    rt_dataset_close(c->data);
+    rt_free(c->seen);
+    rt_buf_free(&c->bytes);
+    rt_buf_free(&c->rows);
+    rt_buf_free(&c->places);
+    rt_buf_free(&c->text);
+    rt_free(c);
+}
+
+/* How often the key was there before; counts it. */
+static enum rt_status count_key(struct rt_corpus *c, const uint8_t key[RT_KEY_BYTES], uint32_t *before, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    if (2 * (c->seen_n + 1) > c->seen_cap) {
+        const size_t cap = c->seen_cap > 0 ? 2 * c->seen_cap : 1024;
+        struct seen *bigger;
+        RT_TRY(rt_alloc(cap, sizeof *bigger, "keys of sequences", &bigger, err));
+        for (size_t i = 0; i < c->seen_cap; i++) {
+            if (c->seen[i].count == 0)
+                continue;
+            size_t at;
+            memcpy(&at, c->seen[i].key, sizeof at);
+            for (at &= cap - 1; bigger[at].count > 0; at = (at + 1) & (cap - 1))
+                ;
+            bigger[at] = c->seen[i];
+        }
+        rt_free(c->seen);
+        c->seen = bigger;
+        c->seen_cap = cap;
+    }
+    size_t at;
+    memcpy(&at, key, sizeof at);
+    for (at &= c->seen_cap - 1; c->seen[at].count > 0; at = (at + 1) & (c->seen_cap - 1))
+        if (memcmp(c->seen[at].key, key, RT_KEY_BYTES) == 0) {
+            *before = c->seen[at].count++;
+            return RT_OK;
+        }
+    memcpy(c->seen[at].key, key, RT_KEY_BYTES);
+    c->seen[at].count = 1;
+    c->seen_n++;
+    *before = 0;
+out:
+    return st;
+}
+
+/* The next sample of this share, with its key and occurrence. */
+static enum rt_status next_sample(struct rt_corpus *c, struct rt_sample *s, uint8_t key[RT_KEY_BYTES], uint32_t *occurrence, bool *end,
+                                  struct rt_err *err)
+{
+    enum rt_status st;
+    *end = false;
+    for (;;) {
+        RT_TRY(rt_dataset_next(c->data, s, end, err));
+        if (*end)
+            return RT_OK;
+        rt_rows_key(s->ids, s->n, key);
+        RT_TRY(count_key(c, key, occurrence, err));
+        if (c->ordinal++ % c->o.n_parts == c->o.part)
+            return RT_OK;
+    }
+out:
+    return st;
+}
+
+static enum rt_status rewind_corpus(struct rt_corpus *c, struct rt_err *err)
+{
+    if (c->seen != NULL)
+        memset(c->seen, 0, c->seen_cap * sizeof *c->seen);
+    c->seen_n = 0;
+    c->ordinal = 0;
+    c->have = false;
+    return rt_dataset_rewind(c->data, err);
+}
+
+enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *out, struct rt_err *err)
+{
+    struct rt_sha256 sha;
+    uint8_t key[RT_KEY_BYTES], digest[32];
+    uint32_t occurrence;
+    struct rt_sample s;
+    bool end;
+    enum rt_status st;
+    *out = (struct rt_corpus_survey){0};
+    rt_sha256_init(&sha);
+    for (;;) {
+        RT_TRY(next_sample(c, &s, key, &occurrence, &end, err));
+        if (end)
+            break;
+        out->sequences++;
+        out->tokens += s.n;
+        out->targets += s.n_targets;
+        out->longest = s.n > out->longest ? s.n : out->longest;
+        rt_sha256_update(&sha, key, sizeof key);
+    }
+    rt_sha256_final(&sha, digest);
+    rt_hex(out->sha256, digest, sizeof digest);
+    out->counts = rt_dataset_counts(c->data);
+    RT_TRY(rewind_corpus(c, err));
+out:
+    return st;
+}
+
+/* Copies a sample into the window. Sizes are rounded to 8 so that every part is aligned. */
+static enum rt_status append(struct rt_corpus *c, const struct rt_sample *s, const uint8_t *key, uint32_t occurrence, struct rt_err *err)
+{
+    static const char zeros[8];
+    struct rt_rows r = {.occurrence = occurrence, .source_line = s->line, .n_tokens = s->n};
+    struct place p = {0};
+    uint32_t *ends = NULL;
+    enum rt_status st;
+    memcpy(r.key, key, RT_KEY_BYTES);
+    p.ids = c->bytes.len;
+    RT_TRY(rt_buf_append(&c->bytes, s->ids, (size_t)s->n * sizeof *s->ids, err));
+    RT_TRY(rt_buf_append(&c->bytes, zeros, (8 - c->bytes.len % 8) % 8, err));
+    p.mask = c->bytes.len;
+    RT_TRY(rt_buf_append(&c->bytes, s->loss_mask, (size_t)s->n, err));
+    RT_TRY(rt_buf_append(&c->bytes, zeros, (8 - c->bytes.len % 8) % 8, err));
+    if (c->o.model->tok != NULL) {
+        c->text.len = 0;
+        RT_TRY(rt_tokenizer_decode(c->o.model->tok, s->ids, (size_t)s->n, false, &c->text, err));
+        RT_TRY(rt_alloc((size_t)s->n, sizeof *ends, "ends of tokens", &ends, err));
+        RT_TRY(rt_tokenizer_byte_ends(c->o.model->tok, s->ids, (size_t)s->n, ends, err));
+        p.byte_end = c->bytes.len;
+        RT_TRY(rt_buf_append(&c->bytes, ends, (size_t)s->n * sizeof *ends, err));
+        p.text = c->bytes.len;
+        RT_TRY(rt_buf_append(&c->bytes, c->text.data, c->text.len, err));
+        RT_TRY(rt_buf_append(&c->bytes, zeros, 8 - c->bytes.len % 8, err));
+        r.text_len = (int64_t)c->text.len;
+    }
+    RT_TRY(rt_buf_append(&c->rows, &r, sizeof r, err));
+    RT_TRY(rt_buf_append(&c->places, &p, sizeof p, err));
+    c->n++;
+    c->tokens += s->n;
+out:
+    rt_free(ends);
+    return st;
+}
+
+static void point(struct rt_corpus *c)
+{
+    struct rt_rows *r = (struct rt_rows *)(void *)c->rows.data;
+    const struct place *p = (const struct place *)(const void *)c->places.data;
+    for (int64_t i = 0; i < c->n; i++) {
+        r[i].ids = (const uint32_t *)(const void *)(c->bytes.data + p[i].ids);
+        r[i].loss_mask = (const uint8_t *)(c->bytes.data + p[i].mask);
+        if (c->o.model->tok != NULL) {
+            r[i].byte_end = (const uint32_t *)(const void *)(c->bytes.data + p[i].byte_end);
+            r[i].text = c->bytes.data + p[i].text;
+        }
+    }
+}
+
+enum rt_status rt_corpus_window(struct rt_corpus *c, int64_t tokens, struct rt_rows **seqs, int64_t *n, int64_t *n_tokens, struct rt_err *err)
+{
+    uint8_t key[RT_KEY_BYTES];
+    uint32_t occurrence = 0;
+    struct rt_sample s;
+    bool end = false;
+    enum rt_status st = RT_OK;
+    c->bytes.len = c->rows.len = c->places.len = 0;
+    c->n = c->tokens = 0;
+    for (;;) {
+        if (c->have) {
+            s = c->held;
+            memcpy(key, c->held_key, sizeof key);
+            occurrence = c->held_occurrence;
+            c->have = false;
+        } else {
+            RT_TRY(next_sample(c, &s, key, &occurrence, &end, err));
+        }
+        if (end)
+            break;
+        if (s.n > tokens)
+            RT_FAIL(err, USAGE, "%s: line %ld has %ld tokens, a window holds %ld", rt_dataset_path(c->data), (long)s.line, (long)s.n, (long)tokens);
+        if (c->tokens + s.n > tokens) {
+            c->held = s; /* stays valid: the dataset is not asked again before it is taken */
+            c->held_occurrence = occurrence;
+            memcpy(c->held_key, key, sizeof key);
+            c->have = true;
+            break;
+        }
+        RT_TRY(append(c, &s, key, occurrence, err));
+    }
+    point(c);
+    *seqs = (struct rt_rows *)(void *)c->rows.data;
+    *n = c->n;
+    *n_tokens = c->tokens;
+out:
+    return st;
+}
