@@ -17,13 +17,13 @@ struct request {
     void *user;
 };
 
-/* What a slot holds stays there when its sequence has ended: a prefix that a sibling may copy. `shared` names the request
- * whose prompt this is, as long as that request lives. */
+/* What a slot holds stays there when its sequence has ended: a prefix that a sibling may copy. */
 struct slot {
     bool busy;
-    struct request *of, *shared;
+    struct request *of;
     int sample;
-    int64_t held;     /* tokens in the engine's cache that belong to `shared` */
+    int64_t prompt;   /* whose prompt it holds: 1 + first_index, 0: none */
+    int64_t held;     /* tokens in the engine's cache */
     int64_t n_new;    /* sampled tokens */
     int quota;        /* entries in this step */
     int row;          /* logits row in this step, -1: none */
@@ -193,28 +193,19 @@ static enum rt_status finish(struct rt_batch *b, struct request *r, int sample, 
     const enum rt_status st = b->o.on_finish(b->o.ctx, &result, err);
     if (r->ended == r->n_samples) {
         unlink_request(b, &b->detached, r);
-        for (int i = 0; i < b->o.slots; i++)
-            if (b->slots[i].shared == r)
-                b->slots[i].shared = NULL;
         request_free(r);
     }
     return st;
 }
 
-/* The slot that holds the longest prefix of r's prompt, -1: none. The last prompt token is always fed, for its logits. */
-static int find_donor(const struct rt_batch *b, const struct request *r, int64_t *held)
+/* A slot that holds r's prompt, -1: none. The last prompt token is fed all the same, for its logits; so a prompt of one
+ * token has nothing to copy. */
+static int find_donor(const struct rt_batch *b, const struct request *r)
 {
-    int donor = -1;
-    *held = 0;
-    for (int s = 0; b->step.copy_slot != NULL && s < b->o.slots; s++) {
-        const struct slot *at = &b->slots[s];
-        const int64_t n = at->shared != r ? 0 : at->held < r->n_prompt - 1 ? at->held : r->n_prompt - 1;
-        if (n > *held) {
-            *held = n;
-            donor = s;
-        }
-    }
-    return donor;
+    for (int s = 0; b->step.copy_slot != NULL && r->n_prompt > 1 && s < b->o.slots; s++)
+        if (b->slots[s].prompt == r->first_index + 1)
+            return s;
+    return -1;
 }
 
 /* A sibling is on its way through the prompt: waiting for it is cheaper than feeding the prompt twice. */
@@ -226,26 +217,21 @@ static bool sibling_feeds(const struct rt_batch *b, const struct request *r)
     return false;
 }
 
+/* The preferred one if it is free: it needs no copy. */
 static int free_slot(const struct rt_batch *b, int preferred)
 {
     if (preferred >= 0 && !b->slots[preferred].busy)
         return preferred;
-    int any = -1;
-    for (int s = 0; s < b->o.slots; s++) {
-        if (b->slots[s].busy)
-            continue;
-        if (b->slots[s].shared == NULL)
-            return s; /* rather than one whose prefix is still of use */
-        if (any < 0)
-            any = s;
-    }
-    return any;
+    int s = 0;
+    while (b->slots[s].busy)
+        s++;
+    return s;
 }
 
+/* Gives the next sample of r a free slot. */
 static enum rt_status start(struct rt_batch *b, struct request *r, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    int64_t held;
     const int sample = r->started++;
     if (r->started == r->n_samples) {
         unlink_request(b, &b->head, r);
@@ -254,12 +240,15 @@ static enum rt_status start(struct rt_batch *b, struct request *r, struct rt_err
     }
     if (r->max_new == 0)
         return finish(b, r, sample, NULL, RT_FINISH_LENGTH, err);
-    const int donor = find_donor(b, r, &held), to = free_slot(b, donor);
+    const int donor = find_donor(b, r), to = free_slot(b, donor);
+    const int64_t held = donor >= 0 ? r->n_prompt - 1 : 0;
     struct slot *s = &b->slots[to];
+    RT_ASSERT(donor < 0 || b->slots[donor].held >= held); /* else sibling_feeds */
     if (donor >= 0 && donor != to)
         RT_TRY(b->step.copy_slot(b->step.ctx, donor, to, held, err));
     s->busy = true;
-    s->of = s->shared = r;
+    s->of = r;
+    s->prompt = r->first_index + 1;
     s->sample = sample;
     s->held = held;
     s->n_new = 0;

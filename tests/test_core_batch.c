@@ -315,9 +315,14 @@ static void sequences_join_while_running(void **state)
     assert_ok(rt_batch_run(late->batch, &err));
     assert_int_equal(late->n_got, 19);
     check_same(at_once, late, "late ones", 2, 5);
-    add(late, 1); /* a batch that has ended goes on */
-    assert_ok(rt_batch_run(late->batch, &err));
-    assert_int_equal(late->n_got, 23);
+    for (int k = 2; k <= 12; k += 5) { /* a batch that has ended goes on, and takes no old prompt for a new one */
+        const int n = late->n_got;
+        add(late, k);
+        assert_ok(rt_batch_run(late->batch, &err));
+        assert_true(late->n_got > n);
+        for (int i = n; i < late->n_got; i++)
+            alone(late, &late->got[i], k);
+    }
     destroy(late);
     destroy(at_once);
 }

@@ -197,6 +197,10 @@ static void append_mends_a_torn_line(void **state)
         assert_ok(rt_file_append_sync(torn, lines, sizeof lines, &err));
     assert_ok(rt_file_append_sync(torn, "1\n", 2, &err));
     assert_string_equal(content(torn), "1\n");
+    for (int i = 0; i < 3; i++)
+        assert_ok(rt_file_append_sync(torn, lines, sizeof lines, &err));
+    assert_ok(rt_file_append_sync(torn, "2\n", 2, &err));
+    assert_string_equal(content(torn), "1\n2\n");
     assert_status(rt_file_append_sync("/dev/full", "1\n", 2, &err), IO);
     assert_status(rt_file_append_sync(test_tmp("nowhere/file"), "1\n", 2, &err), IO);
 }

@@ -32,6 +32,10 @@ static void blocks_are_zero_and_aligned(void **state)
             memset(p, 0xa5, bytes[i]);
         }
         rt_free(p);
+        assert_ok(rt_alloc(bytes[i], 1, "a test", &p, &err)); /* likely the same, now dirty */
+        for (size_t k = 0; k < bytes[i]; k += k < 4096 ? 1 : 4093)
+            assert_int_equal(p[k], 0);
+        rt_free(p);
     }
     rt_free(NULL);
 }
@@ -98,6 +102,9 @@ static void arena_cuts_and_gives_back(void **state)
     assert_int_equal(a.peak, 256);
     assert_ok(rt_arena_alloc(&a, 1, &p, &err));
     assert_ptr_equal(p, r);
+    rt_arena_init(&a, block, 100, "scratch");
+    assert_status(rt_arena_alloc(&a, 70, &p, &err), NOMEM); /* occupies 128 */
+    assert_int_equal(a.used, 0);
     rt_free(block);
     assert_int_equal(rt_arena_round(0), 0);
     assert_int_equal(rt_arena_round(1), 64);

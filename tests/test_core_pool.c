@@ -78,13 +78,16 @@ static void runs_side_by_side(void **state)
     struct rt_err err = {0};
     struct job j = {0};
     (void)state;
-    assert_ok(rt_pool_create(2, &j.pool, &err));
-    rt_pool_run(j.pool, 2, meet, &j);
-    usleep(500);
-    atomic_store(&j.done[0], 0);
-    atomic_store(&j.done[1], 0);
-    rt_pool_run(j.pool, 2, meet, &j); /* the worker sleeps when this one comes */
-    rt_pool_free(j.pool);
+    for (int threads = 2; threads <= 3; threads++) {
+        assert_ok(rt_pool_create(threads, &j.pool, &err));
+        for (int round = 0; round < 5; round++) {
+            atomic_store(&j.done[0], 0);
+            atomic_store(&j.done[1], 0);
+            rt_pool_run(j.pool, 2, meet, &j);
+            usleep(500); /* the workers sleep when the next one comes */
+        }
+        rt_pool_free(j.pool);
+    }
 }
 
 static void slow(void *ctx, int64_t i, int worker)
