@@ -64,8 +64,10 @@ struct rt_dev_options {
 /* out[i,:] = table[ids[i],:] */
 struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; void *out; int64_t n, cols; };
 
-/* s = x (+ add); y = s * rstd * w, rstd = 1/sqrt(mean(s^2) + eps). Outputs, each may be NULL: sum = s (may alias x or add),
- * y = (may be x with ldy == ldx), yq = the e4m3 form of y, rstd [n] float. w NULL: all ones. add and sum are dense (so ldx is dense where sum is x). */
+/* s = x (+ add); y = s / rms * w, rms = sqrt(mean(s^2) + eps), rstd = 1/rms. Where act is F32 these bits are fixed, because e4m3
+ * codes depend on them (core/rms.h): rms = rt_rms_f32, and y is rounded after the division and again after the product. Outputs,
+ * each may be NULL: sum = s (may alias x or add), y = (may be x with ldy == ldx), yq = the e4m3 form of y, rstd [n] float. w NULL:
+ * all ones. add and sum are dense (so ldx is dense where sum is x). */
 struct rt_norm_fwd_args {
     const void *x, *add; const struct rt_weight *w; void *sum, *y; struct rt_act yq; float *rstd;
     int64_t n, cols, ldx, ldy; float eps;

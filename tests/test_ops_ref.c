@@ -1,6 +1,5 @@
 /* The forward operations of the reference backend: cases worked by hand, definitions written out, and identities. */
-#include <stdlib.h>
-
+#include "core/rms.h"
 #include "tests/ops.h"
 
 /* ---- embedding, norm, quantisation ---- */
@@ -50,6 +49,38 @@ static void norm_by_hand(void **state)
     struct rt_weight *wrong = ops_param(&d, w, 2, 1);
     assert_status(RT_OP(&d, norm_fwd, &err, .x = x, .w = wrong, .y = y, .n = 1, .cols = 3), SHAPE);
     d.be->weight_free(d.dev, wrong);
+    rt_device_close(&d);
+}
+
+/* One 4096 (its square is 2^24, where float32 counts by twos) and ones: each order of summing loses other ones. */
+static void the_rounding_of_the_norm(void **state)
+{
+    (void)state;
+    /* 100: running sums 2^24 and 7 of 12, 84 in all, and 4 lost. 128: 7 of 16. 256: 112, and 128 of the other half. 300: 144 + 156,
+     * the first of which is 72 + 72: 62 (9 rounds to 8) + 72. 7: in order, all lost. */
+    static const struct { int n; float sum; } cases[] = {{7, 0}, {100, 84}, {128, 112}, {256, 240}, {300, 290}};
+    float x[300] = {4096};
+    for (int i = 1; i < 300; i++)
+        x[i] = 1;
+    for (int i = 0; i < COUNT(cases); i++)
+        assert_true(rt_rms_f32(x, cases[i].n, 0.25f) == sqrtf((16777216 + cases[i].sum) / (float)cases[i].n + 0.25f));
+
+    struct rt_err err = {0};
+    struct rt_device d = ops_open(&rt_backend_ref);
+    enum { N = 8, COLS = 256 };
+    float s[N * COLS], w[COLS], y[N * COLS];
+    int differ = 0;
+    ops_fill32(s, COUNT(s), 1);
+    ops_fill32(w, COUNT(w), 2);
+    struct rt_weight *p = ops_param(&d, w, 1, COLS);
+    assert_ok(RT_OP(&d, norm_fwd, &err, .x = s, .w = p, .y = y, .n = N, .cols = COLS, .eps = 1e-6f));
+    for (int i = 0; i < COUNT(y); i++) {
+        const float rms = rt_rms_f32(s + i / COLS * COLS, COLS, 1e-6f), unit = s[i] / rms;
+        assert_true(y[i] == unit * w[i % COLS]);
+        differ += y[i] != s[i] * (1 / rms) * w[i % COLS];
+    }
+    assert_true(differ > 0); /* the other way to write it is not the same */
+    d.be->weight_free(d.dev, p);
     rt_device_close(&d);
 }
 
@@ -494,6 +525,7 @@ static void adamw_by_hand(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(embedding_reads_every_type),
     cmocka_unit_test(norm_by_hand),
+    cmocka_unit_test(the_rounding_of_the_norm),
     cmocka_unit_test(quantisation_of_blocks),
     cmocka_unit_test(linear_by_hand),
     cmocka_unit_test(e4m3_product_with_a_ragged_block),

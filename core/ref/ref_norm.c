@@ -1,5 +1,6 @@
 /* Normalisation, quantisation, rotary positions. */
 #include "core/ref/ref.h"
+#include "core/rms.h"
 
 float REF(quant_block)(const real *x, uint8_t *code)
 {
@@ -36,9 +37,17 @@ REF_OP(quant)
     return RT_OK;
 }
 
-static double rstd_of(const real *s, int64_t cols, double eps)
+/* sqrt(mean(x^2) + eps): the float32 one has the rounding that e4m3 codes depend on. */
+static real rms_of(const real *x, int64_t n, float eps)
 {
-    return 1 / sqrt(ref_dot(s, s, cols) / (double)cols + eps);
+    if (REF_IS64)
+        return (real)sqrt(ref_dot(x, x, n) / (double)n + eps);
+    return rt_rms_f32((const void *)x, n, eps);
+}
+
+static double rstd_of(const real *s, int64_t cols, float eps)
+{
+    return 1 / (double)rms_of(s, cols, eps);
 }
 
 REF_OP(norm_fwd)
@@ -58,9 +67,9 @@ REF_OP(norm_fwd)
         const real *add = a->add != NULL ? (const real *)a->add + t * a->cols : NULL;
         for (int64_t j = 0; j < a->cols; j++)
             s[j] = add != NULL ? x[j] + add[j] : x[j];
-        const double rstd = rstd_of(s, a->cols, a->eps);
+        const real rms = rms_of(s, a->cols, a->eps);
         for (int64_t j = 0; j < a->cols; j++)
-            y[j] = (real)(s[j] * rstd * (w != NULL ? (double)w[j] : 1.0));
+            y[j] = w != NULL ? s[j] / rms * w[j] : s[j] / rms;
         if (a->sum != NULL)
             memcpy((real *)a->sum + t * a->cols, s, (size_t)a->cols * sizeof *s);
         if (a->y != NULL)
@@ -68,7 +77,7 @@ REF_OP(norm_fwd)
         if (a->yq.data != NULL)
             REF(quant_row)(y, &a->yq, t, a->n, a->cols);
         if (a->rstd != NULL)
-            a->rstd[t] = (float)rstd;
+            a->rstd[t] = (float)(1 / (double)rms);
     }
 out:
     rt_free(w_own);
@@ -93,7 +102,7 @@ static void norm_row_bwd(const real *dy, const real *x, const real *w, double r,
 }
 
 /* The float that a forward saved; what it stands for where there is none, and in float64. */
-static double saved_rstd(const float *rstd, int64_t at, const real *x, int64_t cols, double eps)
+static double saved_rstd(const float *rstd, int64_t at, const real *x, int64_t cols, float eps)
 {
     return rstd != NULL && !REF_IS64 ? rstd[at] : rstd_of(x, cols, eps);
 }
