@@ -91,9 +91,10 @@ struct rt_rope_args {
     void *x; int64_t ld, head_ld; const float *cos, *sin; const int32_t *position; int64_t n; int heads, dim; bool interleaved, inverse;
 };
 
-/* Attention over packed sequences, block-diagonal and causal: o = softmax(scale q k^T) v. Sequence s is rows
- * cu_seqlens[s] .. cu_seqlens[s+1], from 0 to n without gaps; an empty one is fine. q [n, nh, dqk], k [n, nkv, dqk], v [n, nkv, dv] with token and head strides; query head h uses
- * key head h / (nh/nkv). o [n, nh*dv] dense =. lse [nh, n] float = log sum exp of the scaled scores, or NULL. */
+/* Attention over packed sequences, block-diagonal and causal: o = softmax(scale q k^T) v. Sequence s is rows cu_seqlens[s] ..
+ * cu_seqlens[s+1], from 0 to n without gaps; an empty one is fine. q [n, nh, dqk], k [n, nkv, dqk], v [n, nkv, dv] with token and
+ * head strides; query head h uses key head h / (nh/nkv). o [n, nh*dv] dense =. lse [nh, n] float = log sum exp of the scaled
+ * scores, or NULL. */
 struct rt_attn_shape {
     const int32_t *cu_seqlens; /* [host] [n_seq + 1] */
     int64_t n, n_seq; int nh, nkv, dqk, dv; float scale;
@@ -112,9 +113,10 @@ struct rt_swiglu_fwd_args { const void *gate, *up; int64_t ld; void *h; struct r
 struct rt_mla_concat_k_args { const void *kv, *k_pe; int64_t k_pe_ld; void *k; int64_t n; int nh, dn, dr, dv; };
 
 /* Router, in float32: z = x w^T; score = sigmoid(z) or softmax(z); choice = score + bias (bias for selection only, NULL: none).
- * n_group > 1: the topk_group groups of the greatest group score stay (sum of the two best choices with group_top2, else the best),
- * others get -inf; ties to the smaller group; the kept groups hold at least k experts. ids = the k greatest choices, ties to the smaller id, in descending order; weight = score[id], divided by
- * (their sum + 1e-20) with norm, times scale. (DeepSeek-V3 report 2.1.2; V2: softmax, group maximum.) */
+ * n_group > 1: the topk_group groups of the greatest group score stay (sum of the two best choices with group_top2, else the
+ * best), others get -inf; ties to the smaller group; the kept groups hold at least k experts. ids = the k greatest choices, ties
+ * to the smaller id, in descending order; weight = score[id], divided by (their sum + 1e-20) with norm, times scale. (DeepSeek-V3
+ * report 2.1.2; V2: softmax, group maximum.) */
 struct rt_route_args {
     const void *x; const struct rt_weight *w, *bias; int32_t *ids; float *weight; int64_t n; int H, E, k, n_group, topk_group;
     bool sigmoid, group_top2, norm; float scale;
@@ -133,11 +135,11 @@ struct rt_moe_ffn_args {
     void *y; int64_t n; int n_experts, k, H, I; bool row_exact;
 };
 
-/* Head of a scored window: z = x w^T over the ids [0, n_ids) in tiles, never [n, V] for the window. Each output [n]:
- * topk_ids uint32 [n,k], topk_logits float [n,k] (descending logit, then ascending id), lse float [n, n_lse] = log sum exp(z * inv_temp[i]),
- * next_logprob float = z[next] - log sum exp(z), next_rank uint32 = #{v: z_v > z_next or (z_v == z_next and v < next)}. z is rounded to
- * float32 before anything is made of it. Each of the top-k pair, next_logprob and next_rank may be NULL; next NULL: neither of the two.
- * next[i] outside [0, n_ids): -inf and n_ids. */
+/* Head of a scored window: z = x w^T over the ids [0, n_ids) in tiles, never [n, V] for the window. Each output [n]: topk_ids
+ * uint32 [n,k], topk_logits float [n,k] (descending logit, then ascending id), lse float [n, n_lse] = log sum exp(z *
+ * inv_temp[i]), next_logprob float = z[next] - log sum exp(z), next_rank uint32 = #{v: z_v > z_next or (z_v == z_next and v <
+ * next)}. z is rounded to float32 before anything is made of it. Each of the top-k pair, next_logprob and next_rank may be NULL;
+ * next NULL: neither of the two. next[i] outside [0, n_ids): -inf and n_ids. */
 struct rt_head_topk_args {
     const void *x; const struct rt_weight *w; const int32_t *next; int64_t n, H, n_ids; int k, n_lse; const float *inv_temp; /* [host] */
     uint32_t *topk_ids; float *topk_logits, *lse, *next_logprob; uint32_t *next_rank;
@@ -169,8 +171,8 @@ struct rt_attn_cached_args {
 };
 
 /* ---- student, forward and backward ---- */
-/* y[t,h,:] = rope(norm(x[t,h,:]; w)), norm over d with eps; w NULL: no norm. rstd [n, heads] float = or NULL (unspecified without w). May be in place (y == x) only
- * where w is NULL. Half-split rope. */
+/* y[t,h,:] = rope(norm(x[t,h,:]; w)), norm over d with eps; w NULL: no norm. rstd [n, heads] float = or NULL (unspecified without
+ * w). May be in place (y == x) only where w is NULL. Half-split rope. */
 struct rt_headnorm_rope_fwd_args {
     const void *x; int64_t ldx; const struct rt_weight *w; void *y; int64_t ldy; float *rstd;
     const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps;
@@ -212,8 +214,8 @@ struct rt_scatter_args { const void *y; const int32_t *index; void *x; int64_t n
  *   dx = dL/dx (NULL: forward only), dw += dL/dw (NULL: none).
  * Rows whose label is < 0 take no CE; rows with kl_mask 0 take no KL; what a row does not take is 0 (dx too where it takes neither).
  * Ids of a row are distinct; an entry whose id is < 0 is empty and counts nowhere, nor does a logp of -inf; renorm over no mass is
- * no KL. P_R = 1 - sum_K p; P_R < 1e-7 drops the bucket: its term, and P_R from the gradient (as does a K that holds all V ids). (Formulas: distillation at
- * temperature, Hinton et al. 2015, section 2; gradients i in K: T (q_i - p_i); else T q_i (1 - P_R/Q_R).) */
+ * no KL. P_R = 1 - sum_K p; P_R < 1e-7 drops the bucket: its term, and P_R from the gradient (as does a K that holds all V ids).
+ * (Formulas: distillation at temperature, Hinton et al. 2015, section 2; gradients i in K: T (q_i - p_i); else T q_i (1 - P_R/Q_R).) */
 enum rt_tail { RT_TAIL_BUCKET, RT_TAIL_RENORM };
 struct rt_head_loss_args {
     const void *x; const struct rt_weight *w; void *dx, *dw; int64_t n, H, V;
@@ -282,7 +284,8 @@ struct rt_backend {
     enum rt_status (*broadcast)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, int root, struct rt_err *err);
 
     /* Prepares a weight from host bytes. ref and cpu borrow data and scale_inv until weight_free (and copy where resident). */
-    enum rt_status (*weight_load)(struct rt_dev *dev, struct rt_queue *q, const struct rt_weight_src *src, struct rt_weight **out, struct rt_err *err);
+    enum rt_status (*weight_load)(struct rt_dev *dev, struct rt_queue *q, const struct rt_weight_src *src, struct rt_weight **out,
+                                  struct rt_err *err);
     /* A handle over act elements in device memory that may change (a parameter that is trained); borrows p. */
     enum rt_status (*weight_param)(struct rt_dev *dev, void *p, int64_t rows, int64_t cols, struct rt_weight **out, struct rt_err *err);
     void (*weight_free)(struct rt_dev *dev, struct rt_weight *w); /* NULL is fine */
