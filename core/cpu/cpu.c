@@ -50,6 +50,7 @@ static enum rt_status dev_open(const struct rt_dev_options *o, struct rt_dev **o
     RT_TRY(rt_alloc((size_t)threads, sizeof *dev->panel, "scratch of the cpu device", &dev->panel, err));
     RT_TRY(rt_alloc((size_t)threads, sizeof *dev->tile, "scratch of the cpu device", &dev->tile, err));
     dev->threads = threads;
+    dev->shared_max = RT_CPU_SHARED_MAX;
     for (int i = 0; i < threads; i++) {
         RT_TRY(rt_alloc(RT_CPU_PANEL, sizeof(float), "scratch of the cpu device", &dev->panel[i], err));
         RT_TRY(rt_alloc(RT_CPU_TILE, sizeof(float), "scratch of the cpu device", &dev->tile[i], err));
@@ -209,6 +210,28 @@ const struct rt_backend rt_backend_cpu = {
     .weight_param = rt_cpu_weight_param,
     .weight_free = rt_cpu_weight_free,
     .weight_bytes = rt_cpu_weight_bytes,
+    .embed_fwd = rt_cpu_embed_fwd,
+    .norm_fwd = rt_cpu_norm_fwd,
+    .quant = rt_cpu_quant,
+    .linear_fwd = rt_cpu_linear_fwd,
+    .rope = rt_cpu_rope,
+    .swiglu_fwd = rt_cpu_swiglu_fwd,
+    .mla_concat_k = rt_cpu_mla_concat_k,
+    .route = rt_cpu_route,
+    .moe_sort = rt_cpu_moe_sort,
+    .moe_ffn = rt_cpu_moe_ffn,
+    .head_topk = rt_cpu_head_topk,
+    .head_matmul = rt_cpu_head_matmul,
+    .cache_put = rt_cpu_cache_put,
+    .cache_copy = rt_cpu_cache_copy,
+    .mla_cached = rt_cpu_mla_cached,
+    .linear_dgrad = rt_cpu_linear_dgrad,
+    .linear_wgrad = rt_cpu_linear_wgrad,
+    .gather = rt_cpu_gather,
+    .scatter = rt_cpu_scatter,
+    .sumsq = rt_cpu_sumsq,
+    .axpy = rt_cpu_axpy,
+    .convert = rt_cpu_convert,
     .attn_fwd = rt_cpu_attn_fwd,
     .attn_bwd = rt_cpu_attn_bwd,
     .attn_cached = rt_cpu_attn_cached,

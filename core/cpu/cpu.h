@@ -20,7 +20,7 @@ enum {
     RT_CPU_TILE = 1 << 19,
     RT_CPU_BLOCK = 128, /* columns that share a scale of e4m3, rows as well in a weight */
 };
-/* What rt_cpu_shared is asked for at most, bytes: operations cut their rows so that this is enough. */
+/* Bytes of shared scratch that an operation cuts its rows for; one row alone may need more. */
 #define RT_CPU_SHARED_MAX ((size_t)48 << 20)
 
 struct rt_dev {
@@ -29,6 +29,7 @@ struct rt_dev {
     float **panel, **tile; /* [threads] */
     void *shared;          /* grows to the largest request */
     size_t shared_size;
+    size_t shared_max;     /* RT_CPU_SHARED_MAX; less in tests */
     char description[96];
 };
 
@@ -66,14 +67,34 @@ enum rt_status rt_cpu_weight_param(struct rt_dev *dev, void *p, int64_t rows, in
 void rt_cpu_weight_free(struct rt_dev *dev, struct rt_weight *w);
 size_t rt_cpu_weight_bytes(const struct rt_weight_src *src);
 /* float32 values of w[row0 .. +rows, col0 .. +cols], row distance *ld: w's own where it has them, else dequantised into scratch
- * [rows, cols]. A vector (rows 1) always has w->f32. */
+ * [rows, cols]. A vector (rows or cols 1) always has w->f32. */
 const float *rt_cpu_weight_panel(const struct rt_weight *w, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float *scratch,
                                  int64_t *ld);
 /* SHAPE unless w is [rows, cols]; op and which are for the message. */
 enum rt_status rt_cpu_weight_is(const struct rt_weight *w, int64_t rows, int64_t cols, const char *op, const char *which,
                                 struct rt_err *err);
+/* SHAPE unless w is a vector of n. */
+enum rt_status rt_cpu_weight_vec_is(const struct rt_weight *w, int64_t n, const char *op, const char *which, struct rt_err *err);
+/* h = silu(gate) * up, n elements; h may be gate (cpu_rows.c) */
+void rt_cpu_swiglu_row(float *h, const float *gate, const float *up, int64_t n);
 /* dst[0..cols) = code * scale of row `row` of a quantised matrix with n rows (see struct rt_act). */
 void rt_cpu_dequant_row(float *dst, const struct rt_act *x, int64_t row, int64_t n, int64_t cols);
+/* Columns of a product's tile, out of N: 256 or 128. */
+int64_t rt_cpu_tile_cols(const struct rt_weight *w, int64_t N);
+/* c[m, cols] = or += a[m, K] w[col0 .. + cols, 0:K]^T on this thread, w dequantised through the worker's panel; exact:
+ * by cpu_exact.c. cols <= 256. */
+void rt_cpu_weight_product(const struct rt_weight *w, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m, bool exact,
+                           bool accumulate, float *panel, float *c, int64_t ldc);
+
+/* ---- e4m3 forms (cpu_quant.c) ---- */
+/* Row `row` of the e4m3 form q (of n rows) from x [cols]; cols % 128 == 0. */
+void rt_cpu_quant_row(const float *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols);
+/* x [cols] = what its e4m3 form stands for. */
+void rt_cpu_quant_round(float *x, int64_t cols);
+/* SHAPE unless cols divides into blocks. */
+enum rt_status rt_cpu_quant_check(const char *op, int64_t cols, struct rt_err *err);
+/* UNSUPPORTED where x is in e4m3 form and w is not, SHAPE where K does not divide into blocks. */
+enum rt_status rt_cpu_act_check(const struct rt_act *x, const struct rt_weight *w, const char *op, int64_t K, struct rt_err *err);
 
 /* ---- products on the calling thread (cpu_blas.c); c = alpha product (beta 0) or += (beta 1); row-major, OpenBLAS ---- */
 /* c[m,n] = a[m,k] b[n,k]^T */

@@ -159,3 +159,33 @@ enum rt_status rt_cpu_weight_is(const struct rt_weight *w, int64_t rows, int64_t
     return rt_fail(err, RT_SHAPE, "%s: %s is [%lld, %lld], expected [%lld, %lld]", op, which, (long long)w->rows,
                    (long long)w->cols, (long long)rows, (long long)cols);
 }
+
+enum rt_status rt_cpu_weight_vec_is(const struct rt_weight *w, int64_t n, const char *op, const char *which, struct rt_err *err)
+{
+    if ((w->rows == 1 && w->cols == n) || (w->cols == 1 && w->rows == n))
+        return RT_OK;
+    return rt_fail(err, RT_SHAPE, "%s: %s is [%lld, %lld], expected a vector of %lld", op, which, (long long)w->rows,
+                   (long long)w->cols, (long long)n);
+}
+
+int64_t rt_cpu_tile_cols(const struct rt_weight *w, int64_t N)
+{
+    /* 256 wide tiles run at full speed; 128 where a panel of 256 would not fit, or would leave fewer than 8 items. */
+    const bool panel_fits = w->f32 != NULL || w->cols <= RT_CPU_PANEL / 256;
+    return panel_fits && N >= 8 * 256 ? 256 : 128;
+}
+
+void rt_cpu_weight_product(const struct rt_weight *w, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m, bool exact,
+                           bool accumulate, float *panel, float *c, int64_t ldc)
+{
+    const int64_t run = w->f32 != NULL ? w->cols : RT_CPU_PANEL / 256 * (cols > 128 ? 1 : 2);
+    for (int64_t k0 = 0; k0 < w->cols; k0 += run) {
+        const int64_t k = rt_min64(run, w->cols - k0);
+        int64_t ldb;
+        const float *b = rt_cpu_weight_panel(w, col0, cols, k0, k, panel, &ldb);
+        if (exact)
+            rt_cpu_exact_nt(m, cols, k, a + k0, lda, b, ldb, accumulate || k0 > 0, c, ldc);
+        else
+            rt_cpu_gemm_nt(m, cols, k, 1, a + k0, lda, b, ldb, accumulate || k0 > 0 ? 1 : 0, c, ldc);
+    }
+}
