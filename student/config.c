@@ -153,6 +153,13 @@ static enum rt_status read_flags(const struct rt_json *o, struct rt_student_conf
     RT_TRY(rt_json_double_or(o, "partial_rotary_factor", 1, &x, err));
     if (x != 1)
         RT_FAIL(err, UNSUPPORTED, "%s: partial_rotary_factor is %g, expected 1", rt_json_source(o), x);
+    for (int i = 0; i < 2; i++) {
+        static const char *const other_rope[] = {"rope_interleaved", "use_mrope"};
+        bool on = false;
+        RT_TRY(rt_json_bool_or(o, other_rope[i], false, &on, err));
+        if (on)
+            RT_FAIL(err, UNSUPPORTED, "%s: %s is true, expected false", rt_json_source(o), other_rope[i]);
+    }
     if (is_set(rt_json_get(o, "quantization_config")))
         RT_FAIL(err, UNSUPPORTED, "%s: quantization_config is set; a student is trained from BF16, F16 or F32 weights",
                 rt_json_source(o));

@@ -45,27 +45,6 @@ out:
     return st;
 }
 
-static uint64_t total_bytes(const struct rt_params *p, enum rt_dtype dtype)
-{
-    return (uint64_t)p->count * rt_dtype_size(dtype);
-}
-
-/* Loaders look for one of the two names first: the other one must not be left over from something else. */
-static enum rt_status refuse_other_weights(const struct rt_student *s, const struct rt_student_save *o, const char *dir,
-                                           struct rt_err *err)
-{
-    /* A file is its data and a header; what is near the limit is treated as one file or shards by the writer alone. */
-    const bool one = o->max_shard_bytes == 0 || total_bytes(s->p, o->dtype) <= o->max_shard_bytes;
-    char path[PATH_CAP];
-    const enum rt_status st = rt_path_join(path, sizeof path, dir, one ? "model.safetensors.index.json" : "model.safetensors", err);
-    if (st != RT_OK)
-        return st;
-    if (rt_path_exists(path))
-        return rt_fail(err, RT_REFUSED, "%s: is there already and would be loaded instead of what is written now; use an empty directory",
-                       path);
-    return RT_OK;
-}
-
 static enum rt_status put_writer(void *w, const void *data, uint64_t bytes, struct rt_err *err)
 {
     return rt_tensor_writer_put(w, data, bytes, err);
@@ -79,13 +58,11 @@ enum rt_status rt_student_save(const struct rt_student *s, const struct rt_stude
     struct rt_tensor_writer *w = NULL;
     char path[PATH_CAP];
     RT_TRY(rt_student_config_text(s->c, o->dtype, &text, err));
-    RT_TRY(rt_mkdirs(dir, err));
-    RT_TRY(refuse_other_weights(s, o, dir, err));
+    RT_TRY(rt_params_decl(s->p, o->dtype, &decl, err));
+    RT_TRY(rt_tensor_writer_model(dir, decl, s->p->n, o->max_shard_bytes, &w, err));
     RT_TRY(rt_path_join(path, sizeof path, dir, "config.json", err));
     RT_TRY(rt_publish_bytes(path, text.data, text.len, err));
     RT_TRY(copy_companions(o->source, dir, err));
-    RT_TRY(rt_params_decl(s->p, o->dtype, &decl, err));
-    RT_TRY(rt_tensor_writer_model(dir, decl, s->p->n, o->max_shard_bytes, &w, err));
     RT_TRY(rt_params_put(s->p, s->d, s->block, o->dtype, put_writer, w, err));
     RT_TRY(rt_tensor_writer_finish(w, err));
 out:

@@ -133,6 +133,31 @@ static void backends_agree(void **state)
     (void)state;
 }
 
+/* In plain loops a document's states are the same bits packed or alone: positions begin at 0, nothing leaks in from neighbours. */
+static void packed_states_exact(void **state)
+{
+    for (int kind = 0; kind < FX_N; kind++) {
+        struct fx f;
+        struct fx_docs docs;
+        struct rt_err err = {0};
+        float all[FX_TOKENS * 32], alone[FX_TOKENS * 32];
+        fx_open(&f, &rt_backend_ref, 1, fx_config[kind]);
+        fx_docs(&docs, &f, 5, lens, N_DOCS);
+        const struct rt_student_batch b = fx_batch(&docs);
+        assert_ok(rt_student_forward(f.s, &b, RT_KEEP_FINAL, &f.acts, &err));
+        fx_fetch(&f, rt_student_hidden(f.s, RT_LAYER_FINAL), docs.n * f.c.hidden, all);
+        for (int i = 0; i < N_DOCS; i++) {
+            const struct fx_docs one = fx_one(&docs, i);
+            const struct rt_student_batch single = fx_batch(&one);
+            assert_ok(rt_student_forward(f.s, &single, RT_KEEP_FINAL, &f.acts, &err));
+            fx_fetch(&f, rt_student_hidden(f.s, RT_LAYER_FINAL), one.n * f.c.hidden, alone);
+            assert_memory_equal(all + docs.cu[i] * f.c.hidden, alone, (size_t)(one.n * f.c.hidden) * sizeof *alone);
+        }
+        fx_close(&f);
+    }
+    (void)state;
+}
+
 /* Final states do not depend on what is kept. */
 static void keep_modes(void **state)
 {
@@ -210,17 +235,22 @@ static void train(struct fx *f, int steps, double *losses)
     }
 }
 
-/* The number of threads changes no bit of losses and weights. */
+/* The number of threads changes no bit of losses and weights; the last model is wide enough to be cut into several tiles. */
 static void threads_same_bytes(void **state)
 {
     const struct rt_backend *be = fx_backend("cpu");
+    const char *const configs[] = {
+        fx_config[FX_QWEN2], fx_config[FX_QWEN3], fx_config[FX_LLAMA],
+        "{\"model_type\": \"qwen3\", \"vocab_size\": 1100, \"hidden_size\": 160, \"intermediate_size\": 420, \"num_hidden_layers\": 1, "
+        "\"num_attention_heads\": 5, \"head_dim\": 64, \"max_position_embeddings\": 64}",
+    };
     if (be == NULL)
         be = fx_backend("ref");
-    for (int kind = 0; kind < FX_N; kind++) {
+    for (size_t i = 0; i < sizeof configs / sizeof configs[0]; i++) {
         struct fx one, two;
         double a[4], b[4];
-        fx_open(&one, be, 1, fx_config[kind]);
-        fx_open(&two, be, 2, fx_config[kind]);
+        fx_open(&one, be, 1, configs[i]);
+        fx_open(&two, be, 2, configs[i]);
         train(&one, 4, a);
         train(&two, 4, b);
         assert_memory_equal(a, b, sizeof a);
@@ -306,8 +336,8 @@ static void schedules(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(finite_differences), cmocka_unit_test(packing_and_accumulation), cmocka_unit_test(backends_agree),
-    cmocka_unit_test(keep_modes),         cmocka_unit_test(bad_batches),              cmocka_unit_test(threads_same_bytes),
-    cmocka_unit_test(adamw_step),         cmocka_unit_test(schedules),
+    cmocka_unit_test(finite_differences), cmocka_unit_test(packing_and_accumulation), cmocka_unit_test(packed_states_exact),
+    cmocka_unit_test(backends_agree),     cmocka_unit_test(keep_modes),               cmocka_unit_test(bad_batches),
+    cmocka_unit_test(threads_same_bytes), cmocka_unit_test(adamw_step),               cmocka_unit_test(schedules),
 };
 RT_SUITE(student, tests)

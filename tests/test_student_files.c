@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "core/io.h"
+#include "core/rng.h"
 #include "formats/json.h"
 #include "student/describe.h"
 #include "student/save.h"
@@ -72,6 +73,8 @@ static void config_refusals(void **state)
         {LLAMA(", \"attention_dropout\": 0.1"), RT_UNSUPPORTED, "attention_dropout"},
         {QWEN2(", \"mlp_bias\": true"), RT_UNSUPPORTED, "mlp_bias"},
         {LLAMA(", \"partial_rotary_factor\": 0.5"), RT_UNSUPPORTED, "partial_rotary_factor"},
+        {LLAMA(", \"rope_interleaved\": true"), RT_UNSUPPORTED, "rope_interleaved"},
+        {QWEN2(", \"use_mrope\": true"), RT_UNSUPPORTED, "use_mrope"},
         {LLAMA(", \"quantization_config\": {}"), RT_UNSUPPORTED, "quantization_config"},
         {LLAMA(", \"torch_dtype\": \"float8\""), RT_UNSUPPORTED, "float8"},
         {LLAMA(", \"eos_token_id\": 50"), RT_FORMAT, "eos_token_id"},
@@ -163,6 +166,35 @@ static void text_patch(void **state)
         memcpy(exact, text, n);
         assert_status(rt_json_text_patch(exact, n, "z", "1", &out, &err), FORMAT);
         free(exact);
+    }
+    rt_buf_free(&out);
+    (void)state;
+}
+
+/* What changed is patched under the spelling that is there; a head that was tied on loading is said to be tied. */
+static void config_text(void **state)
+{
+    static const struct {
+        const char *text, *out;
+        bool tie;
+    } rows[] = {
+        {LLAMA(", \"torch_dtype\": \"float32\""), LLAMA(", \"torch_dtype\": \"bfloat16\""), false},
+        {LLAMA(", \"dtype\": \"float32\", \"tie_word_embeddings\": false"), LLAMA(", \"dtype\": \"bfloat16\", \"tie_word_embeddings\": true"),
+         true},
+        {LLAMA(", \"dtype\": \"float32\", \"torch_dtype\": null"), LLAMA(", \"dtype\": \"bfloat16\", \"torch_dtype\": \"bfloat16\""), false},
+        {LLAMA(""), "{\n  \"tie_word_embeddings\": true,\n  \"torch_dtype\": \"bfloat16\",\"model_type\": \"llama\", " BASE "}", true},
+    };
+    struct rt_err err = {0};
+    struct rt_buf out = {0};
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        struct rt_student_config c = parse(rows[i].text);
+        c.tied = c.tied || rows[i].tie;
+        out.len = 0;
+        assert_ok(rt_student_config_text(&c, RT_BF16, &out, &err));
+        assert_int_equal(out.len, strlen(rows[i].out));
+        assert_memory_equal(out.data, rows[i].out, out.len);
+        assert_status(rt_student_config_text(&c, RT_E4M3, &out, &err), USAGE);
+        rt_student_config_free(&c);
     }
     rt_buf_free(&out);
     (void)state;
@@ -483,9 +515,34 @@ static void initial_values(void **state)
     (void)state;
 }
 
+/* Tensors longer than the pieces in which values cross the border. */
+static void long_tensors(void **state)
+{
+    struct rt_err err = {0};
+    struct fx a, b;
+    const char *dir = test_tmp("long");
+    const char *config = "{\"model_type\": \"llama\", \"hidden_size\": 32, \"intermediate_size\": 16, \"num_hidden_layers\": 1, "
+                         "\"num_attention_heads\": 2, \"vocab_size\": 20000, \"tie_word_embeddings\": true}";
+    fx_open(&a, &rt_backend_ref, 1, config);
+    assert_ok(rt_student_init(a.s, 4, &err));
+    const int64_t n = rt_param_elements(&a.p.at[0]);
+    float *x = malloc((size_t)n * sizeof *x);
+    assert_ok(rt_param_download(&a.d, rt_student_block(a.s), &a.p.at[0], 0, n, x, &err));
+    for (int64_t i = 0; i < n; i += 997)
+        assert_true(x[i] == (float)(0.02 * rt_rng_normal(4, rt_rng_stream("model.embed_tokens.weight"), (uint64_t)i)));
+    assert_ok(rt_student_save(a.s, &(struct rt_student_save){NULL, RT_F32, 0}, dir, &err));
+    reopen(&b, dir, config);
+    assert_memory_equal(rt_student_block(a.s), rt_student_block(b.s), (size_t)a.p.elements * sizeof(float));
+    free(x);
+    fx_close(&a);
+    fx_close(&b);
+    (void)state;
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(config_defaults),  cmocka_unit_test(config_refusals), cmocka_unit_test(rope_frequencies),
     cmocka_unit_test(text_patch),       cmocka_unit_test(published_sizes), cmocka_unit_test(save_and_load),
     cmocka_unit_test(checkpoint_resume), cmocka_unit_test(wrong_tensors),  cmocka_unit_test(initial_values),
+    cmocka_unit_test(config_text),      cmocka_unit_test(long_tensors),
 };
 RT_SUITE(student_files, tests)
