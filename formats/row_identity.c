@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "formats/row_identity.h"
@@ -34,8 +35,13 @@ static void field_text(const struct rt_row_identity *id, int f, char out[FIELD])
     case 5: snprintf(out, FIELD, "%" PRId64, id->n_ids); break;
     case 6: snprintf(out, FIELD, "%d", id->top_k); break;
     case 7:
-        for (int i = 0; i < id->n_lse && n < FIELD; i++)
-            n += (size_t)snprintf(out + n, FIELD - n, "%s%.17g", i > 0 ? ", " : "", id->lse_temperature[i]);
+        for (int i = 0; i < id->n_lse && n < FIELD; i++) {
+            char number[32]; /* the short form where it is exact: 0.6, not 0.59999999999999998 */
+            snprintf(number, sizeof number, "%.15g", id->lse_temperature[i]);
+            if (strtod(number, NULL) != id->lse_temperature[i])
+                snprintf(number, sizeof number, "%.17g", id->lse_temperature[i]);
+            n += (size_t)snprintf(out + n, FIELD - n, "%s%s", i > 0 ? ", " : "", number);
+        }
         break;
     case 8: snprintf(out, FIELD, "%s", id->completion_only ? "true" : "false"); break;
     case 9: snprintf(out, FIELD, "%" PRId64, id->max_length); break;

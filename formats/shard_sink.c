@@ -1,0 +1,348 @@
+/* Writing a set of row shards. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <zlib.h>
+
+#include "core/io.h"
+#include "core/sha256.h"
+#include "formats/manifest.h"
+#include "formats/row_identity.h"
+#include "formats/safetensors.h"
+#include "formats/shard_block.h"
+#include "formats/shard_file.h"
+
+struct rt_shard_sink {
+    char dir[4096];
+    int lock;
+    struct rt_row_identity id;
+    struct rt_shard_options opt;
+    struct rt_manifest manifest; /* lines are dropped after open: counts are what is needed */
+    bool broken;                 /* a write failed: the set goes on from what is published when it is opened again */
+    struct rt_codec codec;
+    struct rt_buf buf;           /* of one block */
+    /* the shard that is being written */
+    bool open;
+    struct rt_publish out;
+    struct rt_sha256 sha;
+    uint64_t header_bytes;
+    uint32_t header_crc;
+    struct rt_buf seq; /* of struct rt_seq_info */
+    int64_t n_seq, tokens, rows;
+};
+
+void rt_shard_sink_free(struct rt_shard_sink *s)
+{
+    if (s == NULL)
+        return;
+    if (s->open)
+        rt_publish_abort(&s->out);
+    rt_file_close(s->lock);
+    rt_codec_free(&s->codec);
+    rt_buf_free(&s->buf);
+    rt_buf_free(&s->seq);
+    rt_manifest_free(&s->manifest);
+    rt_free(s);
+}
+
+uint64_t rt_shard_sink_bytes(const struct rt_shard_sink *s)
+{
+    return s->manifest.bytes;
+}
+
+static enum rt_status write_bytes(struct rt_shard_sink *s, const struct rt_buf *b, struct rt_err *err)
+{
+    rt_sha256_update(&s->sha, b->data, b->len);
+    return rt_publish_write(&s->out, b->data, b->len, err);
+}
+
+static enum rt_status open_shard(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st;
+    char name[RT_NAME_CAP], path[4096];
+    const struct rt_shard_header h = {s->opt.part, s->opt.n_parts, s->manifest.sequences, s->id};
+    rt_shard_name(s->opt.part, s->opt.n_parts, s->manifest.n, name);
+    RT_TRY(rt_path_join(path, sizeof path, s->dir, name, err));
+    RT_TRY(rt_publish_open(&s->out, path, err));
+    s->open = true;
+    rt_sha256_init(&s->sha);
+    s->seq.len = 0;
+    s->n_seq = s->tokens = s->rows = 0;
+    s->buf.len = 0;
+    RT_TRY(rt_shard_header_pack(&h, &s->buf, err));
+    s->header_bytes = s->buf.len;
+    s->header_crc = (uint32_t)crc32(0, (const Bytef *)s->buf.data, (uInt)s->buf.len);
+    RT_TRY(write_bytes(s, &s->buf, err));
+out:
+    return st;
+}
+
+/* Index, publish, manifest line: after the last of these the shard exists. */
+static enum rt_status close_shard(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st;
+    uint8_t digest[32];
+    const struct rt_seq_info *seq = (const void *)s->seq.data;
+    struct rt_manifest_line line = {.sequences = s->n_seq, .tokens = s->tokens, .rows = s->rows};
+    s->buf.len = 0;
+    RT_TRY(rt_shard_index_pack(s->out.written, s->header_bytes, s->header_crc, seq, s->n_seq, s->id.n_lse, &s->buf, err));
+    RT_TRY(write_bytes(s, &s->buf, err));
+    rt_shard_name(s->opt.part, s->opt.n_parts, s->manifest.n, line.file);
+    rt_sha256_final(&s->sha, digest);
+    rt_hex(line.sha256, digest, sizeof digest);
+    line.bytes = s->out.written;
+    line.first = s->manifest.sequences;
+    line.last = line.first + s->n_seq - 1;
+    line.last_line = seq[s->n_seq - 1].source_line;
+    s->open = false;
+    RT_TRY(rt_publish_commit(&s->out, err));
+    RT_TRY(rt_manifest_append(s->dir, &s->manifest, &line, err));
+    s->manifest.n++;
+    s->manifest.sequences += s->n_seq;
+    s->manifest.rows += s->rows;
+    s->manifest.bytes += line.bytes;
+out:
+    return st;
+}
+
+/* Means over the rows: of the stored mass at each T, and of -log p of the realised tokens. */
+static void statistics(const struct rt_rows *r, const struct rt_row_identity *id, struct rt_seq_info *out)
+{
+    double mass[RT_MAX_LSE] = {0}, nll = 0;
+    for (int64_t i = 0; i < r->n_rows; i++) {
+        nll -= (double)r->next_logprob[i];
+        for (int t = 0; t < r->n_lse; t++)
+            for (int j = 0; j < r->k; j++)
+                mass[t] += exp(r->topk_logits[i * r->k + j] / id->lse_temperature[t] - r->lse[i * r->n_lse + t]);
+    }
+    for (int t = 0; t < r->n_lse; t++)
+        out->mass[t] = r->n_rows > 0 ? (float)(mass[t] / (double)r->n_rows) : 0;
+    out->nll = r->n_rows > 0 ? (float)(nll / (double)r->n_rows) : 0;
+}
+
+static enum rt_status put_blocks(struct rt_shard_sink *s, const struct rt_rows *rows, struct rt_seq_info *info, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_block_cut from = {0, 0}, to;
+    uLong crc = crc32(0, NULL, 0);
+    info->offset = s->out.written;
+    while (from.token < rows->n_tokens) {
+        struct rt_pack p = {&s->buf, RT_OK, err};
+        s->buf.len = 0;
+        RT_TRY(rt_block_next(rows, &s->id, from, &to, err));
+        RT_TRY(rt_block_pack(&s->codec, s->opt.level, rows, &s->id, info->ordinal, from, to, &p, err));
+        crc = crc32(crc, (const Bytef *)s->buf.data, (uInt)s->buf.len);
+        RT_TRY(write_bytes(s, &s->buf, err));
+        from = to;
+    }
+    info->crc = (uint32_t)crc;
+    info->bytes = s->out.written - info->offset;
+out:
+    return st;
+}
+
+static enum rt_status put(void *self, const struct rt_rows *rows, struct rt_err *err)
+{
+    struct rt_shard_sink *s = self;
+    enum rt_status st;
+    char where[64];
+    struct rt_seq_info info = {0};
+    if (s->broken || s->manifest.finished)
+        return rt_fail(err, RT_REFUSED, "%s: %s", s->dir, s->broken ? "writing failed before" : "the set is complete: nothing can be added");
+    info.ordinal = s->manifest.sequences + (s->open ? s->n_seq : 0);
+    snprintf(where, sizeof where, "sequence %" PRId64 " (input line %" PRId64 ")", info.ordinal, rows->source_line);
+    RT_TRY(rt_rows_check(rows, &s->id, where, err));
+    if (!s->open)
+        RT_TRY(open_shard(s, err));
+    memcpy(info.key, rows->key, sizeof info.key);
+    info.occurrence = rows->occurrence;
+    info.source_line = rows->source_line > 0 ? rows->source_line : 0;
+    info.n_tokens = rows->n_tokens;
+    info.n_rows = rows->n_rows;
+    statistics(rows, &s->id, &info);
+    RT_TRY(put_blocks(s, rows, &info, err));
+    RT_TRY(rt_buf_append(&s->seq, &info, sizeof info, err));
+    s->n_seq++;
+    s->tokens += rows->n_tokens;
+    s->rows += rows->n_rows;
+    if (s->rows >= s->opt.rows_per_shard)
+        RT_TRY(close_shard(s, err));
+out:
+    s->broken |= st != RT_OK;
+    return st;
+}
+
+static enum rt_status finish(void *self, struct rt_err *err)
+{
+    struct rt_shard_sink *s = self;
+    enum rt_status st = RT_OK;
+    if (s->manifest.finished)
+        return RT_OK;
+    if (s->broken)
+        return rt_fail(err, RT_REFUSED, "%s: writing failed before", s->dir);
+    if (s->open && s->n_seq > 0)
+        RT_TRY(close_shard(s, err));
+    RT_TRY(rt_manifest_end(s->dir, &s->manifest, s->manifest.sequences, s->manifest.rows, err));
+    s->manifest.finished = true;
+out:
+    s->broken |= st != RT_OK;
+    return st;
+}
+
+static enum rt_status check_layout(const struct rt_shard_sink *s, const char *path, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *v = NULL;
+    struct rt_row_identity have;
+    int64_t x;
+    const struct {
+        const char *key;
+        int64_t want;
+    } layout[] = {{"version", RT_SHARD_VERSION}, {"rows_per_shard", s->opt.rows_per_shard}, {"level", s->opt.level}, {"parts", s->opt.n_parts}};
+    RT_TRY(rt_json_load(path, 1 << 20, &v, err));
+    RT_TRY(rt_row_identity_from_json(v, &have, err));
+    RT_TRY(rt_row_identity_match(&have, &s->id, s->dir, err));
+    for (size_t i = 0; i < sizeof layout / sizeof layout[0]; i++) {
+        RT_TRY(rt_json_int(v, layout[i].key, 0, INT64_MAX, &x, err));
+        if (x != layout[i].want)
+            RT_FAIL(err, REFUSED, "%s: written with %s %" PRId64 ", now %" PRId64 ": use the same value, or another directory", s->dir,
+                    layout[i].key, x, layout[i].want);
+    }
+out:
+    rt_json_free(v);
+    return st;
+}
+
+static enum rt_status write_layout(const struct rt_shard_sink *s, const char *path, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *v = NULL;
+    struct rt_buf text = {0};
+    RT_TRY(rt_json_new_object(&v, err));
+    RT_TRY(rt_json_set_string(v, "format", "retort-rows", err));
+    RT_TRY(rt_json_set_int(v, "version", RT_SHARD_VERSION, err));
+    RT_TRY(rt_json_set_int(v, "rows_per_shard", s->opt.rows_per_shard, err));
+    RT_TRY(rt_json_set_int(v, "level", s->opt.level, err));
+    RT_TRY(rt_json_set_int(v, "parts", s->opt.n_parts, err));
+    RT_TRY(rt_row_identity_to_json(&s->id, v, err));
+    RT_TRY(rt_json_dump(v, 2, &text, err));
+    RT_TRY(rt_buf_append(&text, "\n", 1, err));
+    RT_TRY(rt_publish_bytes(path, text.data, text.len, err));
+out:
+    rt_buf_free(&text);
+    rt_json_free(v);
+    return st;
+}
+
+/* Parts may be written side by side in one (shared) directory: each locks a directory of its own. */
+static enum rt_status lock(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st;
+    char name[RT_NAME_CAP], path[4096];
+    if (s->opt.n_parts == 1)
+        return rt_lock_dir(s->dir, &s->lock, err);
+    snprintf(name, sizeof name, ".part-%04d-of-%04d", s->opt.part, s->opt.n_parts);
+    RT_TRY(rt_path_join(path, sizeof path, s->dir, name, err));
+    RT_TRY(rt_mkdirs(path, err));
+    RT_TRY(rt_lock_dir(path, &s->lock, err));
+out:
+    return st;
+}
+
+static enum rt_status open_layout(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_err first = {0};
+    char path[4096];
+    RT_TRY(rt_path_join(path, sizeof path, s->dir, "identity.json", err));
+    if (!rt_path_exists(path) && write_layout(s, path, &first) != RT_OK && !rt_path_exists(path))
+        RT_FAIL(err, IO, "%s", first.msg); /* where it exists now, another part was quicker */
+    RT_TRY(check_layout(s, path, err));
+out:
+    return st;
+}
+
+/* Every shard of the manifest is there with its size: a restart must not go on behind a gap. */
+static enum rt_status check_published(const struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    char path[4096];
+    for (int64_t i = 0; i < s->manifest.n; i++) {
+        const struct rt_manifest_line *l = &s->manifest.line[i];
+        uint64_t size;
+        int fd = -1;
+        RT_TRY(rt_path_join(path, sizeof path, s->dir, l->file, err));
+        RT_TRY(rt_file_open(path, &fd, &size, err));
+        rt_file_close(fd);
+        if (size != l->bytes)
+            RT_FAIL(err, FORMAT, "%s: %" PRIu64 " bytes, the manifest says %" PRIu64 ": restore the file, or remove the set", path, size, l->bytes);
+    }
+out:
+    return st;
+}
+
+static enum rt_status resolve(const struct rt_shard_options *opt, struct rt_shard_options *out, const char *dir, struct rt_err *err)
+{
+    *out = *opt;
+    if (out->rows_per_shard == 0)
+        out->rows_per_shard = RT_SHARD_ROWS;
+    if (out->level == 0)
+        out->level = RT_SHARD_LEVEL;
+    if (out->n_parts == 0)
+        out->n_parts = 1;
+    if (out->rows_per_shard < 1 || out->level < 1 || out->level > 9 || out->n_parts < 1 || out->n_parts > RT_MAX_PARTS || out->part < 0 ||
+        out->part >= out->n_parts)
+        return rt_fail(err, RT_USAGE, "%s: rows_per_shard %" PRId64 ", level %d, part %d of %d: expected a positive count, a level 1 to 9, a part below the number of parts",
+                       dir, out->rows_per_shard, out->level, out->part, out->n_parts);
+    return RT_OK;
+}
+
+enum rt_status rt_shard_sink_open(const char *dir, const struct rt_row_identity *id, const struct rt_shard_options *opt,
+                                  struct rt_shard_sink **out, struct rt_row_sink *sink, struct rt_shard_resume *resume,
+                                  struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_shard_sink *s = NULL;
+    struct rt_shard_options resolved;
+    RT_TRY(resolve(opt, &resolved, dir, err));
+    RT_TRY(rt_row_identity_valid(id, dir, err));
+    RT_TRY(rt_alloc(1, sizeof *s, "a sink of row shards", &s, err));
+    s->lock = s->out.fd = -1;
+    s->id = *id;
+    s->opt = resolved;
+    RT_TRY(rt_path_join(s->dir, sizeof s->dir, "", dir, err));
+    RT_TRY(rt_mkdirs(dir, err));
+    RT_TRY(lock(s, err));
+    RT_TRY(open_layout(s, err));
+    RT_TRY(rt_manifest_read(s->dir, resolved.part, resolved.n_parts, &s->manifest, err));
+    RT_TRY(check_published(s, err));
+    const struct rt_manifest *m = &s->manifest;
+    *resume = (struct rt_shard_resume){m->sequences, m->rows, m->n > 0 ? m->line[m->n - 1].last_line : 0, m->finished};
+    rt_free(s->manifest.line);
+    s->manifest.line = NULL;
+    sink->self = s;
+    sink->put = put;
+    sink->finish = finish;
+    *out = s;
+    s = NULL;
+out:
+    rt_shard_sink_free(s);
+    return st;
+}
+
+enum rt_status rt_shard_put_head(const char *dir, enum rt_dtype dtype, int64_t vocab, int64_t dim, const void *data, struct rt_err *err)
+{
+    enum rt_status st;
+    char path[4096];
+    struct rt_tensor_writer *w = NULL;
+    const struct rt_tensor_decl decl = {"lm_head.weight", dtype, 2, {vocab, dim}};
+    RT_TRY(rt_mkdirs(dir, err));
+    RT_TRY(rt_path_join(path, sizeof path, dir, "head.safetensors", err));
+    RT_TRY(rt_tensor_writer_file(path, &decl, 1, &w, err));
+    RT_TRY(rt_tensor_writer_put(w, data, (uint64_t)vocab * (uint64_t)dim * rt_dtype_size(dtype), err));
+    RT_TRY(rt_tensor_writer_finish(w, err));
+out:
+    rt_tensor_writer_free(w);
+    return st;
+}
