@@ -106,41 +106,135 @@ static void w8a16(struct run *r, const uint32_t *ids)
     r->d->be->free(r->d->dev, final);
 }
 
-/* Errors of the rows of f(x), after x was moved by no more than 1e-7 of its values where that explains a difference.
- *
- * The rounding of one float32 operation decides which e4m3 code a value near a tie takes, and a changed code moves its row, and through
- * attention every row after it, by percents. So a row that differs is traced: its own token's input is moved, by amounts below float32's
- * resolution of the sums that follow, until the row agrees; then the next one. What cannot be brought to agree so was not caused by a code
- * (or by an expert chosen after one). Rows before the moved token cannot change: attention is causal. best [rows] = the errors. */
-static void layer_rows(struct run *r, const float *x, int64_t n_in, const float *expected, int64_t rows, int64_t cols,
-                       bool (*f)(struct run *, const float *, float *, void *), void *arg, double *best)
+/* A backend that moves what goes into the e4m3 quantiser by the size of float32's rounding in the sums before it: row t by a function of
+ * seed[t], rows with seed 0 not at all. See layer_rows. */
+static struct {
+    const struct rt_backend *inner;
+    const uint64_t *seed;
+    uint64_t call; /* counts quantisers since the run began, so that each draws its own numbers */
+} noise;
+#define NOISE 1e-6 /* of the row's root mean square: sqrt(256 terms) * 2^-24 */
+
+static void move_rows(struct rt_dev *dev, struct rt_queue *q, float *x, int64_t n, int64_t cols)
 {
-    float *moved = malloc((size_t)n_in * sizeof *moved), *y = malloc((size_t)(rows * cols) * sizeof *y);
-    int64_t given_up = -1, tried = 0, last = -1;
-    memcpy(moved, x, (size_t)n_in * sizeof *moved);
-    for (uint64_t k = 1; f(r, moved, y, arg); k++) {
-        int64_t first = -1;
-        for (int64_t i = 0; i < rows; i++) {
-            best[i] = oracle_row_error(y + i * cols, expected + i * cols, cols);
-            if (best[i] > 1e-4 && first < 0 && i > given_up)
-                first = i;
-        }
-        tried = first == last ? tried + 1 : 0;
-        last = first;
-        if (first < 0)
-            break;
-        if (tried == RETRIES) { /* untraced: later rows are still worth a try */
-            given_up = first;
-            last = -2;
-        }
-        for (int64_t i = first * r->H; i < (first + 1) * r->H; i++)
-            moved[i] = x[i] * (1.0f + 1e-7f * rt_rng_normal(1, k, (uint64_t)i));
+    struct rt_err err = {0};
+    float *host = malloc((size_t)(n * cols) * sizeof *host);
+    noise.inner->download(dev, q, host, x, (size_t)(n * cols) * sizeof *host, &err);
+    noise.inner->queue_sync(dev, q, &err);
+    noise.call++;
+    for (int64_t t = 0; t < n; t++) {
+        double sum = 0;
+        for (int64_t j = 0; j < cols; j++)
+            sum += (double)host[t * cols + j] * host[t * cols + j];
+        const double size = noise.seed[t] != 0 ? NOISE * sqrt(sum / (double)cols) : 0;
+        for (int64_t j = 0; size > 0 && j < cols; j++)
+            host[t * cols + j] += (float)(size * rt_rng_normal(noise.seed[t], noise.call, (uint64_t)j));
     }
-    free(moved);
-    free(y);
+    noise.inner->upload(dev, q, x, host, (size_t)(n * cols) * sizeof *host, &err);
+    noise.inner->queue_sync(dev, q, &err);
+    free(host);
 }
 
-static void check_rows(struct oracle *o, const char *name, const double *best, int64_t rows)
+/* q = e4m3 form of the moved x; float32 backends. */
+static enum rt_status noisy_quant(struct rt_dev *dev, struct rt_queue *q, const struct rt_quant_args *a, struct rt_err *err)
+{
+    struct rt_quant_args moved = *a;
+    void *x;
+    const size_t bytes = (size_t)(a->n * a->cols) * sizeof(float);
+    enum rt_status st = noise.inner->alloc(dev, bytes, &x, err);
+    if (st != RT_OK)
+        return st;
+    st = noise.inner->copy(dev, q, x, a->x, bytes, err);
+    move_rows(dev, q, x, a->n, a->cols);
+    moved.x = x;
+    if (st == RT_OK)
+        st = noise.inner->quant(dev, q, &moved, err);
+    noise.inner->free(dev, x);
+    return st;
+}
+
+static enum rt_status noisy_norm(struct rt_dev *dev, struct rt_queue *q, const struct rt_norm_fwd_args *a, struct rt_err *err)
+{
+    struct rt_norm_fwd_args plain = *a;
+    plain.yq = (struct rt_act){0};
+    enum rt_status st = noise.inner->norm_fwd(dev, q, &plain, err);
+    if (st == RT_OK && a->yq.data != NULL)
+        st = noisy_quant(dev, q, &(const struct rt_quant_args){.x = a->y, .q = a->yq, .n = a->n, .cols = a->cols}, err);
+    return st;
+}
+
+/* The quantiser between the two products of an expert is inside the operation: its input moves with the scales of x. */
+static enum rt_status noisy_ffn(struct rt_dev *dev, struct rt_queue *q, const struct rt_moe_ffn_args *a, struct rt_err *err)
+{
+    struct rt_moe_ffn_args moved = *a;
+    if (a->x.scale == NULL)
+        return noise.inner->moe_ffn(dev, q, a, err);
+    const int64_t blocks = a->H / 128, n = blocks * a->n;
+    float *host = malloc((size_t)n * sizeof *host);
+    void *scale;
+    enum rt_status st = noise.inner->alloc(dev, (size_t)n * sizeof *host, &scale, err);
+    if (st == RT_OK) {
+        noise.call++;
+        noise.inner->download(dev, q, host, a->x.scale, (size_t)n * sizeof *host, err);
+        noise.inner->queue_sync(dev, q, err);
+        for (int64_t i = 0; i < n; i++)
+            if (noise.seed[i % a->n] != 0)
+                host[i] *= (float)(1 + NOISE * rt_rng_normal(noise.seed[i % a->n], noise.call, (uint64_t)(i / a->n)));
+        noise.inner->upload(dev, q, scale, host, (size_t)n * sizeof *host, err);
+        moved.x.scale = scale;
+        st = noise.inner->moe_ffn(dev, q, &moved, err);
+        noise.inner->free(dev, scale);
+    }
+    free(host);
+    return st;
+}
+
+/* Errors of the rows of f, where float32 rounding decides which e4m3 code a value near a tie takes.
+ *
+ * A changed code moves its row, and through attention every row after it, by percents. So a row that differs is traced: what its token
+ * sends into the quantisers is moved by rounding-sized amounts until the row agrees; then the next one. What cannot be brought to agree
+ * so was not caused by a code (or by an expert chosen after one). Rows before the moved token cannot change: attention is causal.
+ * best [rows] = the errors; returns how many rows were moved. */
+static int64_t layer_rows(struct run *r, const float *x, const float *expected, int64_t rows, int64_t cols,
+                          bool (*f)(struct run *, const float *, float *, void *), void *arg, double *best)
+{
+    uint64_t *seed = calloc((size_t)r->n + 1, sizeof *seed);
+    float *y = malloc((size_t)(rows * cols) * sizeof *y);
+    int64_t given_up = -1, tried = 0, last = -1, moved = 0;
+    struct rt_backend be = *r->d->be;
+    be.quant = noisy_quant;
+    be.norm_fwd = noisy_norm;
+    be.moe_ffn = noisy_ffn;
+    noise.inner = r->d->be;
+    noise.seed = seed;
+    noise.call = 0;
+    struct rt_device noisy = *r->d;
+    noisy.be = &be;
+    r->t->ctx.d = &noisy;
+    for (uint64_t k = 1; f(r, x, y, arg); k++, noise.call = 0) {
+        int64_t first = -1;
+        for (int64_t i = rows - 1; i >= 0; i--) {
+            best[i] = oracle_row_error(y + i * cols, expected + i * cols, cols);
+            if (best[i] > 1e-4 && i > given_up)
+                first = i;
+        }
+        if (first < 0)
+            break;
+        tried = first == last ? tried + 1 : 0;
+        last = first;
+        if (tried == RETRIES)
+            given_up = first; /* untraced: later rows are still worth a try */
+        seed[first] = k;
+    }
+    for (int64_t i = 0; i < r->n; i++)
+        moved += seed[i] != 0;
+    r->t->ctx.d = r->d;
+    free(seed);
+    free(y);
+    return moved;
+}
+
+static void check_rows(struct oracle *o, const char *name, const double *best, int64_t rows, int64_t moved)
 {
     char other[96];
     int64_t good = 0;
@@ -152,6 +246,8 @@ static void check_rows(struct oracle *o, const char *name, const double *best, i
     oracle_check(o, name, (double)good / (double)rows, 0.95, true);
     snprintf(other, sizeof other, "%s/other_rows", name);
     oracle_check(o, other, worst, 5e-2, false);
+    snprintf(other, sizeof other, "%s/rows_traced_to_a_code", name);
+    oracle_check(o, other, (double)moved, (double)rows, false);
 }
 
 static bool one_layer(struct run *r, const float *in, float *out, void *arg)
@@ -196,8 +292,8 @@ static void w8a8(struct run *r, uint32_t *ids)
         snprintf(name, sizeof name, "w8a8.hidden_%d", l + 1);
         float *out = oracle_expected(r->ex, name, &count);
         if (in != NULL && out != NULL && count == r->n * r->H) {
-            layer_rows(r, in, r->n * r->H, out, r->n, r->H, one_layer, &l, best);
-            check_rows(r->o, name, best, r->n);
+            const int64_t moved = layer_rows(r, in, out, r->n, r->H, one_layer, &l, best);
+            check_rows(r->o, name, best, r->n, moved);
         } else {
             oracle_fail(r->o, name, "expected tensors are missing or of another size");
         }
@@ -214,8 +310,8 @@ static void w8a8(struct run *r, uint32_t *ids)
     }
     float *expected = oracle_expected(r->ex, "w8a8.mtp_logits", &count);
     if (final != NULL && expected != NULL && c->mtp_layers > 0 && count == (r->n - 1) * c->vocab_size) {
-        layer_rows(r, final, r->n * r->H, expected, r->n - 1, c->vocab_size, mtp, ids, best);
-        check_rows(r->o, "w8a8.mtp_logits", best, r->n - 1);
+        const int64_t moved = layer_rows(r, final, expected, r->n - 1, c->vocab_size, mtp, ids, best);
+        check_rows(r->o, "w8a8.mtp_logits", best, r->n - 1, moved);
     }
     free(final);
     free(expected);
