@@ -213,9 +213,10 @@ struct rt_scatter_args { const void *y; const int32_t *index; void *x; int64_t n
  *   L = sum_i w_ce ce_i + w_kl kl_i        (w_* hold 1/number of targets already)
  *   dx = dL/dx (NULL: forward only), dw += dL/dw (NULL: none).
  * Rows whose label is < 0 take no CE; rows with kl_mask 0 take no KL; what a row does not take is 0 (dx too where it takes neither).
- * Ids of a row are distinct; an entry whose id is < 0 is empty and counts nowhere; a logp of -inf adds no term, but its id is in
- * K. Renorm over no mass is no KL. P_R = 1 - sum_K p; P_R < 1e-7 drops the bucket: its term, and P_R from the gradient (as does a K that holds all V ids).
- * (Formulas: distillation at temperature, Hinton et al. 2015, section 2; gradients i in K: T (q_i - p_i); else T q_i (1 - P_R/Q_R).) */
+ * Ids of a row are distinct; an entry whose id is < 0 is empty and counts nowhere; a logp of -inf adds no term, but its id is in K.
+ * Renorm over no mass is no KL. P_R = 1 - sum_K p; P_R < 1e-7 drops the bucket: its term, and P_R from the gradient (as does a K
+ * that holds all V ids). (Formulas: distillation at temperature, Hinton et al. 2015, section 2; gradients i in K: T (q_i - p_i);
+ * else T q_i (1 - P_R/Q_R).) */
 enum rt_tail { RT_TAIL_BUCKET, RT_TAIL_RENORM };
 struct rt_head_loss_args {
     const void *x; const struct rt_weight *w; void *dx, *dw; int64_t n, H, V;
