@@ -1,0 +1,77 @@
+/* What a training run leaves for people, for `compare` and for other programs: names and members of its files.
+ *
+ *   RUN/config.json      the resolved command (formats/rundir.h)
+ *   RUN/metrics.jsonl    a line an optimiser step
+ *   RUN/eval.jsonl       a line an evaluation
+ *   RUN/eval/NAME.jsonl  a line a sequence, or a problem, of one evaluation: what paired intervals are made of
+ *   RUN/run.json         what the run is and came to; written at the start ("finished": false), replaced at the end
+ *   RUN/ckpt-STEP/       checkpoints
+ *   RUN/model/           the student, a Hugging Face directory
+ *   DIR/experiment.json, DIR/arms/NAME-seedS/  an experiment: its arms are runs
+ * Losses are means in nats; kl holds T^2 (T = kd_temperature), so that losses at different T are on one scale. null: unknown, or
+ * not there. Numbers of bytes, tokens and seconds are whole runs', a resumed one's parts added up.
+ *
+ * run.json
+ *   "version": 1, "name": text, "arm": text|null, "seed": int, "finished": bool
+ *   "options": {name: text}           as config.json
+ *   "weights": {"ce","kl","feature"}, "kd_temperature", "teacher_temperature", "tail": "bucket"|"renorm"
+ *   "init": {"student": path|null, "config": path|null, "sha256": of the parameters before the first step}
+ *   "data": [{"path","kind": "shards"|"jsonl"|"memory","weight","sequences","tokens","sha256": over the keys in order,
+ *             "teacher","teacher_sha256","mode","top_k","mass": {"T": mean mass of the stored ids at T}}]   (teacher..: shards)
+ *   "order_sha256"                    over the keys of all sequences of the run, in the order of training: equal for runs that saw the
+ *                                     same tokens in the same order
+ *   "student": {...}                  rt_student_describe
+ *   "parameters", "steps", "planned_steps", "tokens" (trained on), "targets", "skipped_steps", "seconds", "tokens_per_second",
+ *   "peak_memory" (bytes, of the process), "flops" (of the training, forward and backward), "device"
+ *   "final": {"loss","ce","kl","feature","teacher_mass","student_mass","agreement","accuracy"}   means over the last tenth of the steps
+ *   "model": "model"                  relative to RUN, null before the end
+ *
+ * metrics.jsonl
+ *   "step" (from 1), "loss", "ce" (a target), "kl" (a row that has teacher rows), "feature", "teacher_mass", "student_mass" (of the
+ *   teacher's ids, at T), "agreement" (argmax = the teacher's), "accuracy" (argmax = the label), "grad_norm" (before clipping),
+ *   "clipped" (share of the gradient cut off: 1 - scale), "lr", "tokens" (so far), "targets" (of this step), "kl_rows" (of this step),
+ *   "epoch" (fraction), "seconds", "tokens_per_second"; "skipped": true and "sequences": [...] where the step was left out;
+ *   "grad_norm_ce", "grad_norm_kl", "grad_norm_feature" where asked for (--grad-norms)
+ *
+ * eval.jsonl
+ *   "step" (0: before the first), "name" (file name of data without its ending), "data" (path), "kind": "shards"|"jsonl"
+ *   "n_sequences", "n_tokens" (targets), "ce", "ce_ci": [lo, hi], "perplexity", "accuracy", "accuracy_ci"      null without completions
+ *   "kl_rows", "kl", "kl_ci", "kd_temperature", "agreement", "agreement_ci", "teacher_mass", "student_mass", "teacher_ce" (a row)   null
+ *                                                                                                                   without teacher rows
+ *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "limit_share"
+ *                                     (of the samples that hit max_tokens), "mean_tokens" (of a sample)         null without answers
+ *   "per_sequence": "eval/FILE"|null, "seconds"
+ *   Intervals: 95 %, normal approximation of the ratio estimator, clustered by sequence (losses) or problem (pass@1). pass@k is the
+ *   unbiased 1 - C(n-c, k)/C(n, k), averaged over problems.
+ *
+ * RUN/eval/FILE: sums, so that any mean can be made of them
+ *   {"kind":"sequence","key": 32 hex digits,"occurrence","line","targets","ce","correct","kl_rows","kl","agree"}
+ *   {"kind":"problem","line","family": text|null,"samples","correct","limit","tokens"}
+ *   Lines are in the order of the data: pair them by key and occurrence, or by line.
+ *
+ * experiment.json
+ *   "version": 1, "finished": bool, "arms": [{"name","description","weights": {"ce","kl","feature"},"data": [paths],
+ *   "runs": [{"seed","path": "arms/NAME-seedS","finished"}]}], "eval_data": [paths], "options": {name: text}
+ */
+#ifndef RT_DISTILL_RUN_RECORD_H
+#define RT_DISTILL_RUN_RECORD_H
+
+#include "core/status.h"
+#include "formats/json.h"
+
+#define RT_RUN_FILE "run.json"
+#define RT_EVAL_FILE "eval.jsonl"
+#define RT_EVAL_DIR "eval"
+#define RT_MODEL_DIR "model"
+#define RT_EXPERIMENT_FILE "experiment.json"
+
+/* Publishes root as DIR/name. */
+enum rt_status rt_record_publish(const char *dir, const char *name, const struct rt_json *root, struct rt_err *err);
+/* Appends one line to DIR/eval.jsonl, durably. */
+enum rt_status rt_record_eval(const char *dir, const struct rt_json *line, struct rt_err *err);
+/* Keeps the lines of DIR/eval.jsonl with "step" <= step, and drops a torn last one. For a resume from checkpoint `step`. */
+enum rt_status rt_record_eval_truncate(const char *dir, int64_t step, struct rt_err *err);
+/* out = PATH/model where PATH is a run that has one, else PATH: what --student takes. Cap 4096. */
+enum rt_status rt_record_student(const char *path, char *out, size_t cap, struct rt_err *err);
+
+#endif
