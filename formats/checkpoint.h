@@ -28,7 +28,8 @@ enum rt_status rt_ckpt_put(struct rt_ckpt_writer *w, const void *data, uint64_t 
 /* A file of bytes, a file of JSON. */
 enum rt_status rt_ckpt_bytes(struct rt_ckpt_writer *w, const char *name, const void *data, size_t n, struct rt_err *err);
 enum rt_status rt_ckpt_json(struct rt_ckpt_writer *w, const char *name, const struct rt_json *v, struct rt_err *err);
-/* MANIFEST, fsync, rename; then removes the oldest beyond `keep` (2 at least). Replaces a checkpoint of the same step. */
+/* MANIFEST, fsync, rename; then removes the oldest beyond `keep` (2 at least), and those of later steps, which a resume has
+ * given up. Replaces a checkpoint of the same step. */
 enum rt_status rt_ckpt_commit(struct rt_ckpt_writer *w, int keep, struct rt_err *err);
 void rt_ckpt_writer_free(struct rt_ckpt_writer *w); /* NULL is fine; not committed: removed */
 
