@@ -119,7 +119,7 @@ static void run_case(struct oracle *o, const struct rt_device *d, const char *di
 
 void oracle_case(struct oracle *o, const char *dir, const char *backends)
 {
-    char list[256], path[4096], *save = NULL;
+    char list[256], path[4200], *save = NULL;
     struct rt_err err = {0};
     struct rt_tensors *expected = NULL;
     const size_t n = strlen(dir);
