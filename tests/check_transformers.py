@@ -4,7 +4,7 @@
                                      [--retort BIN]
 
 Teacher: its FP8 checkpoint is dequantised here, loaded as DeepseekV3ForCausalLM in float32, and the logits compared
-with this file's own NumPy forward pass, with FILE (tensors input_ids and logits), and with the rows that
+with this file's own NumPy forward pass, with FILE (tensors input_ids and logits or w8a16.logits), and with the rows that
 `retort logits` writes. Student: the directory is loaded unchanged; FILE as before.
 The error is |a - b| / |b| of the whole tensor. Lines: PASS|FAIL|SKIP name value bound; exit status 1 after a FAIL.
 """
@@ -159,7 +159,9 @@ def logits_of(model, ids):
 
 
 def sample_ids(folder):
-    """Tokens of the model's own world: routing and attention at work, unlike on random ids."""
+    """Tokens of the model's own world, where routing and attention are at work; any tokens without a tokenizer."""
+    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        return list(range(64))
     from tokenizers import Tokenizer
     text = "<｜begin▁of▁sentence｜><｜User｜>What is 47 + 38?<｜Assistant｜><think>\n47 + 30 = 77. 77 + 8 = 85.\n</think>\n\n\\boxed{85}"
     return Tokenizer.from_file(os.path.join(folder, "tokenizer.json")).encode(text, add_special_tokens=False).ids
@@ -167,7 +169,8 @@ def sample_ids(folder):
 
 def compare_file(name, model, path):
     expected = read(path)
-    report(name, difference(logits_of(model, expected["input_ids"]), expected["logits"].float().numpy()))
+    logits = expected["logits" if "logits" in expected else "w8a16.logits"]
+    report(name, difference(logits_of(model, expected["input_ids"]), logits.float().numpy()))
 
 
 def compare_retort(name, model, binary, folder, ids):
