@@ -1,10 +1,13 @@
 # retort: distils a Mixture-of-Experts teacher into dense students.      make help  lists the targets
 #
-#   MODE=release|debug|asan   DEV=1 (warnings are errors)   PREFIX=/usr/local
+#   MODE=release|debug|asan   DEV=1 (warnings are errors)   V=1 (show commands)   PREFIX=/usr/local
 
 MODE ?= release
 PREFIX ?= /usr/local
-CC ?= gcc
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+Q := $(if $(V),,@)
 B := build/$(MODE)
 
 WARN := -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prototypes -Wvla -Wpointer-arith
@@ -42,27 +45,31 @@ deps:
 $(B)/core/cpu/%.o: BASE += $(KERNEL)
 $(B)/core/ref/%.64.o: core/ref/%.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(BASE) -DRT_REF_REAL64 $(CFLAGS) -MMD -MP -c $< -o $@
+	$(if $(V),,@echo '  CC $< (double)')
+	$(Q)$(CC) $(CPPFLAGS) $(BASE) -DRT_REF_REAL64 $(CFLAGS) -MMD -MP -c $< -o $@
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(BASE) $(CFLAGS) -MMD -MP -c $< -o $@
+	$(if $(V),,@echo '  CC $<')
+	$(Q)$(CC) $(CPPFLAGS) $(BASE) $(CFLAGS) -MMD -MP -c $< -o $@
 
 $(B)/libretort.a: $(LIB_OBJ)
 	@rm -f $@
-	ar rcs $@ $^
+	$(Q)ar rcs $@ $^
 
 $(B)/retort: $(B)/distill/main.o $(B)/libretort.a
-	$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
+	$(if $(V),,@echo '  LD $@')
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
 
 # One RT_SUITE(name) in each tests/test_*.c; the runner's list is made from them.
 $(B)/tests/suites.inc: $(TEST_SRC)
 	@mkdir -p $(@D)
-	sed -n 's/^RT_SUITE(\([a-z0-9_]*\).*/RT_SUITE_ENTRY(\1)/p' $(sort $(filter tests/test_%.c,$^)) > $@
+	@sed -n 's/^RT_SUITE(\([a-z0-9_]*\).*/RT_SUITE_ENTRY(\1)/p' $(sort $(filter tests/test_%.c,$^)) > $@
 $(B)/tests/main.o: CPPFLAGS += -I$(B)/tests
 $(B)/tests/main.o: $(B)/tests/suites.inc
 
 $(B)/retort-tests: $(TEST_OBJ) $(B)/libretort.a
-	$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ -lcmocka $(LIBS) -o $@
+	$(if $(V),,@echo '  LD $@')
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ -lcmocka $(LIBS) -o $@
 
 test: deps $(B)/retort $(B)/retort-tests ## everything that needs no GPU; ends with `N passed, N failed`
 	@sh tests/run.sh $(B)
@@ -80,7 +87,8 @@ oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOK
 	    --backends "$(if $(BACKENDS),$(BACKENDS),ref cpu)"
 
 $(B)/bench_%: $(B)/bench/%.o $(B)/libretort.a
-	$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
+	$(if $(V),,@echo '  LD $@')
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
 bench: deps $(B)/retort $(BENCH_BIN) ## speed against OpenBLAS sgemm, memory, bytes a token
 	@sh bench/run.sh $(B)
 
