@@ -322,6 +322,8 @@ static void head(void **state)
     }
     hold_head(*state, (struct head){.n = 5, .H = 30, .rows = 100, .n_ids = 100, .k = 100, .n_lse = 1}, true);
     hold_head(*state, (struct head){.n = 3, .H = 30, .rows = 7, .n_ids = 5, .k = 1, .n_lse = 2}, false);
+    /* One slice and few distinct logits: what counts lies just above the floor of the collected ones. */
+    hold_head(*state, (struct head){.n = 40, .H = 4, .rows = 1900, .n_ids = 1900, .k = 64, .n_lse = 1}, true);
     /* Few rows at a time. */
     struct devices *all = *state;
     shared_max(all, 300000);
