@@ -96,12 +96,12 @@ static void refusals(void **state)
         memcpy(bomb + i, "{},", 3);
     assert_status(rt_json_parse(bomb, n, "bomb", &v, &err), FORMAT);
     free(bomb);
-    assert_ok(rt_publish_bytes(test_tmp("j.json"), "[1,2]", 5, &err));
-    assert_status(rt_json_load(test_tmp("j.json"), 4, &v, &err), FORMAT);
-    assert_ok(rt_json_load(test_tmp("j.json"), 5, &v, &err));
+    assert_ok(rt_publish_bytes(test_tmp("json-j.json"), "[1,2]", 5, &err));
+    assert_status(rt_json_load(test_tmp("json-j.json"), 4, &v, &err), FORMAT);
+    assert_ok(rt_json_load(test_tmp("json-j.json"), 5, &v, &err));
     assert_int_equal(rt_json_len(v), 2);
     rt_json_free(v);
-    assert_status(rt_json_load(test_tmp("absent.json"), 5, &v, &err), IO);
+    assert_status(rt_json_load(test_tmp("json-absent.json"), 5, &v, &err), IO);
 }
 
 static void building(void **state)

@@ -83,7 +83,7 @@ static void round_trip(void **state)
     (void)state;
     struct rt_err err = {0};
     struct rt_tensors *t = NULL;
-    const char *path = test_tmp("one.safetensors");
+    const char *path = test_tmp("st-one.safetensors");
     write_file(path);
     assert_ok(rt_tensors_open(path, &t, &err));
     check_contents(t);
@@ -121,7 +121,7 @@ static void model_dirs(void **state)
     struct rt_tensors *t = NULL;
     uint8_t data[BYTES];
     char path[4200], first[65];
-    const char *dir = test_tmp("model");
+    const char *dir = test_tmp("st-model");
     fill(data);
     /* 32 bytes a shard: a.weight alone, then the scale, empty, scalar and the E4M3 (19 bytes) */
     assert_ok(rt_tensor_writer_model(dir, decls, N, 32, &w, &err));
@@ -152,7 +152,7 @@ static void model_dirs(void **state)
     rt_tensors_free(t);
     /* a single file beside the index would hide it */
     assert_status(rt_tensor_writer_model(dir, decls, N, 0, &w, &err), REFUSED);
-    dir = test_tmp("single");
+    dir = test_tmp("st-single");
     assert_ok(rt_tensor_writer_model(dir, decls, N, 0, &w, &err));
     assert_ok(rt_tensor_writer_put(w, data, BYTES - 1, &err));
     assert_status(rt_tensor_writer_finish(w, &err), USAGE);
@@ -190,7 +190,7 @@ static void hostile_indexes(void **state)
     struct rt_err err = {0};
     struct rt_tensors *t = NULL;
     char path[4200];
-    const char *dir = test_tmp("hostile");
+    const char *dir = test_tmp("st-hostile");
     const char *h = "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"x\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}";
     assert_ok(rt_mkdirs(dir, &err));
     snprintf(path, sizeof path, "%s/s.safetensors", dir);
@@ -271,7 +271,7 @@ static void hostile_headers(void **state)
     (void)state;
     struct rt_err err = {0};
     struct rt_tensors *t = NULL;
-    const char *path = test_tmp("h.safetensors");
+    const char *path = test_tmp("st-h.safetensors");
     for (size_t i = 0; i < sizeof headers / sizeof headers[0]; i++) {
         craft(path, strlen(headers[i].header), headers[i].header, strlen(headers[i].header), headers[i].data);
         const enum rt_status st = rt_tensors_open(path, &t, &err);
@@ -297,7 +297,7 @@ static void hostile_headers(void **state)
             rt_tensors_free(t);
         rt_err_clear(&err);
     }
-    assert_status(rt_tensors_open(test_tmp("absent"), &t, &err), IO);
+    assert_status(rt_tensors_open(test_tmp("st-absent"), &t, &err), IO);
     assert_status(rt_tensors_open(test_tmp(""), &t, &err), FORMAT); /* a directory without a model */
 }
 
@@ -308,15 +308,14 @@ static void damage(void **state)
     struct rt_err err = {0};
     struct rt_tensors *t = NULL;
     struct rt_buf whole = {0};
-    const char *path = test_tmp("one2.safetensors"), *cut = test_tmp("cut.safetensors");
+    const char *path = test_tmp("st-one2.safetensors"), *cut = test_tmp("st-cut.safetensors");
     write_file(path);
     assert_ok(rt_file_read_all(path, 1 << 20, &whole, &err));
     FILE *f = fopen(cut, "wb+");
     assert_non_null(f);
-    setbuf(f, NULL);
-    for (size_t n = 0; n < whole.len; n++) {
-        assert_int_equal(ftruncate(fileno(f), 0), 0);
-        assert_int_equal(pwrite(fileno(f), whole.data, n, 0), n);
+    assert_int_equal(pwrite(fileno(f), whole.data, whole.len, 0), whole.len);
+    for (size_t n = whole.len; n-- > 0;) {
+        assert_int_equal(ftruncate(fileno(f), (off_t)n), 0);
         if (rt_tensors_open(cut, &t, &err) != RT_FORMAT)
             fail_msg("cut at byte %zu: '%s'", n, err.msg);
         rt_err_clear(&err);
@@ -347,7 +346,7 @@ static void bad_declarations(void **state)
     (void)state;
     struct rt_err err = {0};
     struct rt_tensor_writer *w = NULL;
-    const char *path = test_tmp("never.safetensors");
+    const char *path = test_tmp("st-never.safetensors");
     const struct rt_tensor_decl twice[] = {{"a", RT_F32, 0, {0}}, {"b", RT_F32, 0, {0}}, {"a", RT_F32, 0, {0}}};
     const struct rt_tensor_decl negative = {"a", RT_F32, 1, {-1}}, nameless = {"", RT_F32, 0, {0}}, meta = {"__metadata__", RT_F32, 0, {0}};
     assert_status(rt_tensor_writer_file(path, twice, 3, &w, &err), USAGE);
