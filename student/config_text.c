@@ -112,7 +112,8 @@ enum rt_status rt_student_config_text(const struct rt_student_config *c, enum rt
 {
     enum rt_status st = RT_OK;
     struct rt_buf a = {0}, b = {0};
-    struct rt_json *o = NULL;
+    struct rt_json *o = NULL, *check = NULL;
+    const size_t start = out->len;
     bool tied = false;
     const char *name = dtype == RT_BF16 ? "\"bfloat16\"" : dtype == RT_F16 ? "\"float16\"" : dtype == RT_F32 ? "\"float32\"" : NULL;
     if (name == NULL)
@@ -137,7 +138,10 @@ enum rt_status rt_student_config_text(const struct rt_student_config *c, enum rt
         RT_TRY(rt_json_text_patch(a.data, a.len, "tie_word_embeddings", c->tied ? "true" : "false", out, err));
     else
         RT_TRY(rt_buf_append(out, a.data, a.len, err));
+    /* A key that the source spells with escapes would now be there twice. */
+    RT_TRY(rt_json_parse(out->data + start, out->len - start, "config.json to be written", &check, err));
 out:
+    rt_json_free(check);
     rt_json_free(o);
     rt_buf_free(&a);
     rt_buf_free(&b);

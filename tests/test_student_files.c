@@ -196,6 +196,9 @@ static void config_text(void **state)
         assert_status(rt_student_config_text(&c, RT_E4M3, &out, &err), USAGE);
         rt_student_config_free(&c);
     }
+    struct rt_student_config c = parse(LLAMA(", \"\\u0064type\": \"float32\""));
+    assert_status(rt_student_config_text(&c, RT_BF16, &out, &err), FORMAT);
+    rt_student_config_free(&c);
     rt_buf_free(&out);
     (void)state;
 }
@@ -236,6 +239,10 @@ static void published_sizes(void **state)
                     6.0 * c.layers * c.heads * c.head_dim * 100);
         for (int j = 1; j < p.n; j++)
             assert_true(p.at[j].offset >= p.at[j - 1].offset + rt_param_elements(&p.at[j - 1]));
+        /* 64 elements are a cache line or more: vectors of a group begin on one. */
+        for (int j = 0; j < c.layers; j++)
+            assert_true(p.layer[j].qkv % 64 == 0 && p.layer[j].norm2 % 64 == 0 && p.layer[j].gate_up % 64 == 0 &&
+                        p.layer[j].down % 64 == 0);
         rt_json_free(o);
         rt_buf_free(&text);
         rt_params_free(&p);
