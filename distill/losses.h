@@ -1,0 +1,65 @@
+/* The losses of a packed micro-batch on the states of a forward, and their gradients.
+ *
+ *   L = 1/N ( w_ce sum ce_i + w_kl sum kl_i + w_feature/P sum_p sum f_p,i )
+ * ce_i = -log q(label); kl_i = T^2 KL(P_t || Q_T) (core/backend.h, head_loss; T^2 keeps the gradient's scale at any T); f: distill/feature.h.
+ * N is the number of training rows of the whole global batch, whatever micro-batches it is cut into.
+ */
+#ifndef RT_DISTILL_LOSSES_H
+#define RT_DISTILL_LOSSES_H
+
+#include "distill/feature.h"
+#include "distill/pack.h"
+#include "student/model.h"
+
+struct rt_loss_weights {
+    double ce, kl, feature;
+    double T;           /* of the student's side */
+    enum rt_tail tail;
+    bool cosine;
+};
+
+/* Sums over rows, +=. */
+struct rt_loss_sums {
+    double ce, kl, feature; /* feature: sum over pairs and rows, divided by the number of pairs */
+    double teacher_mass, student_mass;
+    int64_t rows, kl_rows, feature_rows, correct, agree;
+};
+
+/* Device buffers for micro-batches of `tokens`, and host copies of what each row gave. */
+struct rt_losses {
+    const struct rt_device *d;
+    int64_t tokens, H;
+    int k;
+    size_t act;
+    int32_t *index, *label, *top_ids, *feature_index;
+    float *top_logp;
+    uint8_t *kl_mask;
+    void *x, *dx;         /* [rows, H] act */
+    void *d_final;        /* [tokens, H] act */
+    double *dev_row[4];
+    uint8_t *dev_hit;
+    double *ce, *kl, *teacher_mass, *student_mass; /* [host] [rows] of the last call */
+    uint8_t *hit;                                  /* bit 0: right, bit 1: the teacher's choice */
+    /* states */
+    int dim;              /* greatest of the map; 0: none */
+    int pairs;
+    void *a, *da;         /* [rows, dim] act */
+    float *b;             /* [rows, dim] */
+    void *extra[RT_MAX_FEATURES]; /* [tokens, H] act */
+    double *dev_feature, *feature;
+};
+
+size_t rt_losses_bytes(int64_t tokens, int64_t H, int k, const struct rt_feature_map *map, size_t act_size, bool backward);
+/* Cuts the device buffers from arena (rt_losses_bytes). map NULL: no states. */
+enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int k,
+                                const struct rt_feature_map *map, bool backward, struct rt_arena *arena, struct rt_err *err);
+void rt_losses_free(struct rt_losses *l); /* zeroed is fine */
+
+/* After a forward of p's sequences (rt_losses_batch): sums += this micro-batch's; with `backward` the gradients of student, head and
+ * projectors += theirs (then the forward must have kept everything). items: N. proj NULL: no states. Per-row results stay in
+ * l->ce .. l->hit until the next call. */
+enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_pack *p,
+                             const struct rt_loss_weights *w, int64_t items, bool backward, struct rt_loss_sums *sums, struct rt_err *err);
+struct rt_student_batch rt_losses_batch(const struct rt_pack *p);
+
+#endif

@@ -1,0 +1,175 @@
+#include "distill/pack.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/mem.h"
+
+size_t rt_pack_bytes(const struct rt_pack_options *o)
+{
+    size_t row = 4 + 4 + 1 + 8 * (size_t)o->k + 4, n;
+    for (int i = 0; o->map != NULL && i < o->map->n; i++)
+        row += 4 * (size_t)o->map->pair[i].dim;
+    return rt_mul_size((size_t)o->tokens, row + 8 + sizeof(struct rt_pack_seq), &n) ? n : SIZE_MAX;
+}
+
+enum rt_status rt_pack_create(struct rt_pack *p, const struct rt_pack_options *o, struct rt_err *err)
+{
+    enum rt_status st;
+    const size_t n = (size_t)o->tokens, k = (size_t)o->k;
+    *p = (struct rt_pack){.o = *o};
+    RT_TRY(rt_alloc(n, sizeof *p->ids, "a micro-batch", &p->ids, err));
+    RT_TRY(rt_alloc(n + 1, sizeof *p->cu, "a micro-batch", &p->cu, err));
+    RT_TRY(rt_alloc(n, sizeof *p->seq, "a micro-batch", &p->seq, err));
+    RT_TRY(rt_alloc(n, sizeof *p->index, "a micro-batch", &p->index, err));
+    RT_TRY(rt_alloc(n, sizeof *p->label, "a micro-batch", &p->label, err));
+    RT_TRY(rt_alloc(n, 1, "a micro-batch", &p->kl_mask, err));
+    RT_TRY(rt_alloc(n * k, sizeof *p->top_ids, "a micro-batch", &p->top_ids, err));
+    RT_TRY(rt_alloc(n * k, sizeof *p->top_logp, "a micro-batch", &p->top_logp, err));
+    RT_TRY(rt_alloc(n, sizeof *p->feature_index, "a micro-batch", &p->feature_index, err));
+    for (int i = 0; o->map != NULL && i < o->map->n; i++)
+        RT_TRY(rt_alloc(n * (size_t)o->map->pair[i].dim, sizeof(float), "a micro-batch's states", &p->feature[i], err));
+out:
+    if (st != RT_OK)
+        rt_pack_free(p);
+    return st;
+}
+
+void rt_pack_free(struct rt_pack *p)
+{
+    rt_free(p->ids);
+    rt_free(p->cu);
+    rt_free(p->seq);
+    rt_free(p->index);
+    rt_free(p->label);
+    rt_free(p->kl_mask);
+    rt_free(p->top_ids);
+    rt_free(p->top_logp);
+    rt_free(p->feature_index);
+    for (int i = 0; i < RT_MAX_FEATURES; i++)
+        rt_free(p->feature[i]);
+    *p = (struct rt_pack){0};
+}
+
+void rt_pack_clear(struct rt_pack *p)
+{
+    p->n = p->n_seq = p->rows = p->kl_rows = p->feature_rows = 0;
+}
+
+/* log p of a stored row at the teacher's temperature. lse -1: normalised over the stored ids. */
+static void row_logp(const struct rt_pack *p, const struct rt_rows *r, int64_t row, int lse, float *out)
+{
+    const float *z = r->topk_logits + row * r->k;
+    const double T = p->o.teacher_T;
+    double norm;
+    if (lse >= 0) {
+        norm = r->lse[row * r->n_lse + lse];
+    } else {
+        double sum = 0;
+        for (int j = 0; j < r->k; j++)
+            sum += exp(((double)z[j] - z[0]) / T);
+        norm = z[0] / T + log(sum);
+    }
+    for (int j = 0; j < r->k; j++)
+        out[j] = (float)(z[j] / T - norm);
+}
+
+static enum rt_status add_teacher(struct rt_pack *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
+                                  struct rt_err *err)
+{
+    const int k = p->o.k;
+    int32_t *ids = p->top_ids + row * k;
+    float *logp = p->top_logp + row * k;
+    if (r->k > k)
+        return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, r->k, k);
+    for (int j = 0; j < k; j++) {
+        ids[j] = j < r->k ? (int32_t)r->topk_ids[stored * r->k + j] : -1;
+        logp[j] = 0;
+        if (j < r->k && r->topk_ids[stored * r->k + j] >= (uint64_t)p->o.vocab)
+            return rt_fail(err, RT_REFUSED, "%s: line %ld: teacher id %u, the student's vocabulary has %ld rows", path, (long)r->source_line,
+                           r->topk_ids[stored * r->k + j], (long)p->o.vocab);
+    }
+    row_logp(p, r, stored, lse, logp);
+    p->kl_mask[row] = 1;
+    p->kl_rows++;
+    return RT_OK;
+}
+
+/* The states of token t for each pair. */
+static void add_states(struct rt_pack *p, const struct rt_row_identity *id, const struct rt_rows *r, const int *column, int64_t t,
+                       int64_t token)
+{
+    for (int i = 0; i < p->o.map->n; i++) {
+        const struct rt_feature_spec *spec = &id->feature[column[i]];
+        const size_t dim = (size_t)spec->dim;
+        float *out = p->feature[i] + (size_t)p->feature_rows * dim;
+        rt_to_f32(out, (const char *)r->feature[column[i]] + (size_t)t * dim * rt_dtype_size(spec->dtype), spec->dtype, dim);
+        if (r->feature_scale[column[i]] != NULL)
+            for (size_t d = 0; d < dim; d++)
+                out[d] *= r->feature_scale[column[i]][t];
+    }
+    p->feature_index[p->feature_rows++] = (int32_t)token;
+}
+
+/* Whether the sequence has every state of the map. */
+static enum rt_status columns(const struct rt_pack *p, const struct rt_train_info *info, const struct rt_rows *r, int *column, bool *all,
+                              struct rt_err *err)
+{
+    *all = p->o.map != NULL && p->o.map->n > 0 && info->identity != NULL;
+    for (int i = 0; *all && i < p->o.map->n; i++) {
+        const enum rt_status st = rt_feature_column(&p->o.map->pair[i], info->identity, info->path, &column[i], err);
+        if (st != RT_OK)
+            return st;
+        *all = column[i] >= 0 && column[i] < r->n_features;
+    }
+    return RT_OK;
+}
+
+enum rt_status rt_pack_add(struct rt_pack *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_train_info *info = rt_train_set_info(set);
+    const int64_t len = rt_train_set_length(set, item->seq);
+    const int lse = rt_train_set_lse(set, p->o.teacher_T);
+    const bool teacher = p->o.k > 0 && info->top_k > 0 && (lse >= 0 || p->o.tail == RT_TAIL_RENORM);
+    struct rt_rows r;
+    int column[RT_MAX_FEATURES];
+    bool states;
+    int64_t stored = 0;
+    *full = p->n + len > p->o.tokens;
+    if (*full)
+        return RT_OK;
+    RT_TRY(rt_train_set_get(set, item->seq, &r, err));
+    RT_TRY(columns(p, info, &r, column, &states, err));
+    struct rt_pack_seq *q = &p->seq[p->n_seq];
+    *q = (struct rt_pack_seq){.item = *item, .occurrence = r.occurrence, .line = r.source_line, .row0 = (int32_t)p->rows};
+    memcpy(q->key, r.key, RT_KEY_BYTES);
+    for (int64_t t = 0; t < r.n_tokens; t++) {
+        if (r.ids[t] >= (uint64_t)p->o.vocab)
+            RT_FAIL(err, REFUSED, "%s: line %ld: id %u at token %ld, the student's vocabulary has %ld rows", info->path, (long)r.source_line,
+                    r.ids[t], (long)t, (long)p->o.vocab);
+        p->ids[p->n + t] = (int32_t)r.ids[t];
+        if (t + 1 == r.n_tokens || r.loss_mask[t + 1] == 0)
+            continue;
+        const int64_t row = p->rows++;
+        p->index[row] = (int32_t)(p->n + t);
+        p->label[row] = (int32_t)r.ids[t + 1];
+        p->kl_mask[row] = 0;
+        for (int j = 0; j < p->o.k; j++) {
+            p->top_ids[row * p->o.k + j] = -1;
+            p->top_logp[row * p->o.k + j] = 0;
+        }
+        while (teacher && stored < r.n_rows && r.position[stored] < t)
+            stored++;
+        if (teacher && stored < r.n_rows && r.position[stored] == t)
+            RT_TRY(add_teacher(p, &r, stored, lse, row, info->path, err));
+        if (states)
+            add_states(p, info->identity, &r, column, t, p->n + t);
+    }
+    q->rows = (int32_t)p->rows - q->row0;
+    p->cu[0] = 0;
+    p->n += r.n_tokens;
+    p->cu[++p->n_seq] = (int32_t)p->n;
+out:
+    return st;
+}

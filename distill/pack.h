@@ -1,0 +1,54 @@
+/* Micro-batches: sequences behind each other with block-diagonal attention, and what the teacher says about their training rows.
+ *
+ * Rows are compacted: only rows whose next token is a target are there, in order of tokens. Labels are shifted here and nowhere
+ * else: row of token i has label ids[i+1] where loss_mask[i+1] is 1. The last token of a sequence has no row.
+ */
+#ifndef RT_DISTILL_PACK_H
+#define RT_DISTILL_PACK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/backend.h"
+#include "distill/feature.h"
+#include "distill/order.h"
+
+struct rt_pack_options {
+    int64_t tokens;  /* room; at least the longest sequence */
+    int k;           /* ids a row; rows with fewer are filled with empty entries. 0: no teacher rows are packed */
+    double teacher_T;/* log p = logit/teacher_T - lse */
+    enum rt_tail tail; /* RENORM: a set without lse at teacher_T is normalised over its stored ids */
+    int64_t vocab;
+    const struct rt_feature_map *map; /* NULL: no states */
+};
+
+struct rt_pack_seq {
+    struct rt_order_item item;
+    uint8_t key[RT_KEY_BYTES];
+    uint32_t occurrence;
+    int64_t line;
+    int32_t row0, rows; /* its rows */
+};
+
+struct rt_pack {
+    struct rt_pack_options o;
+    int64_t n, n_seq, rows, kl_rows, feature_rows;
+    int32_t *ids, *cu;       /* [tokens], [n_seq + 1] */
+    struct rt_pack_seq *seq; /* [n_seq] */
+    int32_t *index, *label;  /* [rows] token, next token */
+    uint8_t *kl_mask;        /* [rows] */
+    int32_t *top_ids;        /* [rows, k], -1: empty */
+    float *top_logp;         /* [rows, k] */
+    int32_t *feature_index;  /* [feature_rows] token */
+    float *feature[RT_MAX_FEATURES]; /* [feature_rows, dim] of pair p */
+};
+
+/* Host memory for o->tokens tokens. map is borrowed. */
+enum rt_status rt_pack_create(struct rt_pack *p, const struct rt_pack_options *o, struct rt_err *err);
+void rt_pack_free(struct rt_pack *p); /* zeroed is fine */
+size_t rt_pack_bytes(const struct rt_pack_options *o);
+void rt_pack_clear(struct rt_pack *p);
+/* Appends a sequence. *full: it does not fit, nothing was changed. REFUSED: an id beyond the vocabulary, more ids a row than k. */
+enum rt_status rt_pack_add(struct rt_pack *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err);
+
+#endif

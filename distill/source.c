@@ -1,0 +1,419 @@
+#include "distill/source.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/io.h"
+#include "core/mem.h"
+#include "core/sha256.h"
+#include "formats/dataset.h"
+
+/* One sequence: what is known without decoding, and its arrays where they are kept. */
+struct item {
+    uint8_t key[RT_KEY_BYTES];
+    uint32_t occurrence;
+    int64_t line, n_tokens, n_targets; /* n_targets -1: not counted yet */
+    int64_t at;          /* index in the shard set or source */
+    struct rt_rows *kept;/* the block that the pointers lie in begins here */
+};
+
+struct rt_train_set {
+    struct rt_train_set_options o;
+    struct rt_train_info info;
+    char path[4096];
+    struct item *item;
+    size_t cap;
+    struct rt_shard_set *shards;
+    struct rt_row_source source; /* of shards or memory; get NULL for lines */
+    size_t kept_bytes;
+};
+
+void rt_train_set_free(struct rt_train_set *s)
+{
+    if (s == NULL)
+        return;
+    for (int64_t i = 0; s->item != NULL && i < s->info.sequences; i++)
+        rt_free(s->item[i].kept);
+    rt_free(s->item);
+    rt_shard_set_free(s->shards);
+    rt_free(s);
+}
+
+const struct rt_train_info *rt_train_set_info(const struct rt_train_set *s)
+{
+    return &s->info;
+}
+
+int64_t rt_train_set_length(const struct rt_train_set *s, int64_t i)
+{
+    return s->item[i].n_tokens;
+}
+
+void rt_train_set_key(const struct rt_train_set *s, int64_t i, uint8_t key[RT_KEY_BYTES], uint32_t *occurrence, int64_t *line)
+{
+    memcpy(key, s->item[i].key, RT_KEY_BYTES);
+    *occurrence = s->item[i].occurrence;
+    *line = s->item[i].line;
+}
+
+int rt_train_set_lse(const struct rt_train_set *s, double T)
+{
+    const struct rt_row_identity *id = s->info.identity;
+    for (int i = 0; id != NULL && id->top_k > 0 && i < id->n_lse; i++)
+        if (fabs(id->lse_temperature[i] - T) <= 1e-9 * T)
+            return i;
+    return -1;
+}
+
+static enum rt_status reserve(struct rt_train_set *s, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct item *bigger;
+    if ((size_t)s->info.sequences < s->cap)
+        return RT_OK;
+    const size_t cap = s->cap > 0 ? 2 * s->cap : 256;
+    RT_TRY(rt_alloc(cap, sizeof *bigger, "index of the training data", &bigger, err));
+    if (s->item != NULL)
+        memcpy(bigger, s->item, (size_t)s->info.sequences * sizeof *bigger);
+    rt_free(s->item);
+    s->item = bigger;
+    s->cap = cap;
+out:
+    return st;
+}
+
+/* Adds what is known of a sequence, or counts it as left out. *added may be NULL. */
+static enum rt_status add_item(struct rt_train_set *s, const struct item *it, bool *added, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    if (added != NULL)
+        *added = false;
+    if (it->n_tokens > s->o.max_length && !s->o.drop_long)
+        RT_FAIL(err, REFUSED, "%s: sequence %ld (line %ld) has %ld tokens, the student takes %ld; --max-length %ld leaves longer ones out", s->path,
+                (long)(s->info.sequences + s->info.left_out), (long)it->line, (long)it->n_tokens, (long)s->o.max_length, (long)s->o.max_length);
+    if (it->n_tokens > s->o.max_length || it->n_tokens < 2) {
+        s->info.left_out++;
+        return RT_OK;
+    }
+    RT_TRY(reserve(s, err));
+    s->item[s->info.sequences++] = *it;
+    s->info.tokens += it->n_tokens;
+    if (it->n_tokens > s->info.longest)
+        s->info.longest = it->n_tokens;
+    if (added != NULL)
+        *added = true;
+out:
+    return st;
+}
+
+static enum rt_status check_identity(const struct rt_train_set *s, struct rt_err *err)
+{
+    const struct rt_row_identity *id = s->info.identity;
+    const char *own = s->o.model->tok != NULL ? rt_tokenizer_sha256(s->o.model->tok) : "";
+    if (strcmp(id->tokenizer_sha256, own) != 0)
+        return rt_fail(err, RT_REFUSED,
+                       "%s: its tokens are of the tokenizer %.16s%s, the student (%s) has %.16s%s; `retort retarget` rewrites shards for another tokenizer",
+                       s->path, id->tokenizer_sha256[0] != '\0' ? id->tokenizer_sha256 : "(none)", id->tokenizer_sha256[0] != '\0' ? ".." : "",
+                       s->o.model->path, own[0] != '\0' ? own : "(none)", own[0] != '\0' ? ".." : "");
+    if (id->n_ids > s->o.vocab)
+        return rt_fail(err, RT_REFUSED, "%s: has ids up to %ld, the student's vocabulary %ld rows", s->path, (long)id->n_ids - 1, (long)s->o.vocab);
+    return RT_OK;
+}
+
+static enum rt_status finish(struct rt_train_set *s, struct rt_err *err)
+{
+    struct rt_sha256 h;
+    uint8_t digest[32];
+    rt_sha256_init(&h);
+    for (int64_t i = 0; i < s->info.sequences; i++) {
+        const uint32_t o = s->item[i].occurrence;
+        const uint8_t le[4] = {(uint8_t)o, (uint8_t)(o >> 8), (uint8_t)(o >> 16), (uint8_t)(o >> 24)};
+        rt_sha256_update(&h, s->item[i].key, RT_KEY_BYTES);
+        rt_sha256_update(&h, le, sizeof le);
+    }
+    rt_sha256_final(&h, digest);
+    rt_hex(s->info.sha256, digest, sizeof digest);
+    if (s->info.sequences == 0)
+        return rt_fail(err, RT_FORMAT, "%s: no sequence to train on (%ld left out)", s->path, (long)s->info.left_out);
+    return RT_OK;
+}
+
+static enum rt_status get_shard(void *self, int64_t i, struct rt_rows *out, bool *end, struct rt_err *err)
+{
+    *end = false;
+    return rt_shard_set_get(self, i, out, err);
+}
+
+static enum rt_status open_shards(struct rt_train_set *s, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_shard_set_open(s->path, &s->shards, err));
+    s->info.kind = RT_TRAIN_SHARDS;
+    s->info.identity = rt_shard_set_identity(s->shards);
+    s->info.shards = rt_shard_set_info(s->shards);
+    s->source = (struct rt_row_source){.self = s->shards, .count = s->info.shards->sequences, .identity = s->info.identity, .get = get_shard};
+    RT_TRY(check_identity(s, err));
+    for (int64_t i = 0; i < s->info.shards->sequences; i++) {
+        const struct rt_seq_info *q = rt_shard_set_seq(s->shards, i);
+        struct item it = {.occurrence = q->occurrence, .line = q->source_line, .n_tokens = q->n_tokens, .n_targets = -1, .at = i};
+        memcpy(it.key, q->key, RT_KEY_BYTES);
+        RT_TRY(add_item(s, &it, NULL, err));
+    }
+out:
+    return st;
+}
+
+/* Bytes of the arrays that training uses, and where each begins. */
+struct layout {
+    size_t ids, mask, position, top_ids, top_logits, lse, feature[RT_MAX_FEATURES], scale[RT_MAX_FEATURES], bytes;
+};
+
+static bool take(size_t *bytes, size_t *at, size_t n, size_t size)
+{
+    size_t b;
+    *at = *bytes;
+    if (!rt_mul_size(n, size, &b) || b > SIZE_MAX / 2)
+        return false;
+    return rt_add_size(*bytes, rt_arena_round(b), bytes);
+}
+
+static bool lay_out(const struct rt_train_set *s, const struct rt_rows *r, struct layout *l)
+{
+    const size_t n = (size_t)r->n_tokens, rows = (size_t)r->n_rows;
+    bool ok = true;
+    *l = (struct layout){.bytes = rt_arena_round(sizeof(struct rt_rows))};
+    ok &= take(&l->bytes, &l->ids, n, 4) && take(&l->bytes, &l->mask, n, 1) && take(&l->bytes, &l->position, rows, 4);
+    ok &= take(&l->bytes, &l->top_ids, rows, 4 * (size_t)r->k) && take(&l->bytes, &l->top_logits, rows, 4 * (size_t)r->k);
+    ok &= take(&l->bytes, &l->lse, rows, 4 * (size_t)r->n_lse);
+    for (int f = 0; s->o.features && f < r->n_features; f++) {
+        const struct rt_feature_spec *spec = &s->info.identity->feature[f];
+        ok &= take(&l->bytes, &l->feature[f], n, (size_t)spec->dim * rt_dtype_size(spec->dtype));
+        ok &= take(&l->bytes, &l->scale[f], r->feature_scale[f] != NULL ? n : 0, 4);
+    }
+    return ok;
+}
+
+static const void *put(char *base, size_t at, const void *src, size_t bytes)
+{
+    if (bytes > 0)
+        memcpy(base + at, src, bytes);
+    return base + at;
+}
+
+/* A copy of what training uses of r, in one block. */
+static enum rt_status copy_rows(const struct rt_train_set *s, const struct rt_rows *r, const struct layout *l, struct rt_rows **out,
+                                struct rt_err *err)
+{
+    enum rt_status st;
+    const size_t n = (size_t)r->n_tokens, rows = (size_t)r->n_rows, k = (size_t)r->k;
+    struct rt_rows *copy;
+    RT_TRY(rt_alloc(1, l->bytes, "a training sequence", &copy, err));
+    char *base = (char *)copy;
+    *copy = *r;
+    copy->text = NULL;
+    copy->byte_end = NULL;
+    copy->next_id = NULL;
+    copy->next_logprob = NULL;
+    copy->next_rank = NULL;
+    copy->ids = put(base, l->ids, r->ids, n * 4);
+    copy->loss_mask = put(base, l->mask, r->loss_mask, n);
+    copy->position = put(base, l->position, r->position, rows * 4);
+    copy->topk_ids = put(base, l->top_ids, r->topk_ids, rows * k * 4);
+    copy->topk_logits = put(base, l->top_logits, r->topk_logits, rows * k * 4);
+    copy->lse = put(base, l->lse, r->lse, rows * (size_t)r->n_lse * 4);
+    if (!s->o.features)
+        copy->n_features = 0;
+    for (int f = 0; f < copy->n_features; f++) {
+        const struct rt_feature_spec *spec = &s->info.identity->feature[f];
+        copy->feature[f] = put(base, l->feature[f], r->feature[f], n * (size_t)spec->dim * rt_dtype_size(spec->dtype));
+        if (r->feature_scale[f] != NULL)
+            copy->feature_scale[f] = put(base, l->scale[f], r->feature_scale[f], n * 4);
+    }
+    *out = copy;
+out:
+    return st;
+}
+
+/* The lines' ids and masks, in memory. */
+static enum rt_status read_lines(struct rt_train_set *s, struct rt_log *log, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_dataset *d = NULL;
+    struct rt_sample sample;
+    bool end = false, added;
+    const struct rt_dataset_options o = {.tok = s->o.model->tok, .tmpl = s->o.model->tmpl,
+                                         .n_ids = s->o.model->tok != NULL ? (int64_t)rt_tokenizer_n_ids(s->o.model->tok) : s->o.vocab};
+    s->info.kind = RT_TRAIN_LINES;
+    RT_TRY(rt_dataset_open(s->path, &o, &d, err));
+    for (;;) {
+        RT_TRY(rt_dataset_next(d, &sample, &end, err));
+        if (end)
+            break;
+        struct item it = {.line = sample.line, .n_tokens = sample.n, .n_targets = sample.n_targets};
+        struct rt_rows r = {.source_line = sample.line, .n_tokens = sample.n, .ids = sample.ids, .loss_mask = sample.loss_mask};
+        struct layout l;
+        rt_rows_key(sample.ids, sample.n, it.key);
+        memcpy(r.key, it.key, sizeof r.key);
+        RT_TRY(add_item(s, &it, &added, err));
+        if (!added)
+            continue;
+        if (!lay_out(s, &r, &l))
+            RT_FAIL(err, NOMEM, "%s: line %ld is too large", s->path, (long)sample.line);
+        RT_TRY(copy_rows(s, &r, &l, &s->item[s->info.sequences - 1].kept, err));
+    }
+    const struct rt_dataset_counts c = rt_dataset_counts(d);
+    if (c.untargeted > 0)
+        rt_warn(log, "%s: %ld lines have no target and are left out", s->path, (long)c.untargeted);
+    if (c.not_nfc > 0 && s->o.model->tok != NULL && rt_tokenizer_normalizes(s->o.model->tok))
+        rt_warn(log, "%s: %ld lines are not in Unicode NFC: their tokens stand for other bytes than the text", s->path, (long)c.not_nfc);
+out:
+    rt_dataset_close(d);
+    return st;
+}
+
+static int by_key(const void *a, const void *b)
+{
+    const struct item *const *x = a, *const *y = b;
+    const int c = memcmp((*x)->key, (*y)->key, RT_KEY_BYTES);
+    return c != 0 ? c : (*x > *y) - (*x < *y);
+}
+
+/* Occurrence numbers of lines with equal tokens, in the order of the file. */
+static enum rt_status number_occurrences(struct rt_train_set *s, struct rt_err *err)
+{
+    enum rt_status st;
+    struct item **sorted = NULL;
+    RT_TRY(rt_alloc((size_t)s->info.sequences, sizeof *sorted, "keys", &sorted, err));
+    for (int64_t i = 0; i < s->info.sequences; i++)
+        sorted[i] = &s->item[i];
+    qsort(sorted, (size_t)s->info.sequences, sizeof *sorted, by_key);
+    for (int64_t i = 1; i < s->info.sequences; i++)
+        if (memcmp(sorted[i]->key, sorted[i - 1]->key, RT_KEY_BYTES) == 0) {
+            sorted[i]->occurrence = sorted[i - 1]->occurrence + 1;
+            sorted[i]->kept->occurrence = sorted[i]->occurrence;
+        }
+out:
+    rt_free(sorted);
+    return st;
+}
+
+static bool is_shards(const char *path)
+{
+    char file[4096];
+    const size_t n = strlen(path);
+    if (rt_path_is_dir(path))
+        return rt_path_join(file, sizeof file, path, "identity.json", NULL) == RT_OK && rt_path_exists(file);
+    return n > 8 && strcmp(path + n - 8, ".msgpack") == 0;
+}
+
+static enum rt_status create(const char *path, const struct rt_train_set_options *o, struct rt_train_set **out, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_alloc(1, sizeof **out, "training data", out, err));
+    (*out)->o = *o;
+    snprintf((*out)->path, sizeof (*out)->path, "%s", path);
+    (*out)->info.path = (*out)->path;
+out:
+    return st;
+}
+
+static void describe(struct rt_train_set *s)
+{
+    if (s->info.identity != NULL) {
+        s->info.top_k = s->info.identity->top_k;
+        s->info.n_lse = s->info.identity->top_k > 0 ? s->info.identity->n_lse : 0;
+    }
+}
+
+enum rt_status rt_train_set_open(const char *path, const struct rt_train_set_options *o, struct rt_log *log, struct rt_train_set **out,
+                                 struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_train_set *s = NULL;
+    RT_TRY(create(path, o, &s, err));
+    if (!rt_path_exists(path))
+        RT_FAIL(err, IO, "%s: no such file or directory", path);
+    if (is_shards(path)) {
+        RT_TRY(open_shards(s, err));
+    } else {
+        RT_TRY(read_lines(s, log, err));
+        RT_TRY(number_occurrences(s, err));
+    }
+    describe(s);
+    RT_TRY(finish(s, err));
+    if (s->info.left_out > 0)
+        rt_warn(log, "%s: %ld sequences are longer than %ld tokens (or have one token) and are left out", path, (long)s->info.left_out,
+                (long)o->max_length);
+    *out = s;
+    s = NULL;
+out:
+    rt_train_set_free(s);
+    return st;
+}
+
+enum rt_status rt_train_set_memory(const struct rt_row_source *source, const struct rt_train_set_options *o, struct rt_train_set **out,
+                                   struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_train_set *s = NULL;
+    RT_TRY(create("memory", o, &s, err));
+    s->info.kind = RT_TRAIN_MEMORY;
+    s->info.identity = source->identity;
+    s->source = *source;
+    RT_TRY(check_identity(s, err));
+    for (int64_t i = 0; i < source->count; i++) {
+        struct rt_rows r;
+        bool end = false;
+        RT_TRY(source->get(source->self, i, &r, &end, err));
+        struct item it = {.occurrence = r.occurrence, .line = r.source_line, .n_tokens = r.n_tokens, .n_targets = -1, .at = i};
+        memcpy(it.key, r.key, RT_KEY_BYTES);
+        RT_TRY(add_item(s, &it, NULL, err));
+    }
+    describe(s);
+    RT_TRY(finish(s, err));
+    *out = s;
+    s = NULL;
+out:
+    rt_train_set_free(s);
+    return st;
+}
+
+enum rt_status rt_train_set_get(struct rt_train_set *s, int64_t i, struct rt_rows *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct item *it = &s->item[i];
+    struct layout l;
+    bool end = false;
+    if (it->kept != NULL) {
+        *out = *it->kept;
+        return RT_OK;
+    }
+    RT_TRY(s->source.get(s->source.self, it->at, out, &end, err));
+    if (end || out->n_tokens != it->n_tokens)
+        RT_FAIL(err, INTERNAL, "%s: sequence %ld changed under way", s->path, (long)i);
+    if (it->n_targets < 0) {
+        it->n_targets = 0;
+        for (int64_t t = 1; t < out->n_tokens; t++)
+            it->n_targets += out->loss_mask[t] != 0;
+    }
+    if (lay_out(s, out, &l) && l.bytes <= s->o.cache_bytes - s->kept_bytes) {
+        RT_TRY(copy_rows(s, out, &l, &it->kept, err));
+        s->kept_bytes += l.bytes;
+        *out = *it->kept;
+    }
+out:
+    return st;
+}
+
+enum rt_status rt_train_set_targets(struct rt_train_set *s, int64_t i, int64_t *n, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_rows r;
+    if (s->item[i].n_targets < 0)
+        RT_TRY(rt_train_set_get(s, i, &r, err));
+    *n = s->item[i].n_targets;
+out:
+    return st;
+}
