@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-struct rt_student_batch rt_losses_batch(const struct rt_pack *p)
+struct rt_student_batch rt_losses_batch(const struct rt_micro *p)
 {
     return (struct rt_student_batch){.ids = p->ids, .cu_seqlens = p->cu, .n = p->n, .n_seq = p->n_seq};
 }
@@ -104,7 +104,7 @@ void rt_losses_free(struct rt_losses *l)
     *l = (struct rt_losses){0};
 }
 
-static enum rt_status upload_rows(struct rt_losses *l, const struct rt_pack *p, struct rt_err *err)
+static enum rt_status upload_rows(struct rt_losses *l, const struct rt_micro *p, struct rt_err *err)
 {
     enum rt_status st;
     const size_t n = (size_t)p->rows;
@@ -120,7 +120,7 @@ out:
 }
 
 /* Head, on the gathered rows; with backward the gradient at the final states lies in d_final. */
-static enum rt_status run_head(struct rt_losses *l, struct rt_student *s, const struct rt_pack *p, const struct rt_loss_weights *w,
+static enum rt_status run_head(struct rt_losses *l, struct rt_student *s, const struct rt_micro *p, const struct rt_loss_weights *w,
                                int64_t items, bool backward, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -148,7 +148,7 @@ out:
     return st;
 }
 
-static void add_rows(const struct rt_losses *l, const struct rt_pack *p, struct rt_loss_sums *sums)
+static void add_rows(const struct rt_losses *l, const struct rt_micro *p, struct rt_loss_sums *sums)
 {
     for (int64_t i = 0; i < p->rows; i++) {
         sums->ce += l->ce[i];
@@ -165,7 +165,7 @@ static void add_rows(const struct rt_losses *l, const struct rt_pack *p, struct 
 }
 
 /* Pair i: a = h W^T against the stored states; gradients to W and, scattered, to the hidden state. */
-static enum rt_status run_pair(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_pack *p, int i,
+static enum rt_status run_pair(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_micro *p, int i,
                                const struct rt_loss_weights *w, int64_t items, bool backward, struct rt_loss_sums *sums, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -197,7 +197,7 @@ out:
     return st;
 }
 
-enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_pack *p,
+enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_micro *p,
                              const struct rt_loss_weights *w, int64_t items, bool backward, struct rt_loss_sums *sums, struct rt_err *err)
 {
     enum rt_status st;

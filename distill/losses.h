@@ -8,7 +8,7 @@
 #define RT_DISTILL_LOSSES_H
 
 #include "distill/feature.h"
-#include "distill/pack.h"
+#include "distill/micro.h"
 #include "student/model.h"
 
 struct rt_loss_weights {
@@ -58,8 +58,8 @@ void rt_losses_free(struct rt_losses *l); /* zeroed is fine */
 /* After a forward of p's sequences (rt_losses_batch): sums += this micro-batch's; with `backward` the gradients of student, head and
  * projectors += theirs (then the forward must have kept everything). items: N. proj NULL: no states. Per-row results stay in
  * l->ce .. l->hit until the next call. */
-enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_pack *p,
+enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_micro *p,
                              const struct rt_loss_weights *w, int64_t items, bool backward, struct rt_loss_sums *sums, struct rt_err *err);
-struct rt_student_batch rt_losses_batch(const struct rt_pack *p);
+struct rt_student_batch rt_losses_batch(const struct rt_micro *p);
 
 #endif

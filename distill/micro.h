@@ -3,8 +3,8 @@
  * Rows are compacted: only rows whose next token is a target are there, in order of tokens. Labels are shifted here and nowhere
  * else: row of token i has label ids[i+1] where loss_mask[i+1] is 1. The last token of a sequence has no row.
  */
-#ifndef RT_DISTILL_PACK_H
-#define RT_DISTILL_PACK_H
+#ifndef RT_DISTILL_MICRO_H
+#define RT_DISTILL_MICRO_H
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -13,7 +13,7 @@
 #include "distill/feature.h"
 #include "distill/order.h"
 
-struct rt_pack_options {
+struct rt_micro_options {
     int64_t tokens;  /* room; at least the longest sequence */
     int k;           /* ids a row; rows with fewer are filled with empty entries. 0: no teacher rows are packed */
     double teacher_T;/* log p = logit/teacher_T - lse */
@@ -22,7 +22,7 @@ struct rt_pack_options {
     const struct rt_feature_map *map; /* NULL: no states */
 };
 
-struct rt_pack_seq {
+struct rt_micro_seq {
     struct rt_order_item item;
     uint8_t key[RT_KEY_BYTES];
     uint32_t occurrence;
@@ -30,11 +30,11 @@ struct rt_pack_seq {
     int32_t row0, rows; /* its rows */
 };
 
-struct rt_pack {
-    struct rt_pack_options o;
+struct rt_micro {
+    struct rt_micro_options o;
     int64_t n, n_seq, rows, kl_rows, feature_rows;
     int32_t *ids, *cu;       /* [tokens], [n_seq + 1] */
-    struct rt_pack_seq *seq; /* [n_seq] */
+    struct rt_micro_seq *seq; /* [n_seq] */
     int32_t *index, *label;  /* [rows] token, next token */
     uint8_t *kl_mask;        /* [rows] */
     int32_t *top_ids;        /* [rows, k], -1: empty */
@@ -44,11 +44,11 @@ struct rt_pack {
 };
 
 /* Host memory for o->tokens tokens. map is borrowed. */
-enum rt_status rt_pack_create(struct rt_pack *p, const struct rt_pack_options *o, struct rt_err *err);
-void rt_pack_free(struct rt_pack *p); /* zeroed is fine */
-size_t rt_pack_bytes(const struct rt_pack_options *o);
-void rt_pack_clear(struct rt_pack *p);
+enum rt_status rt_micro_create(struct rt_micro *p, const struct rt_micro_options *o, struct rt_err *err);
+void rt_micro_free(struct rt_micro *p); /* zeroed is fine */
+size_t rt_micro_bytes(const struct rt_micro_options *o);
+void rt_micro_clear(struct rt_micro *p);
 /* Appends a sequence. *full: it does not fit, nothing was changed. REFUSED: an id beyond the vocabulary, more ids a row than k. */
-enum rt_status rt_pack_add(struct rt_pack *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err);
+enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err);
 
 #endif

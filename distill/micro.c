@@ -1,23 +1,23 @@
-#include "distill/pack.h"
+#include "distill/micro.h"
 
 #include <math.h>
 #include <string.h>
 
 #include "core/mem.h"
 
-size_t rt_pack_bytes(const struct rt_pack_options *o)
+size_t rt_micro_bytes(const struct rt_micro_options *o)
 {
     size_t row = 4 + 4 + 1 + 8 * (size_t)o->k + 4, n;
     for (int i = 0; o->map != NULL && i < o->map->n; i++)
         row += 4 * (size_t)o->map->pair[i].dim;
-    return rt_mul_size((size_t)o->tokens, row + 8 + sizeof(struct rt_pack_seq), &n) ? n : SIZE_MAX;
+    return rt_mul_size((size_t)o->tokens, row + 8 + sizeof(struct rt_micro_seq), &n) ? n : SIZE_MAX;
 }
 
-enum rt_status rt_pack_create(struct rt_pack *p, const struct rt_pack_options *o, struct rt_err *err)
+enum rt_status rt_micro_create(struct rt_micro *p, const struct rt_micro_options *o, struct rt_err *err)
 {
     enum rt_status st;
     const size_t n = (size_t)o->tokens, k = (size_t)o->k;
-    *p = (struct rt_pack){.o = *o};
+    *p = (struct rt_micro){.o = *o};
     RT_TRY(rt_alloc(n, sizeof *p->ids, "a micro-batch", &p->ids, err));
     RT_TRY(rt_alloc(n + 1, sizeof *p->cu, "a micro-batch", &p->cu, err));
     RT_TRY(rt_alloc(n, sizeof *p->seq, "a micro-batch", &p->seq, err));
@@ -31,11 +31,11 @@ enum rt_status rt_pack_create(struct rt_pack *p, const struct rt_pack_options *o
         RT_TRY(rt_alloc(n * (size_t)o->map->pair[i].dim, sizeof(float), "a micro-batch's states", &p->feature[i], err));
 out:
     if (st != RT_OK)
-        rt_pack_free(p);
+        rt_micro_free(p);
     return st;
 }
 
-void rt_pack_free(struct rt_pack *p)
+void rt_micro_free(struct rt_micro *p)
 {
     rt_free(p->ids);
     rt_free(p->cu);
@@ -48,16 +48,16 @@ void rt_pack_free(struct rt_pack *p)
     rt_free(p->feature_index);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_free(p->feature[i]);
-    *p = (struct rt_pack){0};
+    *p = (struct rt_micro){0};
 }
 
-void rt_pack_clear(struct rt_pack *p)
+void rt_micro_clear(struct rt_micro *p)
 {
     p->n = p->n_seq = p->rows = p->kl_rows = p->feature_rows = 0;
 }
 
 /* log p of a stored row at the teacher's temperature. lse -1: normalised over the stored ids. */
-static void row_logp(const struct rt_pack *p, const struct rt_rows *r, int64_t row, int lse, float *out)
+static void row_logp(const struct rt_micro *p, const struct rt_rows *r, int64_t row, int lse, float *out)
 {
     const float *z = r->topk_logits + row * r->k;
     const double T = p->o.teacher_T;
@@ -74,7 +74,7 @@ static void row_logp(const struct rt_pack *p, const struct rt_rows *r, int64_t r
         out[j] = (float)(z[j] / T - norm);
 }
 
-static enum rt_status add_teacher(struct rt_pack *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
+static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
                                   struct rt_err *err)
 {
     const int k = p->o.k;
@@ -96,7 +96,7 @@ static enum rt_status add_teacher(struct rt_pack *p, const struct rt_rows *r, in
 }
 
 /* The states of token t for each pair. */
-static void add_states(struct rt_pack *p, const struct rt_row_identity *id, const struct rt_rows *r, const int *column, int64_t t,
+static void add_states(struct rt_micro *p, const struct rt_row_identity *id, const struct rt_rows *r, const int *column, int64_t t,
                        int64_t token)
 {
     for (int i = 0; i < p->o.map->n; i++) {
@@ -112,7 +112,7 @@ static void add_states(struct rt_pack *p, const struct rt_row_identity *id, cons
 }
 
 /* Whether the sequence has every state of the map. */
-static enum rt_status columns(const struct rt_pack *p, const struct rt_train_info *info, const struct rt_rows *r, int *column, bool *all,
+static enum rt_status columns(const struct rt_micro *p, const struct rt_train_info *info, const struct rt_rows *r, int *column, bool *all,
                               struct rt_err *err)
 {
     *all = p->o.map != NULL && p->o.map->n > 0 && info->identity != NULL;
@@ -125,7 +125,7 @@ static enum rt_status columns(const struct rt_pack *p, const struct rt_train_inf
     return RT_OK;
 }
 
-enum rt_status rt_pack_add(struct rt_pack *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err)
+enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_train_info *info = rt_train_set_info(set);
@@ -141,8 +141,8 @@ enum rt_status rt_pack_add(struct rt_pack *p, struct rt_train_set *set, const st
         return RT_OK;
     RT_TRY(rt_train_set_get(set, item->seq, &r, err));
     RT_TRY(columns(p, info, &r, column, &states, err));
-    struct rt_pack_seq *q = &p->seq[p->n_seq];
-    *q = (struct rt_pack_seq){.item = *item, .occurrence = r.occurrence, .line = r.source_line, .row0 = (int32_t)p->rows};
+    struct rt_micro_seq *q = &p->seq[p->n_seq];
+    *q = (struct rt_micro_seq){.item = *item, .occurrence = r.occurrence, .line = r.source_line, .row0 = (int32_t)p->rows};
     memcpy(q->key, r.key, RT_KEY_BYTES);
     for (int64_t t = 0; t < r.n_tokens; t++) {
         if (r.ids[t] >= (uint64_t)p->o.vocab)
