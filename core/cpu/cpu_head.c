@@ -6,6 +6,7 @@
  * the k best. The realised token's logit is computed first, by itself, and put in its place in its tile: so every output is made
  * of the same logits, and ranks can be counted in one pass.
  */
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "core/cpu/cpu.h"
@@ -88,7 +89,9 @@ struct head_job {
     struct part *part; /* [rows, slices] */
     uint64_t *keys;    /* [rows, slices, cap] */
     float *z_next;     /* [rows] */
+    atomic_uint *floor; /* [rows] the greatest floor of a slice, as in a key; 0: none yet. It only prunes: results do not depend on it */
     bool next;
+    int one;           /* which sum is at temperature 1 */
 };
 
 static double inv_temp(const struct head_job *job, int i)
@@ -127,30 +130,50 @@ RT_SIMD static int64_t count_above(const float *z, int64_t n, float x, bool equa
     return equal ? above + same : above;
 }
 
-/* Offers z[0..n), ids from id0 on. */
-RT_SIMD static void offer(struct part *p, const float *z, int64_t n, uint32_t id0, int64_t k, int64_t cap)
+/* Leaves the k best keys; their least is the floor, and no logit of the row below it can be among the row's best. */
+static void cut(struct part *p, int64_t k, atomic_uint *row_floor)
 {
-    for (int64_t i = 0; i < n; i += 16) {
-        const int64_t m = n - i < 16 ? n - i : 16;
-        int any = 0;
-        if (m == 16)
-            for (int j = 0; j < 16; j++)
-                any |= !(z[i + j] <= p->floor);
+    select_keys(p->key, p->keys, k);
+    p->keys = k;
+    uint64_t least = p->key[0];
+    for (int64_t l = 1; l < k; l++)
+        least = p->key[l] < least ? p->key[l] : least;
+    p->floor = key_logit(least);
+    if (least >> 32 > atomic_load_explicit(row_floor, memory_order_relaxed)) /* a lost update costs time alone */
+        atomic_store_explicit(row_floor, (unsigned)(least >> 32), memory_order_relaxed);
+}
+
+/* Another slice's floor. An equal logit may still win by its smaller id, so only what is below counts. */
+static void take_floor(struct part *p, atomic_uint *row_floor)
+{
+    const unsigned order = atomic_load_explicit(row_floor, memory_order_relaxed);
+    const float below = key_logit((uint64_t)(order > 0 ? order - 1 : 0) << 32);
+    if (below > p->floor || (isnan(p->floor) && !isnan(below)))
+        p->floor = below;
+}
+
+/* Offers z[0..n), ids from id0 on. */
+RT_SIMD static void offer(struct part *p, const float *z, int64_t n, uint32_t id0, int64_t k, int64_t cap, atomic_uint *row_floor)
+{
+    enum { RUN = 64 };
+    for (int64_t i = 0; i < n; i += RUN) {
+        const int64_t m = n - i < RUN ? n - i : RUN;
+        const float least = p->floor;
+        uint8_t keep[RUN] = {0};
+        if (m == RUN)
+            for (int j = 0; j < RUN; j++)
+                keep[j] = !(z[i + j] <= least);
         else
-            any = 1;
-        if (!any)
-            continue;
-        for (int64_t j = i; j < i + m; j++) {
-            if (z[j] <= p->floor)
-                continue;
-            p->key[p->keys++] = make_key(z[j], id0 + (uint32_t)j);
-            if (p->keys == cap) {
-                select_keys(p->key, cap, k);
-                p->keys = k;
-                uint64_t least = p->key[0];
-                for (int64_t l = 1; l < k; l++)
-                    least = p->key[l] < least ? p->key[l] : least;
-                p->floor = key_logit(least);
+            for (int j = 0; j < (int)m; j++)
+                keep[j] = !(z[i + j] <= least);
+        if (p->keys + RUN > cap)
+            cut(p, k, row_floor);
+        for (int w = 0; w < RUN; w += 8) { /* few are kept: eight flags at a time */
+            uint64_t flags;
+            memcpy(&flags, keep + w, sizeof flags);
+            for (; flags != 0; flags &= flags - 1) {
+                const int64_t j = i + w + __builtin_ctzll(flags) / 8;
+                p->key[p->keys++] = make_key(z[j], id0 + (uint32_t)j);
             }
         }
     }
@@ -173,16 +196,17 @@ static void take(const struct head_job *job, int64_t r, struct part *p, float *z
             p->sum[i] *= exp(((double)p->peak - (double)top) * inv_temp(job, i));
         p->peak = top;
     }
-    if (p->peak == -INFINITY)
-        p->sum[job->a->n_lse] += isnan(z[0]) ? NAN : 0; /* nothing but -inf: adds nothing */
-    else
+    if (p->peak > -INFINITY)
         for (int i = 0; i <= job->a->n_lse; i++) {
-            if (i == job->a->n_lse && !job->next)
+            if (i == job->a->n_lse && job->one != i)
                 break;
             p->sum[i] += exp_sum(z, n, p->peak, (float)inv_temp(job, i));
         }
-    if (job->k > 0 && !(top <= p->floor))
-        offer(p, z, n, (uint32_t)id0, job->k, job->cap);
+    if (job->k > 0) {
+        take_floor(p, job->floor + r);
+        if (!(top <= p->floor))
+            offer(p, z, n, (uint32_t)id0, job->k, job->cap, job->floor + r);
+    }
 }
 
 static void next_rows(void *ctx, int64_t row0, int64_t row1, int worker)
@@ -264,7 +288,7 @@ static void merge_rows(void *ctx, int64_t row0, int64_t row1, int worker)
             continue;
         const bool exists = a->next[row] >= 0 && a->next[row] < a->n_ids;
         if (a->next_logprob != NULL)
-            a->next_logprob[row] = exists ? job->z_next[r] - merged_lse(job, p, a->n_lse) : -INFINITY;
+            a->next_logprob[row] = exists ? job->z_next[r] - merged_lse(job, p, job->one) : -INFINITY;
         int64_t rank = exists ? 0 : a->n_ids;
         for (int64_t s = 0; s < job->slices; s++)
             rank += p[s].rank;
@@ -289,20 +313,28 @@ enum rt_status rt_cpu_head_topk(struct rt_dev *dev, UNUSED struct rt_queue *q, c
     struct head_job job = {.dev = dev, .a = a, .k = a->topk_ids != NULL ? a->k : 0, .next = a->next != NULL};
     if (st != RT_OK || a->n == 0)
         return st;
+    for (job.one = 0; job.one < a->n_lse && a->inv_temp[job.one] != 1; job.one++)
+        continue;
+    if (!job.next)
+        job.one = -1;
     job.chunk = rt_min64(a->n, a->w->f32 != NULL ? 512 : 1024);
     /* 16 items at least, of 1024 ids or more. */
     job.slices = rt_max64(1, rt_min64(rt_ceil_div(16, rt_ceil_div(a->n, job.chunk)), a->n_ids / 1024));
     job.slice_ids = rt_ceil_div(rt_ceil_div(a->n_ids, job.slices), 256) * 256;
     job.cap = 2 * job.k + 128;
-    const size_t per_row = (size_t)job.slices * (sizeof *job.part + (size_t)job.cap * sizeof *job.keys) + sizeof *job.z_next;
+    const size_t per_row = (size_t)job.slices * (sizeof *job.part + (size_t)job.cap * sizeof *job.keys) + sizeof *job.z_next +
+                           sizeof *job.floor;
     const int64_t step = rt_max64(1, rt_min64(a->n, (int64_t)(dev->shared_max / per_row)));
     char *at;
     RT_TRY(rt_cpu_shared(dev, (size_t)step * per_row, &at, err));
     job.part = (struct part *)(void *)at;
     job.keys = (uint64_t *)(void *)(job.part + step * job.slices);
     job.z_next = (float *)(void *)(job.keys + step * job.slices * job.cap);
+    job.floor = (atomic_uint *)(void *)(job.z_next + step);
     for (job.row0 = 0; job.row0 < a->n; job.row0 += step) {
         job.rows = rt_min64(step, a->n - job.row0);
+        for (int64_t r = 0; r < job.rows; r++)
+            atomic_init(job.floor + r, 0);
         if (job.next)
             rt_cpu_rows(dev, job.rows, 16, next_rows, &job);
         rt_pool_run(dev->pool, job.slices * rt_ceil_div(job.rows, job.chunk), slice_item, &job);

@@ -81,21 +81,30 @@ RT_INLINE float rt_dot(const float *x, const float *y, int64_t n)
     return rt_v16_sum(&acc);
 }
 
+typedef int32_t rt_v16i __attribute__((vector_size(64)));
+
+/* Lane by lane the greater; b where a is NaN. */
+RT_INLINE void rt_v16_max(rt_v16 *b, const rt_v16 *a)
+{
+    const rt_v16i mask = *a > *b;
+    *b = (rt_v16)(((rt_v16i)*a & mask) | ((rt_v16i)*b & ~mask));
+}
+
 /* Greatest of n floats, -inf for none; NaNs are passed over. */
 RT_INLINE float rt_max(const float *x, int64_t n)
 {
-    float m[16];
-    for (int j = 0; j < 16; j++)
-        m[j] = -INFINITY;
+    rt_v16 m = (rt_v16){0} - INFINITY;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++)
-            m[j] = x[i + j] > m[j] ? x[i + j] : m[j];
+    for (; i + 16 <= n; i += 16) {
+        const rt_v16 v = rt_v16_load(x + i);
+        rt_v16_max(&m, &v);
+    }
+    float top = -INFINITY;
     for (; i < n; i++)
-        m[i % 16] = x[i] > m[i % 16] ? x[i] : m[i % 16];
-    for (int j = 1; j < 16; j++)
-        m[0] = m[j] > m[0] ? m[j] : m[0];
-    return m[0];
+        top = x[i] > top ? x[i] : top;
+    for (int j = 0; j < 16; j++)
+        top = m[j] > top ? m[j] : top;
+    return top;
 }
 
 RT_INLINE float rt_from_bits(uint32_t u)
