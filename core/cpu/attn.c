@@ -8,7 +8,7 @@
 
 #include <stdlib.h>
 
-#include "core/cpu/simd.h"
+#include "core/cpu/exp0.h"
 
 /* Softmax state of a block of queries. */
 struct rows {
@@ -38,9 +38,9 @@ RT_SIMD static void softmax_block(float *p, int64_t n, int64_t cols, int64_t vis
         const int64_t seen = rt_min64(cols, rt_max64(visible + r, 0));
         const float old = first ? -INFINITY : s->m[r], now = rt_max(row, seen), m = now > old ? now : old;
         for (int64_t j = 0; j < seen; j++)
-            row[j] = rt_exp(row[j] - m);
+            row[j] = rt_cpu_exp_or_0(row[j] - m);
         memset(row + seen, 0, (size_t)(cols - seen) * sizeof *row);
-        s->c[r] = first ? 0 : rt_exp(old - m);
+        s->c[r] = first ? 0 : rt_cpu_exp_or_0(old - m);
         if (seen == 0)
             s->c[r] = 1;
         s->l[r] = (first ? 0 : s->l[r] * s->c[r]) + rt_sum(row, seen);

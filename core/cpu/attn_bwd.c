@@ -9,7 +9,7 @@
 
 #include <stdlib.h>
 
-#include "core/cpu/simd.h"
+#include "core/cpu/exp0.h"
 
 struct bwd {
     const struct rt_attn_bwd_args *a;
@@ -34,7 +34,7 @@ RT_SIMD static void scores_bwd(float *restrict p, float *restrict dp, int64_t n,
         const int64_t seen = rt_min64(cols, rt_max64(visible + r, 0));
         const float l = lse[r], d = delta[r];
         for (int64_t j = 0; j < seen; j++) {
-            pr[j] = rt_exp(pr[j] - l);
+            pr[j] = rt_cpu_exp_or_0(pr[j] - l);
             dr[j] = pr[j] * (dr[j] - d) * scale;
         }
         memset(pr + seen, 0, (size_t)(cols - seen) * sizeof *pr);

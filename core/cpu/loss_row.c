@@ -10,11 +10,14 @@
 
 #include <math.h>
 
-#include "core/cpu/simd.h"
+#include "core/cpu/exp0.h"
 
 #define P_R_MIN 1e-7 /* a smaller teacher tail is rounding of the stored float32 log-probabilities */
 
 enum { RUN = 1024 }; /* floats summed in float32 lanes before they go to the double sum */
+
+/* dL/dz below this is 0: next to nothing, and products run a hundred times slower over subnormal numbers. */
+#define TINY 1e-30f
 
 /* What is known of a row. */
 struct row {
@@ -42,7 +45,7 @@ RT_SIMD static double exp_sum(float *restrict z, int64_t n, float m, float inv, 
     for (int64_t i = 0; i < n; i += RUN) {
         const int64_t len = rt_min64(RUN, n - i);
         for (int64_t j = 0; j < len; j++)
-            e[j] = rt_exp((z[i + j] - m) * inv);
+            e[j] = rt_cpu_exp_or_0((z[i + j] - m) * inv);
         sum += rt_sum(e, len);
         if (keep)
             memcpy(z + i, e, (size_t)len * sizeof *e);
@@ -50,17 +53,25 @@ RT_SIMD static double exp_sum(float *restrict z, int64_t n, float m, float inv, 
     return sum;
 }
 
+/* c e for e >= 0, or 0 where that is below TINY in size; least = TINY / |c| */
+RT_INLINE float times(float c, float e, float least)
+{
+    return c * (e < least ? 0.0f : e);
+}
+
 RT_SIMD static void scale(float *z, int64_t n, float c)
 {
+    const float least = TINY / fabsf(c);
     for (int64_t i = 0; i < n; i++)
-        z[i] *= c;
+        z[i] = times(c, z[i], least);
 }
 
 /* z = A exp((z - m) inv) + B exp(z - m) */
 RT_SIMD static void two_exps(float *z, int64_t n, float m, float inv, float A, float B)
 {
+    const float least_a = TINY / fabsf(A), least_b = TINY / fabsf(B);
     for (int64_t i = 0; i < n; i++)
-        z[i] = A * rt_exp((z[i] - m) * inv) + B * rt_exp(z[i] - m);
+        z[i] = times(A, rt_cpu_exp_or_0((z[i] - m) * inv), least_a) + times(B, rt_cpu_exp_or_0(z[i] - m), least_b);
 }
 
 /* First index in [0, n) with z == m; n for none. */
@@ -188,10 +199,12 @@ static void gradient_of(const struct rt_head_loss_args *a, const struct row *r, 
         const double q = exp(r->z_k[j] * inv - (renorm ? r->lse_on : r->lse_T));
         double g = renorm ? q - r->p[j] * exp(-r->log_mass) : r->M * q - r->p[j];
         g = (c != 0 ? c * g : 0) + w_ce * ((w_ce != 0 ? exp(r->z_k[j] - r->lse_1) : 0) - (r->has_ce && r->ids[j] == label));
-        z[r->ids[j]] = (float)g;
+        z[r->ids[j]] = fabs(g) < TINY ? 0 : (float)g;
     }
-    if (r->apart)
-        z[label] = (float)(w_ce * (exp(r->z_label - r->lse_1) - 1) + (off != 0 ? off * exp(r->z_label * inv - r->lse_off) : 0));
+    if (r->apart) {
+        const double g = w_ce * (exp(r->z_label - r->lse_1) - 1) + (off != 0 ? off * exp(r->z_label * inv - r->lse_off) : 0);
+        z[label] = fabs(g) < TINY ? 0 : (float)g;
+    }
 }
 
 void rt_cpu_loss_row(const struct rt_head_loss_args *a, int64_t i, float *z, bool gradient, double *scratch)
