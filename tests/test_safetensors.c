@@ -207,6 +207,17 @@ static void hostile_indexes(void **state)
     assert_ok(rt_tensors_open(dir, &t, &err));
     assert_int_equal(rt_tensors_count(t), 1);
     rt_tensors_free(t);
+    /* a name in two shards: the index says which */
+    char second[4200];
+    snprintf(second, sizeof second, "%s/r.safetensors", dir);
+    craft(second, strlen(h), h, strlen(h), 8);
+    good = "{\"weight_map\":{\"a\":\"s.safetensors\",\"x\":\"r.safetensors\"}}";
+    assert_ok(rt_publish_bytes(path, good, strlen(good), &err));
+    assert_ok(rt_tensors_open(dir, &t, &err));
+    assert_int_equal(rt_tensors_count(t), 2);
+    assert_string_equal(rt_tensors_file(t, rt_tensors_find(t, "x")->file), second);
+    assert_string_not_equal(rt_tensors_file(t, rt_tensors_find(t, "a")->file), second);
+    rt_tensors_free(t);
 }
 
 #define T(dtype, shape, off) "{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" off "}"

@@ -16,6 +16,8 @@
 #include "core/rng.h"
 #include "formats/safetensors.h"
 #include "formats/shard.h"
+#include "formats/shard_codec.h"
+#include "formats/shard_file.h"
 
 /* Rows as a teacher would make them: from logits over all ids that exist, by the definitions of formats/rows.h. */
 enum { MAX_TOKENS = 400, MAX_K = 64, MAX_IDS = 97 };
@@ -612,6 +614,82 @@ static void hostile(void **state)
     rt_buf_free(&bytes);
 }
 
+/* A column says by itself that it is damaged: what reads a shard front to back has nothing else. */
+static void column(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_codec c = {0};
+    struct rt_buf b = {0};
+    struct rt_pack p = {&b, RT_OK, &err};
+    struct rt_unpack u;
+    struct rt_column col;
+    uint32_t data[100], got[100];
+    for (uint32_t i = 0; i < 100; i++)
+        data[i] = i % 10 == 0 ? 0xfffffff0u + i : data[i - 1] - 7 * i;
+    for (size_t stride = 0; stride <= 100; stride += 10) {
+        b.len = 0;
+        assert_ok(rt_codec_pack(&c, 1, data, 100, 4, stride, &p, &err));
+        rt_unpack_init(&u, b.data, b.len, "column", 0);
+        assert_ok(rt_column_read(&u, &col, &err));
+        assert_ok(rt_codec_unpack(&c, &col, got, "here", &err));
+        assert_memory_equal(got, data, sizeof data);
+    }
+    for (size_t bit = 0; bit < col.size * 8; bit++) {
+        ((uint8_t *)(uintptr_t)col.data)[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        assert_int_equal(rt_codec_unpack(&c, &col, got, "here", &err), RT_FORMAT);
+        assert_non_null(strstr(err.msg, "here: damaged: crc32"));
+        rt_err_clear(&err);
+        ((uint8_t *)(uintptr_t)col.data)[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    rt_codec_free(&c);
+    rt_buf_free(&b);
+}
+
+/* Indexes with good checksums that say what the file cannot hold. */
+static void false_index(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const struct rt_shard_header h = {0, 1, 0, identity(8)};
+    struct rt_buf b = {0};
+    const char *path = test_tmp("sh-false.msgpack");
+    assert_ok(rt_shard_header_pack(&h, &b, &err));
+    const uint64_t header = b.len, body = 1000;
+    const uint32_t crc = (uint32_t)crc32(0, (const Bytef *)b.data, (uInt)header);
+    char zero[1000] = {0};
+    assert_ok(rt_buf_append(&b, zero, body, &err));
+    for (int c = -1; c < 8; c++) {
+        struct rt_seq_info q[2] = {{.n_tokens = 5, .n_rows = 4, .offset = header, .bytes = 600},
+                                   {.n_tokens = 5, .n_rows = 4, .offset = header + 600, .bytes = 400}};
+        struct rt_shard_set *s = NULL;
+        b.len = header + body;
+        switch (c) {
+        case 0: q[1].n_tokens = INT32_MAX; break; /* 2^31 tokens in 400 bytes */
+        case 1: q[1].n_rows = 5; break;
+        case 2: q[1].n_tokens = 0, q[1].n_rows = 0; break;
+        case 3: q[1].offset++; break;
+        case 4: q[1].bytes = 401; break;
+        case 5: q[1].bytes = INT64_MAX; break;
+        case 6: q[1].bytes = 399; break;
+        case 7: q[0].bytes = 601; break;
+        default: break;
+        }
+        assert_ok(rt_shard_index_pack(header + body, header, crc, q, 2, 3, &b, &err));
+        assert_ok(rt_publish_bytes(path, b.data, b.len, &err));
+        const enum rt_status st = rt_shard_set_open(path, &s, &err);
+        if (st != (c < 0 ? RT_OK : RT_FORMAT))
+            fail_msg("case %d: status %d, '%s'", c, st, err.msg);
+        rt_err_clear(&err);
+        if (st == RT_OK) {
+            struct rt_rows rows;
+            assert_status(rt_shard_set_get(s, 0, &rows, &err), FORMAT);
+            rt_shard_set_free(s);
+        }
+    }
+    rt_buf_free(&b);
+}
+
 static int child_status(pid_t child)
 {
     int status = 0;
@@ -727,9 +805,15 @@ static void manifest_damage(void **state)
     assert_ok(rt_file_read_all(path, 1 << 20, &again, &err));
     assert_int_equal(again.len, bytes.len);
     assert_memory_equal(again.data, bytes.data, bytes.len);
-    /* a shard that is gone, or another set's */
+    /* a shard that was cut, is gone, or is another's */
     char shard[4200], other[4200];
     snprintf(shard, sizeof shard, "%s/rows-000000.msgpack", dir);
+    struct rt_buf kept = {0};
+    assert_ok(rt_file_read_all(shard, 1 << 20, &kept, &err));
+    assert_int_equal(truncate(shard, (off_t)kept.len - 1), 0);
+    assert_status(write_set(dir, &id, &small, 20, -1, &err), FORMAT);
+    assert_ok(rt_publish_bytes(shard, kept.data, kept.len, &err));
+    rt_buf_free(&kept);
     snprintf(other, sizeof other, "%s/rows-000001.msgpack", dir);
     assert_int_equal(rename(shard, path), 0); /* the manifest is overwritten: not JSON */
     struct rt_shard_set *s = NULL;
@@ -831,5 +915,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(round_trip), cmocka_unit_test(long_sequence),   cmocka_unit_test(dense), cmocka_unit_test(refused),
     cmocka_unit_test(bad_rows),   cmocka_unit_test(damage),          cmocka_unit_test(hostile), cmocka_unit_test(killed),
     cmocka_unit_test(full_disk),  cmocka_unit_test(manifest_damage), cmocka_unit_test(parts), cmocka_unit_test(readers),
+    cmocka_unit_test(column),     cmocka_unit_test(false_index),
 };
 RT_SUITE(shards, tests)
