@@ -7,9 +7,6 @@ enum {
     WINDOW_MOST = 1 << 20,
     WINDOW_UNKNOWN = 1 << 17, /* where the amount of data is not known */
 };
-/* What the process takes beside a teacher's own buffers: OpenBLAS and scratch of the kernels, the program itself. */
-#define FIXED_BYTES ((uint64_t)48 << 20)
-
 const enum rt_op *rt_teacher_score_ops(int *n)
 {
     static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_attn_fwd, RT_OP_mla_concat_k,
@@ -81,25 +78,25 @@ static enum rt_status plan(const struct rt_teacher_options *o, const struct rt_t
         const uint64_t one = state_bytes(o, c, p->chunk, 1), two = state_bytes(o, c, p->chunk, 1025);
         const uint64_t a_token = (two - one) / 1024 + (uint64_t)o->token_bytes + 1;
         /* two of the largest part: one in use, one on its way */
-        const uint64_t fixed = one + FIXED_BYTES + 2 * largest;
+        const uint64_t fixed = one + RT_TEACHER_FIXED_BYTES + 2 * largest;
         int64_t fits = memory > fixed ? (int64_t)((memory - fixed) / a_token) : 0;
         if (fits < o->max_length && p->chunk > o->max_length && o->chunk == 0) { /* a smaller chunk may do */
             p->chunk = o->max_length;
-            const uint64_t small = state_bytes(o, c, p->chunk, 1) + FIXED_BYTES + 2 * largest;
+            const uint64_t small = state_bytes(o, c, p->chunk, 1) + RT_TEACHER_FIXED_BYTES + 2 * largest;
             fits = memory > small ? (int64_t)((memory - small) / a_token) : 0;
         }
         p->window = fits < most ? fits : most;
         if (p->window < o->max_length || (o->window > 0 && p->window < o->window))
             return rt_fail(err, RT_NOMEM, "%s: a window of %ld tokens needs %s of memory, --memory gives %s; raise it, or shorten sequences with --max-length",
                            o->dir, (long)(o->window > 0 ? o->window : o->max_length),
-                           rt_human_bytes(need, state_bytes(o, c, p->chunk, o->window > 0 ? o->window : o->max_length) + FIXED_BYTES + 2 * largest),
+                           rt_human_bytes(need, state_bytes(o, c, p->chunk, o->window > 0 ? o->window : o->max_length) + RT_TEACHER_FIXED_BYTES + 2 * largest),
                            rt_human_bytes(have, memory));
     }
     p->window_bytes = state_bytes(o, c, p->chunk, p->window) + (uint64_t)(p->window * o->token_bytes);
-    if (p->window_bytes + FIXED_BYTES + largest > memory)
+    if (p->window_bytes + RT_TEACHER_FIXED_BYTES + largest > memory)
         return rt_fail(err, RT_NOMEM, "%s: states of %ld tokens and caches need %s, --memory gives %s; use fewer slots or shorter sequences", o->dir,
-                       (long)p->window, rt_human_bytes(need, p->window_bytes + FIXED_BYTES + largest), rt_human_bytes(have, memory));
-    p->weight_budget = memory - p->window_bytes - FIXED_BYTES;
+                       (long)p->window, rt_human_bytes(need, p->window_bytes + RT_TEACHER_FIXED_BYTES + largest), rt_human_bytes(have, memory));
+    p->weight_budget = memory - p->window_bytes - RT_TEACHER_FIXED_BYTES;
     p->resident = p->weight_budget >= model;
     return RT_OK;
 }

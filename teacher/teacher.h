@@ -17,6 +17,9 @@
 #include "teacher/layer.h"
 #include "teacher/weights.h"
 
+/* What the process takes beside a teacher's own buffers, counted in every plan: OpenBLAS, scratch of kernels, encoders, the program. */
+#define RT_TEACHER_FIXED_BYTES ((uint64_t)64 << 20)
+
 struct rt_teacher_options {
     const char *dir;
     const struct rt_device *device;

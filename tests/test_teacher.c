@@ -102,7 +102,7 @@ static void same_bytes_whatever_threads_and_memory(void **state)
     struct kept first = {0};
     /* all weights kept; too little memory for that, so that they are streamed twice; other thread counts */
     static const struct { int threads; int64_t memory; bool resident; } runs[] = {
-        {1, (int64_t)1 << 30, true}, {2, (int64_t)1 << 30, true}, {3, (int64_t)1 << 30, true}, {2, ((int64_t)48 << 20) + 1200000, false},
+        {1, (int64_t)1 << 30, true}, {2, (int64_t)1 << 30, true}, {3, (int64_t)1 << 30, true}, {2, (int64_t)RT_TEACHER_FIXED_BYTES + 1200000, false},
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
         struct setup s;
@@ -357,7 +357,7 @@ static void generation_streams_what_does_not_fit(void **state)
     const float *la, *lb;
     int64_t stride;
     open_decoder(&a, "cpu", (int64_t)1 << 30);
-    open_decoder(&b, "cpu", ((int64_t)48 << 20) + 1000000);
+    open_decoder(&b, "cpu", (int64_t)RT_TEACHER_FIXED_BYTES + 1000000);
     assert_false(rt_teacher_plan(b.t)->resident);
     for (int i = 0; i < 3; i++) {
         const struct rt_batch_entry e = {.slot = 0, .token = 5 + i, .position = i, .row = 0};
@@ -534,7 +534,7 @@ static void nan_in_a_tensor(void **state)
     fclose(f);
     rt_tensors_free(ts);
     for (int resident = 0; resident < 2; resident++) {
-        set_up(&s, dir, "cpu", 2, resident ? (int64_t)1 << 30 : ((int64_t)48 << 20) + 1200000);
+        set_up(&s, dir, "cpu", 2, resident ? (int64_t)1 << 30 : (int64_t)RT_TEACHER_FIXED_BYTES + 1200000);
         const struct rt_score_options o = score_options(&s);
         assert_status(rt_teacher_score(s.t, &o, s.seqs, SEQS, 0, NULL, &err), NUMERIC);
         assert_int_equal(rt_teacher_score(s.t, &o, s.seqs, SEQS, 0, NULL, &err), RT_NUMERIC);
@@ -554,7 +554,7 @@ static void file_vanishes_under_the_reader(void **state)
     struct setup s;
     snprintf(cmd, sizeof cmd, "mkdir -p '%s' && cp '%s'/* '%s'/ && rm '%s'/expected.safetensors", dir, from, dir, dir);
     assert_int_equal(system(cmd), 0);
-    set_up(&s, dir, "cpu", 2, ((int64_t)48 << 20) + 1200000);
+    set_up(&s, dir, "cpu", 2, (int64_t)RT_TEACHER_FIXED_BYTES + 1200000);
     snprintf(cmd, sizeof cmd, "truncate -s 100000 '%s'/model-00001-of-00002.safetensors", dir);
     assert_int_equal(system(cmd), 0);
     const struct rt_score_options o = score_options(&s);
