@@ -196,12 +196,16 @@ static void take(const struct head_job *job, int64_t r, struct part *p, float *z
             p->sum[i] *= exp(((double)p->peak - (double)top) * inv_temp(job, i));
         p->peak = top;
     }
-    if (p->peak > -INFINITY)
+    if (p->peak == -INFINITY) {
+        for (int i = 0; i <= job->a->n_lse; i++) /* -inf adds nothing, NaN stays */
+            p->sum[i] += isnan(z[0]) ? (double)NAN : 0;
+    } else {
         for (int i = 0; i <= job->a->n_lse; i++) {
             if (i == job->a->n_lse && job->one != i)
                 break;
             p->sum[i] += exp_sum(z, n, p->peak, (float)inv_temp(job, i));
         }
+    }
     if (job->k > 0) {
         take_floor(p, job->floor + r);
         if (!(top <= p->floor))
@@ -247,8 +251,11 @@ static void slice_item(void *ctx, int64_t item, int worker)
 static float merged_lse(const struct head_job *job, const struct part *p, int i)
 {
     double peak = -INFINITY, sum = 0;
-    for (int64_t s = 0; s < job->slices; s++)
+    for (int64_t s = 0; s < job->slices; s++) {
         peak = (double)p[s].peak > peak ? (double)p[s].peak : peak;
+        if (isnan(p[s].sum[i]))
+            return NAN;
+    }
     if (peak == -INFINITY)
         return -INFINITY;
     for (int64_t s = 0; s < job->slices; s++)
@@ -317,9 +324,9 @@ enum rt_status rt_cpu_head_topk(struct rt_dev *dev, UNUSED struct rt_queue *q, c
         continue;
     if (!job.next)
         job.one = -1;
-    job.chunk = rt_min64(a->n, a->w->f32 != NULL ? 512 : 1024);
-    /* 16 items at least, of 1024 ids or more. */
-    job.slices = rt_max64(1, rt_min64(rt_ceil_div(16, rt_ceil_div(a->n, job.chunk)), a->n_ids / 1024));
+    job.chunk = rt_min64(a->n, a->w->f32 != NULL ? 256 : 1024);
+    /* 8 items at least, of 1024 ids or more: each slice collects its own best, so no more of them than that. */
+    job.slices = rt_max64(1, rt_min64(rt_ceil_div(8, rt_ceil_div(a->n, job.chunk)), a->n_ids / 1024));
     job.slice_ids = rt_ceil_div(rt_ceil_div(a->n_ids, job.slices), 256) * 256;
     job.cap = 2 * job.k + 128;
     const size_t per_row = (size_t)job.slices * (sizeof *job.part + (size_t)job.cap * sizeof *job.keys) + sizeof *job.z_next +

@@ -146,7 +146,7 @@ enum rt_status rt_cpu_linear_dgrad(struct rt_dev *dev, UNUSED struct rt_queue *q
     if (st != RT_OK)
         return st;
     struct dgrad_job job = {dev, a, ld_or(a->lddy, a->N),
-                            make_grid(a->n, a->K, a->K >= 8 * 256 ? 256 : 128, a->w->f32 != NULL ? 512 : 2048)};
+                            make_grid(a->n, a->K, a->K >= 4 * 256 ? 256 : 128, a->w->f32 != NULL ? 512 : 2048)};
     rt_pool_run(dev->pool, grid_items(&job.g), dgrad_item, &job);
     return RT_OK;
 }
@@ -191,7 +191,7 @@ enum rt_status rt_cpu_linear_wgrad(struct rt_dev *dev, UNUSED struct rt_queue *q
     if (a->n == 0)
         return RT_OK;
     struct wgrad_job job = {a, ld_or(a->lddy, a->N), ld_or(a->ldx, a->K),
-                            make_grid(a->N, a->K, a->K >= 8 * 256 ? 256 : 128, 512)};
+                            make_grid(a->N, a->K, a->K >= 4 * 256 ? 256 : 128, 512)};
     rt_pool_run(dev->pool, grid_items(&job.g), wgrad_item, &job);
     return RT_OK;
 }

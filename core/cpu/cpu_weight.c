@@ -170,9 +170,9 @@ enum rt_status rt_cpu_weight_vec_is(const struct rt_weight *w, int64_t n, const 
 
 int64_t rt_cpu_tile_cols(const struct rt_weight *w, int64_t N)
 {
-    /* 256 wide tiles run at full speed; 128 where a panel of 256 would not fit, or would leave fewer than 8 items. */
+    /* 256 wide tiles run at full speed; 128 where a panel of 256 would not fit, or there would be fewer than 4. */
     const bool panel_fits = w->f32 != NULL || w->cols <= RT_CPU_PANEL / 256;
-    return panel_fits && N >= 8 * 256 ? 256 : 128;
+    return panel_fits && N >= 4 * 256 ? 256 : 128;
 }
 
 void rt_cpu_weight_product(const struct rt_weight *w, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m, bool exact,
