@@ -21,7 +21,7 @@
  *   "order_sha256"                    over the keys of all sequences of the run, in the order of training: equal for runs that saw the
  *                                     same tokens in the same order
  *   "student": {...}                  rt_student_describe
- *   "parameters", "steps", "planned_steps", "tokens" (trained on), "targets", "skipped_steps", "seconds", "tokens_per_second",
+ *   "parameters", "steps", "planned_steps", "micro_tokens", "tokens" (trained on), "targets", "skipped_steps", "seconds", "tokens_per_second",
  *   "peak_memory" (bytes, of the process), "flops" (of the training, forward and backward), "device"
  *   "final": {"loss","ce","kl","feature","teacher_mass","student_mass","agreement","accuracy"}   means over the last tenth of the steps
  *   "model": "model"                  relative to RUN, null before the end
@@ -36,8 +36,8 @@
  * eval.jsonl
  *   "step" (0: before the first), "name" (file name of data without its ending), "data" (path), "kind": "shards"|"jsonl"
  *   "n_sequences", "n_tokens" (targets), "ce", "ce_ci": [lo, hi], "perplexity", "accuracy", "accuracy_ci"      null without completions
- *   "kl_rows", "kl", "kl_ci", "kd_temperature", "agreement", "agreement_ci", "teacher_mass", "student_mass", "teacher_ce" (a row)   null
- *                                                                                                                   without teacher rows
+ *   "kl_rows", "kl", "kl_ci", "kd_temperature", "agreement", "agreement_ci", "teacher_mass", "student_mass"   null
+ *                                     without teacher rows
  *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "limit_share"
  *                                     (of the samples that hit max_tokens), "mean_tokens" (of a sample)         null without answers
  *   "per_sequence": "eval/FILE"|null, "seconds"

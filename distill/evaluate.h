@@ -1,0 +1,79 @@
+/* Evaluation of a student: losses against text and against a teacher's rows, and answers to prompts that can be checked.
+ *
+ * Intervals are 95 %: with x_c the sum and n_c the count of cluster c (a sequence, a problem), m = sum x / sum n and
+ * s^2 = C/(C-1) sum (x_c - m n_c)^2 / (sum n)^2, m +- 1.96 s. One cluster alone has none (NaN).
+ */
+#ifndef RT_DISTILL_EVALUATE_H
+#define RT_DISTILL_EVALUATE_H
+
+#include <stdio.h>
+
+#include "core/log.h"
+#include "distill/losses.h"
+#include "distill/loaded_student.h"
+#include "formats/json.h"
+
+/* A mean with its interval, over clusters that are added one after the other. */
+struct rt_ratio {
+    double sx, sn, sxx, sxn, snn;
+    int64_t clusters;
+};
+void rt_ratio_add(struct rt_ratio *r, double x, double n);
+/* NaN where there is nothing. */
+void rt_ratio_result(const struct rt_ratio *r, double *mean, double *lo, double *hi);
+
+/* What the losses run with; of a trainer, or made by rt_eval_room. */
+struct rt_eval_room {
+    struct rt_student *s;
+    struct rt_arena *acts;
+    struct rt_losses *losses;
+    struct rt_micro *micro;
+};
+/* Room of its own for sequences up to micro_tokens. */
+struct rt_eval_own {
+    struct rt_arena acts, scratch;
+    struct rt_losses losses;
+    struct rt_micro micro;
+};
+enum rt_status rt_eval_own_create(struct rt_eval_own *e, struct rt_student *s, int64_t micro_tokens, int k, double T, struct rt_err *err);
+void rt_eval_own_free(struct rt_eval_own *e, const struct rt_device *d);
+size_t rt_eval_own_bytes(const struct rt_student_config *c, int64_t micro_tokens, int k, size_t act_size);
+
+struct rt_eval_losses {
+    int64_t n_sequences;
+    struct rt_loss_sums sums;
+    struct rt_ratio ce, accuracy, kl, agreement;
+};
+/* CE on every training row of the set, KL (bucket, with T^2) on those with teacher rows, sequences in order. rows: NULL, or lines of
+ * run_record.h's "sequence" kind are appended. T not stored: no KL. stop may be NULL; INTERRUPTED. */
+enum rt_status rt_eval_losses(const struct rt_eval_room *room, struct rt_train_set *set, double T, struct rt_buf *rows,
+                              bool (*stop)(void *), void *stop_self, struct rt_eval_losses *out, struct rt_err *err);
+/* The members of eval.jsonl that these give. */
+enum rt_status rt_eval_losses_json(const struct rt_eval_losses *e, double T, struct rt_json *line, struct rt_err *err);
+
+/* ---- answers ---- */
+struct rt_eval_sampling {
+    int64_t samples, max_tokens;
+    double temperature, top_p;
+    uint64_t seed;
+    int64_t memory;  /* host bytes for the decoder */
+    bool exact;      /* compare the text itself instead of what is boxed */
+};
+struct rt_eval_answers {
+    int64_t problems, samples, limit, tokens; /* samples: all of them; limit: that hit max_tokens */
+    struct rt_ratio pass1;
+    double passk[16]; /* for k = 1, 2, 4, .. <= samples */
+    int n_k;
+    int64_t k[16];
+};
+/* Generates for each prompt line of path that has an "answer", and checks. USAGE: no such line. */
+enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,
+                               bool (*stop)(void *), void *stop_self, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err);
+enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struct rt_eval_sampling *o, struct rt_json *line, struct rt_err *err);
+
+/* What a data argument holds: text to score (completions, text, shards), answers to check, or both; from its first line. */
+enum rt_status rt_eval_kind(const char *path, const struct rt_model_dir *model, bool *losses, bool *answers, struct rt_err *err);
+/* File name without directory and ending, into out. */
+void rt_eval_name(const char *path, char out[128]);
+
+#endif

@@ -1,0 +1,341 @@
+/* Before the first step: student, data, every refusal that can be made without training, memory and the number of steps. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/io.h"
+#include "core/sha256.h"
+#include "distill/run_record.h"
+#include "distill/train_run.h"
+#include "student/describe.h"
+
+/* Below this mass of the stored ids a tail treatment loses too much to stay silent. */
+static const double mass_renorm = 0.95, mass_bucket = 0.5;
+enum { MICRO_TOKENS = 4096 };
+
+/* ---- data ---- */
+
+/* "PATH[:WEIGHT]": a path that exists as it stands has weight 1. */
+static enum rt_status split_weight(const char *text, char **path, double *weight, struct rt_err *err)
+{
+    enum rt_status st;
+    const char *colon = strrchr(text, ':');
+    char *end = NULL;
+    const size_t n = strlen(text);
+    RT_TRY(rt_alloc(n + 1, 1, "a path", path, err));
+    memcpy(*path, text, n);
+    *weight = 1;
+    if (colon == NULL || rt_path_exists(text))
+        goto out;
+    *weight = strtod(colon + 1, &end);
+    if (end == colon + 1 || *end != '\0')
+        *weight = 1;
+    else
+        (*path)[colon - text] = '\0';
+    if (!(*weight > 0 && *weight <= 1e6))
+        RT_FAIL(err, USAGE, "--data %s: weight %g, expected above 0 and at most 1e6", text, *weight);
+out:
+    return st;
+}
+
+static enum rt_status open_sets(struct rt_train_run *r, size_t cache, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct rt_train_values *v = r->v;
+    const int64_t max = r->student.c.max_position;
+    struct rt_train_set_options o = {.model = &r->student.model, .vocab = r->student.c.vocab_size, .cache_bytes = cache,
+                                     .max_length = v->max_length > 0 && v->max_length < max ? v->max_length : max,
+                                     .drop_long = v->max_length > 0, .features = v->w_feature > 0};
+    RT_TRY(rt_alloc((size_t)v->data.n, sizeof *r->set, "data", &r->set, err));
+    RT_TRY(rt_alloc((size_t)v->data.n, sizeof *r->weight, "data", &r->weight, err));
+    RT_TRY(rt_alloc((size_t)v->data.n, sizeof *r->path, "data", &r->path, err));
+    RT_TRY(rt_alloc((size_t)v->eval_data.n, sizeof *r->eval_set, "data", &r->eval_set, err));
+    for (; r->n_sets < v->data.n; r->n_sets++) {
+        RT_TRY(split_weight(v->data.items[r->n_sets], &r->path[r->n_sets], &r->weight[r->n_sets], err));
+        RT_TRY(rt_train_set_open(r->path[r->n_sets], &o, r->ctx->log, &r->set[r->n_sets], err));
+    }
+    o.features = false;
+    for (; r->n_eval < v->eval_data.n; r->n_eval++) {
+        bool losses, answers;
+        RT_TRY(rt_eval_kind(v->eval_data.items[r->n_eval], &r->student.model, &losses, &answers, err));
+        if (!losses)
+            RT_FAIL(err, USAGE, "--eval-data %s: has prompts to answer, no text to score; `retort eval` answers them", v->eval_data.items[r->n_eval]);
+        RT_TRY(rt_train_set_open(v->eval_data.items[r->n_eval], &o, r->ctx->log, &r->eval_set[r->n_eval], err));
+    }
+out:
+    return st;
+}
+
+static void describe_sets(const struct rt_train_run *r)
+{
+    for (int i = 0; i < r->n_sets; i++) {
+        const struct rt_train_info *info = rt_train_set_info(r->set[i]);
+        rt_info(r->ctx->log, "data %s: %ld sequences, %ld tokens, longest %ld, weight %g%s%s", info->path, (long)info->sequences, (long)info->tokens,
+                (long)info->longest, r->weight[i], info->identity != NULL ? ", rows of " : ", text", info->identity != NULL ? info->identity->teacher_name : "");
+    }
+}
+
+int64_t rt_train_longest(const struct rt_train_run *r)
+{
+    int64_t n = 1;
+    for (int i = 0; i < r->n_sets + r->n_eval; i++) {
+        const struct rt_train_info *info = rt_train_set_info(i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets]);
+        n = info->longest > n ? info->longest : n;
+    }
+    return n;
+}
+
+/* ---- the losses against what the data hold ---- */
+
+static void stored_temperatures(const struct rt_row_identity *id, char out[128])
+{
+    size_t at = 0;
+    out[0] = '\0';
+    for (int i = 0; i < id->n_lse && at + 16 < 128; i++)
+        at += (size_t)snprintf(out + at, 128 - at, "%s%g", i > 0 ? ", " : "", id->lse_temperature[i]);
+}
+
+static void warn_tail(const struct rt_train_run *r, const struct rt_train_info *info, int lse)
+{
+    if (info->shards == NULL || lse < 0)
+        return;
+    const double mass = info->shards->mass[lse], least = info->shards->mass_min[lse], T = r->o.teacher_T;
+    if (r->o.w.tail == RT_TAIL_RENORM && mass < mass_renorm)
+        rt_warn(r->ctx->log, "%s: at T = %g the stored %d ids hold %.3f of the teacher's mass (least sequence %.3f); --tail renorm treats them as all of it "
+                "and leaves the student free on the other %.3f: --tail bucket keeps the exact mass", info->path, T, info->top_k, mass, least, 1 - mass);
+    if (r->o.w.tail == RT_TAIL_BUCKET && mass < mass_bucket)
+        rt_warn(r->ctx->log, "%s: at T = %g the stored %d ids hold %.3f of the teacher's mass (least sequence %.3f); the other %.3f are one bucket, whose "
+                "inside is not taught: a lower --kd-temperature or more ids a row (logits --cache topk=K)", info->path, T, info->top_k, mass, least, 1 - mass);
+}
+
+/* Refuses a set whose rows cannot give the KL that is asked for. */
+static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_err *err)
+{
+    const struct rt_train_info *info = rt_train_set_info(r->set[i]);
+    const int lse = rt_train_set_lse(r->set[i], r->o.teacher_T);
+    char stored[128];
+    if (!(r->o.w.kl > 0))
+        return RT_OK;
+    if (info->kind == RT_TRAIN_LINES)
+        return rt_fail(err, RT_REFUSED, "%s: is text without teacher rows, and --w-kl is %g: `retort logits` makes shards of it, or --w-kl 0 trains on the text",
+                       info->path, r->o.w.kl);
+    if (info->top_k == 0)
+        return rt_fail(err, RT_REFUSED, "%s: holds states but no rows, and --w-kl is %g: `retort logits --cache topk=K` stores them", info->path, r->o.w.kl);
+    if (lse < 0 && r->o.w.tail == RT_TAIL_BUCKET) {
+        stored_temperatures(info->identity, stored);
+        return rt_fail(err, RT_REFUSED, "%s: the log-sum-exp at T = %g is not stored (stored: %s), so the mass of the ids that are not stored cannot be known: "
+                       "take one of these, --tail renorm, or `retort logits --lse %g`", info->path, r->o.teacher_T, stored, r->o.teacher_T);
+    }
+    warn_tail(r, info, lse);
+    return RT_OK;
+}
+
+static enum rt_status check_features(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_row_identity *id = NULL;
+    int column;
+    if (!(r->v->w_feature > 0))
+        return RT_OK;
+    for (int i = 0; i < r->n_sets && id == NULL; i++) {
+        const struct rt_train_info *info = rt_train_set_info(r->set[i]);
+        id = info->identity != NULL && info->identity->n_features > 0 ? info->identity : NULL;
+    }
+    if (id == NULL)
+        RT_FAIL(err, REFUSED, "--w-feature %g: the data hold no hidden states; `retort logits --features` stores them", r->v->w_feature);
+    RT_TRY(rt_feature_map_parse(r->v->layer_map, id, r->student.c.layers, (int)r->v->teacher_layers, &r->o.map, err));
+    for (int i = 0; i < r->n_sets; i++)
+        for (int p = 0; p < r->o.map.n; p++) {
+            const struct rt_train_info *info = rt_train_set_info(r->set[i]);
+            RT_TRY(rt_feature_column(&r->o.map.pair[p], info->identity, info->path, &column, err));
+            if (column < 0)
+                rt_warn(r->ctx->log, "%s: has no states of layer %d: it takes no part in the feature loss", info->path, r->o.map.pair[p].teacher);
+        }
+    for (int p = 0; p < r->o.map.n; p++)
+        rt_info(r->ctx->log, "feature loss: teacher layer %d -> student layer %d, %d numbers (-1: after the final norm)", r->o.map.pair[p].teacher,
+                r->o.map.pair[p].student, r->o.map.pair[p].dim);
+out:
+    return st;
+}
+
+static enum rt_status check_losses(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_train_values *v = r->v;
+    if (!(v->w_ce > 0) && !(v->w_kl > 0) && !(v->w_feature > 0))
+        RT_FAIL(err, USAGE, "--w-ce, --w-kl and --w-feature are all 0: nothing would be learnt");
+    r->o.w = (struct rt_loss_weights){.ce = v->w_ce, .kl = v->w_kl, .feature = v->w_feature, .T = v->kd_temperature,
+                                      .tail = strcmp(v->tail, "renorm") == 0 ? RT_TAIL_RENORM : RT_TAIL_BUCKET,
+                                      .cosine = strcmp(v->feature_loss, "cosine") == 0};
+    r->o.teacher_T = v->teacher_temperature > 0 ? v->teacher_temperature : v->kd_temperature;
+    for (int i = 0; i < r->n_sets + r->n_eval; i++) {
+        const struct rt_train_info *info = rt_train_set_info(i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets]);
+        r->o.k = info->top_k > r->o.k ? info->top_k : r->o.k;
+        if (i < r->n_sets)
+            RT_TRY(check_rows(r, i, err));
+    }
+    RT_TRY(check_features(r, err));
+    if (r->o.k > 0 && !(v->w_kl > 0))
+        rt_info(r->ctx->log, "--w-kl 0: the teacher's rows are measured, not trained on");
+out:
+    return st;
+}
+
+/* ---- steps ---- */
+
+static void hash_batch(struct rt_sha256 *h, const struct rt_train_run *r, const struct rt_order_item *item, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint8_t key[RT_KEY_BYTES];
+        uint32_t occurrence;
+        int64_t line;
+        rt_train_set_key(r->set[item[i].set], item[i].seq, key, &occurrence, &line);
+        const uint8_t le[4] = {(uint8_t)occurrence, (uint8_t)(occurrence >> 8), (uint8_t)(occurrence >> 16), (uint8_t)(occurrence >> 24)};
+        rt_sha256_update(h, key, sizeof key);
+        rt_sha256_update(h, le, sizeof le);
+    }
+}
+
+/* Walks the order: how many steps the run has, how many tokens, and a hash of what it will see. */
+static enum rt_status count_steps(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct rt_train_values *v = r->v;
+    struct rt_order order = {0};
+    struct rt_sha256 h;
+    uint8_t digest[32];
+    const struct rt_order_item *item;
+    int64_t n;
+    r->o.epochs = v->epochs == 0 && v->steps == 0 && v->tokens == 0 ? 1 : v->epochs;
+    r->o.batch_tokens = v->batch_tokens;
+    r->o.seed = (uint64_t)v->common.seed;
+    rt_sha256_init(&h);
+    RT_TRY(rt_order_open(&order, r->set, r->weight, r->n_sets, r->o.seed, r->o.epochs, err));
+    while ((v->steps == 0 || r->total_steps < v->steps) && (v->tokens == 0 || r->total_tokens < v->tokens)) {
+        RT_TRY(rt_order_next(&order, r->o.batch_tokens, &item, &n, err));
+        if (n == 0)
+            break;
+        hash_batch(&h, r, item, n);
+        for (int64_t i = 0; i < n; i++)
+            r->total_tokens += rt_train_set_length(r->set[item[i].set], item[i].seq);
+        r->total_steps++;
+    }
+    rt_sha256_final(&h, digest);
+    rt_hex(r->order_sha256, digest, sizeof digest);
+    rt_schedule_from_name(v->schedule, &r->schedule.kind);
+    r->schedule.lr = v->lr;
+    r->schedule.min_ratio = v->min_lr;
+    r->schedule.total = r->total_steps;
+    r->schedule.warmup = v->warmup < 1 ? (int64_t)ceil(v->warmup * (double)r->total_steps) : (int64_t)v->warmup;
+out:
+    rt_order_close(&order);
+    return st;
+}
+
+/* ---- memory ---- */
+
+static size_t total(const struct rt_trainer_memory *m)
+{
+    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->host;
+}
+
+/* Micro-batches of an earlier part of the run are kept: sums depend on the cuts. */
+static enum rt_status earlier_micro(const struct rt_train_run *r, int64_t *micro, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *was = NULL;
+    char path[4096];
+    *micro = 0;
+    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_RUN_FILE, err));
+    if (!rt_path_exists(path))
+        goto out;
+    RT_TRY(rt_json_load(path, 64 << 20, &was, err));
+    RT_TRY(rt_json_int_or(was, "micro_tokens", 1, INT64_MAX, 0, micro, err));
+out:
+    rt_json_free(was);
+    return st;
+}
+
+static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    const int64_t longest = rt_train_longest(r);
+    const int64_t limit = rt_command_memory(&r->v->common);
+    const size_t act = rt_device_act_size(&r->device);
+    int64_t n;
+    char a[32], b[32];
+    RT_TRY(earlier_micro(r, &n, err));
+    const bool fixed = n > 0 || r->v->micro_tokens > 0;
+    if (n == 0)
+        n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < MICRO_TOKENS ? r->v->batch_tokens : MICRO_TOKENS;
+    for (;; n /= 2) {
+        r->o.micro_tokens = n > longest ? n : longest;
+        rt_trainer_plan(&r->student.c, &r->student.p, &r->o, longest, act, &r->memory);
+        if (fixed || n <= longest || total(&r->memory) <= (size_t)limit)
+            break;
+    }
+    const struct rt_trainer_memory *m = &r->memory;
+    if (total(m) > (size_t)limit)
+        RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld), there are %s: "
+                "a smaller --max-length or --micro-tokens, or more --memory", rt_human_bytes(a, total(m)), (long)r->o.micro_tokens, (long)longest,
+                rt_human_bytes(b, (uint64_t)limit));
+out:
+    return st;
+}
+
+static void log_plan(const struct rt_train_run *r)
+{
+    const struct rt_trainer_memory *m = &r->memory;
+    char a[32], b[32], c[32], d[32], e[32], f[32], g[32];
+    rt_info(r->ctx->log, "plan: %ld steps, %s tokens, global batches of %ld tokens in micro-batches of %ld, order %.12s", (long)r->total_steps,
+            rt_human_count(a, (double)r->total_tokens), (long)r->o.batch_tokens, (long)r->o.micro_tokens, r->order_sha256);
+    rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s batch", rt_human_bytes(a, m->weights),
+            rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations), rt_human_bytes(e, m->losses),
+            rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->host));
+    rt_info(r->ctx->log, "loss: (%g CE + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
+            r->o.w.ce, r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);
+}
+
+enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct rt_train_values *v = r->v;
+    const struct rt_student_source source = {v->student, v->init_config, v->tokenizer, v->template_name};
+    int n_ops;
+    const enum rt_op *ops = rt_student_train_ops(&n_ops);
+    RT_TRY(rt_loaded_student_open(&r->student, &source, r->ctx->log, err));
+    RT_TRY(open_sets(r, (size_t)rt_command_memory(&v->common) / 4 / (size_t)(v->data.n + v->eval_data.n), err));
+    describe_sets(r);
+    RT_TRY(check_losses(r, err));
+    RT_TRY(count_steps(r, err));
+    r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true};
+    RT_TRY(rt_command_device(r->ctx, &v->common, ops, n_ops, &r->device, err));
+    RT_TRY(plan_memory(r, err));
+    log_plan(r);
+out:
+    return st;
+}
+
+enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *err)
+{
+    const struct rt_trainer_memory *m = &r->memory;
+    int64_t tokens = 0, sequences = 0;
+    char a[32];
+    (void)err;
+    for (int i = 0; i < r->n_sets; i++) {
+        tokens += rt_train_set_info(r->set[i])->tokens;
+        sequences += rt_train_set_info(r->set[i])->sequences;
+    }
+    const double flops = (double)r->total_tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, (double)tokens / (double)sequences);
+    if (r->v->common.json)
+        printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
+               "\"moments\":%zu,\"activations\":%zu,\"losses\":%zu,\"projectors\":%zu,\"batch\":%zu,\"total\":%zu},\"flops\":%.6g,\"order_sha256\":\"%s\"}\n",
+               (long)r->total_steps, (long)r->total_tokens, (long)sequences, (long)r->student.p.count, (long)r->o.micro_tokens, m->weights, m->grads,
+               m->moments, m->activations, m->losses, m->projectors, m->host, total(m), flops, r->order_sha256);
+    else
+        printf("steps         %ld\ntokens        %ld of %ld sequences\nparameters    %ld\nmicro-batch   %ld tokens\nmemory        %s\n"
+               "operations    %.3g; %.2f hours at 50 GFLOP/s, %.3f at 300 TFLOP/s\n", (long)r->total_steps, (long)r->total_tokens, (long)sequences,
+               (long)r->student.p.count, (long)r->o.micro_tokens, rt_human_bytes(a, total(m)), flops, flops / 5e10 / 3600, flops / 3e14 / 3600);
+    return RT_OK;
+}

@@ -1,0 +1,230 @@
+#include "distill/train_run.h"
+
+#include <string.h>
+
+#include "core/io.h"
+#include "core/sha256.h"
+#include "distill/run_record.h"
+#include "student/save.h"
+
+enum { MAX_SKIPPED = 10 }; /* steps in a row that may be left out */
+static const double log_seconds = 10;
+
+static void close_run(struct rt_train_run *r)
+{
+    rt_trainer_close(&r->trainer);
+    for (int i = 0; i < r->n_eval; i++)
+        rt_train_set_free(r->eval_set[i]);
+    for (int i = 0; r->set != NULL && i < r->v->data.n; i++)
+        rt_train_set_free(r->set[i]);
+    for (int i = 0; r->path != NULL && i < r->v->data.n; i++)
+        rt_free(r->path[i]);
+    rt_free(r->set);
+    rt_free(r->eval_set);
+    rt_free(r->weight);
+    rt_free(r->path);
+    rt_loaded_student_close(&r->student);
+    rt_device_close(&r->device);
+    if (r->ctx->log != NULL && r->ctx->log->copy == r->dir.log_file)
+        r->ctx->log->copy = NULL;
+    rt_rundir_close(&r->dir);
+}
+
+/* ---- the directory ---- */
+
+/* The configuration that a resume must agree with: options and the identity of what was read. */
+static enum rt_status open_dir(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *config = NULL;
+    RT_TRY(rt_command_config(&rt_cmd_train, r->v, &config, err));
+    RT_TRY(rt_json_set_string(config, "order_sha256", r->order_sha256, err));
+    RT_TRY(rt_json_set_string(config, "init_sha256", r->init_sha256, err));
+    RT_TRY(rt_rundir_open(r->v->out, config, &r->dir, err));
+    if (r->ctx->log != NULL)
+        r->ctx->log->copy = r->dir.log_file;
+out:
+    rt_json_free(config);
+    return st;
+}
+
+/* Is RUN/run.json of a finished run? */
+static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *v = NULL;
+    char path[4096];
+    *yes = false;
+    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_RUN_FILE, err));
+    if (!rt_path_exists(path))
+        goto out;
+    RT_TRY(rt_json_load(path, 64 << 20, &v, err));
+    RT_TRY(rt_json_bool_or(v, "finished", false, yes, err));
+out:
+    rt_json_free(v);
+    return st;
+}
+
+/* ---- the loop ---- */
+
+static enum rt_status save(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_rundir_sync(&r->dir, err));
+    RT_TRY(rt_trainer_checkpoint(&r->trainer, r->v->out, (int)r->v->keep, r->seconds, err));
+out:
+    return st;
+}
+
+static enum rt_status resume(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_ckpt at;
+    RT_TRY(rt_ckpt_latest(r->v->out, r->ctx->log, &at, err));
+    if (at.step >= 0) {
+        RT_TRY(rt_trainer_restore(&r->trainer, at.path, &r->seconds, err));
+        rt_info(r->ctx->log, "going on from step %ld of %ld", (long)r->trainer.step, (long)r->total_steps);
+    }
+    RT_TRY(rt_rundir_truncate(&r->dir, r->trainer.step, err));
+    RT_TRY(rt_record_eval_truncate(r->v->out, r->trainer.step, err));
+out:
+    return st;
+}
+
+static void log_step(const struct rt_train_run *r, const struct rt_step_result *s, double lr)
+{
+    const struct rt_loss_sums *m = &s->sums;
+    char kl[96] = "", feature[48] = "";
+    if (m->kl_rows > 0)
+        snprintf(kl, sizeof kl, " kl %.4f agreement %.3f", m->kl / (double)m->kl_rows, (double)m->agree / (double)m->kl_rows);
+    if (m->feature_rows > 0)
+        snprintf(feature, sizeof feature, " feature %.4g", m->feature / (double)m->feature_rows);
+    rt_info(r->ctx->log, "step %ld/%ld loss %.4f ce %.4f%s%s grad_norm %.3g lr %.3g %.0f tokens/s", (long)r->trainer.step, (long)r->total_steps, s->loss,
+            m->ce / (double)m->rows, kl, feature, s->grad_norm, lr, (double)r->trainer.tokens / r->seconds);
+}
+
+static enum rt_status after_nan(struct rt_train_run *r, const struct rt_step_result *s, int *in_a_row, struct rt_err *err)
+{
+    uint8_t key[RT_KEY_BYTES];
+    uint32_t occurrence;
+    int64_t line;
+    char hex[2 * RT_KEY_BYTES + 1];
+    struct rt_train_set *set = r->set[s->batch[0].set];
+    rt_train_set_key(set, s->batch[0].seq, key, &occurrence, &line);
+    rt_hex(hex, key, sizeof key);
+    ++*in_a_row;
+    rt_warn(r->ctx->log, "step %ld: loss %g, gradient norm %g: left out, %ld sequences from %s line %ld (key %.12s); all are in metrics.jsonl",
+            (long)r->trainer.step, s->loss, s->grad_norm, (long)s->n, rt_train_set_info(set)->path, (long)line, hex);
+    if (strcmp(r->v->on_nan, "stop") == 0)
+        return rt_fail(err, RT_NUMERIC, "step %ld: loss %g, gradient norm %g in a batch of %ld sequences from %s line %ld (key %.12s); the last checkpoint is "
+                       "kept; --on-nan skip leaves such steps out", (long)r->trainer.step, s->loss, s->grad_norm, (long)s->n,
+                       rt_train_set_info(set)->path, (long)line, hex);
+    if (*in_a_row >= MAX_SKIPPED)
+        return rt_fail(err, RT_NUMERIC, "%d steps in a row were not finite, the last one %ld; the last checkpoint is kept: a lower --lr, or look at the data "
+                       "that metrics.jsonl names", *in_a_row, (long)r->trainer.step);
+    return RT_OK;
+}
+
+static bool due(int64_t step, int64_t every)
+{
+    return every > 0 && step % every == 0;
+}
+
+static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_trainer *t = &r->trainer;
+    const struct rt_train_values *v = r->v;
+    struct rt_progress progress;
+    struct rt_step_result s;
+    int skipped = 0;
+    double logged = rt_now();
+    rt_progress_begin(&progress, r->ctx->log, "training", "tokens", r->total_tokens);
+    progress.first = t->tokens;
+    while (t->step < r->total_steps) {
+        if (r->ctx->stop != NULL && r->ctx->stop(r->ctx->stop_self)) {
+            RT_TRY(save(r, err));
+            RT_FAIL(err, INTERRUPTED, "interrupted after step %ld of %ld, saved in %s; the same command goes on", (long)t->step, (long)r->total_steps, v->out);
+        }
+        const double lr = rt_schedule_lr(&r->schedule, t->step + 1), start = rt_now();
+        RT_TRY(rt_trainer_step(t, lr, due(t->step + 1, v->grad_norms), &s, err));
+        if (s.end)
+            RT_FAIL(err, INTERNAL, "the data end at step %ld, planned were %ld", (long)t->step, (long)r->total_steps);
+        const double seconds = rt_now() - start;
+        r->seconds += seconds;
+        RT_TRY(rt_train_record_step(r, &s, lr, seconds, err));
+        if (s.skipped)
+            RT_TRY(after_nan(r, &s, &skipped, err));
+        else
+            skipped = 0;
+        if (rt_now() - logged >= log_seconds || t->step == 1 || t->step == r->total_steps) {
+            log_step(r, &s, lr);
+            logged = rt_now();
+        }
+        rt_progress_update(&progress, t->tokens, NULL);
+        if (due(t->step, v->eval_every) && t->step < r->total_steps)
+            RT_TRY(rt_train_evaluate(r, err));
+        if (due(t->step, v->save_every) || t->step == r->total_steps)
+            RT_TRY(save(r, err));
+    }
+    rt_progress_end(&progress);
+out:
+    return st;
+}
+
+static enum rt_status finish(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    char path[4096];
+    enum rt_dtype dtype = r->student.c.dtype;
+    static const struct {
+        const char *name;
+        enum rt_dtype dtype;
+    } types[] = {{"bf16", RT_BF16}, {"f16", RT_F16}, {"f32", RT_F32}};
+    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
+        if (strcmp(types[i].name, r->v->dtype) == 0)
+            dtype = types[i].dtype;
+    RT_TRY(rt_train_evaluate(r, err));
+    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_MODEL_DIR, err));
+    const struct rt_student_save o = {.source = r->student.model.path, .dtype = dtype};
+    RT_TRY(rt_student_save(r->trainer.s, &o, path, err));
+    RT_TRY(rt_rundir_sync(&r->dir, err));
+    RT_TRY(rt_train_record_run(r, true, err));
+    rt_info(r->ctx->log, "finished: %ld steps, %ld tokens; the student is in %s", (long)r->trainer.step, (long)r->trainer.tokens, path);
+out:
+    return st;
+}
+
+enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v, struct rt_train_outcome *outcome, struct rt_err *err)
+{
+    enum rt_status st;
+    bool finished;
+    struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
+    RT_TRY(rt_train_prepare(&r, err));
+    if (v->common.dry_run) {
+        RT_TRY(rt_train_print_plan(&r, err));
+        goto out;
+    }
+    RT_TRY(rt_loaded_student_create(&r.student, &r.device, rt_train_longest(&r), (uint64_t)v->common.seed, err));
+    RT_TRY(rt_loaded_student_hash(&r.student, r.init_sha256, err));
+    RT_TRY(open_dir(&r, err));
+    RT_TRY(is_finished(&r, &finished, err));
+    if (finished) {
+        rt_info(ctx->log, "%s is finished already", v->out);
+        if (outcome != NULL)
+            *outcome = (struct rt_train_outcome){true, r.total_steps, r.total_tokens};
+        goto out;
+    }
+    RT_TRY(rt_trainer_open(&r.trainer, r.student.s, r.set, r.weight, r.n_sets, &r.o, err));
+    RT_TRY(resume(&r, err));
+    RT_TRY(rt_train_record_run(&r, false, err));
+    if (r.trainer.step == 0)
+        RT_TRY(rt_train_evaluate(&r, err));
+    RT_TRY(loop(&r, err));
+    RT_TRY(finish(&r, err));
+    if (outcome != NULL)
+        *outcome = (struct rt_train_outcome){true, r.trainer.step, r.trainer.tokens};
+out:
+    close_run(&r);
+    return st;
+}

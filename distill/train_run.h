@@ -1,0 +1,64 @@
+/* A training run: options, data, plan, the loop with its records, and the finished model. */
+#ifndef RT_DISTILL_TRAIN_RUN_H
+#define RT_DISTILL_TRAIN_RUN_H
+
+#include "distill/command.h"
+#include "distill/evaluate.h"
+#include "distill/trainer.h"
+#include "formats/rundir.h"
+
+struct rt_train_values {
+    struct rt_common common;
+    const char *student, *init_config, *tokenizer, *template_name, *out, *name, *arm;
+    struct rt_str_list data, eval_data;
+    double w_ce, w_kl, w_feature, kd_temperature, teacher_temperature;
+    const char *divergence, *tail, *feature_loss, *layer_map, *schedule, *on_nan, *dtype;
+    double lr, min_lr, warmup, weight_decay, beta1, beta2, eps, clip;
+    int64_t teacher_layers, epochs, steps, tokens, batch_tokens, micro_tokens, max_length, eval_every, save_every, keep, grad_norms;
+};
+/* The options of `train`, ended by a NULL name. */
+extern const struct rt_opt rt_train_options[];
+
+/* What the run came to, where it ran to its end or had been finished before. */
+struct rt_train_outcome {
+    bool finished;
+    int64_t steps, tokens;
+};
+/* Errors: USAGE and REFUSED before the first step; NUMERIC (--on-nan stop, or too many steps skipped in a row), INTERRUPTED after a
+ * checkpoint was saved. outcome may be NULL. */
+enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v, struct rt_train_outcome *outcome, struct rt_err *err);
+
+/* ---- shared by the files of a run ---- */
+struct rt_train_run {
+    struct rt_context *ctx;
+    const struct rt_train_values *v;
+    struct rt_device device;
+    struct rt_loaded_student student;
+    struct rt_train_set **set, **eval_set; /* [n] */
+    double *weight;                        /* [v->data.n] */
+    char **path;                           /* [v->data.n] without their weights */
+    int n_sets, n_eval;
+    struct rt_trainer_options o;
+    struct rt_schedule schedule;
+    struct rt_trainer_memory memory;
+    struct rt_trainer trainer;
+    int64_t total_steps, total_tokens;     /* of the plan */
+    char order_sha256[65], init_sha256[65];
+    struct rt_rundir dir;
+    double seconds;                        /* of training so far, earlier parts included, evaluation left out */
+};
+
+/* train_plan.c: opens student and data, checks what can be checked, plans memory and steps. Nothing is trained or written. */
+enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err);
+/* Prints the plan on stdout (--dry-run). */
+enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *err);
+/* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
+int64_t rt_train_longest(const struct rt_train_run *r);
+
+/* train_record.c */
+enum rt_status rt_train_record_run(struct rt_train_run *r, bool finished, struct rt_err *err);
+enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step_result *s, double lr, double seconds, struct rt_err *err);
+/* Evaluates on every --eval-data and appends to eval.jsonl. */
+enum rt_status rt_train_evaluate(struct rt_train_run *r, struct rt_err *err);
+
+#endif

@@ -1,0 +1,232 @@
+#include "distill/trainer.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/io.h"
+#include "formats/json.h"
+#include "student/save.h"
+
+#define STATE_FILE "state.json"
+
+static struct rt_micro_options micro_options(const struct rt_trainer_options *o, int64_t vocab)
+{
+    return (struct rt_micro_options){.tokens = o->micro_tokens, .k = o->k, .teacher_T = o->teacher_T, .tail = o->w.tail, .vocab = vocab,
+                                     .map = &o->map};
+}
+
+void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
+                     size_t act_size, struct rt_trainer_memory *out)
+{
+    const struct rt_micro_options mo = micro_options(o, c->vocab_size);
+    *out = (struct rt_trainer_memory){
+        .weights = rt_student_weight_bytes(c, p, max_length, act_size),
+        .grads = rt_params_bytes(p, act_size),
+        .moments = rt_optimizer_bytes(p, act_size),
+        .activations = rt_student_activation_bytes(c, o->micro_tokens, RT_KEEP_ALL, act_size),
+        .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true),
+        .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size) : 0,
+        .host = rt_micro_bytes(&mo),
+    };
+}
+
+enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struct rt_train_set *const *set, const double *weight, int n_sets,
+                               const struct rt_trainer_options *o, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_trainer_memory mem;
+    const struct rt_student_config *c = rt_student_config(s);
+    *t = (struct rt_trainer){.o = *o, .d = rt_student_device(s), .s = s, .set = set};
+    for (int i = 0; i < n_sets; i++)
+        if (rt_train_set_info(set[i])->longest > o->micro_tokens)
+            RT_FAIL(err, USAGE, "micro-batches of %ld tokens: a sequence has %ld", (long)o->micro_tokens, (long)rt_train_set_info(set[i])->longest);
+    rt_trainer_plan(c, rt_student_params(s), o, rt_student_max_length(s), rt_device_act_size(t->d), &mem);
+    RT_TRY(rt_order_open(&t->order, set, weight, n_sets, o->seed, o->epochs, err));
+    RT_TRY(rt_device_arena(t->d, mem.grads, "gradients", &t->grads, err));
+    RT_TRY(rt_student_attach_grads(s, &t->grads, err));
+    RT_TRY(rt_device_arena(t->d, mem.moments, "moments", &t->moments, err));
+    RT_TRY(rt_optimizer_init(&t->opt, s, &o->adamw, &t->moments, err));
+    RT_TRY(rt_device_arena(t->d, mem.activations, "activations", &t->acts, err));
+    RT_TRY(rt_device_arena(t->d, mem.losses + mem.projectors, "losses", &t->scratch, err));
+    RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, o->k, &t->o.map, true, &t->scratch, err));
+    RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, o->seed, &t->scratch, err));
+    const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
+    RT_TRY(rt_micro_create(&t->micro, &mo, err));
+out:
+    if (st != RT_OK)
+        rt_trainer_close(t);
+    return st;
+}
+
+void rt_trainer_close(struct rt_trainer *t)
+{
+    if (t->d == NULL)
+        return;
+    rt_micro_free(&t->micro);
+    rt_losses_free(&t->losses);
+    rt_projectors_free(&t->proj);
+    rt_device_arena_free(t->d, &t->scratch);
+    rt_device_arena_free(t->d, &t->acts);
+    rt_device_arena_free(t->d, &t->moments);
+    rt_device_arena_free(t->d, &t->grads);
+    rt_order_close(&t->order);
+    *t = (struct rt_trainer){0};
+}
+
+static enum rt_status zero_grads(struct rt_trainer *t, struct rt_err *err)
+{
+    const enum rt_status st = rt_student_zero_grads(t->s, err);
+    return st != RT_OK ? st : rt_projectors_zero_grads(&t->proj, err);
+}
+
+/* Forward, losses, backward over the batch in micro-batches; sums are those of the whole batch. */
+static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_result *r, const struct rt_loss_weights *w, struct rt_loss_sums *sums,
+                                 struct rt_err *err)
+{
+    enum rt_status st;
+    bool full;
+    *sums = (struct rt_loss_sums){0};
+    RT_TRY(zero_grads(t, err));
+    for (int64_t i = 0; i < r->n;) {
+        rt_micro_clear(&t->micro);
+        for (full = false; i < r->n && !full; i += !full)
+            RT_TRY(rt_micro_add(&t->micro, t->set[r->batch[i].set], &r->batch[i], &full, err));
+        const struct rt_student_batch b = rt_losses_batch(&t->micro);
+        RT_TRY(rt_student_forward(t->s, &b, RT_KEEP_ALL, &t->acts, err));
+        RT_TRY(rt_losses_run(&t->losses, t->s, &t->proj, &t->micro, w, r->items, true, sums, err));
+    }
+out:
+    return st;
+}
+
+/* Norms of the student's gradients and of the projectors'. */
+static enum rt_status norms(struct rt_trainer *t, double *norm, double *proj, struct rt_err *err)
+{
+    enum rt_status st;
+    double sum;
+    RT_TRY(rt_projectors_norm(&t->proj, proj, err));
+    RT_TRY(RT_OP(t->d, sumsq, err, .x = rt_student_grads(t->s), .n = rt_student_params(t->s)->elements, .out = &sum));
+    *norm = sqrt(sum);
+out:
+    return st;
+}
+
+/* Norm of the student's gradient of each term alone, with its weight. */
+static enum rt_status measure_terms(struct rt_trainer *t, struct rt_step_result *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_loss_weights *w = &t->o.w;
+    const double each[3] = {w->ce, w->kl, w->feature};
+    struct rt_loss_sums sums;
+    double proj;
+    for (int i = 0; i < 3; i++) {
+        struct rt_loss_weights one = *w;
+        one.ce = i == 0 ? w->ce : 0;
+        one.kl = i == 1 ? w->kl : 0;
+        one.feature = i == 2 ? w->feature : 0;
+        if (!(each[i] > 0))
+            continue;
+        RT_TRY(accumulate(t, r, &one, &sums, err));
+        RT_TRY(norms(t, &r->term_norm[i], &proj, err));
+    }
+out:
+    return st;
+}
+
+enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct rt_loss_weights *w = &t->o.w;
+    struct rt_step_report report;
+    int64_t targets;
+    double proj_norm;
+    *r = (struct rt_step_result){.scale = 1, .term_norm = {NAN, NAN, NAN}};
+    RT_TRY(rt_order_next(&t->order, t->o.batch_tokens, &r->batch, &r->n, err));
+    r->end = r->n == 0;
+    if (r->end)
+        return RT_OK;
+    for (int64_t i = 0; i < r->n; i++) {
+        RT_TRY(rt_train_set_targets(t->set[r->batch[i].set], r->batch[i].seq, &targets, err));
+        r->items += targets;
+        r->tokens += rt_train_set_length(t->set[r->batch[i].set], r->batch[i].seq);
+    }
+    if (r->items == 0)
+        RT_FAIL(err, FORMAT, "a batch of %ld sequences without one target", (long)r->n);
+    if (term_norms)
+        RT_TRY(measure_terms(t, r, err));
+    RT_TRY(accumulate(t, r, w, &r->sums, err));
+    r->loss = (w->ce * r->sums.ce + w->kl * r->sums.kl + w->feature * r->sums.feature) / (double)r->items;
+    t->step++;
+    t->tokens += r->tokens;
+    t->targets += r->items;
+    RT_TRY(norms(t, &r->grad_norm, &proj_norm, err));
+    r->skipped = !isfinite(r->loss) || !isfinite(r->grad_norm) || !isfinite(proj_norm);
+    if (!r->skipped) {
+        RT_TRY(rt_optimizer_step(&t->opt, lr, 1, &report, err));
+        r->skipped = report.skipped;
+        r->scale = report.scale;
+    }
+    if (!r->skipped)
+        RT_TRY(rt_projectors_step(&t->proj, &t->o.adamw, lr, t->opt.step, proj_norm, err));
+    else
+        t->skipped++;
+out:
+    return st;
+}
+
+enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir, int keep, double seconds, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_ckpt_writer *w = NULL;
+    struct rt_json *state = NULL;
+    struct rt_buf config = {0};
+    RT_TRY(rt_ckpt_begin(dir, t->step, &w, err));
+    RT_TRY(rt_student_checkpoint(t->s, &t->opt, w, err));
+    RT_TRY(rt_projectors_checkpoint(&t->proj, w, err));
+    /* with it the checkpoint is a model directory without a tokenizer */
+    RT_TRY(rt_student_config_text(rt_student_config(t->s), t->d->be->act == RT_F64 ? RT_F32 : t->d->be->act, &config, err));
+    RT_TRY(rt_ckpt_bytes(w, "config.json", config.data, config.len, err));
+    RT_TRY(rt_json_new_object(&state, err));
+    RT_TRY(rt_json_set_int(state, "step", t->step, err));
+    RT_TRY(rt_json_set_int(state, "optimizer_step", t->opt.step, err));
+    RT_TRY(rt_json_set_int(state, "tokens", t->tokens, err));
+    RT_TRY(rt_json_set_int(state, "targets", t->targets, err));
+    RT_TRY(rt_json_set_int(state, "skipped", t->skipped, err));
+    RT_TRY(rt_json_set_double(state, "seconds", seconds, err));
+    RT_TRY(rt_ckpt_json(w, STATE_FILE, state, err));
+    RT_TRY(rt_ckpt_commit(w, keep, err));
+out:
+    rt_ckpt_writer_free(w);
+    rt_json_free(state);
+    rt_buf_free(&config);
+    return st;
+}
+
+enum rt_status rt_trainer_restore(struct rt_trainer *t, const char *ckpt, double *seconds, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *state = NULL;
+    char path[4096];
+    int64_t step, opt_step, n;
+    const struct rt_order_item *batch;
+    RT_TRY(rt_path_join(path, sizeof path, ckpt, STATE_FILE, err));
+    RT_TRY(rt_json_load(path, 1 << 16, &state, err));
+    RT_TRY(rt_json_int(state, "step", 0, INT64_MAX, &step, err));
+    RT_TRY(rt_json_int(state, "optimizer_step", 0, step, &opt_step, err));
+    RT_TRY(rt_json_int(state, "tokens", 0, INT64_MAX, &t->tokens, err));
+    RT_TRY(rt_json_int(state, "targets", 0, INT64_MAX, &t->targets, err));
+    RT_TRY(rt_json_int(state, "skipped", 0, step, &t->skipped, err));
+    RT_TRY(rt_json_double(state, "seconds", seconds, err));
+    RT_TRY(rt_student_restore(t->s, &t->opt, ckpt, opt_step, err));
+    RT_TRY(rt_projectors_restore(&t->proj, ckpt, err));
+    /* the order is walked, not stored: lengths are all it takes */
+    while (t->step < step) {
+        RT_TRY(rt_order_next(&t->order, t->o.batch_tokens, &batch, &n, err));
+        if (n == 0)
+            RT_FAIL(err, REFUSED, "%s: is of step %ld, the data end at step %ld", ckpt, (long)step, (long)t->step);
+        t->step++;
+    }
+out:
+    rt_json_free(state);
+    return st;
+}

@@ -1,0 +1,68 @@
+/* The optimiser step of a student over packed data: the same data, seed and options give the same bytes, whatever --threads and
+ * wherever it was stopped and gone on.
+ *
+ * A step takes the next global batch of the order, counts its training rows N first, then runs micro-batches (forward, losses,
+ * backward) whose gradients add up, and one AdamW step. A step whose loss or gradient norm is not finite changes nothing but the
+ * place in the data.
+ */
+#ifndef RT_DISTILL_TRAINER_H
+#define RT_DISTILL_TRAINER_H
+
+#include "distill/losses.h"
+#include "distill/loaded_student.h"
+
+struct rt_trainer_options {
+    struct rt_loss_weights w;
+    double teacher_T;
+    struct rt_adamw adamw;
+    struct rt_feature_map map;   /* n 0: no states */
+    int k;                       /* ids a row, the most of any set (evaluation included); 0: no teacher rows */
+    int64_t batch_tokens, micro_tokens; /* micro: at least the longest sequence */
+    int64_t epochs;              /* 0: no end */
+    uint64_t seed;
+};
+
+/* Bytes of each kind, for a plan. */
+struct rt_trainer_memory {
+    size_t weights, grads, moments, activations, losses, projectors, host;
+};
+
+struct rt_trainer {
+    struct rt_trainer_options o;
+    const struct rt_device *d;
+    struct rt_student *s;
+    struct rt_train_set *const *set;
+    struct rt_arena grads, moments, acts, scratch;
+    struct rt_optimizer opt;
+    struct rt_projectors proj;
+    struct rt_losses losses;
+    struct rt_micro micro;
+    struct rt_order order;
+    int64_t step;    /* batches taken; optimiser steps are opt.step */
+    int64_t tokens, targets, skipped; /* so far */
+};
+
+struct rt_step_result {
+    struct rt_loss_sums sums;
+    int64_t tokens, items;     /* of this batch; items: N */
+    double loss, grad_norm, scale;
+    bool skipped, end;         /* end: the order has no more data, nothing was done */
+    double term_norm[3];       /* ce, kl, feature; NaN unless asked for */
+    const struct rt_order_item *batch; /* [n] valid until the next step */
+    int64_t n;
+};
+
+/* max_length: longest sequence, of evaluation too. */
+void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
+                     size_t act_size, struct rt_trainer_memory *out);
+/* s and the sets are borrowed; weights [n_sets] too. NOMEM, USAGE. */
+enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struct rt_train_set *const *set, const double *weight, int n_sets,
+                               const struct rt_trainer_options *o, struct rt_err *err);
+void rt_trainer_close(struct rt_trainer *t); /* zeroed is fine */
+/* term_norms: gradient norms of each term too, at the cost of as many passes more. */
+enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err);
+/* Model, moments, projectors and state.json into a checkpoint of dir; and back from its directory. */
+enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir, int keep, double seconds, struct rt_err *err);
+enum rt_status rt_trainer_restore(struct rt_trainer *t, const char *ckpt, double *seconds, struct rt_err *err);
+
+#endif
