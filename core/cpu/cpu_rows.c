@@ -1,5 +1,6 @@
 /* Operations on rows and elements: embedding, norm, gating, rotary positions, gather and scatter, sums. */
 #include "core/cpu/cpu.h"
+#include "core/rms.h"
 #include "core/cpu/simd.h"
 
 #define UNUSED __attribute__((unused))
@@ -43,25 +44,15 @@ RT_SIMD static void add_rows(float *s, const float *x, const float *add, int64_t
         s[j] = x[j] + add[j];
 }
 
-/* Float lanes over runs of 1024, runs in double: the error of a run's sum does not grow with the row. */
-RT_SIMD static double square_sum(const float *x, int64_t n)
-{
-    double sum = 0;
-    for (int64_t j = 0; j < n; j += 1024) {
-        const int64_t m = n - j < 1024 ? n - j : 1024;
-        sum += (double)rt_dot(x + j, x + j, m);
-    }
-    return sum;
-}
-
-RT_SIMD static void scale_row(float *restrict y, const float *restrict s, float rstd, const float *restrict w, int64_t n)
+/* y may be s. Rounded after the division and after the product: see core/rms.h. */
+RT_SIMD static void scale_row(float *y, const float *s, float rms, const float *w, int64_t n)
 {
     if (w == NULL)
         for (int64_t j = 0; j < n; j++)
-            y[j] = s[j] * rstd;
+            y[j] = s[j] / rms;
     else
         for (int64_t j = 0; j < n; j++)
-            y[j] = s[j] * rstd * w[j];
+            y[j] = s[j] / rms * w[j];
 }
 
 struct norm_job {
@@ -85,15 +76,15 @@ static void norm_rows(void *ctx, int64_t row0, int64_t row1, int worker)
                 memmove(sum, s, (size_t)a->cols * sizeof *sum);
             s = sum;
         }
-        const float rstd = (float)(1 / sqrt(square_sum(s, a->cols) / (double)a->cols + (double)a->eps));
+        const float rms = rt_rms_f32(s, a->cols, a->eps);
         if (a->y != NULL || a->yq.data != NULL) {
             float *y = a->y != NULL ? (float *)a->y + i * ldy : tile + a->cols;
-            scale_row(y, s, rstd, a->w != NULL ? a->w->f32 : NULL, a->cols);
+            scale_row(y, s, rms, a->w != NULL ? a->w->f32 : NULL, a->cols);
             if (a->yq.data != NULL)
                 rt_cpu_quant_row(y, &a->yq, i, a->n, a->cols);
         }
         if (a->rstd != NULL)
-            a->rstd[i] = rstd;
+            a->rstd[i] = 1 / rms;
     }
 }
 
