@@ -250,21 +250,28 @@ enum rt_status rt_cpu_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *que
 }
 
 /* ---- gated unit ---- */
+RT_INLINE void swiglu_row(const float *restrict g, const float *restrict u, const float *restrict dh, float *restrict dg,
+                          float *restrict du, float *restrict h, int64_t n, const bool with_h)
+{
+    for (int64_t j = 0; j < n; j++) {
+        const float s = rt_sigmoid(g[j]), silu = g[j] * s;
+        dg[j] = dh[j] * u[j] * s * (1.0f + g[j] * (1.0f - s));
+        du[j] = dh[j] * silu;
+        if (with_h)
+            h[j] = silu * u[j];
+    }
+}
+
 RT_SIMD static void swiglu_rows(const struct rt_swiglu_bwd_args *a, int64_t t0, int64_t t1)
 {
     const int64_t ld = a->ld != 0 ? a->ld : a->I;
     for (int64_t t = t0; t < t1; t++) {
-        const float *restrict g = (const float *)a->gate + t * ld, *restrict u = (const float *)a->up + t * ld;
-        const float *restrict dh = (const float *)a->dh + t * a->I;
-        float *restrict dg = (float *)a->dgate + t * ld, *restrict du = (float *)a->dup + t * ld;
-        float *restrict out = a->h != NULL ? (float *)a->h + t * a->I : NULL;
-        for (int64_t j = 0; j < a->I; j++) {
-            const float s = rt_sigmoid(g[j]), silu = g[j] * s;
-            dg[j] = dh[j] * u[j] * s * (1.0f + g[j] * (1.0f - s));
-            du[j] = dh[j] * silu;
-        }
-        for (int64_t j = 0; out != NULL && j < a->I; j++)
-            out[j] = rt_silu(g[j]) * u[j];
+        const float *g = (const float *)a->gate + t * ld, *u = (const float *)a->up + t * ld, *dh = (const float *)a->dh + t * a->I;
+        float *dg = (float *)a->dgate + t * ld, *du = (float *)a->dup + t * ld;
+        if (a->h != NULL)
+            swiglu_row(g, u, dh, dg, du, (float *)a->h + t * a->I, a->I, true);
+        else
+            swiglu_row(g, u, dh, dg, du, NULL, a->I, false);
     }
 }
 

@@ -91,8 +91,8 @@ static enum rt_status check(const struct rt_head_loss_args *a, struct rt_err *er
 {
     if (!(a->T > 0))
         return rt_fail(err, RT_SHAPE, "head_loss: temperature %g, expected above 0", a->T);
-    if (a->k < 0 || a->k > RT_CPU_TILE / 4)
-        return rt_fail(err, RT_SHAPE, "head_loss: %d ids a row, expected 0 .. %d", a->k, RT_CPU_TILE / 4);
+    if (a->k < 0 || a->k > RT_CPU_TILE / 8)
+        return rt_fail(err, RT_SHAPE, "head_loss: %d ids a row, expected 0 .. %d", a->k, RT_CPU_TILE / 8);
     for (int64_t i = 0; i < a->n; i++) {
         if (a->label[i] >= a->V)
             return rt_fail(err, RT_SHAPE, "head_loss: label %d at row %lld, expected below %lld", (int)a->label[i], (long long)i,

@@ -5,7 +5,7 @@
 #include "core/cpu/cpu.h"
 
 /* Writes the outputs of row i from its logits z [V]; with `gradient` z becomes dL/dz, else its values are unspecified.
- * scratch: 2 k doubles. */
+ * scratch: 4 k doubles. */
 void rt_cpu_loss_row(const struct rt_head_loss_args *a, int64_t i, float *z, bool gradient, double *scratch);
 
 #endif

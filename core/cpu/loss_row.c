@@ -26,8 +26,9 @@ struct row {
     int k;                       /* 0: no KL */
     bool has_ce, has_kl, apart;  /* apart: the label is not in K, so it has its own term */
     double z_label, *z_k, *p;    /* logits and teacher's probabilities (as stored) of K */
+    double *e_T, *e_1;           /* K: exp(z_k/T - lse_on), exp(z_k - its log-sum-exp over K) */
     float top_rest, m;           /* greatest logit off S; the same, or 0 where that is -inf */
-    double lse_rest_1, lse_rest_T, lse_1, lse_T, lse_on, lse_off; /* on K, off K: at T */
+    double lse_rest_1, lse_rest_T, lse_1, lse_T, lse_on, lse_off, lse_on_1; /* on K, off K: at T */
     double log_mass, P_R, M;     /* the p of the gradient is p / exp(log_mass) */
     bool kl_gradient;
 };
@@ -95,16 +96,55 @@ static double log_add(double a, double b)
     return lo == -INFINITY ? hi : hi + log1p(exp(lo - hi));
 }
 
-/* log sum exp(z * inv) over n values, -inf for none */
-static double lse_of(const double *z, int n, double inv)
+/* e^x in double, vectorised: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor polynomial of degree 13 (the next term is below 4e-18). */
+RT_INLINE double exp_double(double x)
+{
+    const double magic = 0x1.8p52; /* adding it rounds to an integer and leaves that in the low bits */
+    const double y = x < -700 ? -700 : x > 700 ? 700 : x;
+    const double z = y * 0x1.71547652b82fep0 + magic, n = z - magic;
+    const double r = (y - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+    static const double c[] = {1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
+                               1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5, 1, 1};
+    double p = c[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < 14; i++)
+        p = p * r + c[i];
+    uint64_t u;
+    double scale;
+    memcpy(&u, &z, sizeof u);
+    u = (u + 1023) << 52; /* the low bits of z are n */
+    memcpy(&scale, &u, sizeof scale);
+    return x < -700 ? 0 : p * scale;
+}
+
+/* e = exp(z inv - top) over n values */
+RT_SIMD static void exps(double *e, const double *z, int n, double inv, double top)
+{
+    for (int j = 0; j < n; j++)
+        e[j] = exp_double(z[j] * inv - top);
+}
+
+/* p = exp(logp) */
+RT_SIMD static void probabilities(double *p, const float *logp, int n)
+{
+    for (int j = 0; j < n; j++)
+        p[j] = exp_double(logp[j]);
+}
+
+/* log sum exp(z inv) over n values, -inf for none; e = exp(z inv - that). */
+static double lse_of(double *e, const double *z, int n, double inv)
 {
     double top = -INFINITY, sum = 0;
     for (int j = 0; j < n; j++)
-        top = z[j] * inv > top ? z[j] * inv : top;
+        top = z[j] > top ? z[j] : top;
+    top *= inv;
+    exps(e, z, n, inv, top > -INFINITY ? top : 0);
     if (top == -INFINITY)
         return top;
     for (int j = 0; j < n; j++)
-        sum += exp(z[j] * inv - top);
+        sum += e[j];
+    for (int j = 0; j < n; j++)
+        e[j] /= sum;
     return top + log(sum);
 }
 
@@ -130,9 +170,10 @@ static void take_out(struct row *r, float *z, int64_t V, int32_t label)
 {
     r->apart = r->has_ce;
     r->z_label = r->has_ce ? z[label] : -INFINITY;
+    probabilities(r->p, r->logp, r->k);
     for (int j = 0; j < r->k; j++) {
         r->z_k[j] = r->ids[j] >= 0 ? z[r->ids[j]] : -INFINITY;
-        r->p[j] = r->ids[j] >= 0 ? exp(r->logp[j]) : 0;
+        r->p[j] = r->ids[j] >= 0 ? r->p[j] : 0;
         r->apart = r->apart && r->ids[j] != label;
     }
     for (int j = 0; j < r->k; j++)
@@ -143,20 +184,26 @@ static void take_out(struct row *r, float *z, int64_t V, int32_t label)
     r->top_rest = greatest(z, V);
 }
 
-/* Sums over the rest and the log-sum-exps made of them. Returns whether z now holds exponentials at the one temperature. */
+/* Sums over the rest and the log-sum-exps made of them. Returns whether z now holds exponentials, at 1/T where there is KL. */
 static bool sum_up(const struct rt_head_loss_args *a, struct row *r, float *z, bool gradient)
 {
-    const bool two = r->has_ce && r->has_kl && a->T != 1;
+    const bool two = r->has_ce && r->has_kl && a->T != 1, keep = !two || a->w_ce == 0;
     const double inv = r->has_kl ? 1 / a->T : 1;
     r->m = r->top_rest > -INFINITY ? r->top_rest : 0; /* nothing is left (sum 0), or nothing but NaN (sum NaN) */
-    r->lse_rest_T = r->m * inv + log(exp_sum(z, a->V, r->m, (float)inv, gradient && !two));
-    r->lse_rest_1 = two ? r->m + log(exp_sum(z, a->V, r->m, 1, false)) : r->lse_rest_T;
+    if (two)
+        r->lse_rest_1 = r->m + log(exp_sum(z, a->V, r->m, 1, false));
+    r->lse_rest_T = r->m * inv + log(exp_sum(z, a->V, r->m, (float)inv, gradient && keep));
+    if (!two)
+        r->lse_rest_1 = r->lse_rest_T;
     const double own = r->apart ? r->z_label : -INFINITY;
-    r->lse_on = lse_of(r->z_k, r->k, inv);
+    r->lse_on = lse_of(r->e_T, r->z_k, r->k, inv);
     r->lse_off = log_add(r->lse_rest_T, own * inv);
     r->lse_T = log_add(r->lse_off, r->lse_on);
-    r->lse_1 = two ? log_add(log_add(r->lse_rest_1, own), lse_of(r->z_k, r->k, 1)) : r->lse_T;
-    return !two;
+    r->lse_on_1 = two ? lse_of(r->e_1, r->z_k, r->k, 1) : r->lse_on;
+    r->lse_1 = two ? log_add(log_add(r->lse_rest_1, own), r->lse_on_1) : r->lse_T;
+    if (!two)
+        r->e_1 = r->e_T;
+    return keep;
 }
 
 /* kl without T^2, teacher's mass on K. */
@@ -170,9 +217,10 @@ static double kl_of(const struct rt_head_loss_args *a, struct row *r, double *te
     *teacher_mass = mass;
     r->log_mass = renorm ? log(mass) : 0;
     r->kl_gradient = !renorm || mass > 0;
+    const double unit = renorm ? exp(-r->log_mass) : 1;
     for (int j = 0; j < r->k && r->kl_gradient; j++)
         if (r->p[j] > 0)
-            kl += r->p[j] * exp(-r->log_mass) * (r->logp[j] - r->log_mass - (r->z_k[j] * inv - lse));
+            kl += r->p[j] * unit * (r->logp[j] - r->log_mass - (r->z_k[j] * inv - lse));
     r->P_R = renorm || 1 - mass < P_R_MIN || r->lse_off == -INFINITY ? 0 : 1 - mass;
     r->M = mass + r->P_R;
     if (r->P_R > 0)
@@ -193,12 +241,13 @@ static void gradient_of(const struct rt_head_loss_args *a, const struct row *r, 
         scale(z, a->V, (float)(A + B));
     else
         two_exps(z, a->V, r->m, (float)inv, (float)A, (float)B);
+    const double on_T = renorm ? 1 : r->M * exp(r->lse_on - r->lse_T), on_p = renorm ? exp(-r->log_mass) : 1;
+    const double on_1 = w_ce != 0 ? w_ce * exp(r->lse_on_1 - r->lse_1) : 0;
     for (int j = 0; j < r->k; j++) {
         if (r->ids[j] < 0)
             continue;
-        const double q = exp(r->z_k[j] * inv - (renorm ? r->lse_on : r->lse_T));
-        double g = renorm ? q - r->p[j] * exp(-r->log_mass) : r->M * q - r->p[j];
-        g = (c != 0 ? c * g : 0) + w_ce * ((w_ce != 0 ? exp(r->z_k[j] - r->lse_1) : 0) - (r->has_ce && r->ids[j] == label));
+        const double g = (c != 0 ? c * (on_T * r->e_T[j] - on_p * r->p[j]) : 0) + on_1 * r->e_1[j] -
+                         (r->has_ce && r->ids[j] == label ? w_ce : 0);
         z[r->ids[j]] = fabs(g) < TINY ? 0 : (float)g;
     }
     if (r->apart) {
@@ -211,7 +260,8 @@ void rt_cpu_loss_row(const struct rt_head_loss_args *a, int64_t i, float *z, boo
 {
     const int32_t label = a->label[i];
     const bool has_kl = a->k > 0 && a->kl_mask != NULL && a->kl_mask[i] != 0;
-    struct row r = {.has_ce = label >= 0, .has_kl = has_kl, .k = has_kl ? a->k : 0, .z_k = scratch, .p = scratch + a->k};
+    struct row r = {.has_ce = label >= 0, .has_kl = has_kl, .k = has_kl ? a->k : 0, .z_k = scratch, .p = scratch + a->k, .e_T = scratch + 2 * (int64_t)a->k,
+                    .e_1 = scratch + 3 * (int64_t)a->k};
     double kl = 0, teacher_mass = 0, student_mass = 0;
     if (has_kl) {
         r.ids = a->top_ids + i * a->k;
