@@ -96,6 +96,18 @@ static enum rt_status widen(const char *text, size_t len, struct rt_buf *out, st
     return st == RT_OK ? rt_buf_append(out, text + from, len - from, err) : st;
 }
 
+/* Where an allocation of its own fails, jansson aborts, cuts a string short or calls it a syntax error. So all that it may take
+ * (2.14, measured: at most 200 bytes an array or object, 130 a value, and the text three times) is asked for before it starts. */
+static enum rt_status room_for_jansson(const struct scan *scan, size_t len, const char *source, struct rt_err *err)
+{
+    const size_t bytes = 4096 + scan->boxes * 200 + scan->values * 130 + len * 3;
+    void *room = malloc(bytes);
+    if (room == NULL)
+        return rt_fail(err, RT_NOMEM, "out of memory for the JSON of %s (%zu bytes)", source, bytes);
+    free(room);
+    return RT_OK;
+}
+
 static enum rt_status convert(struct rt_json_doc *doc, json_t *j, struct rt_json **out, struct rt_err *err)
 {
     static const enum rt_json_type types[] = {
@@ -153,6 +165,7 @@ enum rt_status rt_json_parse(const char *text, size_t len, const char *source, s
         text = wide.data;
         len = wide.len;
     }
+    RT_TRY(room_for_jansson(&scan, len, source, err));
     j = json_loadb(len > 0 ? text : "", len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &je);
     if (j == NULL) {
         if (json_error_code(&je) == json_error_out_of_memory)
