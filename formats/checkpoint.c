@@ -372,6 +372,8 @@ enum rt_status rt_ckpt_latest(const char *dir, struct rt_log *log, struct rt_ckp
             out->step = step;
             goto out;
         }
+        if (st == RT_NOMEM) /* says nothing of the checkpoint */
+            RT_FAIL(err, NOMEM, "%s", bad.msg);
         rt_warn(log, "checkpoint of step %" PRId64 " cannot be used: %s; %s", steps[i], bad.msg,
                 i > 0 ? "falling back to the one before" : "there is none before it");
     }

@@ -264,6 +264,8 @@ enum rt_status rt_pattern_create(const char *pcre, size_t len, struct rt_pattern
     pcre2_set_newline(cc, PCRE2_NEWLINE_LF);
     pcre2_set_parens_nest_limit(cc, NESTING);
     p->code = pcre2_compile((PCRE2_SPTR)pcre, len, PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &code, &at, cc);
+    if (p->code == NULL && code == PCRE2_ERROR_HEAP_FAILED)
+        RT_FAIL(err, NOMEM, "out of memory compiling a pattern");
     if (p->code == NULL) {
         PCRE2_UCHAR why[128];
         pcre2_get_error_message(code, why, sizeof why);

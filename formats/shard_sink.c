@@ -257,7 +257,7 @@ static enum rt_status open_layout(struct rt_shard_sink *s, struct rt_err *err)
     char path[4096];
     RT_TRY(rt_path_join(path, sizeof path, s->dir, "identity.json", err));
     if (!rt_path_exists(path) && write_layout(s, path, &first) != RT_OK && !rt_path_exists(path))
-        RT_FAIL(err, IO, "%s", first.msg); /* where it exists now, another part was quicker */
+        RT_TRY(rt_fail(err, first.status, "%s", first.msg)); /* where it exists now, another part was quicker */
     RT_TRY(check_layout(s, path, err));
 out:
     return st;
