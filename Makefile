@@ -32,7 +32,7 @@ TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCH_BIN := $(BENCH_SRC:bench/%.c=$(B)/bench_%)
 
-.PHONY: all help deps demo test check check-asan oracle bench install uninstall clean
+.PHONY: all help deps demo test check check-asan fuzz oracle bench install uninstall clean
 all: deps $(B)/retort ## build the program (default)
 
 help: ## this list
@@ -67,9 +67,13 @@ $(B)/tests/suites.inc: $(TEST_SRC)
 $(B)/tests/main.o: CPPFLAGS += -I$(B)/tests
 $(B)/tests/main.o: $(B)/tests/suites.inc
 
+# What asks for memory goes through tests/fault_alloc.c.
+comma := ,
+WRAP := malloc calloc realloc posix_memalign aligned_alloc strdup free mmap deflateInit2_ inflateInit_ pthread_create \
+        $(addprefix pcre2_,compile_8 compile_context_create_8 match_context_create_8 match_data_create_8 jit_stack_create_8)
 $(B)/retort-tests: $(TEST_OBJ) $(B)/libretort.a
 	$(if $(V),,@echo '  LD $@')
-	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ -lcmocka $(LIBS) -o $@
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $(WRAP:%=-Wl$(comma)--wrap=%) $^ -lcmocka $(LIBS) -o $@
 
 test: deps $(B)/retort $(B)/retort-tests ## everything that needs no GPU; ends with `N passed, N failed`
 	@sh tests/run.sh $(B)
@@ -78,6 +82,11 @@ check: test
 
 check-asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(MAKE) --no-print-directory MODE=asan test
+
+fuzz: ## every parser against damaged files under the sanitizers: SECONDS_EACH=60 TARGETS="..."
+	@$(MAKE) --no-print-directory MODE=asan build/asan/retort-tests
+	@for t in $(if $(TARGETS),$(TARGETS),$$(build/asan/retort-tests --fuzz list)); do \
+	    build/asan/retort-tests --fuzz $$t $(or $(SECONDS_EACH),60) || exit 1; done
 
 demo: all ## the main job on the embedded teacher: traces, logits, five students, the comparison
 	@sh examples/demo.sh $(B)/retort
