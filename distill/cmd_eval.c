@@ -1,0 +1,144 @@
+/* retort eval: loss, KL to the teacher, agreement, and answers that can be checked. */
+#include <stdio.h>
+#include <string.h>
+
+#include "distill/command.h"
+#include "distill/eval_run.h"
+
+struct values {
+    struct rt_common common;
+    const char *student, *tokenizer, *template_name, *verify;
+    struct rt_str_list data;
+    int64_t samples, max_tokens, max_length, micro_tokens;
+    double temperature, top_p, kd_temperature;
+    bool record;
+};
+
+#define V(field) offsetof(struct values, field)
+static const struct rt_opt options[] = {
+    {"student", RT_OPT_STRING, V(student), NULL, 0, 0, NULL, "DIR|RUN", "model directory, or a finished run", true, false},
+    {"data", RT_OPT_LIST, V(data), NULL, 0, 0, NULL, "FILE|DIR", "shards, JSON lines with completions, or prompts with an \"answer\"; may be repeated", true, false},
+    {"tokenizer", RT_OPT_STRING, V(tokenizer), NULL, 0, 0, NULL, "DIR", "directory with tokenizer and template; default: the student's", false, false},
+    {"template", RT_OPT_STRING, V(template_name), NULL, 0, 0, NULL, "NAME", "chat template to use instead of the directory's own", false, false},
+    {"kd-temperature", RT_OPT_FLOAT, V(kd_temperature), "1", 0.01, 100, NULL, "T", "temperature of the KL (a stored one)", false, false},
+    {"samples", RT_OPT_INT, V(samples), "1", 1, 65536, NULL, "N", "completions of each prompt", false, false},
+    {"temperature", RT_OPT_FLOAT, V(temperature), "0.6", 0, 100, NULL, "T", "of sampling; 0 takes the likeliest token", false, false},
+    {"top-p", RT_OPT_FLOAT, V(top_p), "0.95", 0.0001, 1, NULL, "P", "nucleus of sampling", false, false},
+    {"max-tokens", RT_OPT_INT, V(max_tokens), "32768", 1, 1e9, NULL, "N", "of a completion; the student's maximum limits too", false, false},
+    {"verify", RT_OPT_CHOICE, V(verify), "boxed", 0, 0, "boxed|exact", NULL, "what is compared with the answer: the last \\boxed{}, or the text", false, false},
+    {"max-length", RT_OPT_INT, V(max_length), "0", 0, 1e9, NULL, "N", "leave longer sequences out; 0: refuse those over the student's maximum", false, false},
+    {"micro-tokens", RT_OPT_INT, V(micro_tokens), "0", 0, 1e9, NULL, "N", "tokens of a forward; 0: planned from memory", false, true},
+    {"record", RT_OPT_FLAG, V(record), "true", 0, 0, NULL, NULL, "where --student is a run, add the result to its eval.jsonl", false, true},
+    {0},
+};
+
+static bool get(const struct rt_json *line, const char *key, double *x)
+{
+    return rt_json_as_double(rt_json_get(line, key), x);
+}
+
+static void print_interval(const struct rt_json *line, const char *label, const char *key, double scale, const char *unit)
+{
+    char ci[64];
+    double x, lo, hi;
+    snprintf(ci, sizeof ci, "%s_ci", key);
+    if (!get(line, key, &x))
+        return;
+    const struct rt_json *list = rt_json_get(line, ci);
+    if (rt_json_as_double(rt_json_at(list, 0), &lo) && rt_json_as_double(rt_json_at(list, 1), &hi))
+        printf("  %-18s %9.4f   95 %% [%.4f, %.4f]%s\n", label, x * scale, lo * scale, hi * scale, unit);
+    else
+        printf("  %-18s %9.4f%s\n", label, x * scale, unit);
+}
+
+static void print_table(const struct rt_json *line)
+{
+    double x, y;
+    const char *key;
+    const struct rt_json *k;
+    printf("%s\n", rt_json_as_string(rt_json_get(line, "data"), NULL));
+    if (get(line, "n_tokens", &x) && get(line, "n_sequences", &y))
+        printf("  %-18s %9.0f   in %.0f sequences\n", "targets", x, y);
+    print_interval(line, "cross-entropy", "ce", 1, " nats a token");
+    if (get(line, "perplexity", &x))
+        printf("  %-18s %9.4g\n", "perplexity", x);
+    print_interval(line, "accuracy", "accuracy", 100, " %");
+    if (get(line, "kd_temperature", &x))
+        printf("  %-18s %9g\n", "KL at T", x);
+    print_interval(line, "KL (with T^2)", "kl", 1, " nats a row");
+    print_interval(line, "agreement", "agreement", 100, " %");
+    if (get(line, "n_problems", &x) && get(line, "samples", &y))
+        printf("  %-18s %9.0f   %.0f samples each\n", "problems", x, y);
+    print_interval(line, "pass@1", "pass1", 100, " %");
+    for (size_t i = 1; rt_json_member(rt_json_get(line, "passk"), i, &key, &k); i++)
+        if (rt_json_as_double(k, &x))
+            printf("  pass@%-13s %9.4f\n", key, 100 * x);
+    if (get(line, "limit_share", &x) && get(line, "mean_tokens", &y))
+        printf("  %-18s %9.4f %% of the samples; %.1f tokens a sample\n", "hit the limit", 100 * x, y);
+}
+
+static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, struct rt_loaded_student *l, const struct rt_device *d,
+                               const char *data, int64_t step, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *line = NULL;
+    struct rt_buf rows = {0}, text = {0};
+    const int64_t memory = rt_command_memory(&v->common);
+    const struct rt_eval_run_options o = {
+        .data = data, .T = v->kd_temperature, .max_length = v->max_length, .micro_tokens = v->micro_tokens, .memory = memory, .log = ctx->log,
+        .stop = ctx->stop, .stop_self = ctx->stop_self,
+        .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,
+                     .seed = (uint64_t)v->common.seed, .memory = memory / 2, .exact = strcmp(v->verify, "exact") == 0}};
+    RT_TRY(rt_json_new_object(&line, err));
+    RT_TRY(rt_eval_run(l, d, &o, line, &rows, err));
+    if (v->record && step >= 0)
+        RT_TRY(rt_eval_record(v->student, step, data, line, &rows, err));
+    if (v->common.json) {
+        RT_TRY(rt_json_dump(line, 0, &text, err));
+        printf("%.*s\n", (int)text.len, text.data);
+    } else {
+        print_table(line);
+    }
+out:
+    rt_buf_free(&text);
+    rt_buf_free(&rows);
+    rt_json_free(line);
+    return st;
+}
+
+static enum rt_status run(struct rt_context *ctx, const void *values, const struct rt_positionals *pos, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct values *v = values;
+    struct rt_loaded_student l = {0};
+    struct rt_device d = {0};
+    const struct rt_student_source source = {v->student, NULL, v->tokenizer, v->template_name};
+    int n_train, n_decode;
+    int64_t step;
+    enum rt_op ops[RT_OP_COUNT * 2];
+    (void)pos;
+    const enum rt_op *train = rt_student_train_ops(&n_train), *decode = rt_student_decode_ops(&n_decode);
+    memcpy(ops, train, (size_t)n_train * sizeof *ops);
+    memcpy(ops + n_train, decode, (size_t)n_decode * sizeof *ops);
+    RT_TRY(rt_loaded_student_open(&l, &source, ctx->log, err));
+    RT_TRY(rt_eval_run_step(v->student, &step, err));
+    RT_TRY(rt_command_device(ctx, &v->common, ops, n_train + n_decode, &d, err));
+    for (int i = 0; i < v->data.n; i++)
+        RT_TRY(evaluate(ctx, v, &l, &d, v->data.items[i], step, err));
+out:
+    rt_loaded_student_close(&l);
+    rt_device_close(&d);
+    return st;
+}
+
+const struct rt_command rt_cmd_eval = {
+    .name = "eval",
+    .synopsis = "--student DIR|RUN --data FILE|DIR [--data ...] [OPTIONS]",
+    .summary = "measure a student: loss, KL to the teacher, agreement, pass@1 on prompts with answers",
+    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1.\n\n"
+            "    retort eval --student runs/soft --data shards_eval/ --kd-temperature 2\n"
+            "    retort eval --student runs/soft --data math500.jsonl --samples 4 --temperature 0.6",
+    .options = options,
+    .values_size = sizeof(struct values),
+    .run = run,
+};

@@ -1,0 +1,138 @@
+#include "distill/eval_run.h"
+
+#include <string.h>
+
+#include "core/io.h"
+#include "distill/run_record.h"
+
+enum { MICRO_TOKENS = 4096 };
+
+static enum rt_status create(struct rt_loaded_student *l, const struct rt_device *d, struct rt_err *err)
+{
+    return l->s != NULL ? RT_OK : rt_loaded_student_create(l, d, l->c.max_position, 0, err);
+}
+
+static enum rt_status losses(struct rt_loaded_student *l, const struct rt_device *d, const struct rt_eval_run_options *o, struct rt_json *line,
+                             struct rt_buf *rows, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_train_set *set = NULL;
+    struct rt_eval_own own = {0};
+    struct rt_eval_losses e;
+    const int64_t max = l->c.max_position;
+    const struct rt_train_set_options so = {.model = &l->model, .vocab = l->c.vocab_size, .drop_long = o->max_length > 0,
+                                            .max_length = o->max_length > 0 && o->max_length < max ? o->max_length : max};
+    RT_TRY(rt_train_set_open(o->data, &so, o->log, &set, err));
+    const struct rt_train_info *info = rt_train_set_info(set);
+    if (info->top_k > 0 && rt_train_set_lse(set, o->T) < 0)
+        rt_warn(o->log, "%s: the log-sum-exp at T = %g is not stored: no KL", o->data, o->T);
+    int64_t micro = o->micro_tokens > 0 ? o->micro_tokens : MICRO_TOKENS;
+    while (micro > info->longest && o->micro_tokens == 0 &&
+           rt_eval_own_bytes(&l->c, micro, info->top_k, rt_device_act_size(d)) > (size_t)o->memory)
+        micro /= 2;
+    micro = micro > info->longest ? micro : info->longest;
+    RT_TRY(create(l, d, err));
+    RT_TRY(rt_eval_own_create(&own, l->s, micro, info->top_k, o->T, err));
+    const struct rt_eval_room room = {l->s, &own.acts, &own.losses, &own.micro};
+    RT_TRY(rt_eval_losses(&room, set, o->T, rows, o->stop, o->stop_self, &e, err));
+    RT_TRY(rt_json_set_string(line, "kind", info->kind == RT_TRAIN_LINES ? "jsonl" : "shards", err));
+    RT_TRY(rt_eval_losses_json(&e, o->T, line, err));
+out:
+    rt_eval_own_free(&own, d);
+    rt_train_set_free(set);
+    return st;
+}
+
+enum rt_status rt_eval_run(struct rt_loaded_student *l, const struct rt_device *d, const struct rt_eval_run_options *o, struct rt_json *line,
+                           struct rt_buf *rows, struct rt_err *err)
+{
+    enum rt_status st;
+    bool score, answer;
+    struct rt_eval_answers a;
+    char name[128];
+    const double start = rt_now();
+    rt_eval_name(o->data, name);
+    RT_TRY(rt_json_set_string(line, "name", name, err));
+    RT_TRY(rt_json_set_string(line, "data", o->data, err));
+    RT_TRY(rt_json_set_string(line, "kind", "jsonl", err));
+    RT_TRY(rt_eval_kind(o->data, &l->model, &score, &answer, err));
+    if (score)
+        RT_TRY(losses(l, d, o, line, rows, err));
+    if (answer) {
+        RT_TRY(create(l, d, err));
+        RT_TRY(rt_eval_answers(l, o->data, &o->sampling, o->log, o->stop, o->stop_self, rows, &a, err));
+        RT_TRY(rt_eval_answers_json(&a, &o->sampling, line, err));
+    }
+    RT_TRY(rt_json_set_double(line, "seconds", rt_now() - start, err));
+out:
+    return st;
+}
+
+/* Drops lines of this step and name. */
+static enum rt_status drop_line(const char *run, int64_t step, const char *name, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_buf text = {0}, kept = {0};
+    struct rt_json *line = NULL;
+    char path[4096];
+    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE, err));
+    if (!rt_path_exists(path))
+        goto out;
+    RT_TRY(rt_file_read_all(path, (size_t)256 << 20, &text, err));
+    for (size_t at = 0; at < text.len;) {
+        const char *end = memchr(text.data + at, '\n', text.len - at), *was;
+        int64_t s;
+        if (end == NULL)
+            break;
+        const size_t len = (size_t)(end - text.data) - at;
+        rt_json_free(line);
+        line = NULL;
+        RT_TRY(rt_json_parse(text.data + at, len, path, &line, err));
+        RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &s, err));
+        RT_TRY(rt_json_string(line, "name", &was, err));
+        if (s != step || strcmp(was, name) != 0)
+            RT_TRY(rt_buf_append(&kept, text.data + at, len + 1, err));
+        at += len + 1;
+    }
+    if (kept.len < text.len)
+        RT_TRY(rt_publish_bytes(path, kept.data, kept.len, err));
+out:
+    rt_json_free(line);
+    rt_buf_free(&text);
+    rt_buf_free(&kept);
+    return st;
+}
+
+enum rt_status rt_eval_record(const char *run, int64_t step, const char *data, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err)
+{
+    enum rt_status st;
+    char name[128], file[256], path[4096];
+    rt_eval_name(data, name);
+    snprintf(file, sizeof file, RT_EVAL_DIR "/%s-%ld.jsonl", name, (long)step);
+    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_DIR, err));
+    RT_TRY(rt_mkdirs(path, err));
+    RT_TRY(rt_path_join(path, sizeof path, run, file, err));
+    RT_TRY(rt_publish_bytes(path, rows->data, rows->len, err));
+    RT_TRY(rt_json_set_int(line, "step", step, err));
+    RT_TRY(rt_json_set_string(line, "per_sequence", file, err));
+    RT_TRY(drop_line(run, step, name, err));
+    RT_TRY(rt_record_eval(run, line, err));
+out:
+    return st;
+}
+
+enum rt_status rt_eval_run_step(const char *path, int64_t *step, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *v = NULL;
+    char file[4096];
+    *step = -1;
+    RT_TRY(rt_path_join(file, sizeof file, path, RT_RUN_FILE, err));
+    if (!rt_path_exists(file))
+        goto out;
+    RT_TRY(rt_json_load(file, 64 << 20, &v, err));
+    RT_TRY(rt_json_int_or(v, "steps", 0, INT64_MAX, -1, step, err));
+out:
+    rt_json_free(v);
+    return st;
+}

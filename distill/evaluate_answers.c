@@ -1,0 +1,193 @@
+/* Answers: samples of each prompt that has one, verified; pass@1 and pass@k. */
+#include <math.h>
+#include <string.h>
+
+#include "distill/evaluate.h"
+#include "distill/generate.h"
+#include "distill/verify.h"
+#include "formats/dataset.h"
+
+struct problem {
+    char *answer, *family; /* owned; family may be NULL */
+    int64_t line, samples, correct, limit, tokens;
+};
+
+struct answers {
+    struct rt_loaded_student *l;
+    const struct rt_eval_sampling *o;
+    struct rt_dataset *data;
+    struct rt_buf problems, text; /* of struct problem */
+    int64_t n, samples_done;
+    struct rt_progress progress;
+};
+
+static struct problem *problem_at(struct answers *a, int64_t i)
+{
+    return (struct problem *)(void *)a->problems.data + i;
+}
+
+static enum rt_status copy_text(const char *s, char **out, struct rt_err *err)
+{
+    const size_t n = strlen(s);
+    const enum rt_status st = rt_alloc(n + 1, 1, "an answer", out, err);
+    if (st == RT_OK)
+        memcpy(*out, s, n);
+    return st;
+}
+
+static enum rt_status next_problem(void *self, struct rt_generate_prompt *out, bool *end, bool *wait, struct rt_err *err)
+{
+    enum rt_status st;
+    struct answers *a = self;
+    struct rt_prompt p;
+    struct problem q = {0};
+    (void)wait;
+    do {
+        RT_TRY(rt_dataset_next_prompt(a->data, &p, end, err));
+        if (*end)
+            return RT_OK;
+    } while (p.answer == NULL);
+    q.line = p.line;
+    RT_TRY(copy_text(p.answer, &q.answer, err));
+    const char *family = rt_json_as_string(rt_json_get(p.json, "family"), NULL);
+    if (family != NULL)
+        RT_TRY(copy_text(family, &q.family, err));
+    RT_TRY(rt_buf_append(&a->problems, &q, sizeof q, err));
+    q.answer = q.family = NULL;
+    *out = (struct rt_generate_prompt){.ids = p.ids, .n = p.n, .line = p.line, .n_samples = (int)a->o->samples,
+                                       .user = (void *)(uintptr_t)a->n++};
+out:
+    rt_free(q.answer);
+    rt_free(q.family);
+    return st;
+}
+
+static enum rt_status check_sample(void *self, const struct rt_generated *g, struct rt_err *err)
+{
+    enum rt_status st;
+    struct answers *a = self;
+    struct problem *q = problem_at(a, (int64_t)(uintptr_t)g->user);
+    const struct rt_model_dir *m = &a->l->model;
+    a->text.len = 0;
+    RT_TRY(rt_generated_text(g, m->tok, m->tmpl, RT_THINKING_AUTO, &a->text, NULL, err));
+    const enum rt_verdict v = rt_verify(a->o->exact ? RT_VERIFY_EXACT : RT_VERIFY_BOXED, a->text.data != NULL ? a->text.data : "", a->text.len,
+                                        q->answer, strlen(q->answer), NULL, NULL);
+    q->samples++;
+    q->correct += v == RT_VERDICT_CORRECT;
+    q->limit += g->finish == RT_FINISH_LENGTH;
+    q->tokens += g->n;
+    rt_progress_update(&a->progress, ++a->samples_done, NULL);
+out:
+    return st;
+}
+
+/* 1 - C(n-c, k) / C(n, k) */
+static double pass_at(int64_t n, int64_t c, int64_t k)
+{
+    double miss = 1;
+    if (n - c < k)
+        return 1;
+    for (int64_t i = 0; i < k; i++)
+        miss *= (double)(n - c - i) / (double)(n - i);
+    return 1 - miss;
+}
+
+static enum rt_status summarise(struct answers *a, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_json *line = NULL;
+    out->problems = a->n;
+    for (int64_t k = 1; k <= a->o->samples && out->n_k < 16; k *= 2)
+        out->k[out->n_k++] = k;
+    for (int64_t i = 0; i < a->n; i++) {
+        const struct problem *q = problem_at(a, i);
+        out->samples += q->samples;
+        out->limit += q->limit;
+        out->tokens += q->tokens;
+        rt_ratio_add(&out->pass1, (double)q->correct, (double)q->samples);
+        for (int j = 0; j < out->n_k; j++)
+            out->passk[j] += pass_at(q->samples, q->correct, out->k[j]) / (double)a->n;
+        if (rows == NULL)
+            continue;
+        rt_json_free(line);
+        line = NULL;
+        RT_TRY(rt_json_new_object(&line, err));
+        RT_TRY(rt_json_set_string(line, "kind", "problem", err));
+        RT_TRY(rt_json_set_int(line, "line", q->line, err));
+        RT_TRY(q->family != NULL ? rt_json_set_string(line, "family", q->family, err) : rt_json_set_null(line, "family", err));
+        RT_TRY(rt_json_set_int(line, "samples", q->samples, err));
+        RT_TRY(rt_json_set_int(line, "correct", q->correct, err));
+        RT_TRY(rt_json_set_int(line, "limit", q->limit, err));
+        RT_TRY(rt_json_set_int(line, "tokens", q->tokens, err));
+        RT_TRY(rt_json_dump(line, 0, rows, err));
+        RT_TRY(rt_buf_append(rows, "\n", 1, err));
+    }
+out:
+    rt_json_free(line);
+    return st;
+}
+
+enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,
+                               bool (*stop)(void *), void *stop_self, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err)
+{
+    enum rt_status st;
+    struct answers a = {.l = l, .o = o};
+    struct rt_generator g = {0};
+    int32_t stop_ids[RT_GENERATE_MAX_STOP];
+    int64_t n_ids;
+    *out = (struct rt_eval_answers){0};
+    if (l->model.tok == NULL)
+        RT_FAIL(err, UNSUPPORTED, "%s: answers need a tokenizer, the student has none; --tokenizer DIR names one", path);
+    RT_TRY(rt_model_dir_n_ids(&l->model, l->c.vocab_size, &n_ids, err));
+    const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl, .max_length = rt_student_max_length(l->s) - 1};
+    RT_TRY(rt_dataset_open(path, &d, &a.data, err));
+    const struct rt_generator_options go = {.memory = o->memory, .max_len = rt_student_max_length(l->s)};
+    RT_TRY(rt_generator_student(l->s, &go, &g, err));
+    rt_progress_begin(&a.progress, log, "answering", "samples", 0);
+    const struct rt_generate_options options = {
+        .seed = o->seed, .sample = {o->temperature, 0, o->top_p}, .max_new = o->max_tokens, .n_ids = n_ids, .stop_ids = stop_ids,
+        .n_stop = rt_generate_stop_ids(&l->model, l->c.eos, l->c.n_eos, stop_ids), .next = next_problem, .done = check_sample, .self = &a,
+        .stop = stop, .stop_self = stop_self};
+    RT_TRY(rt_generate(&g, &options, NULL, err));
+    rt_progress_end(&a.progress);
+    if (a.n == 0)
+        RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", path);
+    RT_TRY(summarise(&a, rows, out, err));
+out:
+    for (int64_t i = 0; i < a.n; i++) {
+        rt_free(problem_at(&a, i)->answer);
+        rt_free(problem_at(&a, i)->family);
+    }
+    rt_generator_close(&g);
+    rt_dataset_close(a.data);
+    rt_buf_free(&a.problems);
+    rt_buf_free(&a.text);
+    return st;
+}
+
+enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struct rt_eval_sampling *o, struct rt_json *line, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *passk, *ci;
+    double mean, lo, hi;
+    char key[24];
+    rt_ratio_result(&e->pass1, &mean, &lo, &hi);
+    RT_TRY(rt_json_set_int(line, "n_problems", e->problems, err));
+    RT_TRY(rt_json_set_int(line, "samples", o->samples, err));
+    RT_TRY(rt_json_set_double(line, "temperature", o->temperature, err));
+    RT_TRY(rt_json_set_double(line, "top_p", o->top_p, err));
+    RT_TRY(rt_json_set_int(line, "max_tokens", o->max_tokens, err));
+    RT_TRY(rt_json_set_double(line, "pass1", mean, err));
+    RT_TRY(rt_json_set_array(line, "pass1_ci", &ci, err));
+    RT_TRY(rt_json_set_double(ci, NULL, fmax(0, lo), err));
+    RT_TRY(rt_json_set_double(ci, NULL, fmin(1, hi), err));
+    RT_TRY(rt_json_set_object(line, "passk", &passk, err));
+    for (int i = 0; i < e->n_k; i++) {
+        snprintf(key, sizeof key, "%ld", (long)e->k[i]);
+        RT_TRY(rt_json_set_double(passk, key, e->passk[i], err));
+    }
+    RT_TRY(rt_json_set_double(line, "limit_share", (double)e->limit / (double)e->samples, err));
+    RT_TRY(rt_json_set_double(line, "mean_tokens", (double)e->tokens / (double)e->samples, err));
+out:
+    return st;
+}
