@@ -68,14 +68,13 @@ out:
     return st;
 }
 
-/* Drops lines of this step and name. */
-static enum rt_status drop_line(const char *run, int64_t step, const char *name, struct rt_err *err)
+/* Lines of RUN/eval.jsonl: `kept` gets those that are not of this step and name, *found says whether there is one that is. */
+static enum rt_status split_lines(const char *path, int64_t step, const char *name, struct rt_buf *kept, bool *found, struct rt_err *err)
 {
-    enum rt_status st;
-    struct rt_buf text = {0}, kept = {0};
+    enum rt_status st = RT_OK;
+    struct rt_buf text = {0};
     struct rt_json *line = NULL;
-    char path[4096];
-    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE, err));
+    *found = false;
     if (!rt_path_exists(path))
         goto out;
     RT_TRY(rt_file_read_all(path, (size_t)256 << 20, &text, err));
@@ -90,15 +89,27 @@ static enum rt_status drop_line(const char *run, int64_t step, const char *name,
         RT_TRY(rt_json_parse(text.data + at, len, path, &line, err));
         RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &s, err));
         RT_TRY(rt_json_string(line, "name", &was, err));
-        if (s != step || strcmp(was, name) != 0)
-            RT_TRY(rt_buf_append(&kept, text.data + at, len + 1, err));
+        if (s == step && strcmp(was, name) == 0)
+            *found = true;
+        else
+            RT_TRY(rt_buf_append(kept, text.data + at, len + 1, err));
         at += len + 1;
     }
-    if (kept.len < text.len)
-        RT_TRY(rt_publish_bytes(path, kept.data, kept.len, err));
 out:
     rt_json_free(line);
     rt_buf_free(&text);
+    return st;
+}
+
+enum rt_status rt_eval_recorded(const char *run, int64_t step, const char *data, bool *yes, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_buf kept = {0};
+    char path[4096], name[128];
+    rt_eval_name(data, name);
+    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE, err));
+    RT_TRY(split_lines(path, step, name, &kept, yes, err));
+out:
     rt_buf_free(&kept);
     return st;
 }
@@ -107,6 +118,8 @@ enum rt_status rt_eval_record(const char *run, int64_t step, const char *data, s
 {
     enum rt_status st;
     char name[128], file[256], path[4096];
+    struct rt_buf kept = {0};
+    bool found;
     rt_eval_name(data, name);
     snprintf(file, sizeof file, RT_EVAL_DIR "/%s-%ld.jsonl", name, (long)step);
     RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_DIR, err));
@@ -115,9 +128,13 @@ enum rt_status rt_eval_record(const char *run, int64_t step, const char *data, s
     RT_TRY(rt_publish_bytes(path, rows->data, rows->len, err));
     RT_TRY(rt_json_set_int(line, "step", step, err));
     RT_TRY(rt_json_set_string(line, "per_sequence", file, err));
-    RT_TRY(drop_line(run, step, name, err));
+    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE, err));
+    RT_TRY(split_lines(path, step, name, &kept, &found, err));
+    if (found)
+        RT_TRY(rt_publish_bytes(path, kept.data, kept.len, err));
     RT_TRY(rt_record_eval(run, line, err));
 out:
+    rt_buf_free(&kept);
     return st;
 }
 

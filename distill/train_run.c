@@ -228,3 +228,11 @@ out:
     close_run(&r);
     return st;
 }
+
+enum rt_status rt_train_check(struct rt_context *ctx, const struct rt_train_values *v, struct rt_err *err)
+{
+    struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
+    const enum rt_status st = rt_train_prepare(&r, err);
+    close_run(&r);
+    return st;
+}

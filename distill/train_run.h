@@ -28,6 +28,9 @@ struct rt_train_outcome {
  * checkpoint was saved. outcome may be NULL. */
 enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v, struct rt_train_outcome *outcome, struct rt_err *err);
 
+/* Every refusal that can be made before the first step; writes nothing. */
+enum rt_status rt_train_check(struct rt_context *ctx, const struct rt_train_values *v, struct rt_err *err);
+
 /* ---- shared by the files of a run ---- */
 struct rt_train_run {
     struct rt_context *ctx;
