@@ -261,7 +261,7 @@ static void *reader_main(void *self)
     pthread_mutex_lock(&w->lock);
     for (; w->reading < w->n_items && !w->cancel; w->reading++) {
         struct item *it = &w->item[w->reading];
-        if (it->state == ITEM_READ) /* kept by an earlier pass */
+        if (it->state != ITEM_WAITING) /* kept by an earlier pass, and perhaps released in this one already */
             continue;
         char *block = it->part->host;
         if (block == NULL && !ring_take(w, it, it->e->plan.bytes, &block))
@@ -358,7 +358,7 @@ enum rt_status rt_weights_next(struct rt_weights *w, const struct rt_part **out,
 {
     RT_ASSERT(w->in_pass && w->next < w->n_items);
     struct item *it = &w->item[w->next];
-    if (it->state == ITEM_WAITING || w->reader_runs) {
+    if (w->reader_runs) {
         const double t0 = rt_now();
         pthread_mutex_lock(&w->lock);
         while (it->state == ITEM_WAITING && w->reader_err.status == RT_OK)
@@ -383,16 +383,15 @@ void rt_weights_release(struct rt_weights *w, const struct rt_part *part)
 {
     struct item *it = &w->item[w->released];
     RT_ASSERT(w->released < w->next && (part == it->e->kept || part == it->part));
-    if (it->part != NULL) {
+    if (it->part != NULL)
         unload(w, it->part);
-        pthread_mutex_lock(&w->lock);
-        w->used -= it->ring_bytes;
-        pthread_cond_broadcast(&w->changed);
-        pthread_mutex_unlock(&w->lock);
-        rt_free(it->part);
-        it->part = NULL;
-    }
+    pthread_mutex_lock(&w->lock);
+    w->used -= it->ring_bytes;
     it->state = ITEM_DONE;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+    rt_free(it->part);
+    it->part = NULL;
     w->released++;
 }
 
