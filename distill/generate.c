@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "formats/utf8.h"
+#include "distill/lines.h"
 
 enum {
     SLOTS_RESIDENT = 64,   /* enough for the products of a step to be matrices */
@@ -19,12 +19,17 @@ static int chunk_of(int slots)
     return slots + (slots > SLOTS_RESIDENT ? PROMPT_CHUNK_STREAMED : PROMPT_CHUNK);
 }
 
+static int at_most(int slots, int64_t sequences)
+{
+    return sequences > 0 && sequences < slots ? (int)sequences : slots;
+}
+
 /* The most slots that fit; where weights could stay in memory with fewer, not so many that they no longer do. */
-static enum rt_status plan_slots(struct rt_teacher_options *o, int asked, struct rt_teacher_plan *plan, struct rt_err *err)
+static enum rt_status plan_slots(struct rt_teacher_options *o, int asked, int64_t sequences, struct rt_teacher_plan *plan, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const bool planned = asked == 0;
-    for (int slots = planned ? SLOTS_RESIDENT : asked;; slots /= 2) {
+    for (int slots = planned ? at_most(SLOTS_RESIDENT, sequences) : asked;; slots /= 2) {
         struct rt_err e = {0};
         o->slots = slots;
         o->batch_tokens = chunk_of(slots);
@@ -38,7 +43,7 @@ static enum rt_status plan_slots(struct rt_teacher_options *o, int asked, struct
     if (!planned || plan->resident)
         return RT_OK;
     /* streamed whatever the slots: as many as half of the memory holds */
-    for (int slots = SLOTS_STREAMED; slots > o->slots; slots /= 2) {
+    for (int slots = at_most(SLOTS_STREAMED, sequences); slots > o->slots; slots /= 2) {
         struct rt_teacher_options more = *o;
         struct rt_teacher_plan p;
         more.slots = slots;
@@ -62,7 +67,7 @@ enum rt_status rt_generator_teacher(const char *dir, const struct rt_device *dev
     RT_TRY(rt_teacher_config_load(dir, &c, err));
     if (to.max_length > c.max_position)
         to.max_length = c.max_position;
-    RT_TRY(plan_slots(&to, o->slots, &out->plan, err));
+    RT_TRY(plan_slots(&to, o->slots, o->sequences, &out->plan, err));
     out->slots = (int)to.slots;
     out->budget = (int)to.batch_tokens;
     out->max_len = to.max_length;
@@ -83,7 +88,7 @@ enum rt_status rt_generator_student(struct rt_student *s, const struct rt_genera
 {
     const struct rt_student_config *c = rt_student_config(s);
     const size_t act = rt_device_act_size(rt_student_device(s));
-    struct rt_decoder_options d = {.slots = o->slots > 0 ? o->slots : SLOTS_RESIDENT, .max_len = o->max_len};
+    struct rt_decoder_options d = {.slots = o->slots > 0 ? o->slots : at_most(SLOTS_RESIDENT, o->sequences), .max_len = o->max_len};
     enum rt_status st;
     *out = (struct rt_generator){0};
     if (d.max_len > rt_student_max_length(s))
@@ -280,27 +285,6 @@ int rt_generate_stop_ids(const struct rt_model_dir *m, const int32_t *eos, int n
     return n;
 }
 
-/* Appends s with what is no UTF-8 replaced: one U+FFFD a byte that starts no character. */
-static enum rt_status put_valid(const char *s, size_t n, struct rt_buf *out, bool *lossy, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    for (size_t i = 0, from = 0; i <= n;) {
-        const size_t k = i < n ? rt_utf8_char(s + i, n - i) : 0;
-        if (k > 0) {
-            i += k;
-            continue;
-        }
-        RT_TRY(rt_buf_append(out, s + from, i - from, err));
-        if (i < n) {
-            RT_TRY(rt_buf_append(out, "\xEF\xBF\xBD", 3, err));
-            *lossy = true;
-        }
-        from = ++i;
-    }
-out:
-    return st;
-}
-
 enum rt_status rt_generated_text(const struct rt_generated *g, const struct rt_tokenizer *tok, const struct rt_template *tmpl,
                                  enum rt_thinking thinking, struct rt_buf *out, bool *lossy, struct rt_err *err)
 {
@@ -312,7 +296,7 @@ enum rt_status rt_generated_text(const struct rt_generated *g, const struct rt_t
     if (tmpl != NULL)
         RT_TRY(rt_buf_puts(out, rt_template_forced(tmpl, thinking), err));
     RT_TRY(rt_tokenizer_decode(tok, g->ids, n, false, &raw, err));
-    RT_TRY(put_valid(raw.data, raw.len, out, &bad, err));
+    RT_TRY(rt_put_utf8(raw.data, raw.len, out, &bad, err));
     if (lossy != NULL)
         *lossy = bad;
     RT_TRY(rt_buf_puts(out, "", err)); /* a terminating 0 */
