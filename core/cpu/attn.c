@@ -30,20 +30,28 @@ enum rt_status rt_cpu_attn_check(const struct rt_attn_shape *s, const char *op, 
     return RT_OK;
 }
 
-/* Scores p [n, cols] to exp(p - m), columns from visible + r on (the future of row r) to 0; m, l and c are brought up to date. */
-RT_SIMD static void softmax_block(float *p, int64_t n, int64_t cols, int64_t visible, bool first, struct rows *s)
+/* Scores p [n, cols], rows at distance ld, to exp(p - m); columns from visible + r on (the future of row r) to 0; m, l and c are
+ * brought up to date. ld is cols rounded up to 16, so that rows are worked on in whole vectors. */
+RT_SIMD static void softmax_block(float *p, int64_t n, int64_t cols, int64_t ld, int64_t visible, bool first, struct rows *s)
 {
     for (int64_t r = 0; r < n; r++) {
-        float *row = p + r * cols;
-        const int64_t seen = rt_min64(cols, rt_max64(visible + r, 0));
-        const float old = first ? -INFINITY : s->m[r], now = rt_max(row, seen), m = now > old ? now : old;
-        for (int64_t j = 0; j < seen; j++)
-            row[j] = rt_cpu_exp_or_0(row[j] - m);
-        memset(row + seen, 0, (size_t)(cols - seen) * sizeof *row);
-        s->c[r] = first ? 0 : rt_cpu_exp_or_0(old - m);
-        if (seen == 0)
-            s->c[r] = 1;
-        s->l[r] = (first ? 0 : s->l[r] * s->c[r]) + rt_sum(row, seen);
+        float *row = p + r * ld;
+        const int64_t seen = rt_min64(cols, rt_max64(visible + r, 0)), whole = rt_ceil_div(seen, 16) * 16;
+        if (first) {
+            s->m[r] = -INFINITY;
+            s->l[r] = 0;
+        }
+        for (int64_t j = seen; j < whole; j++)
+            row[j] = -INFINITY;
+        const float old = s->m[r], now = rt_max(row, whole), m = now > old ? now : old;
+        for (int64_t i = 0; i < whole; i += 16)
+            for (int j = 0; j < 16; j++)
+                row[i + j] = rt_cpu_exp_or_0(row[i + j] - m);
+        for (int64_t i = whole; i < ld; i += 16)
+            for (int j = 0; j < 16; j++)
+                row[i + j] = 0;
+        s->c[r] = seen == 0 ? 1 : first ? 0 : rt_cpu_exp_or_0(old - m);
+        s->l[r] = s->l[r] * s->c[r] + rt_sum(row, whole);
         s->m[r] = m;
     }
 }
@@ -80,13 +88,13 @@ static void fwd_item(void *ctx, int64_t item, int worker)
     float *p = rt_cpu_tile(f->dev, worker), *o = rt_cpu_head_at(f->o, row0, h);
     struct rows st;
     for (int64_t k0 = 0; k0 < keys; k0 += RT_ATTN_K) {
-        const int64_t cols = rt_min64(RT_ATTN_K, keys - k0);
+        const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), ld = rt_ceil_div(cols, 16) * 16;
         rt_cpu_gemm_nt(b->rows, cols, s->dqk, s->scale, rt_cpu_head_at(f->q, row0, h), f->q.ld,
-                       rt_cpu_head_at(f->k, b->first + k0, hk), f->k.ld, 0, p, cols);
-        softmax_block(p, b->rows, cols, b->q0 - k0 + 1, k0 == 0, &st);
+                       rt_cpu_head_at(f->k, b->first + k0, hk), f->k.ld, 0, p, ld);
+        softmax_block(p, b->rows, cols, ld, b->q0 - k0 + 1, k0 == 0, &st);
         if (k0 > 0)
             scale_rows(o, f->o.ld, b->rows, s->dv, &st, true);
-        rt_cpu_gemm_nn(b->rows, s->dv, cols, 1, p, cols, rt_cpu_head_at(f->v, b->first + k0, hk), f->v.ld, k0 > 0, o, f->o.ld);
+        rt_cpu_gemm_nn(b->rows, s->dv, cols, 1, p, ld, rt_cpu_head_at(f->v, b->first + k0, hk), f->v.ld, k0 > 0, o, f->o.ld);
     }
     scale_rows(o, f->o.ld, b->rows, s->dv, &st, false);
     for (int64_t r = 0; r < b->rows && f->a->lse != NULL; r++)
@@ -152,12 +160,12 @@ static void cached_item(void *ctx, int64_t item, int worker)
         for (int64_t j = 0; j < n * a->d; j++)
             scaled[j] = q[j] * a->scale;
         for (int64_t k0 = 0; k0 < keys; k0 += RT_ATTN_K) {
-            const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), at = base + k0 * width;
-            rt_cpu_exact_nt(n, cols, a->d, scaled, a->d, (const float *)a->k_cache + at, width, false, p, cols);
-            softmax_block(p, n, cols, cols, k0 == 0, &st);
+            const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), ld = rt_ceil_div(cols, 16) * 16, at = base + k0 * width;
+            rt_cpu_exact_nt(n, cols, a->d, scaled, a->d, (const float *)a->k_cache + at, width, false, p, ld);
+            softmax_block(p, n, cols, ld, cols, k0 == 0, &st);
             if (k0 > 0)
                 scale_rows(o, a->d, n, a->d, &st, true);
-            rt_cpu_exact_nn(n, a->d, cols, p, cols, (const float *)a->v_cache + at, width, k0 > 0, o, a->d);
+            rt_cpu_exact_nn(n, a->d, cols, p, ld, (const float *)a->v_cache + at, width, k0 > 0, o, a->d);
         }
         scale_rows(o, a->d, n, a->d, &st, false);
     }

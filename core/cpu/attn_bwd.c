@@ -25,20 +25,27 @@ RT_SIMD static void row_dots(const float *x, const float *y, int64_t ld, int64_t
         out[r] = rt_dot(x + r * ld, y + r * ld, d);
 }
 
-/* Scores p to P, and dp = dO V^T to dS; both [n, cols], columns from visible + r on (the future of row r) to 0. */
-RT_SIMD static void scores_bwd(float *restrict p, float *restrict dp, int64_t n, int64_t cols, int64_t visible, const float *lse,
-                               const float *delta, float scale)
+/* Scores p to P, and dp = dO V^T to dS; both [n, cols] with rows at distance ld, cols rounded up to 16; columns from visible + r on
+ * (the future of row r) to 0. */
+RT_SIMD static void scores_bwd(float *restrict p, float *restrict dp, int64_t n, int64_t cols, int64_t ld, int64_t visible,
+                               const float *lse, const float *delta, float scale)
 {
     for (int64_t r = 0; r < n; r++) {
-        float *restrict pr = p + r * cols, *restrict dr = dp + r * cols;
-        const int64_t seen = rt_min64(cols, rt_max64(visible + r, 0));
+        float *restrict pr = p + r * ld, *restrict dr = dp + r * ld;
+        const int64_t seen = rt_min64(cols, rt_max64(visible + r, 0)), whole = rt_ceil_div(seen, 16) * 16;
         const float l = lse[r], d = delta[r];
-        for (int64_t j = 0; j < seen; j++) {
-            pr[j] = rt_cpu_exp_or_0(pr[j] - l);
-            dr[j] = pr[j] * (dr[j] - d) * scale;
-        }
-        memset(pr + seen, 0, (size_t)(cols - seen) * sizeof *pr);
-        memset(dr + seen, 0, (size_t)(cols - seen) * sizeof *dr);
+        for (int64_t j = cols; j < whole; j++)
+            pr[j] = dr[j] = 0;
+        for (int64_t i = 0; i < whole; i += 16)
+            for (int j = 0; j < 16; j++) {
+                pr[i + j] = rt_cpu_exp_or_0(pr[i + j] - l);
+                dr[i + j] = pr[i + j] * (dr[i + j] - d) * scale;
+            }
+        for (int64_t j = seen; j < whole; j++)
+            pr[j] = dr[j] = 0;
+        for (int64_t i = whole; i < ld; i += 16)
+            for (int j = 0; j < 16; j++)
+                pr[i + j] = dr[i + j] = 0;
     }
 }
 
@@ -53,23 +60,23 @@ static void bwd_block(const struct bwd *b, int64_t first, int64_t q0, int64_t ro
     float *delta = b->a->delta + h * s->n + row0;
     row_dots(dout, rt_cpu_head_at(b->o, row0, h), b->o.ld, rows, s->dv, delta);
     for (int64_t k0 = 0; k0 < keys; k0 += RT_ATTN_K) {
-        const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), row_k = first + k0;
-        float *dp = p + rows * cols, *dk = rt_cpu_head_at(b->dk, row_k, hk), *dv = rt_cpu_head_at(b->dv, row_k, hk);
+        const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), ld = rt_ceil_div(cols, 16) * 16, row_k = first + k0;
+        float *dp = p + rows * ld, *dk = rt_cpu_head_at(b->dk, row_k, hk), *dv = rt_cpu_head_at(b->dv, row_k, hk);
         const float *k = rt_cpu_head_at(b->k, row_k, hk), *v = rt_cpu_head_at(b->v, row_k, hk);
-        rt_cpu_gemm_nt(rows, cols, s->dqk, s->scale, q, b->q.ld, k, b->k.ld, 0, p, cols);
-        rt_cpu_gemm_nt(rows, cols, s->dv, 1, dout, b->dout.ld, v, b->v.ld, 0, dp, cols);
-        scores_bwd(p, dp, rows, cols, q0 - k0 + 1, lse, delta, s->scale);
+        rt_cpu_gemm_nt(rows, cols, s->dqk, s->scale, q, b->q.ld, k, b->k.ld, 0, p, ld);
+        rt_cpu_gemm_nt(rows, cols, s->dv, 1, dout, b->dout.ld, v, b->v.ld, 0, dp, ld);
+        scores_bwd(p, dp, rows, cols, ld, q0 - k0 + 1, lse, delta, s->scale);
         /* Keys before `done` hold sums already; those of the diagonal of the group's first head do not. */
         const int64_t old = rt_max64(0, rt_min64(cols, done - k0));
         if (old > 0) {
-            rt_cpu_gemm_tn(old, s->dv, rows, 1, p, cols, dout, b->dout.ld, 1, dv, b->dv.ld);
-            rt_cpu_gemm_tn(old, s->dqk, rows, 1, dp, cols, q, b->q.ld, 1, dk, b->dk.ld);
+            rt_cpu_gemm_tn(old, s->dv, rows, 1, p, ld, dout, b->dout.ld, 1, dv, b->dv.ld);
+            rt_cpu_gemm_tn(old, s->dqk, rows, 1, dp, ld, q, b->q.ld, 1, dk, b->dk.ld);
         }
         if (old < cols) {
-            rt_cpu_gemm_tn(cols - old, s->dv, rows, 1, p + old, cols, dout, b->dout.ld, 0, dv + old * b->dv.ld, b->dv.ld);
-            rt_cpu_gemm_tn(cols - old, s->dqk, rows, 1, dp + old, cols, q, b->q.ld, 0, dk + old * b->dk.ld, b->dk.ld);
+            rt_cpu_gemm_tn(cols - old, s->dv, rows, 1, p + old, ld, dout, b->dout.ld, 0, dv + old * b->dv.ld, b->dv.ld);
+            rt_cpu_gemm_tn(cols - old, s->dqk, rows, 1, dp + old, ld, q, b->q.ld, 0, dk + old * b->dk.ld, b->dk.ld);
         }
-        rt_cpu_gemm_nn(rows, s->dqk, cols, 1, dp, cols, k, b->k.ld, k0 > 0, rt_cpu_head_at(b->dq, row0, h), b->dq.ld);
+        rt_cpu_gemm_nn(rows, s->dqk, cols, 1, dp, ld, k, b->k.ld, k0 > 0, rt_cpu_head_at(b->dq, row0, h), b->dq.ld);
     }
 }
 

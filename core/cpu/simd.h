@@ -47,15 +47,20 @@ RT_INLINE rt_v16 rt_v16_load_n(const float *p, int64_t n)
     return rt_v16_load(t);
 }
 
+/* Halves of a vector: narrower ones, so that a tree over lanes stays in registers. */
+typedef float rt_v8 __attribute__((vector_size(32)));
+typedef float rt_v4 __attribute__((vector_size(16)));
+
 /* Sum in a fixed tree. */
 RT_INLINE float rt_v16_sum(const rt_v16 *v)
 {
-    float t[16];
-    memcpy(t, v, sizeof t);
-    for (int w = 8; w >= 1; w /= 2)
-        for (int i = 0; i < w; i++)
-            t[i] += t[i + w];
-    return t[0];
+    rt_v8 a[2];
+    rt_v4 b[2];
+    memcpy(a, v, sizeof a);
+    a[0] += a[1];
+    memcpy(b, &a[0], sizeof b);
+    b[0] += b[1];
+    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
 /* Sum of n floats, sum of products: 16 lanes in a fixed order. */
@@ -99,12 +104,18 @@ RT_INLINE float rt_max(const float *x, int64_t n)
         const rt_v16 v = rt_v16_load(x + i);
         rt_v16_max(&m, &v);
     }
-    float top = -INFINITY;
+    float t[16], top = -INFINITY;
+    rt_v16_store(t, &m);
     for (; i < n; i++)
         top = x[i] > top ? x[i] : top;
-    for (int j = 0; j < 16; j++)
-        top = m[j] > top ? m[j] : top;
-    return top;
+    for (int j = 0; j < 8; j++)
+        t[j] = t[j] > t[j + 8] ? t[j] : t[j + 8];
+    for (int j = 0; j < 4; j++)
+        t[j] = t[j] > t[j + 4] ? t[j] : t[j + 4];
+    t[0] = t[0] > t[2] ? t[0] : t[2];
+    t[1] = t[1] > t[3] ? t[1] : t[3];
+    t[0] = t[0] > t[1] ? t[0] : t[1];
+    return t[0] > top ? t[0] : top;
 }
 
 RT_INLINE float rt_from_bits(uint32_t u)
