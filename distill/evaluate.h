@@ -66,6 +66,8 @@ struct rt_eval_answers {
     int n_k;
     int64_t k[16];
 };
+/* Unbiased pass@k of c right answers among n: 1 - C(n-c, k) / C(n, k); k <= n. */
+double rt_pass_at(int64_t n, int64_t c, int64_t k);
 /* Generates for each prompt line of path that has an "answer", and checks. USAGE: no such line. */
 enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,
                                bool (*stop)(void *), void *stop_self, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err);

@@ -81,8 +81,7 @@ out:
     return st;
 }
 
-/* 1 - C(n-c, k) / C(n, k) */
-static double pass_at(int64_t n, int64_t c, int64_t k)
+double rt_pass_at(int64_t n, int64_t c, int64_t k)
 {
     double miss = 1;
     if (n - c < k)
@@ -106,7 +105,7 @@ static enum rt_status summarise(struct answers *a, struct rt_buf *rows, struct r
         out->tokens += q->tokens;
         rt_ratio_add(&out->pass1, (double)q->correct, (double)q->samples);
         for (int j = 0; j < out->n_k; j++)
-            out->passk[j] += pass_at(q->samples, q->correct, out->k[j]) / (double)a->n;
+            out->passk[j] += rt_pass_at(q->samples, q->correct, out->k[j]) / (double)a->n;
         if (rows == NULL)
             continue;
         rt_json_free(line);
