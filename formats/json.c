@@ -290,6 +290,8 @@ static enum rt_status mismatch(const struct rt_json *obj, const char *key, const
 {
     const struct rt_json *v = rt_json_get(obj, key);
     char found[96] = "none: the key is missing";
+    if (obj == NULL) /* an item of what is no list */
+        return rt_fail(err, RT_FORMAT, "key '%s': expected %s, found no object around it", key, what);
     if (obj->type != RT_JSON_OBJECT)
         snprintf(found, sizeof found, "no object around it");
     else if (v != NULL)
@@ -308,7 +310,7 @@ static enum rt_status mismatch(const struct rt_json *obj, const char *key, const
 static bool absent(const struct rt_json *obj, const char *key)
 {
     const struct rt_json *v = rt_json_get(obj, key);
-    return obj->type == RT_JSON_OBJECT && (v == NULL || v->type == RT_JSON_NULL);
+    return obj != NULL && obj->type == RT_JSON_OBJECT && (v == NULL || v->type == RT_JSON_NULL);
 }
 
 enum rt_status rt_json_int(const struct rt_json *obj, const char *key, int64_t min, int64_t max, int64_t *out, struct rt_err *err)
