@@ -1,0 +1,404 @@
+/* Training runs on disk: refusals before the first step, resume after an interrupt and after a kill, evaluation, experiments. */
+#include <fcntl.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "core/io.h"
+#include "distill/eval_run.h"
+#include "distill/run_record.h"
+#include "tests/train_fixture.h"
+
+enum { MAX_ARGS = 64 };
+
+/* A command with its values, from words; what it logs lies in text. */
+struct command {
+    const struct rt_command *cmd;
+    void *values;
+    struct rt_positionals pos;
+    struct rt_log log;
+    char *text;
+    size_t text_len;
+    int asked, stop_at, kill_at; /* questions of the stop callback */
+};
+
+static bool stop(void *self)
+{
+    struct command *c = self;
+    c->asked++;
+    if (c->kill_at > 0 && c->asked >= c->kill_at)
+        raise(SIGKILL);
+    return c->stop_at > 0 && c->asked >= c->stop_at;
+}
+
+static void command_open(struct command *c, const struct rt_command *cmd, const char *const *argv)
+{
+    struct rt_err err = {0};
+    const struct rt_opt *const tables[] = {cmd->options, rt_common_options()};
+    int n = 0;
+    memset(c, 0, sizeof *c);
+    while (argv[n] != NULL)
+        n++;
+    c->cmd = cmd;
+    c->values = calloc(1, cmd->values_size);
+    assert_ok(rt_options_parse(tables, 2, n, (char *const *)(uintptr_t)argv, c->values, &c->pos, NULL, &err));
+    rt_log_init(&c->log, open_memstream(&c->text, &c->text_len), RT_LOG_INFO);
+}
+
+static void command_close(struct command *c)
+{
+    const struct rt_opt *const tables[] = {c->cmd->options, rt_common_options()};
+    rt_options_free(tables, 2, c->values, &c->pos);
+    fclose(c->log.out);
+    free(c->text);
+    free(c->values);
+}
+
+static enum rt_status command_run(struct command *c, struct rt_err *err)
+{
+    struct rt_context ctx = {.log = &c->log, .command = c->cmd, .stop = stop, .stop_self = c};
+    /* what it prints is not the tests' */
+    fflush(stdout);
+    const int shown = dup(STDOUT_FILENO), nothing = open("/dev/null", O_WRONLY);
+    dup2(nothing, STDOUT_FILENO);
+    const enum rt_status st = c->cmd->run(&ctx, c->values, &c->pos, err);
+    fflush(stdout);
+    dup2(shown, STDOUT_FILENO);
+    close(shown);
+    close(nothing);
+    fflush(c->log.out);
+    return st;
+}
+
+#define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
+
+/* Runs train with these words; *logged (may be NULL) is the log, to be freed. */
+static enum rt_status train(const char *const *argv, int stop_at, char **logged, struct rt_err *err)
+{
+    struct command c;
+    command_open(&c, &rt_cmd_train, argv);
+    c.stop_at = stop_at;
+    const enum rt_status st = command_run(&c, err);
+    if (logged != NULL)
+        *logged = strdup(c.text);
+    command_close(&c);
+    return st;
+}
+
+static struct rt_json *load(const char *dir, const char *name)
+{
+    struct rt_err err = {0};
+    struct rt_json *v = NULL;
+    char path[4096];
+    assert_ok(rt_path_join(path, sizeof path, dir, name, &err));
+    assert_ok(rt_json_load(path, 1 << 20, &v, &err));
+    return v;
+}
+
+static struct rt_buf read_file(const char *dir, const char *name)
+{
+    struct rt_err err = {0};
+    struct rt_buf b = {0};
+    char path[4096];
+    assert_ok(rt_path_join(path, sizeof path, dir, name, &err));
+    assert_ok(rt_file_read_all(path, 1 << 24, &b, &err));
+    return b;
+}
+
+static void assert_same_file(const char *a, const char *b, const char *name)
+{
+    struct rt_buf x = read_file(a, name), y = read_file(b, name);
+    assert_int_equal(x.len, y.len);
+    assert_memory_equal(x.data, y.data, x.len);
+    rt_buf_free(&x);
+    rt_buf_free(&y);
+}
+
+/* metrics.jsonl without what a clock says. */
+static void assert_same_metrics(const char *a, const char *b)
+{
+    struct rt_buf x = read_file(a, "metrics.jsonl"), y = read_file(b, "metrics.jsonl");
+    static const char *const keys[] = {"step", "loss", "ce", "kl", "grad_norm", "lr", "tokens", "targets", "accuracy"};
+    char *save_x = NULL, *save_y = NULL;
+    char *p = strtok_r(x.data, "\n", &save_x), *q = strtok_r(y.data, "\n", &save_y);
+    for (; p != NULL && q != NULL; p = strtok_r(NULL, "\n", &save_x), q = strtok_r(NULL, "\n", &save_y)) {
+        struct rt_err err = {0};
+        struct rt_json *u = NULL, *v = NULL;
+        assert_ok(rt_json_parse(p, strlen(p), a, &u, &err));
+        assert_ok(rt_json_parse(q, strlen(q), b, &v, &err));
+        for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+            double s = 0, t = 0;
+            assert_true(rt_json_as_double(rt_json_get(u, keys[i]), &s) && rt_json_as_double(rt_json_get(v, keys[i]), &t));
+            assert_true(s == t);
+        }
+        rt_json_free(u);
+        rt_json_free(v);
+    }
+    assert_true(p == NULL && q == NULL);
+    rt_buf_free(&x);
+    rt_buf_free(&y);
+}
+
+/* One student, its own rows as shards, and the same sequences as lines. */
+static const char *student, *shards, *lines;
+static struct tf_data *data;
+
+static int set_up(void **state)
+{
+    struct tf f;
+    (void)state;
+    if (data != NULL)
+        return 0;
+    data = malloc(sizeof *data);
+    tf_open(&f, &rt_backend_cpu, 1, TF_UNTIED, 0.4f);
+    tf_data(data, f.c.vocab_size, 11);
+    tf_score(data, &f);
+    tf_close(&f);
+    student = strdup(tf_write_student("run-student", TF_TIED, 1));
+    shards = strdup(tf_write_shards("run-shards", data));
+    lines = strdup(tf_write_lines("run-lines.jsonl", data));
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    free(data);
+    free((char *)(uintptr_t)student);
+    free((char *)(uintptr_t)shards);
+    free((char *)(uintptr_t)lines);
+    data = NULL;
+    return 0;
+}
+
+static void refused(const char *const *argv, enum rt_status expected, const char *says)
+{
+    struct rt_err err = {0};
+    const enum rt_status st = train(argv, 0, NULL, &err);
+    if (st != expected || strstr(err.msg, says) == NULL)
+        fail_msg("status %d, message '%s'; expected %d and '%s'", (int)st, err.msg, (int)expected, says);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("run-refused"), *file = test_tmp("run-file"), *longer = test_tmp("run-long.jsonl");
+    char below[600];
+    refused(ARGS("--student", student, "--data", shards, "--out", out, "--w-kl", "1", "--kd-temperature", "3"), RT_REFUSED, "T = 3 is not stored (stored: 1, 2)");
+    refused(ARGS("--student", student, "--data", shards, "--out", out, "--w-kl", "1", "--teacher-temperature", "0.6"), RT_REFUSED, "T = 0.6 is not stored");
+    refused(ARGS("--student", student, "--data", lines, "--out", out, "--w-kl", "0.5"), RT_REFUSED, "without teacher rows");
+    refused(ARGS("--student", student, "--data", lines, "--out", out, "--w-feature", "0.5"), RT_REFUSED, "no hidden states");
+    refused(ARGS("--student", student, "--data", shards, "--out", out, "--w-ce", "0"), RT_USAGE, "nothing would be learnt");
+    refused(ARGS("--student", student, "--data", shards, "--out", out, "--memory", "10000"), RT_NOMEM, "training needs");
+    refused(ARGS("--data", shards, "--out", out), RT_USAGE, "--init-config");
+    assert_false(rt_path_exists(out));
+    assert_ok(rt_publish_bytes(file, "x", 1, &err));
+    snprintf(below, sizeof below, "%s/run", file);
+    assert_int_not_equal(train(ARGS("--student", student, "--data", shards, "--out", below), 0, NULL, &err), RT_OK);
+    rt_err_clear(&err);
+    struct rt_buf b = {0};
+    for (int i = 0; i < 70; i++)
+        assert_ok(rt_buf_printf(&b, &err, "%s%d", i == 0 ? "{\"input_ids\": [" : ", ", i % 61));
+    assert_ok(rt_buf_printf(&b, &err, "]}\n"));
+    assert_ok(rt_publish_bytes(longer, b.data, b.len, &err));
+    rt_buf_free(&b);
+    refused(ARGS("--student", student, "--data", longer, "--out", out), RT_REFUSED, "has 70 tokens, the student takes 64");
+    struct tf_data *other = malloc(sizeof *other);
+    *other = *data;
+    memset(other->id.tokenizer_sha256, 'b', 64);
+    const char *foreign = tf_write_shards("run-foreign", other);
+    refused(ARGS("--student", student, "--data", foreign, "--out", out), RT_REFUSED, "bbbbbbbb");
+    *other = *data;
+    other->id.vocab_size = other->id.n_ids = 62;
+    foreign = tf_write_shards("run-wider", other);
+    refused(ARGS("--student", student, "--data", foreign, "--out", out), RT_REFUSED, "ids up to 61");
+    free(other);
+}
+
+/* The mass of the stored ids is known: a treatment that loses says so before the first step, in numbers. */
+static void test_tail_warning(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    char *log, mass[32];
+    struct rt_shard_set *set = NULL;
+    assert_ok(rt_shard_set_open(shards, &set, &err));
+    snprintf(mass, sizeof mass, "hold %.3f", rt_shard_set_info(set)->mass[1]);
+    assert_true(rt_shard_set_info(set)->mass[1] < 0.95);
+    rt_shard_set_free(set);
+    assert_ok(train(ARGS("--student", student, "--data", shards, "--out", test_tmp("run-dry"), "--w-kl", "1", "--kd-temperature", "2", "--tail", "renorm",
+                         "--dry-run", "--quiet", "--json"), 0, &log, &err));
+    assert_non_null(strstr(log, mass));
+    assert_non_null(strstr(log, "renorm"));
+    free(log);
+    assert_false(rt_path_exists(test_tmp("run-dry")));
+}
+
+#define RECIPE "--student", student, "--data", shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
+    "--lr", "1e-2", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--save-every", "2", "--eval-data", lines, "--eval-every", "4"
+
+static const char *const compared[] = {"model/model.safetensors", "model/config.json", "ckpt-00000009/adam_v.safetensors",
+                                       "ckpt-00000009/projector.safetensors", "eval/run-lines-4.jsonl", "eval/run-lines-9.jsonl"};
+
+/* Interrupted, or killed at any point, and started again: every byte of what an undisturbed run gives. */
+static void test_resume(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *whole = test_tmp("run-whole"), *parts = test_tmp("run-parts"), *killed = test_tmp("run-killed");
+    assert_ok(train(ARGS(RECIPE, "--out", whole, "--threads", "2"), 0, NULL, &err));
+    assert_int_equal(train(ARGS(RECIPE, "--out", parts, "--threads", "1"), 6, NULL, &err), RT_INTERRUPTED);
+    assert_non_null(strstr(err.msg, "the same command goes on"));
+    rt_err_clear(&err);
+    assert_status(train(ARGS(RECIPE, "--out", parts, "--clip", "2"), 0, NULL, &err), REFUSED);
+    assert_ok(train(ARGS(RECIPE, "--out", parts), 0, NULL, &err));
+    for (int at = 3; at < 30; at += 4) { /* more and more of it is done */
+        const pid_t child = fork();
+        if (child == 0) {
+            struct command c;
+            command_open(&c, &rt_cmd_train, ARGS(RECIPE, "--out", killed, "--threads", "1"));
+            c.kill_at = at;
+            _exit(command_run(&c, &err) == RT_OK ? 0 : 1);
+        }
+        int status;
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_true(WIFSIGNALED(status) || WEXITSTATUS(status) == 0);
+    }
+    assert_ok(train(ARGS(RECIPE, "--out", killed), 0, NULL, &err));
+    for (size_t i = 0; i < sizeof compared / sizeof compared[0]; i++) {
+        assert_same_file(whole, parts, compared[i]);
+        assert_same_file(whole, killed, compared[i]);
+    }
+    assert_same_metrics(whole, parts);
+    assert_same_metrics(whole, killed);
+    struct rt_json *run = load(killed, RT_RUN_FILE);
+    int64_t steps;
+    bool finished;
+    double ce;
+    assert_ok(rt_json_int(run, "steps", 9, 9, &steps, &err));
+    assert_ok(rt_json_bool_or(run, "finished", false, &finished, &err));
+    assert_true(finished);
+    assert_ok(rt_json_double(rt_json_get(run, "final"), "ce", &ce, &err));
+    assert_true(ce > 0);
+    rt_json_free(run);
+    struct rt_buf evals = read_file(killed, RT_EVAL_FILE);
+    int n = 0;
+    for (size_t i = 0; i < evals.len; i++)
+        n += evals.data[i] == '\n';
+    assert_int_equal(n, 4); /* steps 0, 4, 8, 9 */
+    rt_buf_free(&evals);
+}
+
+/* Whole numbers of the loss do not depend on where sequences come from. */
+static void test_lines_and_shards(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    double ce[2], kl;
+    for (int i = 0; i < 2; i++) {
+        struct rt_loaded_student l = {0};
+        struct rt_device d = {0};
+        struct rt_json *line = NULL;
+        struct rt_buf rows = {0};
+        const struct rt_student_source source = {student, NULL, NULL, NULL};
+        const struct rt_eval_run_options o = {.data = i == 0 ? lines : shards, .T = 2, .memory = 1 << 28, .micro_tokens = i == 0 ? 0 : 40};
+        assert_ok(rt_device_open(&rt_backend_cpu, &(struct rt_dev_options){.threads = 2}, &d, &err));
+        assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
+        assert_ok(rt_json_new_object(&line, &err));
+        assert_ok(rt_eval_run(&l, &d, &o, line, &rows, &err));
+        assert_ok(rt_json_double(line, "ce", &ce[i], &err));
+        if (i == 1)
+            assert_ok(rt_json_double(line, "kl", &kl, &err));
+        else
+            assert_true(!rt_json_as_double(rt_json_get(line, "kl"), &kl) || isnan(kl));
+        int n = 0;
+        for (size_t c = 0; c < rows.len; c++)
+            n += rows.data[c] == '\n';
+        assert_int_equal(n, TF_SEQS);
+        rt_json_free(line);
+        rt_buf_free(&rows);
+        rt_loaded_student_close(&l);
+        rt_device_close(&d);
+    }
+    /* the same sequences, packed differently: the order of float32 sums */
+    assert_true(fabs(ce[0] - ce[1]) < 1e-6 * ce[0]);
+    assert_true(kl > 0);
+}
+
+/* A learning rate that bursts everything: skipped steps end the run, --on-nan stop at once; the good checkpoint stays. */
+static void test_nan(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_ckpt at;
+    const char *out = test_tmp("run-nan");
+    char *log;
+    const char *const argv[] = {"--student", student, "--data", shards, "--batch-tokens", "80", "--steps", "30", "--lr", "10", "--eps", "1e-20", "--clip", "0",
+                                "--schedule", "constant", "--warmup", "0", "--save-every", "1", "--weight-decay", "10", "--beta1", "0", "--out", out, NULL};
+    const enum rt_status st = train(argv, 0, &log, &err);
+    /* weights grow by a factor of 99 a step until a product overflows */
+    assert_int_equal(st, RT_NUMERIC);
+    assert_non_null(strstr(log, "left out"));
+    assert_non_null(strstr(err.msg, "in a row"));
+    rt_err_clear(&err);
+    free(log);
+    assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
+    assert_true(at.step >= 1);
+    const char *const stop_argv[] = {"--student", student, "--data", shards, "--batch-tokens", "80", "--steps", "30", "--lr", "10", "--eps", "1e-20", "--clip", "0",
+                                     "--schedule", "constant", "--warmup", "0", "--save-every", "1", "--weight-decay", "10", "--beta1", "0", "--out",
+                                     test_tmp("run-nan-stop"), "--on-nan", "stop", NULL};
+    assert_int_equal(train(stop_argv, 0, NULL, &err), RT_NUMERIC);
+    assert_non_null(strstr(err.msg, "key "));
+}
+
+/* Arms begin with the same parameters and see the same sequences in the same order; a second start finds everything done. */
+static void test_experiment(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("run-experiment");
+    struct rt_json *v[2];
+    char path[600];
+    struct command c;
+    for (int again = 0; again < 2; again++) {
+        command_open(&c, &rt_cmd_experiment, ARGS("--student", student, "--data", shards, "--arms", "hard,soft", "--kd-temperature", "2", "--seeds", "2", "--steps",
+                                                  "3", "--batch-tokens", "60", "--lr", "1e-2", "--eval-data", shards, "--out", out));
+        assert_ok(command_run(&c, &err));
+        assert_true(again == 0 || strstr(c.text, "finished already") != NULL);
+        command_close(&c);
+    }
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/arms/%s-seed1", out, i == 0 ? "hard" : "soft");
+        v[i] = load(path, RT_RUN_FILE);
+    }
+    const char *a, *b;
+    assert_ok(rt_json_string(v[0], "order_sha256", &a, &err));
+    assert_ok(rt_json_string(v[1], "order_sha256", &b, &err));
+    assert_string_equal(a, b);
+    assert_ok(rt_json_string(rt_json_get(v[0], "init"), "sha256", &a, &err));
+    assert_ok(rt_json_string(rt_json_get(v[1], "init"), "sha256", &b, &err));
+    assert_string_equal(a, b);
+    double ce = 1, kl = 0;
+    assert_ok(rt_json_double(rt_json_get(v[1], "weights"), "ce", &ce, &err));
+    assert_ok(rt_json_double(rt_json_get(v[1], "weights"), "kl", &kl, &err));
+    assert_true(ce == 0 && kl == 1);
+    rt_json_free(v[0]);
+    rt_json_free(v[1]);
+    v[0] = load(out, RT_EXPERIMENT_FILE);
+    bool finished;
+    assert_ok(rt_json_bool_or(v[0], "finished", false, &finished, &err));
+    assert_true(finished);
+    assert_int_equal(rt_json_len(rt_json_get(v[0], "arms")), 2);
+    rt_json_free(v[0]);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_resume, set_up),
+    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
+    cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
+};
+RT_SUITE(train_run, tests)
