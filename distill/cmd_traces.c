@@ -284,12 +284,16 @@ static enum rt_status generate(struct job *j, struct rt_err *err)
     j->t_start = j->t_sync = rt_now();
     rt_progress_begin(&j->progress, j->ctx->log, "sampling", "traces", j->n_prompts * j->v->samples);
     j->progress.first = rt_trace_file_kept(j->file);
-    st = rt_generate(&j->gen, &o, NULL, err);
+    struct rt_err e = {0};
+    st = rt_generate(&j->gen, &o, NULL, &e);
     rt_progress_update(&j->progress, rt_trace_file_kept(j->file), NULL);
     rt_progress_end(&j->progress);
-    const enum rt_status saved = rt_trace_file_sync(j->file, st == RT_OK, st == RT_OK ? err : NULL);
+    const enum rt_status saved = rt_trace_file_sync(j->file, st == RT_OK, &e);
     if (st == RT_INTERRUPTED)
-        rt_info(j->ctx->log, "%ld of %ld traces are kept; the same command goes on", (long)rt_trace_file_kept(j->file), (long)(j->n_prompts * j->v->samples));
+        rt_fail(err, st, "interrupted: %ld of %ld traces are kept in %s; the same command goes on", (long)rt_trace_file_kept(j->file),
+                (long)(j->n_prompts * j->v->samples), j->v->out);
+    else if (st != RT_OK || saved != RT_OK)
+        rt_fail(err, e.status, "%s", e.msg);
     return st != RT_OK ? st : saved;
 }
 
