@@ -126,6 +126,24 @@ out:
     return st;
 }
 
+/* Tokens of the longest prompt; rewinds. */
+static enum rt_status longest_prompt(struct rt_dataset *data, int64_t *longest, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_prompt p;
+    bool end;
+    *longest = 0;
+    for (;;) {
+        RT_TRY(rt_dataset_next_prompt(data, &p, &end, err));
+        if (end)
+            break;
+        *longest = p.n > *longest ? p.n : *longest;
+    }
+    RT_TRY(rt_dataset_rewind(data, err));
+out:
+    return st;
+}
+
 enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,
                                bool (*stop)(void *), void *stop_self, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err)
 {
@@ -133,14 +151,16 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     struct answers a = {.l = l, .o = o};
     struct rt_generator g = {0};
     int32_t stop_ids[RT_GENERATE_MAX_STOP];
-    int64_t n_ids;
+    int64_t n_ids, longest;
     *out = (struct rt_eval_answers){0};
     if (l->model.tok == NULL)
         RT_FAIL(err, UNSUPPORTED, "%s: answers need a tokenizer, the student has none; --tokenizer DIR names one", path);
     RT_TRY(rt_model_dir_n_ids(&l->model, l->c.vocab_size, &n_ids, err));
     const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl, .max_length = rt_student_max_length(l->s) - 1};
     RT_TRY(rt_dataset_open(path, &d, &a.data, err));
-    const struct rt_generator_options go = {.memory = o->memory, .max_len = rt_student_max_length(l->s)};
+    RT_TRY(longest_prompt(a.data, &longest, err));
+    const int64_t most = rt_student_max_length(l->s);
+    const struct rt_generator_options go = {.memory = o->memory, .max_len = longest + o->max_tokens < most ? longest + o->max_tokens : most};
     RT_TRY(rt_generator_student(l->s, &go, &g, err));
     rt_progress_begin(&a.progress, log, "answering", "samples", 0);
     const struct rt_generate_options options = {

@@ -130,6 +130,15 @@ static bool due(int64_t step, int64_t every)
     return every > 0 && step % every == 0;
 }
 
+/* An evaluation that is interrupted is made again on resume, from a checkpoint of its step. */
+static enum rt_status evaluate_between(struct rt_train_run *r, struct rt_err *err)
+{
+    const enum rt_status st = rt_train_evaluate(r, err);
+    if (st == RT_INTERRUPTED)
+        save(r, NULL);
+    return st;
+}
+
 static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -139,6 +148,8 @@ static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
     struct rt_step_result s;
     int skipped = 0;
     double logged = rt_now();
+    if (t->step == 0 || (due(t->step, v->eval_every) && t->step < r->total_steps))
+        RT_TRY(evaluate_between(r, err));
     rt_progress_begin(&progress, r->ctx->log, "training", "tokens", r->total_tokens);
     progress.first = t->tokens;
     while (t->step < r->total_steps) {
@@ -163,7 +174,7 @@ static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
         }
         rt_progress_update(&progress, t->tokens, NULL);
         if (due(t->step, v->eval_every) && t->step < r->total_steps)
-            RT_TRY(rt_train_evaluate(r, err));
+            RT_TRY(evaluate_between(r, err));
         if (due(t->step, v->save_every) || t->step == r->total_steps)
             RT_TRY(save(r, err));
     }
@@ -218,8 +229,6 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     RT_TRY(rt_trainer_open(&r.trainer, r.student.s, r.set, r.weight, r.n_sets, &r.o, err));
     RT_TRY(resume(&r, err));
     RT_TRY(rt_train_record_run(&r, false, err));
-    if (r.trainer.step == 0)
-        RT_TRY(rt_train_evaluate(&r, err));
     RT_TRY(loop(&r, err));
     RT_TRY(finish(&r, err));
     if (outcome != NULL)
