@@ -18,7 +18,7 @@
 
 enum rt_cmp_metric { RT_CMP_CE, RT_CMP_KL, RT_CMP_AGREEMENT, RT_CMP_ACCURACY, RT_CMP_PASS1, RT_CMP_METRICS };
 struct rt_cmp_metric_info {
-    const char *key, *title, *unit;
+    const char *key, *title, *word, *unit; /* word: inside a sentence */
     bool lower_is_better, share; /* share: a number in [0, 1], shown in per cent */
 };
 extern const struct rt_cmp_metric_info rt_cmp_metric_info[RT_CMP_METRICS];

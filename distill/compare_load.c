@@ -13,11 +13,11 @@ enum { PATH_CAP = 4096 };
 static const size_t max_record = (size_t)64 << 20;
 
 const struct rt_cmp_metric_info rt_cmp_metric_info[RT_CMP_METRICS] = {
-    {"ce", "Cross-entropy", "nats a target", true, false},
-    {"kl", "KL to the teacher", "nats a row", true, false},
-    {"agreement", "Agreement with the teacher", "rows with the teacher's argmax", false, true},
-    {"accuracy", "Next-token accuracy", "targets", false, true},
-    {"pass1", "pass@1", "problems", false, true},
+    {"ce", "Cross-entropy", "cross-entropy", "nats a target", true, false},
+    {"kl", "KL to the teacher", "KL to the teacher", "nats a row", true, false},
+    {"agreement", "Agreement with the teacher", "agreement with the teacher", "rows with the teacher's argmax", false, true},
+    {"accuracy", "Next-token accuracy", "next-token accuracy", "targets", false, true},
+    {"pass1", "pass@1", "pass@1", "problems", false, true},
 };
 const struct rt_cmp_curve_info rt_cmp_curve_info[RT_CURVES] = {
     {"loss", "Training loss", "nats"},  {"ce", "Cross-entropy", "nats a target"}, {"kl", "KL to the teacher", "nats a row, times T²"},

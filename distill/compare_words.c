@@ -190,11 +190,11 @@ static enum rt_status judge_one(const struct rt_comparison *c, int e, int a, int
         snprintf(seeds, sizeof seeds, "; one seed, so the spread between trainings is not in the interval");
     if (d->told)
         snprintf(text, sizeof text, "%s: %s is %s than %s in %s: %s against %s (difference %s, 95 %% interval %s to %s, %lld paired%s).", c->eval[e],
-                 c->arm[a].name, (d->value.mean < 0) == info->lower_is_better ? "better" : "worse", c->arm[0].name, info->title, x, y, diff, lo, hi,
+                 c->arm[a].name, (d->value.mean < 0) == info->lower_is_better ? "better" : "worse", c->arm[0].name, info->word, x, y, diff, lo, hi,
                  (long long)d->value.n, seeds);
     else
         snprintf(text, sizeof text, "%s: no difference between %s and %s in %s can be told: %s against %s (difference %s, 95 %% interval %s to %s, %lld paired%s).",
-                 c->eval[e], c->arm[a].name, c->arm[0].name, info->title, x, y, diff, lo, hi, (long long)d->value.n, seeds);
+                 c->eval[e], c->arm[a].name, c->arm[0].name, info->word, x, y, diff, lo, hi, (long long)d->value.n, seeds);
     return rt_json_set_string(list, NULL, text, err);
 }
 
@@ -206,14 +206,15 @@ static enum rt_status verdict(struct rt_comparison *c, struct rt_err *err)
     bool controlled = true;
     RT_TRY(rt_json_set_array(c->report, "verdict", &list, err));
     rt_json_as_bool(rt_json_get(c->report, "controlled"), &controlled);
+    if (!controlled)
+        RT_TRY(rt_json_set_string(list, NULL, "The arms differ in more than their treatment (see the warnings): these differences need not come from it.", err));
+    const size_t before = rt_json_len(list);
     for (int a = 1; a < c->n_arms; a++)
         for (int e = 0; e < c->n_evals; e++)
             for (size_t m = 0; m < sizeof judged / sizeof judged[0]; m++)
                 if (c->has[e][judged[m]])
                     RT_TRY(judge_one(c, e, a, (int)judged[m], list, err));
-    if (!controlled && rt_json_len(list) > 0)
-        RT_TRY(rt_json_set_string(list, NULL, "The arms differ in more than their treatment (see the warnings): these differences may not come from it.", err));
-    if (c->n_arms > 1 && rt_json_len(list) == 0)
+    if (c->n_arms > 1 && rt_json_len(list) == before)
         RT_TRY(rt_json_set_string(list, NULL, "Nothing can be said: no evaluation left sums for the same sequences or problems in two arms.", err));
 out:
     return st;

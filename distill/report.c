@@ -51,6 +51,26 @@ out:
     return st;
 }
 
+/* A sentence; its claim, which ends where the numbers begin, is set bold. */
+static enum rt_status sentence(const char *text, struct rt_buf *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    char claim[512];
+    const char *at = strstr(text, ": ");
+    while (at != NULL && !(at[2] >= '0' && at[2] <= '9'))
+        at = strstr(at + 2, ": ");
+    if (at != NULL && (size_t)(at - text) < sizeof claim) {
+        snprintf(claim, sizeof claim, "%.*s", (int)(at - text), text);
+        RT_TRY(rt_buf_puts(out, "<strong>", err));
+        RT_TRY(rt_html_text(out, claim, err));
+        RT_TRY(rt_buf_puts(out, "</strong>", err));
+        text = at;
+    }
+    RT_TRY(rt_html_text(out, text, err));
+out:
+    return st;
+}
+
 static enum rt_status sentences(const struct rt_json *list, const char *title, const char *box, struct rt_buf *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -59,7 +79,7 @@ static enum rt_status sentences(const struct rt_json *list, const char *title, c
     RT_TRY(rt_buf_printf(out, err, "<section class=\"%s\"><h2>%s</h2><ul>\n", box, title));
     for (size_t i = 0; i < rt_json_len(list); i++) {
         RT_TRY(rt_buf_puts(out, "<li>", err));
-        RT_TRY(rt_html_text(out, rt_json_as_string(rt_json_at(list, i), NULL), err));
+        RT_TRY(sentence(rt_json_as_string(rt_json_at(list, i), NULL), out, err));
         RT_TRY(rt_buf_puts(out, "</li>\n", err));
     }
     RT_TRY(rt_buf_puts(out, "</ul></section>\n", err));

@@ -7,8 +7,8 @@
 #include "distill/compare.h"
 #include "formats/utf8.h"
 
-/* Sizes in user units, close to pixels on a page whose figures are 440 wide. */
-enum { W = 440, H = 250, LEFT = 52, RIGHT = 12, TOP = 14, BOTTOM = 40, ROW = 34, HEAD = 8, FOOT = 34, MAX_TICKS = 12 };
+/* Sizes in user units, close to pixels on a page whose figures are 340 to 500 wide. */
+enum { W = 380, H = 230, LEFT = 50, NAME_MOST = 22, RIGHT = 12, TOP = 14, BOTTOM = 40, ROW = 34, HEAD = 8, FOOT = 34, SIDE = 22, MAX_TICKS = 12 };
 
 enum rt_status rt_html_text(struct rt_buf *out, const char *s, struct rt_err *err)
 {
@@ -120,22 +120,42 @@ static double py(const struct frame *f, double y)
     return H - BOTTOM - place(&f->y, y) * (H - TOP - BOTTOM);
 }
 
-static bool frame_of(const struct rt_svg_line *line, int n, bool zero, struct frame *f)
+struct extent {
+    double x0, x1, y0, y1;
+    int points;
+};
+
+/* Of what lies at or behind x = from. */
+static struct extent extent_of(const struct rt_svg_line *line, int n, double from)
 {
-    double x0 = INFINITY, x1 = -INFINITY, y0 = INFINITY, y1 = -INFINITY;
+    struct extent e = {INFINITY, -INFINITY, INFINITY, -INFINITY, 0};
     for (int i = 0; i < n; i++)
         for (int k = 0; k < line[i].n; k++) {
             const double y = line[i].y[k];
-            if (!isfinite(y))
+            if (!isfinite(y) || line[i].x[k] < from)
                 continue;
-            x0 = fmin(x0, line[i].x[k]);
-            x1 = fmax(x1, line[i].x[k]);
-            y0 = fmin(y0, line[i].lo != NULL && isfinite(line[i].lo[k]) ? line[i].lo[k] : y);
-            y1 = fmax(y1, line[i].hi != NULL && isfinite(line[i].hi[k]) ? line[i].hi[k] : y);
+            e.points++;
+            e.x0 = fmin(e.x0, line[i].x[k]);
+            e.x1 = fmax(e.x1, line[i].x[k]);
+            e.y0 = fmin(e.y0, line[i].lo != NULL && isfinite(line[i].lo[k]) ? line[i].lo[k] : y);
+            e.y1 = fmax(e.y1, line[i].hi != NULL && isfinite(line[i].hi[k]) ? line[i].hi[k] : y);
         }
+    return e;
+}
+
+/* The axes. Where the first tenth of the steps takes more than half of the height, it goes beyond the top: what the arms differ in comes
+ * later. *cut says so. */
+static bool frame_of(const struct rt_svg_line *line, int n, bool zero, struct frame *f, bool *cut)
+{
+    const struct extent all = extent_of(line, n, -INFINITY), late = extent_of(line, n, all.x0 + 0.1 * (all.x1 - all.x0));
+    const double x0 = all.x0, x1 = all.x1;
+    double y0 = all.y0, y1 = all.y1;
     if (!(x1 >= x0))
         return false;
-    if (zero && y0 > 0 && y0 < 0.35 * y1 && y1 / y0 <= 100)
+    *cut = late.points >= 2 * n && late.y1 > late.y0 && all.y1 - late.y1 > late.y1 - late.y0;
+    if (*cut)
+        y1 = late.y1 + 0.1 * (late.y1 - late.y0);
+    if (zero && y0 > 0 && y0 < 0.35 * y1)
         y0 = 0;
     f->x = make_axis(x0, x1, false, 5);
     if (x1 > x0) { /* curves fill the width; ticks outside go */
@@ -157,9 +177,10 @@ static enum rt_status grid(struct rt_buf *out, const struct rt_svg_figure *f, co
     }
     for (int i = 0; i < fr->x.ticks; i++) {
         const double v = fr->x.tick[i];
-        if (v < fr->x.lo - 1e-9 || v > fr->x.hi + 1e-9)
+        const double slack = (fr->x.hi - fr->x.lo) * 0.01; /* the middle of the last bucket lies a little before the last step */
+        if (v < fr->x.lo - slack || v > fr->x.hi + slack)
             continue;
-        RT_TRY(rt_buf_printf(out, err, "<text class=\"tick\" x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%s</text>\n", px(fr, v), H - BOTTOM + 17,
+        RT_TRY(rt_buf_printf(out, err, "<text class=\"tick\" x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%s</text>\n", px(fr, v), H - BOTTOM + 16,
                              tick_text(text, &fr->x, v, false)));
     }
     RT_TRY(rt_buf_printf(out, err, "<line class=\"axis\" x1=\"%d\" x2=\"%d\" y1=\"%d\" y2=\"%d\"/><text class=\"label\" x=\"%d\" y=\"%d\" text-anchor=\"end\">", LEFT,
@@ -168,6 +189,12 @@ static enum rt_status grid(struct rt_buf *out, const struct rt_svg_figure *f, co
     RT_TRY(rt_buf_puts(out, "</text>\n", err));
 out:
     return st;
+}
+
+/* What lies above the axis is not drawn. */
+static enum rt_status clip(struct rt_buf *out, const char *id, struct rt_err *err)
+{
+    return rt_buf_printf(out, err, "<clipPath id=\"%s-c\"><rect x=\"0\" y=\"%d\" width=\"%d\" height=\"%d\"/></clipPath><g clip-path=\"url(#%s-c)\">\n", id, TOP - 6, W, H, id);
 }
 
 static enum rt_status band(struct rt_buf *out, const struct frame *fr, const struct rt_svg_line *l, struct rt_err *err)
@@ -225,27 +252,36 @@ enum rt_status rt_svg_lines(struct rt_buf *out, const struct rt_svg_figure *f, c
 {
     enum rt_status st = RT_OK;
     struct frame fr;
-    if (!frame_of(line, n, f->zero, &fr))
+    bool cut = false;
+    if (!frame_of(line, n, f->zero, &fr, &cut))
         return RT_OK;
     RT_TRY(open_svg(out, f, H, err));
     RT_TRY(grid(out, f, &fr, err));
+    if (cut)
+        RT_TRY(rt_buf_printf(out, err, "<text class=\"label\" x=\"%d\" y=\"%d\" text-anchor=\"end\">the first steps lie above</text>\n", W - RIGHT, TOP + 4));
+    RT_TRY(clip(out, f->id, err));
     for (int i = 0; i < n; i++)
         if (line[i].lo != NULL && line[i].hi != NULL)
             RT_TRY(band(out, &fr, &line[i], err));
     for (int i = 0; i < n; i++)
         RT_TRY(curve(out, &fr, &line[i], err));
-    RT_TRY(rt_buf_puts(out, "</svg>\n", err));
+    RT_TRY(rt_buf_puts(out, "</g></svg>\n", err));
 out:
     return st;
 }
 
 /* ---- bars and differences: a row each ---- */
+static double rx(const struct axis *a, double v)
+{
+    return SIDE + place(a, v) * (W - 2 * SIDE);
+}
+
 static enum rt_status row_axis(struct rt_buf *out, const struct rt_svg_figure *f, const struct axis *a, int h, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     char text[32];
     for (int i = 0; i < a->ticks; i++) {
-        const double x = LEFT / 4 + place(a, a->tick[i]) * (W - LEFT / 4 - 2 * RIGHT);
+        const double x = rx(a, a->tick[i]);
         RT_TRY(rt_buf_printf(out, err, "<line class=\"%s\" x1=\"%.1f\" x2=\"%.1f\" y1=\"%d\" y2=\"%d\"/><text class=\"tick\" x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%s</text>\n",
                              a->tick[i] == 0 ? "axis" : "grid", x, x, HEAD, h - FOOT, x, h - FOOT + 15, tick_text(text, a, a->tick[i], f->percent)));
     }
@@ -256,9 +292,16 @@ out:
     return st;
 }
 
-static double rx(const struct axis *a, double v)
+/* A name of at most NAME_MOST characters, the rest as an ellipsis; the whole of it is in the table. */
+static enum rt_status short_name(struct rt_buf *out, const char *name, struct rt_err *err)
 {
-    return LEFT / 4 + place(a, v) * (W - LEFT / 4 - 2 * RIGHT);
+    char text[4 * NAME_MOST + 8];
+    size_t at = 0;
+    int chars = 0;
+    for (size_t n; name[at] != '\0' && chars < NAME_MOST; at += n, chars++)
+        n = rt_utf8_char(name + at, strlen(name + at)) > 0 ? rt_utf8_char(name + at, strlen(name + at)) : 1;
+    snprintf(text, sizeof text, "%.*s%s", (int)at, name, name[at] != '\0' ? "\xe2\x80\xa6" : "");
+    return rt_html_text(out, text, err);
 }
 
 /* The row's name at the left and its value at the right, above the mark. */
@@ -267,9 +310,9 @@ static enum rt_status row_text(struct rt_buf *out, const struct rt_svg_figure *f
     enum rt_status st;
     char v[32], lo[32], hi[32];
     const char *(*text)(char[32], double, bool) = sign ? rt_cmp_signed : rt_cmp_number;
-    RT_TRY(rt_buf_printf(out, err, "<text class=\"name\" x=\"%d\" y=\"%d\">", LEFT / 4, y));
-    RT_TRY(rt_html_text(out, b->name, err));
-    RT_TRY(rt_buf_printf(out, err, "</text><text class=\"value\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%s", W - 2 * RIGHT, y, text(v, b->value, f->percent)));
+    RT_TRY(rt_buf_printf(out, err, "<text class=\"name\" x=\"%d\" y=\"%d\">", SIDE + 4, y));
+    RT_TRY(short_name(out, b->name, err));
+    RT_TRY(rt_buf_printf(out, err, "</text><text class=\"value\" x=\"%d\" y=\"%d\" text-anchor=\"end\">%s", W - SIDE - 4, y, text(v, b->value, f->percent)));
     if (isfinite(b->lo))
         RT_TRY(rt_buf_printf(out, err, " [%s, %s]", text(lo, b->lo, f->percent), text(hi, b->hi, f->percent)));
     RT_TRY(rt_buf_puts(out, "</text>\n", err));
