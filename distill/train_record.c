@@ -1,4 +1,5 @@
 /* What a training run writes: run.json, metrics.jsonl, eval.jsonl (distill/run_record.h). */
+#include <inttypes.h>
 #include <math.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -89,6 +90,31 @@ static double mean_length(const struct rt_train_run *r)
     return tokens / sequences;
 }
 
+/* Greatest resident memory since rt_train_peak_reset, else of the process's life. */
+static int64_t peak_memory(void)
+{
+    struct rusage usage = {0};
+    char line[256];
+    int64_t kib = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    while (f != NULL && fgets(line, sizeof line, f) != NULL)
+        if (sscanf(line, "VmHWM: %" SCNd64 " kB", &kib) == 1)
+            break;
+    if (f != NULL)
+        fclose(f);
+    getrusage(RUSAGE_SELF, &usage);
+    return (kib > 0 ? kib : (int64_t)usage.ru_maxrss) * 1024;
+}
+
+void rt_train_peak_reset(void)
+{
+    FILE *f = fopen("/proc/self/clear_refs", "w");
+    if (f == NULL)
+        return; /* the peak is that of the process then */
+    fputs("5", f);
+    fclose(f);
+}
+
 /* Means over the last tenth of the steps, from metrics.jsonl: what a resumed run and an uninterrupted one agree on. */
 static enum rt_status add_final(const struct rt_train_run *r, struct rt_json *final, struct rt_err *err)
 {
@@ -134,15 +160,13 @@ static enum rt_status add_result(const struct rt_train_run *r, struct rt_json *v
     enum rt_status st;
     const struct rt_trainer *t = &r->trainer;
     struct rt_json *final;
-    struct rusage usage = {0};
-    getrusage(RUSAGE_SELF, &usage);
     RT_TRY(rt_json_set_int(v, "steps", t->step, err));
     RT_TRY(rt_json_set_int(v, "tokens", t->tokens, err));
     RT_TRY(rt_json_set_int(v, "targets", t->targets, err));
     RT_TRY(rt_json_set_int(v, "skipped_steps", t->skipped, err));
     RT_TRY(rt_json_set_double(v, "seconds", r->seconds, err));
     RT_TRY(rt_json_set_double(v, "tokens_per_second", (double)t->tokens / r->seconds, err));
-    RT_TRY(rt_json_set_int(v, "peak_memory", (int64_t)usage.ru_maxrss * 1024, err));
+    RT_TRY(rt_json_set_int(v, "peak_memory", peak_memory(), err));
     RT_TRY(rt_json_set_double(v, "flops", (double)t->tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, mean_length(r)), err));
     RT_TRY(rt_json_set_object(v, "final", &final, err));
     RT_TRY(add_final(r, final, err));

@@ -211,6 +211,7 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     enum rt_status st;
     bool finished;
     struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
+    rt_train_peak_reset();
     RT_TRY(rt_train_prepare(&r, err));
     if (v->common.dry_run) {
         RT_TRY(rt_train_print_plan(&r, err));

@@ -59,6 +59,8 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
 int64_t rt_train_longest(const struct rt_train_run *r);
 
 /* train_record.c */
+/* Begins a new peak of memory, so that arms of one process each have their own. */
+void rt_train_peak_reset(void);
 enum rt_status rt_train_record_run(struct rt_train_run *r, bool finished, struct rt_err *err);
 enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step_result *s, double lr, double seconds, struct rt_err *err);
 /* Evaluates on every --eval-data and appends to eval.jsonl. */
