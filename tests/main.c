@@ -21,6 +21,7 @@ static const struct rt_suite *const suites[] = {
 enum { N_SUITES = sizeof suites / sizeof suites[0] };
 
 int rt_oracle_main(int argc, char **argv); /* tests/oracle.c */
+int rt_fuzz_main(int argc, char **argv);   /* tests/fuzz.c */
 
 static char tmp_root[64];
 
@@ -74,6 +75,8 @@ int main(int argc, char **argv)
 {
     if (argc > 1 && strcmp(argv[1], "--oracle") == 0)
         return rt_oracle_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "--fuzz") == 0)
+        return rt_fuzz_main(argc - 1, argv + 1);
     if (argc > 1 && strcmp(argv[1], "--list") == 0) {
         for (int s = 0; s < N_SUITES; s++)
             for (size_t t = 0; t < suites[s]->n; t++)
