@@ -1,5 +1,6 @@
 /* The trace pipeline: generation over a toy engine, trace files that survive kills, and the commands on the embedded teacher. */
 #include <fcntl.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,7 @@
 #include "distill/lines.h"
 #include "distill/trace_file.h"
 #include "formats/dataset.h"
+#include "formats/shard.h"
 #include "tests/suite.h"
 
 #define TEACHER "examples/tiny_teacher"
@@ -479,6 +481,99 @@ static void tokenize_goes_both_ways(void **state)
     rt_buf_free(&text);
 }
 
+/* A set of two sequences of three tokens over four ids, with whole states of layer 1. */
+static void make_set(const char *dir)
+{
+    struct rt_err err = {0};
+    struct rt_shard_sink *shards;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    struct rt_row_identity id = {.vocab_size = 4, .n_ids = 4, .top_k = 2, .n_lse = 2, .lse_temperature = {0.5, 1}, .n_features = 1, .feature = {{1, 2, RT_BF16, false}}};
+    static const float all[4] = {0.1f, 0.25f, 1.5f, -2}; /* of every row; no short decimals in binary */
+    static const uint32_t ids[3] = {3, 2, 0}, position[2] = {0, 1}, top[4] = {2, 1, 2, 1}, next[2] = {2, 0}, rank[2] = {0, 2};
+    static const uint8_t mask[3] = {0, 1, 1};
+    static const float logits[4] = {1.5f, 0.25f, 1.5f, 0.25f};
+    uint16_t states[6];
+    float lse[4], logprob[2];
+    memset(id.teacher_sha256, 'a', 64);
+    strcpy(id.mode, "w8a16/f32/ref");
+    for (int i = 0; i < 4; i++) {
+        double sum = 0;
+        for (int v = 0; v < 4; v++)
+            sum += exp(all[v] / id.lse_temperature[i % 2]);
+        lse[i] = (float)log(sum);
+    }
+    for (int i = 0; i < 2; i++)
+        logprob[i] = all[next[i]] - lse[1];
+    for (int i = 0; i < 6; i++)
+        states[i] = rt_f32_to_bf16((float)i / 4);
+    assert_ok(rt_shard_sink_open(dir, &id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
+    for (int s = 0; s < 2; s++) {
+        struct rt_rows r = {.occurrence = (uint32_t)s, .source_line = s + 1, .n_tokens = 3, .ids = ids, .loss_mask = mask, .n_rows = 2, .k = 2, .n_lse = 2,
+                            .position = position, .topk_ids = top, .topk_logits = logits, .lse = lse, .next_id = next, .next_logprob = logprob,
+                            .next_rank = rank, .n_features = 1, .feature = {states}};
+        rt_rows_key(ids, 3, r.key);
+        assert_ok(sink.put(sink.self, &r, &err));
+    }
+    assert_ok(sink.finish(sink.self, &err));
+    rt_shard_sink_free(shards);
+}
+
+static void number(const struct rt_json *v, double expected)
+{
+    double x;
+    assert_true(rt_json_as_double(v, &x));
+    assert_true((float)x == (float)expected); /* printed so that the same float32 is read */
+}
+
+static void cat_prints_rows(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_lines in = {0};
+    struct rt_json *v = NULL;
+    char args[5000];
+    bool end;
+    int64_t seq, at;
+    const char *dir = test_tmp("cat-set"), *out = test_tmp("cat.jsonl");
+    make_set(dir);
+    snprintf(args, sizeof args, "%s --features", dir);
+    assert_ok(command(&rt_cmd_cat, args, -1, NULL, out, &err));
+    assert_ok(rt_lines_open(out, &in, &err));
+    for (int i = 0;; i++) {
+        assert_ok(rt_lines_next_json(&in, &v, &end, &err));
+        if (end) {
+            assert_int_equal(i, 4);
+            break;
+        }
+        assert_ok(rt_json_int(v, "seq", 0, 1, &seq, &err));
+        assert_ok(rt_json_int(v, "pos", 0, 1, &at, &err));
+        assert_true(seq == i / 2 && at == i % 2);
+        number(rt_json_get(v, "token"), at == 0 ? 3 : 2);
+        number(rt_json_get(v, "next"), at == 0 ? 2 : 0);
+        number(rt_json_get(v, "next_rank"), at == 0 ? 0 : 2);
+        const double lse = log(exp(0.1f) + exp(0.25) + exp(1.5) + exp(-2));
+        number(rt_json_get(v, "next_logprob"), (at == 0 ? 1.5f : 0.1f) - (float)lse);
+        number(rt_json_get(rt_json_get(v, "lse"), "1"), lse);
+        number(rt_json_get(rt_json_get(v, "lse"), "0.5"), log(exp(0.1f / 0.5) + exp(0.25 / 0.5) + exp(1.5 / 0.5) + exp(-2 / 0.5)));
+        number(rt_json_at(rt_json_get(v, "ids"), 1), 1);
+        number(rt_json_at(rt_json_get(v, "logits"), 0), 1.5);
+        number(rt_json_at(rt_json_get(rt_json_get(v, "features"), "1"), 1), (2 * (double)at + 1) / 4);
+        rt_json_free(v);
+        v = NULL;
+    }
+    rt_lines_close(&in);
+    struct rt_buf text = {0};
+    snprintf(args, sizeof args, "%s --seq 1 --limit 1", dir);
+    assert_ok(command(&rt_cmd_cat, args, -1, NULL, out, &err));
+    read_file(out, &text);
+    assert_memory_equal(text.data, "{\"seq\":1,\"pos\":0,", 17);
+    assert_ptr_equal(memchr(text.data, '\n', text.len), text.data + text.len - 1);
+    rt_buf_free(&text);
+    snprintf(args, sizeof args, "%s --seq 2", dir);
+    assert_status(command(&rt_cmd_cat, args, -1, NULL, out, &err), USAGE);
+}
+
 static void lines_come_whole_across_reads(void **state)
 {
     (void)state;
@@ -521,5 +616,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(traces_filter_in_the_same_run),
     cmocka_unit_test(bad_arguments_are_told),
     cmocka_unit_test(tokenize_goes_both_ways),
+    cmocka_unit_test(cat_prints_rows),
 };
 RT_SUITE(traces, tests)
