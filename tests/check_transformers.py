@@ -5,7 +5,7 @@
 
 Teacher: its FP8 checkpoint is dequantised here, loaded as DeepseekV3ForCausalLM in float32, and the logits compared
 with this file's own NumPy forward pass, with FILE (tensors input_ids and logits or w8a16.logits), and with the rows that
-`retort logits` writes. Student: the directory is loaded unchanged; FILE as before.
+`retort logits` writes. Student: the directory is loaded unchanged; FILE as before, and the loss that `retort eval` finds.
 The error is |a - b| / |b| of the whole tensor. Lines: PASS|FAIL|SKIP name value bound; exit status 1 after a FAIL.
 """
 import argparse
@@ -193,6 +193,21 @@ def compare_retort(name, model, binary, folder, ids):
     report(name, difference(got, np.concatenate([truth[r["pos"]][r["ids"]] for r in rows])))
 
 
+def compare_retort_student(name, model, binary, folder, ids):
+    """The cross-entropy that `retort eval` finds on these ids against the model's own."""
+    with tempfile.TemporaryDirectory() as d:
+        data = os.path.join(d, "data.jsonl")
+        with open(data, "w") as f:
+            f.write(json.dumps({"input_ids": ids}) + "\n")
+        done = subprocess.run([binary, "eval", "--student", folder, "--data", data, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return report(name, math.inf)
+    logits = torch.as_tensor(logits_of(model, ids))[:-1].double()
+    truth = torch.nn.functional.cross_entropy(logits, torch.as_tensor(ids[1:])).item()
+    report(name, abs(json.loads(done.stdout)["ce"] - truth) / truth, 1e-5)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--teacher", default=os.path.join(EXAMPLES, "tiny_teacher"))
@@ -223,6 +238,10 @@ def main():
     student.eval()
     report("student.keys_not_matched", len(info["missing_keys"]) + len(info["unexpected_keys"]), 0)
     report("student.not_finite", int((~np.isfinite(logits_of(student, sample_ids(o.student)))).sum()), 0)
+    if o.retort:
+        compare_retort_student("student.ce_retort", student, o.retort, o.student, sample_ids(o.student))
+    else:
+        skip("student.ce_retort", "no --retort BIN")
     if o.student_expected:
         compare_file("student.logits_expected", student, o.student_expected)
     else:
