@@ -1,0 +1,230 @@
+#!/bin/sh
+# The command line: exit codes, what is said and where, bad files, full disks, closed outputs. Argument: the build directory.
+set -u
+here=$(pwd)
+retort=$here/$1/retort
+teacher=$here/examples/tiny_teacher
+student=$here/examples/tiny_student
+d=$(mktemp -d /tmp/retort-cli-XXXXXX)
+trap 'rm -rf "$d"' EXIT
+failed=0 checks=0
+
+bad() { # what
+    failed=$((failed + 1))
+    echo "FAILED: $1"
+    sed 's/^/    /' "$d/err" | tail -n 6
+}
+want() { # exit code, pattern of stderr ("" for any), command ...
+    code=$1 pattern=$2
+    shift 2
+    checks=$((checks + 1))
+    "$@" >"$d/out" 2>"$d/err" </dev/null
+    got=$?
+    if [ "$got" != "$code" ]; then
+        bad "exit code $got, expected $code: $*"
+    elif [ -n "$pattern" ] && ! grep -qE -- "$pattern" "$d/err"; then
+        bad "stderr lacks '$pattern': $*"
+    elif [ "$code" = 0 ] || [ "$code" = 130 ]; then
+        :
+    elif [ "$(grep -c '^retort' "$d/err")" != 1 ]; then
+        bad "expected one line 'retort ...': $*"
+    fi
+}
+same() { # file, file, what
+    checks=$((checks + 1))
+    cmp -s "$1" "$2" || bad "$3"
+}
+
+commands=$("$retort" --help | sed -n 's/^  \([a-z][a-z]*\)  .*/\1/p')
+
+# ---- usage ----
+checks=$((checks + 1))
+"$retort" >"$d/out" 2>"$d/err"
+[ $? = 2 ] && [ ! -s "$d/out" ] && grep -q '^usage: retort COMMAND' "$d/err" || bad "no arguments: usage on stderr, exit code 2"
+want 0 '' "$retort" --help
+want 2 "'trian' is no command; did you mean 'train'" "$retort" trian
+want 2 "'zzzzzzzz' is no command; .*--help" "$retort" zzzzzzzz
+want 2 "unknown option '--teachr'; did you mean '--teacher'" "$retort" logits --teachr x
+want 2 "option --threads: '99999' .* from 0 to 4096" "$retort" logits --threads 99999
+want 2 "option --threads: '-1'" "$retort" logits --threads=-1
+want 2 "option --threads" "$retort" logits --threads two
+want 2 "option --gpus: '0'" "$retort" logits --gpus 0
+want 2 "option --numerics: .*w8a16\|w8a8" "$retort" logits --numerics fp4
+want 2 "option --memory" "$retort" logits --memory 8X
+want 2 "option --teacher is required" "$retort" logits
+want 2 "option --threads" "$retort" logits --threads
+want 2 "found 0 arguments; usage: retort inspect" "$retort" inspect
+want 2 "found 3 arguments" "$retort" cat a b c
+[ -n "$commands" ] || bad "retort --help lists no commands"
+for c in $commands; do
+    want 0 '' "$retort" "$c" --help
+    [ -s "$d/out" ] && [ ! -s "$d/err" ] || bad "$c --help: the help belongs on stdout, and nothing on stderr"
+    cp "$d/out" "$d/help"
+    for o in $(sed -n 's/^ *\(OPT(\)\{0,1\}{"\([a-z0-9-]*\)", RT_OPT_.*/\2/p' "distill/cmd_$c.c" distill/command.c); do
+        checks=$((checks + 1))
+        grep -qE -- "^  --$o( |\$)" "$d/help" || bad "$c --help does not mention --$o"
+    done
+    want 2 "unknown option '--hlep'; did you mean '--help'" "$retort" "$c" --hlep
+done
+
+# ---- a little that is right ----
+sed -n 's/^\(.\{150\}\).*/\1"}/p' examples/prompts/almanac_train.jsonl | head -n 4 >"$d/short.jsonl"
+sed -n 1,6p examples/prompts/almanac_train.jsonl >"$d/text.jsonl"
+logits() { # data, out, more ...
+    data=$1 out=$2
+    shift 2
+    "$retort" logits --teacher "$teacher" --data "$data" --out "$out" --cache topk=4 --max-length 64 --overlong split --rows-per-shard 100 "$@"
+}
+run_logits() { # exit code, pattern, data, out, more ...
+    code=$1 pattern=$2
+    shift 2
+    checks=$((checks + 1))
+    logits "$@" >"$d/out" 2>"$d/err" </dev/null
+    got=$?
+    [ "$got" = "$code" ] || bad "exit code $got, expected $code: logits $*"
+    [ -z "$pattern" ] || grep -qE -- "$pattern" "$d/err" || bad "stderr lacks '$pattern': logits $*"
+}
+run_logits 0 '' "$d/text.jsonl" "$d/set"
+[ -s "$d/out" ] && bad "logits: chat on stdout"
+run_logits 0 'complete already' "$d/text.jsonl" "$d/set"
+want 1 'rows of another command; .*topk=4.*topk=5' "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/set" --cache topk=5 \
+    --max-length 64 --overlong split --rows-per-shard 100
+run_logits 0 '' "$d/text.jsonl" "$d/none" --dry-run
+grep -q '^tokens' "$d/out" || bad "--dry-run prints its plan on stdout"
+[ -e "$d/none" ] && bad "--dry-run made a directory"
+run_logits 0 '' "$d/text.jsonl" "$d/none" --dry-run --json
+python3 -c 'import json, sys; json.load(open(sys.argv[1]))' "$d/out" 2>/dev/null || command -v python3 >/dev/null || echo "SKIP --json is not parsed: no python3"
+
+# ---- bad files ----
+[ -s "$d/set/rows-000001.msgpack" ] || bad "the set should have several shards"
+cp -r "$d/set" "$d/cut"
+truncate -s -7 "$d/cut/rows-000000.msgpack"
+want 3 'rows-000000.msgpack' "$retort" cat "$d/cut"
+want 3 'rows-000000.msgpack' "$retort" inspect "$d/cut"
+cp -r "$d/set" "$d/flip"
+printf '\377' | dd of="$d/flip/rows-000000.msgpack" bs=1 seek=900 conv=notrunc 2>/dev/null
+want 3 'rows-000000.msgpack' "$retort" cat "$d/flip"
+cp -r "$d/set" "$d/lost"
+rm "$d/lost/rows-000001.msgpack"
+want 1 'rows-000001.msgpack' "$retort" cat "$d/lost"
+sed 's/"sequences":/"sequences":1/' "$d/set/manifest.jsonl" >"$d/flip/manifest.jsonl"
+want 3 'manifest.jsonl:1' "$retort" cat "$d/flip"
+
+copy_teacher() { # name
+    mkdir -p "$d/$1"
+    cp "$teacher"/*.json "$d/$1/"
+    ln "$teacher"/*.safetensors "$d/$1/" 2>/dev/null || cp "$teacher"/*.safetensors "$d/$1/"
+}
+with() { # exit code, pattern, directory of a teacher
+    want "$1" "$2" "$retort" logits --teacher "$d/$3" --data "$d/text.jsonl" --out "$d/never" --max-length 64 --overlong split
+}
+copy_teacher t
+sed 's/"deepseek_v3"/"mixtral"/' "$teacher/config.json" >"$d/t/config.json"
+with 3 "mixtral" t
+sed 's/"hidden_size": [0-9]*/"hidden_size": 136/' "$teacher/config.json" >"$d/t/config.json"
+with 3 'expected .*found|found .*expected|136' t
+printf '{' >"$d/t/config.json"
+with 3 'config.json: line 1' t
+: >"$d/t/config.json"
+with 3 'config.json' t
+rm "$d/t/config.json"
+with 1 "config.json.*No such file" t
+cp "$teacher/config.json" "$d/t/"
+sed 's/"model.layers.1.self_attn.o_proj.weight"/"model.layers.1.self_attn.oops.weight"/' "$teacher/model.safetensors.index.json" >"$d/t/model.safetensors.index.json"
+with 3 'oops' t
+cp "$teacher/model.safetensors.index.json" "$d/t/"
+rm "$d/t/model-00001-of-00002.safetensors"
+head -c 100000 "$teacher/model-00001-of-00002.safetensors" >"$d/t/model-00001-of-00002.safetensors"
+with 3 'model-00001-of-00002.safetensors' t
+: >"$d/t/model-00001-of-00002.safetensors"
+with 3 'model-00001-of-00002.safetensors' t
+
+copy_teacher u # a vocabulary without the byte 'a'
+sed 's/"a": *\([0-9]*\)/"aaaaaaaa": \1/' "$teacher/tokenizer.json" >"$d/u/tokenizer.json"
+with 3 'tokenizer.json.*(byte|0x61|token)' u
+printf '[1, 2' >"$d/u/tokenizer.json"
+with 3 'tokenizer.json: line 1' u
+
+line() { # exit code, pattern, text of line 2
+    head -n 1 "$d/text.jsonl" >"$d/lines.jsonl"
+    printf '%b\n' "$3" >>"$d/lines.jsonl"
+    run_logits "$1" "$2" "$d/lines.jsonl" "$d/never"
+}
+line 3 'lines.jsonl:2: .*' 'no JSON'
+line 3 'lines.jsonl:2' '{"text": "cut'
+line 3 'lines.jsonl:2' '{"text": 5}'
+line 3 'lines.jsonl:2' '{"nothing": "known"}'
+line 3 'lines.jsonl:2: item 1 of' '{"input_ids": [1, 4000000000]}'
+line 3 'lines.jsonl:2: item 1 of' '{"input_ids": [1, 99999]}'
+line 3 'lines.jsonl:2' '{"input_ids": [1, -1]}'
+line 3 'lines.jsonl:2' '{"input_ids": [1, 2, 3], "loss_mask": [1]}'
+line 3 'lines.jsonl:2' '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[['
+line 3 'lines.jsonl:2' '{"text": "\\0377\\0376"}'
+: >"$d/empty.jsonl"
+run_logits 3 'empty.jsonl' "$d/empty.jsonl" "$d/never"
+run_logits 1 'nowhere.jsonl.*No such file' "$d/nowhere.jsonl" "$d/never"
+[ -e "$d/never" ] && bad "a command that was refused made its output directory"
+printf '{"threads": "many"}' >"$d/conf.json"
+want 2 'threads.*many' "$retort" logits --config "$d/conf.json" --teacher x --data y --out z
+printf '{"thraeds": 1}' >"$d/conf.json"
+want 2 "thraeds.*threads|thraeds" "$retort" logits --config "$d/conf.json" --teacher x --data y --out z
+
+# students
+mkdir "$d/s"
+cp "$student"/*.json "$student"/*.safetensors "$d/s/"
+train() { # exit code, pattern, directory of a student
+    want "$1" "$2" "$retort" train --student "$d/$3" --data "$d/short.jsonl" --out "$d/never" --steps 1 --max-length 64
+}
+sed 's/"model_type": "[a-z0-9]*"/"model_type": "gpt_neox"/' "$student/config.json" >"$d/s/config.json"
+train 3 'gpt_neox' s
+sed 's/"intermediate_size": [0-9]*/"intermediate_size": 72/' "$student/config.json" >"$d/s/config.json"
+train 3 'model.layers.0.mlp' s
+cp "$student/config.json" "$d/s/"
+head -c 5000 "$student/model.safetensors" >"$d/s/model.safetensors"
+train 3 'model.safetensors' s
+
+# ---- outputs that cannot be written ----
+: >"$d/file"
+run_logits 1 'file' "$d/text.jsonl" "$d/file/set"
+run_logits 1 '' "$d/text.jsonl" /proc/nowhere/set
+mkdir "$d/foreign"
+: >"$d/foreign/thesis.txt"
+want 1 'foreign' "$retort" train --student "$student" --data "$d/short.jsonl" --out "$d/foreign" --steps 1 --max-length 64
+[ "$(ls -A "$d/foreign")" = thesis.txt ] || bad "train wrote into somebody's directory"
+want 1 'stdout.*No space left' sh -c "'$retort' cat '$d/set' >/dev/full"
+want 1 'stdout.*No space left' sh -c "'$retort' inspect '$d/set' >/dev/full"
+want 1 'stdout.*No space left' sh -c "'$retort' logits --help >/dev/full"
+want 1 'stdout' sh -c "'$retort' cat '$d/set' >&-"
+checks=$((checks + 1))
+{ "$retort" cat "$d/set" 2>"$d/err"; echo $? >"$d/code"; } | head -n 1 >/dev/null
+[ "$(cat "$d/code")" = 1 ] || [ "$(cat "$d/code")" = 0 ] || bad "cat into a closed pipe: exit code $(cat "$d/code")"
+
+# A disk that fills up: what was published stays, and the same command goes on where it was and yields the same bytes.
+checks=$((checks + 1))
+(ulimit -f 3 2>/dev/null; logits "$d/text.jsonl" "$d/full" >/dev/null 2>"$d/err")
+[ $? = 1 ] || bad "a full disk: exit code is not 1"
+grep -qE 'too large|No space' "$d/err" || bad "a full disk: not said"
+find "$d/full" -name '*.tmp' | grep -q . && bad "a full disk: a temporary file is left"
+run_logits 0 '' "$d/text.jsonl" "$d/full"
+for f in "$d"/set/rows-*.msgpack "$d/set/manifest.jsonl"; do
+    same "$f" "$d/full/$(basename "$f")" "$(basename "$f") differs after a full disk"
+done
+
+# Too little memory is said, with the numbers.
+want 5 'memory' "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/never" --memory 1M --max-length 64 --overlong split
+
+# ---- text ----
+checks=$((checks + 1))
+printf '{"text": " kopi daso"}\n{"text": ""}\n' >"$d/in"
+"$retort" tokenize --tokenizer "$teacher" <"$d/in" >"$d/ids" 2>"$d/err" || bad "tokenize"
+"$retort" tokenize --tokenizer "$teacher" --decode <"$d/ids" >"$d/back" 2>"$d/err" || bad "tokenize --decode"
+grep -q '"text": *" kopi daso"' "$d/back" || bad "text -> ids -> text is another text"
+checks=$((checks + 1))
+echo '{"ids": [99999999]}' | "$retort" tokenize --tokenizer "$teacher" --decode >"$d/out" 2>"$d/err"
+[ $? = 3 ] || bad "an id that does not exist: exit code is not 3"
+checks=$((checks + 1))
+echo 'no JSON' | "$retort" tokenize --tokenizer "$teacher" >"$d/out" 2>"$d/err"
+[ $? = 3 ] || bad "a line that is no JSON: exit code is not 3"
+
+echo "$checks checks, $failed failed"
+[ "$failed" = 0 ]
