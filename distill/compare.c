@@ -109,6 +109,15 @@ static bool has_seed(const struct rt_comparison *c, const struct rt_cmp_arm *a, 
     return false;
 }
 
+/* KL at another temperature, or answers sampled otherwise, are other quantities. */
+static bool same_quantity(const struct rt_cmp_eval *a, const struct rt_cmp_eval *b, int m)
+{
+    bool same = m != RT_CMP_KL || !(a->T != b->T && !isnan(a->T) && !isnan(b->T));
+    for (int i = 0; i < 4 && m == RT_CMP_PASS1; i++)
+        same &= !(a->sampling[i] != b->sampling[i] && !isnan(a->sampling[i]) && !isnan(b->sampling[i]));
+    return same;
+}
+
 static enum rt_status arm_difference(struct rt_comparison *c, int arm, int eval, int m, double *scratch, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -116,7 +125,8 @@ static enum rt_status arm_difference(struct rt_comparison *c, int arm, int eval,
     struct rt_cmp_difference *out = &c->diff[eval][arm][m];
     const struct rt_cmp_eval *ref = reference(c, a, c->eval[eval]);
     *out = (struct rt_cmp_difference){.value = {NAN, NAN, NAN, 0}};
-    if (ref == NULL || reference(c, b, c->eval[eval]) == NULL)
+    const struct rt_cmp_eval *other = reference(c, b, c->eval[eval]);
+    if (ref == NULL || other == NULL || !same_quantity(ref, other, m))
         return RT_OK;
     const int64_t n = ref->n_units;
     double *na = scratch, *da = na + n, *nb = da + n, *db = nb + n;

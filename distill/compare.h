@@ -42,6 +42,7 @@ struct rt_cmp_eval { /* the last evaluation of one name in one run */
     int64_t step;
     double value[RT_CMP_METRICS], lo[RT_CMP_METRICS], hi[RT_CMP_METRICS]; /* as recorded; NaN: not there */
     double count[RT_CMP_METRICS];    /* targets, rows, problems */
+    double T, sampling[4];           /* kd_temperature; samples, temperature, top_p, max_tokens: equal where results compare. NaN: not there */
     struct rt_cmp_unit *unit;        /* [n_units] by id; rt_free */
     int64_t n_units;
     struct rt_buf history;           /* struct rt_cmp_point, ascending step */

@@ -124,8 +124,12 @@ out:
 /* ---- evaluations ---- */
 static void read_values(const struct rt_json *v, struct rt_cmp_eval *e)
 {
+    static const char *const sampling[] = {"samples", "temperature", "top_p", "max_tokens"};
     static const char *const count[RT_CMP_METRICS] = {"n_tokens", "kl_rows", "kl_rows", "n_tokens", "n_problems"};
     char key[32];
+    e->T = number(v, "kd_temperature");
+    for (int i = 0; i < 4; i++)
+        e->sampling[i] = number(v, sampling[i]);
     for (int m = 0; m < RT_CMP_METRICS; m++) {
         const struct rt_json *ci;
         e->value[m] = number(v, rt_cmp_metric_info[m].key);

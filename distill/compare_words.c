@@ -67,6 +67,7 @@ out:
 static enum rt_status check_evals(const struct rt_comparison *c, const struct rt_cmp_run *r, const struct rt_cmp_run *p, struct rt_json *list,
                                   struct rt_err *err)
 {
+    static const char *const sampling[] = {"samples", "temperature", "top-p", "max-tokens"};
     enum rt_status st = RT_OK;
     for (int e = 0; e < c->n_evals; e++) {
         const struct rt_cmp_eval *x = NULL, *y = NULL;
@@ -85,6 +86,11 @@ static enum rt_status check_evals(const struct rt_comparison *c, const struct rt
         if (x->n_units != y->n_units)
             RT_TRY(warn(list, err, "%s: %s has sums for %lld sequences and problems, %s for %lld; only those in both are paired", c->eval[e], r->label,
                         (long long)x->n_units, p->label, (long long)y->n_units));
+        if (x->T != y->T && !isnan(x->T) && !isnan(y->T))
+            RT_TRY(warn(list, err, "%s: %s was evaluated at T = %g, %s at T = %g: their KL are different quantities and are not paired", c->eval[e], r->label, x->T, p->label, y->T));
+        for (int i = 0; i < 4; i++)
+            if (x->sampling[i] != y->sampling[i] && !isnan(x->sampling[i]) && !isnan(y->sampling[i]))
+                RT_TRY(warn(list, err, "%s: %s answered with %s %g, %s with %g: their pass@1 are not paired", c->eval[e], r->label, sampling[i], x->sampling[i], p->label, y->sampling[i]));
         if (x->step != y->step)
             RT_TRY(warn(list, err, "%s: %s was last evaluated at step %lld, %s at step %lld", c->eval[e], r->label, (long long)x->step, p->label,
                         (long long)y->step));

@@ -20,7 +20,7 @@ static const char style[] =
     ".box h2{border:0;margin:0 0 .3rem;padding:0;font-size:1.05rem}.box ul{margin:0;padding-left:1.15rem}.box li{margin:.25rem 0;max-width:88ch;overflow-wrap:anywhere}\n"
     ".scroll{overflow-x:auto;margin:.6rem 0}table{border-collapse:collapse;font-size:.9rem;min-width:100%;font-variant-numeric:tabular-nums}"
     "th,td{padding:.38rem .75rem;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;white-space:nowrap}th{font-weight:600}thead th{color:var(--soft);border-bottom-width:2px;vertical-align:bottom}"
-    "th.n,td.n{text-align:right}td.wrap{white-space:normal;min-width:16rem}tbody th{font-weight:600}.ci{color:var(--soft);font-size:.86em}caption{text-align:left;color:var(--soft);padding:.2rem 0}\n"
+    "th.n,td.n{text-align:right}td.wrap{white-space:normal;min-width:11rem}tbody th{font-weight:600}.ci{color:var(--soft);font-size:.86em}caption{text-align:left;color:var(--soft);padding:.2rem 0}\n"
     ".legend{display:flex;flex-wrap:wrap;gap:.35rem 1.3rem;padding:0;margin:.8rem 0;list-style:none;font-size:.92rem}.legend li{display:flex;align-items:center;gap:.45rem}.legend svg{width:38px;height:14px;flex:none}\n"
     ".figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1.1rem}figure{margin:0;background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:.8rem .8rem .5rem;min-width:0}"
     "figcaption{font-size:.92rem;font-weight:600;margin-bottom:.35rem}figcaption span{font-weight:400;color:var(--soft)}figure svg{display:block;width:100%;height:auto}\n"

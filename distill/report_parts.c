@@ -257,7 +257,7 @@ out:
 
 enum rt_status rt_report_costs(const struct rt_comparison *c, struct rt_buf *out, struct rt_err *err)
 {
-    static const char *const heads[] = {"arm", "weights CE, KL, feature", "tokens", "training time", "tokens a second", "operations", "peak memory", "data"};
+    static const char *const heads[] = {"arm", "CE, KL, feature", "tokens", "training time", "tokens a second", "operations", "peak memory", "data"};
     enum rt_status st;
     char u[32];
     struct rt_svg_bar bar[RT_CMP_MAX_ARMS];
