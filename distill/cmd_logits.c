@@ -271,7 +271,7 @@ static void on_layer(void *self, int done, int layers)
     rt_progress_update(&j->progress, j->tokens_done + j->window_tokens * done / layers, note);
 }
 
-/* Windows one after the other; those that are wholly published are passed over. */
+/* Windows one after the other; those that are wholly published and counted are passed over. */
 static enum rt_status score_all(struct job *j, struct rt_err *err)
 {
     struct rt_rows *seqs;
@@ -282,9 +282,9 @@ static enum rt_status score_all(struct job *j, struct rt_err *err)
         RT_TRY(rt_corpus_window(j->corpus, rt_teacher_plan(j->teacher)->window, &seqs, &n, &j->window_tokens, err));
         if (n == 0)
             break;
-        if (first + n <= j->resume.sequences)
+        const int64_t published = j->resume.sequences > first ? j->resume.sequences - first : 0, skip = published < n ? published : n;
+        if (skip == n && (j->load.window == NULL || index < j->load.windows))
             continue;
-        const int64_t skip = j->resume.sequences > first ? j->resume.sequences - first : 0;
         rt_expert_load_window(&j->load);
         RT_TRY(rt_teacher_score(j->teacher, &j->so, seqs, n, skip, &j->sink, err));
         RT_TRY(rt_expert_load_save(&j->load, index, err));
