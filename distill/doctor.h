@@ -71,15 +71,19 @@ enum rt_status rt_doctor_forward(struct rt_doctor *d, struct rt_err *err);
 /* doctor_cost.c: memory, disk, operations. */
 enum rt_status rt_doctor_costs(struct rt_doctor *d, struct rt_err *err);
 
-/* Log-probability at T=1 of `id` in row r of a sparse block; where it is not among the stored ids, an upper bound. */
-double rt_row_logprob_bound(const struct rt_rows *rows, int64_t r, int lse_one, uint32_t id);
+/* Log-probability at T=1 of `id` in row r of a sparse block of n_ids ids. Where it is not among the stored ones: *most is that of the
+ * least stored id, *about what an id of the tail has on average. */
+void rt_row_logprob(const struct rt_rows *rows, int64_t r, int lse_one, int64_t n_ids, uint32_t id, double *most, double *about);
 struct rt_shift_sums {
-    double next, current, after; /* sums of log-probabilities (bounds for the last two) */
+    double next;           /* sums of log-probabilities: of the next token, */
+    double current, after; /* at most of the token itself and of the one after next, */
+    double current_about, after_about; /* and about; the same where they are known */
     int64_t rows;
 };
 /* Adds rows whose token, next token and the one after differ. */
-void rt_shift_add(struct rt_shift_sums *s, const struct rt_rows *rows, int lse_one);
-/* The check of such sums: PASS where the next token is the likeliest of the three. vocab: for what chance is. */
+void rt_shift_add(struct rt_shift_sums *s, const struct rt_rows *rows, int lse_one, int64_t n_ids);
+/* The check of such sums. PASS: the next token is surely the likeliest of the three. FAIL: another is, and the model knows the text (it is
+ * a nat above chance). WARN: it cannot be told. */
 enum rt_status rt_shift_check(struct rt_doctor *d, const char *name, const struct rt_shift_sums *s, int64_t vocab, struct rt_err *err);
 
 #endif

@@ -65,10 +65,16 @@ out:
 }
 
 /* ---- the teacher: as `logits` scores ---- */
+struct adding {
+    struct rt_shift_sums *sums;
+    int64_t n_ids;
+};
+
 static enum rt_status add_rows(void *self, const struct rt_rows *rows, struct rt_err *err)
 {
+    const struct adding *a = self;
     (void)err;
-    rt_shift_add(self, rows, 0);
+    rt_shift_add(a->sums, rows, 0, a->n_ids);
     return RT_OK;
 }
 
@@ -86,8 +92,9 @@ static enum rt_status score_teacher(struct rt_doctor *d, const struct sample *s,
     struct rt_rows seqs[SEQUENCES] = {0};
     uint8_t mask[TOKENS];
     int64_t total = 0, longest = 0;
-    struct rt_row_sink sink = {sums, add_rows, no_finish};
     const int64_t n_ids = d->tm.tok != NULL ? rt_tokenizer_n_ids(d->tm.tok) : d->tc.vocab_size;
+    struct adding adding = {sums, n_ids};
+    struct rt_row_sink sink = {&adding, add_rows, no_finish};
     const struct rt_score_options so = {.top_k = n_ids < 64 ? (int)n_ids : 64, .n_ids = n_ids, .n_lse = 1, .lse_temperature = {1}};
     memset(mask, 1, sizeof mask);
     for (int i = 0; i < s->n; i++) {
@@ -166,9 +173,9 @@ static enum rt_status probe_one(struct rt_doctor *d, struct probe *p, const uint
     for (int64_t i = 0; i + 2 < len; i++) {
         if (token[i] == token[i + 1] || token[i + 1] == token[i + 2])
             continue;
-        sums->current += now[i];
+        sums->current_about += now[i];
         sums->next += next[i];
-        sums->after += after[i];
+        sums->after_about += after[i];
         sums->rows++;
     }
 out:
@@ -194,6 +201,8 @@ static enum rt_status score_student(struct rt_doctor *d, const struct sample *s,
     RT_TRY(rt_student_load(p.s, t, err));
     for (int i = 0; i < s->n; i++)
         RT_TRY(probe_one(d, &p, s->ids[i], s->len[i] < most ? s->len[i] : most, sums, err));
+    sums->current = sums->current_about;
+    sums->after = sums->after_about;
 out:
     rt_student_free(p.s);
     rt_device_arena_free(dev, &p.rows);

@@ -7,41 +7,55 @@
 
 enum { LOOKED_AT = 64 }; /* sequences whose rows are looked at one by one */
 
-double rt_row_logprob_bound(const struct rt_rows *rows, int64_t r, int lse_one, uint32_t id)
+void rt_row_logprob(const struct rt_rows *rows, int64_t r, int lse_one, int64_t n_ids, uint32_t id, double *most, double *about)
 {
     const double lse = rows->lse[r * rows->n_lse + lse_one];
-    for (int j = 0; j < rows->k; j++)
-        if (rows->topk_ids[r * rows->k + j] == id)
-            return rows->topk_logits[r * rows->k + j] - lse;
-    return rows->k > 0 ? rows->topk_logits[r * rows->k + rows->k - 1] - lse : 0;
+    double mass = 0;
+    for (int j = 0; j < rows->k; j++) {
+        const double lp = rows->topk_logits[r * rows->k + j] - lse;
+        if (rows->topk_ids[r * rows->k + j] == id) {
+            *most = *about = lp;
+            return;
+        }
+        mass += exp(lp);
+    }
+    *most = rows->k > 0 ? rows->topk_logits[r * rows->k + rows->k - 1] - lse : 0;
+    *about = log(fmax(1 - mass, 1e-9) / (double)(n_ids > rows->k ? n_ids - rows->k : 1));
+    *about = fmin(*about, *most);
 }
 
-void rt_shift_add(struct rt_shift_sums *s, const struct rt_rows *rows, int lse_one)
+void rt_shift_add(struct rt_shift_sums *s, const struct rt_rows *rows, int lse_one, int64_t n_ids)
 {
     for (int64_t r = 0; r < rows->n_rows; r++) {
         const int64_t i = rows->position[r];
+        double most, about;
         if (i + 2 >= rows->n_tokens || rows->ids[i] == rows->ids[i + 1] || rows->ids[i + 1] == rows->ids[i + 2])
             continue;
         s->next += rows->next_logprob[r];
-        s->current += rt_row_logprob_bound(rows, r, lse_one, rows->ids[i]);
-        s->after += rt_row_logprob_bound(rows, r, lse_one, rows->ids[i + 2]);
+        rt_row_logprob(rows, r, lse_one, n_ids, rows->ids[i], &most, &about);
+        s->current += most;
+        s->current_about += about;
+        rt_row_logprob(rows, r, lse_one, n_ids, rows->ids[i + 2], &most, &about);
+        s->after += most;
+        s->after_about += about;
         s->rows++;
     }
 }
 
 enum rt_status rt_shift_check(struct rt_doctor *d, const char *name, const struct rt_shift_sums *s, int64_t vocab, struct rt_err *err)
 {
-    const double n = s->rows > 0 ? (double)s->rows : 1, next = s->next / n, current = s->current / n, after = s->after / n, chance = -log((double)vocab);
+    const double n = s->rows > 0 ? (double)s->rows : 1, next = s->next / n, current = s->current_about / n, after = s->after_about / n;
+    const double chance = -log((double)vocab), best = fmax(current, after);
     if (s->rows < 8)
         return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "only %" PRId64 " rows whose neighbours differ: too few to tell", s->rows);
-    if (next > current && next > after)
+    if (s->next > s->current && s->next > s->after)
         return rt_check_add(&d->checks, err, RT_CHECK_PASS, name, "mean log-probability of the next token %.2f, of the current one %.2f, of the one after next %.2f (%" PRId64 " rows)",
                             next, current, after, s->rows);
-    if (next < chance + 1)
-        return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "the next token has a mean log-probability of %.2f, chance is %.2f: the model knows nothing of this text, so a shift cannot be told",
-                            next, chance);
-    return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "another token is likelier than the next one (next %.2f, current %.2f, after next %.2f): the rows are shifted, or belong to other text",
-                        next, current, after);
+    if (best > next && best > chance + 1)
+        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "another token is likelier than the next one (mean log-probabilities: next %.2f, current %.2f, after next %.2f): the rows are "
+                            "shifted, or belong to other text", next, current, after);
+    return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "cannot be told: mean log-probability of the next token %.2f, of the current one %.2f, of the one after next %.2f, by chance %.2f; "
+                        "the model hardly knows this text", next, current, after, chance);
 }
 
 /* ---- identity ---- */
@@ -132,7 +146,7 @@ static enum rt_status look(struct rt_doctor *d, const struct rt_row_identity *id
             l->off_target += id->completion_only && !rows.loss_mask[next];
         }
         if (id->top_k > 0)
-            rt_shift_add(&l->shift, &rows, one);
+            rt_shift_add(&l->shift, &rows, one, id->n_ids);
     }
 out:
     return st;
