@@ -167,7 +167,7 @@ static void identify(struct job *j)
 {
     struct rt_row_identity *id = &j->id;
     const char *base = strrchr(j->v->teacher, '/');
-    *id = (struct rt_row_identity){.vocab_size = j->config.vocab_size, .n_ids = j->so.n_ids, .top_k = j->so.top_k, .n_lse = j->so.n_lse,
+    *id = (struct rt_row_identity){.vocab_size = j->config.vocab_size, .teacher_layers = j->config.layers, .n_ids = j->so.n_ids, .top_k = j->so.top_k, .n_lse = j->so.n_lse,
                                    .completion_only = j->so.completion_only, .max_length = j->v->max_length,
                                    .projection_seed = j->so.projection_seed, .n_features = j->so.n_features};
     snprintf(id->teacher_sha256, sizeof id->teacher_sha256, "%s", rt_teacher_sha256(j->teacher));

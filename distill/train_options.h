@@ -13,7 +13,7 @@
     {"tail", RT_OPT_CHOICE, V(tail), "bucket", 0, 0, "bucket|renorm", NULL, "ids that are not stored: one bucket with their exact mass, or left out and both sides renormalised", false, false}, \
     {"feature-loss", RT_OPT_CHOICE, V(feature_loss), "mse", 0, 0, "mse|cosine", NULL, "loss between projected student states and teacher states", false, false}, \
     {"layer-map", RT_OPT_STRING, V(layer_map), "auto", 0, 0, NULL, "auto|T:S,...", "teacher layer to student layer; auto: t to round(t Ls / Lt)", false, false}, \
-    {"teacher-layers", RT_OPT_INT, V(teacher_layers), "0", 0, 1e6, NULL, "N", "layers of the teacher, for --layer-map auto", false, false}, \
+    {"teacher-layers", RT_OPT_INT, V(teacher_layers), "0", 0, 1e6, NULL, "N", "layers of the teacher, for --layer-map auto; 0: as the shards say", false, false}, \
     {"lr", RT_OPT_FLOAT, V(lr), "1e-4", 0, 10, NULL, "LR", "peak learning rate", false, false}, \
     {"schedule", RT_OPT_CHOICE, V(schedule), "cosine", 0, 0, "cosine|linear|constant", NULL, "what follows the warm-up", false, false}, \
     {"min-lr", RT_OPT_FLOAT, V(min_lr), "0.1", 0, 1, NULL, "RATIO", "learning rate at the end, as a part of the peak", false, false}, \

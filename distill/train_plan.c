@@ -144,7 +144,8 @@ static enum rt_status check_features(struct rt_train_run *r, struct rt_err *err)
     }
     if (id == NULL)
         RT_FAIL(err, REFUSED, "--w-feature %g: the data hold no hidden states; `retort logits --features` stores them", r->v->w_feature);
-    RT_TRY(rt_feature_map_parse(r->v->layer_map, id, r->student.c.layers, (int)r->v->teacher_layers, &r->o.map, err));
+    const int teacher_layers = r->v->teacher_layers > 0 ? (int)r->v->teacher_layers : id->teacher_layers;
+    RT_TRY(rt_feature_map_parse(r->v->layer_map, id, r->student.c.layers, teacher_layers, &r->o.map, err));
     for (int i = 0; i < r->n_sets; i++)
         for (int p = 0; p < r->o.map.n; p++) {
             const struct rt_train_info *info = rt_train_set_info(r->set[i]);

@@ -19,6 +19,7 @@ enum { FIELD = 512 };
 static const char *const field_names[] = {
     "teacher_sha256", "tokenizer_sha256", "template_sha256", "mode",       "vocab_size",      "n_ids",
     "top_k",          "temperatures",     "completion_only", "max_length", "projection_seed", "features",
+    "teacher_layers",
 };
 enum { N_FIELDS = sizeof field_names / sizeof field_names[0] };
 
@@ -46,6 +47,7 @@ static void field_text(const struct rt_row_identity *id, int f, char out[FIELD])
     case 8: snprintf(out, FIELD, "%s", id->completion_only ? "true" : "false"); break;
     case 9: snprintf(out, FIELD, "%" PRId64, id->max_length); break;
     case 10: snprintf(out, FIELD, "%" PRIu64, id->projection_seed); break;
+    case 12: snprintf(out, FIELD, "%d", id->teacher_layers); break;
     case 11:
         for (int i = 0; i < id->n_features && n < FIELD; i++)
             n += (size_t)snprintf(out + n, FIELD - n, "%slayer %d, %d x %s%s", i > 0 ? "; " : "", id->feature[i].layer, id->feature[i].dim,
@@ -111,6 +113,7 @@ enum rt_status rt_row_identity_to_json(const struct rt_row_identity *id, struct 
     RT_TRY(rt_json_set_string(v, "teacher_name", id->teacher_name, err));
     RT_TRY(rt_json_set_string(v, "mode", id->mode, err));
     RT_TRY(rt_json_set_int(v, "vocab_size", id->vocab_size, err));
+    RT_TRY(rt_json_set_int(v, "teacher_layers", id->teacher_layers, err));
     RT_TRY(rt_json_set_int(v, "n_ids", id->n_ids, err));
     RT_TRY(rt_json_set_int(v, "top_k", id->top_k, err));
     RT_TRY(rt_json_set_array(v, "temperatures", &list, err));
@@ -181,13 +184,14 @@ enum rt_status rt_row_identity_from_json(const struct rt_json *v, struct rt_row_
     enum rt_status st;
     struct rt_row_identity x = {0};
     char seed[32];
-    int64_t top_k;
+    int64_t top_k, layers;
     RT_TRY(get_text(v, "teacher_sha256", x.teacher_sha256, sizeof x.teacher_sha256, err));
     RT_TRY(get_text(v, "tokenizer_sha256", x.tokenizer_sha256, sizeof x.tokenizer_sha256, err));
     RT_TRY(get_text(v, "template_sha256", x.template_sha256, sizeof x.template_sha256, err));
     RT_TRY(get_text(v, "teacher_name", x.teacher_name, sizeof x.teacher_name, err));
     RT_TRY(get_text(v, "mode", x.mode, sizeof x.mode, err));
     RT_TRY(rt_json_int(v, "vocab_size", 1, RT_MAX_VOCAB, &x.vocab_size, err));
+    RT_TRY(rt_json_int(v, "teacher_layers", 0, RT_MAX_TEACHER_LAYERS, &layers, err));
     RT_TRY(rt_json_int(v, "n_ids", 1, x.vocab_size, &x.n_ids, err));
     RT_TRY(rt_json_int(v, "top_k", 0, RT_MAX_TOPK, &top_k, err));
     RT_TRY(rt_json_bool_or(v, "completion_only", false, &x.completion_only, err));
@@ -197,6 +201,7 @@ enum rt_status rt_row_identity_from_json(const struct rt_json *v, struct rt_row_
     if (sscanf(seed, "%" SCNu64 "%c", &x.projection_seed, &extra) != 1)
         RT_FAIL(err, FORMAT, "%s: projection_seed '%s' is no whole number", rt_json_source(v), seed);
     x.top_k = (int)top_k;
+    x.teacher_layers = (int)layers;
     RT_TRY(get_lists(v, &x, err));
     RT_TRY(rt_row_identity_valid(&x, rt_json_source(v), err));
     *id = x;

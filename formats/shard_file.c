@@ -10,7 +10,7 @@
 
 static void pack_identity(struct rt_pack *p, const struct rt_row_identity *id)
 {
-    rt_pack_map(p, 13);
+    rt_pack_map(p, 14);
     rt_pack_str(p, "teacher_sha256");
     rt_pack_str(p, id->teacher_sha256);
     rt_pack_str(p, "tokenizer_sha256");
@@ -23,6 +23,8 @@ static void pack_identity(struct rt_pack *p, const struct rt_row_identity *id)
     rt_pack_str(p, id->mode);
     rt_pack_str(p, "vocab_size");
     rt_pack_uint(p, (uint64_t)id->vocab_size);
+    rt_pack_str(p, "teacher_layers");
+    rt_pack_uint(p, (uint64_t)id->teacher_layers);
     rt_pack_str(p, "n_ids");
     rt_pack_uint(p, (uint64_t)id->n_ids);
     rt_pack_str(p, "top_k");
@@ -109,8 +111,8 @@ static enum rt_status unpack_identity(struct rt_unpack *u, struct rt_row_identit
     size_t n;
     uint64_t v;
     RT_TRY(rt_unpack_map(u, &n, err));
-    if (n != 13)
-        return rt_unpack_fail(u, "the 13 members of an identity", err);
+    if (n != 14)
+        return rt_unpack_fail(u, "the 14 members of an identity", err);
     RT_TRY(key_text(u, "teacher_sha256", id->teacher_sha256, sizeof id->teacher_sha256, err));
     RT_TRY(key_text(u, "tokenizer_sha256", id->tokenizer_sha256, sizeof id->tokenizer_sha256, err));
     RT_TRY(key_text(u, "template_sha256", id->template_sha256, sizeof id->template_sha256, err));
@@ -118,6 +120,8 @@ static enum rt_status unpack_identity(struct rt_unpack *u, struct rt_row_identit
     RT_TRY(key_text(u, "mode", id->mode, sizeof id->mode, err));
     RT_TRY(key_uint(u, "vocab_size", RT_MAX_VOCAB, &v, err));
     id->vocab_size = (int64_t)v;
+    RT_TRY(key_uint(u, "teacher_layers", RT_MAX_TEACHER_LAYERS, &v, err));
+    id->teacher_layers = (int)v;
     RT_TRY(key_uint(u, "n_ids", RT_MAX_VOCAB, &v, err));
     id->n_ids = (int64_t)v;
     RT_TRY(key_uint(u, "top_k", RT_MAX_TOPK, &v, err));
