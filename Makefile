@@ -4,6 +4,7 @@
 
 MODE ?= release
 PREFIX ?= /usr/local
+comma := ,
 ifeq ($(origin CC),default)
 CC := gcc
 endif
@@ -20,7 +21,8 @@ BASE := -std=c11 -pthread $(WARN) $(CFLAGS_$(MODE)) $(if $(DEV),-Werror)
 # The kernels: contraction and vectorised selects, but never -ffast-math (NaN checks and parity depend on IEEE semantics).
 KERNEL := -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
 
-LIBS := -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lcurl -lz -lm
+# PORTABLE=1: a program for machines that lack these libraries.
+LIBS := $(if $(PORTABLE),-Wl$(comma)-Bstatic) -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lz $(if $(PORTABLE),-Wl$(comma)-Bdynamic) -lm
 
 LIB_SRC := $(wildcard core/*.c core/ref/*.c core/cpu/*.c formats/*.c teacher/*.c student/*.c) \
            $(filter-out distill/main.c,$(wildcard distill/*.c))
@@ -37,7 +39,7 @@ all: deps $(B)/retort ## build the program (default)
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  variables: MODE=release|debug|asan  DEV=1  PREFIX=/usr/local'
+	@echo '  variables: MODE=release|debug|asan  DEV=1  V=1  PORTABLE=1 (static libraries)  PREFIX=/usr/local'
 
 deps:
 	@sh tests/deps.sh
@@ -68,7 +70,6 @@ $(B)/tests/main.o: CPPFLAGS += -I$(B)/tests
 $(B)/tests/main.o: $(B)/tests/suites.inc
 
 # What asks for memory goes through tests/fault_alloc.c.
-comma := ,
 WRAP := malloc calloc realloc posix_memalign aligned_alloc strdup free mmap deflateInit2_ inflateInit_ pthread_create \
         $(addprefix pcre2_,compile_8 compile_context_create_8 match_context_create_8 match_data_create_8 jit_stack_create_8)
 $(B)/retort-tests: $(TEST_OBJ) $(B)/libretort.a

@@ -15,7 +15,6 @@ need pcre2.h libpcre2-dev
 need utf8proc.h libutf8proc-dev
 need jansson.h libjansson-dev
 need cmocka.h libcmocka-dev
-need curl/curl.h libcurl4-openssl-dev
 need zlib.h zlib1g-dev
 need stdlib.h libc6-dev
 [ -z "$missing" ] && exit 0
