@@ -27,7 +27,7 @@ const char *rt_cmp_signed(char buf[32], double v, bool share)
     if (isnan(v))
         snprintf(buf, 32, "-");
     else if (share)
-        snprintf(buf, 32, "%+.1f pp", 100 * v);
+        snprintf(buf, 32, fabs(v) < 0.01 ? "%+.2f pp" : "%+.1f pp", 100 * v);
     else
         snprintf(buf, 32, "%c%.30s", v < 0 ? '-' : '+', plain);
     return buf;

@@ -106,37 +106,67 @@ out:
     return st;
 }
 
-/* A list of objects that have the members of the first. */
+struct column {
+    const char *key;
+    int width;
+    bool right;
+};
+
+/* A cell of a table: as scalar, but hashes are cut. False: no text. */
+static bool cell_text(const struct rt_json *row, const char *key, char out[CELL])
+{
+    const struct rt_json *v = rt_json_get(row, key);
+    if (v == NULL || !scalar(key, v, false, out))
+        return false;
+    if (strlen(out) == 64 && strspn(out, "0123456789abcdef") == 64)
+        out[12] = '\0';
+    return true;
+}
+
+/* The members of all rows, in order of appearance; numbers to the right. */
+static int columns_of(const struct rt_json *list, struct column c[MAX_COLUMNS])
+{
+    int n = 0;
+    const char *key;
+    const struct rt_json *v;
+    char cell[CELL];
+    for (size_t r = 0; r < rt_json_len(list); r++)
+        for (size_t i = 0; rt_json_member(rt_json_at(list, r), i, &key, &v); i++) {
+            int at = 0;
+            while (at < n && strcmp(c[at].key, key) != 0)
+                at++;
+            if (at == MAX_COLUMNS || !cell_text(rt_json_at(list, r), key, cell))
+                continue;
+            if (at == n) {
+                char head[LABEL * 2];
+                label_of(key, head);
+                c[n++] = (struct column){key, width(head), true};
+            }
+            const enum rt_json_type type = rt_json_typeof(v);
+            c[at].right &= type == RT_JSON_INT || type == RT_JSON_REAL || type == RT_JSON_NULL;
+            c[at].width = width(cell) > c[at].width ? width(cell) : c[at].width;
+        }
+    return n;
+}
+
+/* A list of objects. */
 static enum rt_status table(const struct rt_json *list, int indent, struct rt_buf *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    const char *key[MAX_COLUMNS];
-    int w[MAX_COLUMNS], n = 0;
-    bool right[MAX_COLUMNS];
-    const struct rt_json *v, *first = rt_json_at(list, 0);
-    char cell[CELL], head[LABEL * 2];
-    for (size_t i = 0; n < MAX_COLUMNS && rt_json_member(first, i, &key[n], &v); i++) {
-        label_of(key[n], head);
-        w[n] = width(head);
-        right[n] = rt_json_typeof(v) == RT_JSON_INT || rt_json_typeof(v) == RT_JSON_REAL || rt_json_typeof(v) == RT_JSON_NULL;
-        for (size_t r = 0; r < rt_json_len(list); r++) {
-            const struct rt_json *x = rt_json_get(rt_json_at(list, r), key[n]);
-            if (x != NULL && scalar(key[n], x, false, cell) && width(cell) > w[n])
-                w[n] = width(cell);
-        }
-        n++;
-    }
+    struct column column[MAX_COLUMNS];
+    const int n = columns_of(list, column);
+    char cell[CELL];
     for (size_t r = 0; r <= rt_json_len(list); r++) {
         RT_TRY(rt_buf_printf(out, err, "%*s", indent, ""));
         for (int c = 0; c < n; c++) {
-            const struct rt_json *x = r == 0 ? NULL : rt_json_get(rt_json_at(list, r - 1), key[c]);
+            cell[0] = '\0';
             if (r == 0)
-                label_of(key[c], cell);
-            else if (x == NULL || !scalar(key[c], x, false, cell))
-                snprintf(cell, sizeof cell, "%s", "");
+                label_of(column[c].key, cell);
+            else if (!cell_text(rt_json_at(list, r - 1), column[c].key, cell))
+                cell[0] = '\0';
             if (c > 0)
                 RT_TRY(rt_buf_puts(out, "  ", err));
-            RT_TRY(pad(out, cell, c + 1 < n || right[c] ? w[c] : 0, right[c], err));
+            RT_TRY(pad(out, cell, c + 1 < n || column[c].right ? column[c].width : 0, column[c].right, err));
         }
         RT_TRY(rt_buf_puts(out, "\n", err));
     }
