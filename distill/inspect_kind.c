@@ -93,10 +93,12 @@ out:
 /* A whole JSON document rather than lines of them? */
 static enum rt_status document_kind(const char *path, bool *found, enum rt_kind *out, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
     struct rt_json *j = NULL;
     *found = false;
-    if (rt_json_load(path, (size_t)64 << 20, &j, NULL) != RT_OK)
+    enum rt_status st = rt_json_load(path, (size_t)64 << 20, &j, NULL);
+    if (st == RT_NOMEM)
+        return rt_fail(err, RT_NOMEM, "%s: out of memory", path);
+    if (st != RT_OK)
         return RT_OK;
     if (rt_json_as_string(rt_json_get(j, "model_type"), NULL) != NULL)
         RT_TRY(config_kind(path, found, out, err));
