@@ -236,7 +236,7 @@ static double shard_bytes(const struct job *j)
 
 static enum rt_status print_plan(struct job *j, const struct rt_teacher_plan *p, struct rt_err *err)
 {
-    char a[32], b[32], c[32], d[32];
+    char a[32], b[32], c[32], d[32], slow[32], fast[32];
     uint64_t disk;
     enum rt_status st;
     const int64_t passes = (j->survey.tokens + p->window - 1) / p->window;
@@ -255,10 +255,10 @@ static enum rt_status print_plan(struct job *j, const struct rt_teacher_plan *p,
                (long)passes, (unsigned long)p->model_bytes, (unsigned long)(p->resident ? p->model_bytes : (uint64_t)passes * p->model_bytes),
                (unsigned long)p->window_bytes, shard_bytes(j), flops);
     else
-        printf("sequences     %ld\ntokens        %ld (%ld targets)\nwindow        %ld tokens, %ld passes\nweights       %s, %s\nstates        %s\nshards        about %s\n"
-               "operations    %.3g; %.1f hours at 100 GFLOP/s, %.3f at 500 TFLOP/s\n", (long)j->survey.sequences, (long)j->survey.tokens,
-               (long)j->survey.targets, (long)p->window, (long)passes, a, p->resident ? "read once" : "read each pass", b, c, flops, flops / 1e11 / 3600,
-               flops / 5e14 / 3600);
+        printf("sequences     %ld\ntokens        %ld (%ld targets)\nwindow        %ld tokens, %ld pass%s\nweights       %s, %s\nstates        %s\n"
+               "shards        about %s\noperations    %.3g: %s at 100 GFLOP/s, %s at 500 TFLOP/s\n", (long)j->survey.sequences,
+               (long)j->survey.tokens, (long)j->survey.targets, (long)p->window, (long)passes, passes == 1 ? "" : "es", a,
+               p->resident ? "read once" : "read each pass", b, c, flops, rt_human_time(slow, flops / 1e11), rt_human_time(fast, flops / 5e14));
 out:
     return st;
 }

@@ -47,7 +47,7 @@ static const struct rt_command *find_command(const char *name)
         names[i] = commands[i]->name;
     }
     const char *near = rt_nearest(name, names, N_COMMANDS);
-    fprintf(stderr, "retort: '%s' is no command%s%s%s; `retort --help` lists them\n", name, near ? "; did you mean '" : "",
+    fprintf(stderr, "retort: '%s' is no command%s%s%s (`retort --help` lists them)\n", name, near ? "; did you mean '" : "",
             near ? near : "", near ? "'?" : "");
     return NULL;
 }
