@@ -302,6 +302,7 @@ static enum rt_status teacher_check(const struct rt_tensors *t, const struct rt_
     for (int l = 0; l < c->layers; l++) {
         const int64_t n = rt_weights_layer_parts(c, l, NULL);
         rt_free(parts);
+        parts = NULL;
         RT_TRY(rt_alloc((size_t)n, sizeof *parts, "parts", &parts, err));
         rt_weights_layer_parts(c, l, parts);
         for (int64_t i = 0; i < n; i++)
