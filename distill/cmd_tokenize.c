@@ -61,6 +61,7 @@ static enum rt_status decode(struct job *j, const struct rt_json *v, struct rt_e
         RT_FAIL(err, FORMAT, "%s: expected {\"ids\": [...]}", j->in.where);
     if (n > j->cap) {
         rt_free(j->ids);
+        j->ids = NULL;
         j->cap = 0;
         RT_TRY(rt_alloc(n, sizeof *j->ids, "ids", &j->ids, err));
         j->cap = n;
