@@ -1,13 +1,12 @@
 /* Memory runs out at each allocation in turn: whole commands, from their arguments to their output directory. */
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "core/io.h"
-#include "distill/command.h"
 #include "tests/faults.h"
+#include "tests/run_command.h"
 
 #define CASES "tests/data/cases/"
 
@@ -18,64 +17,27 @@ struct command_case {
     int runs;             /* each with a directory of its own */
 };
 
-static bool never(void *self)
-{
-    (void)self;
-    return false;
-}
-
-static enum rt_status run_command(const struct command_case *c, const char *out, FILE *chat, struct rt_err *err)
-{
-    const struct rt_opt *const tables[] = {c->command->options, rt_common_options()};
-    struct rt_positionals pos = {0};
-    struct rt_log log;
-    char *argv[32];
-    int argc = 0;
-    bool seen[128] = {false};
-    enum rt_status st;
-    void *values = calloc(1, c->command->values_size);
-    if (values == NULL)
-        return rt_fail(err, RT_NOMEM, "out of memory");
-    for (; c->args[argc] != NULL; argc++)
-        argv[argc] = (char *)(uintptr_t)c->args[argc];
-    if (c->result != NULL) {
-        argv[argc++] = (char *)(uintptr_t)"--out";
-        argv[argc++] = (char *)(uintptr_t)out;
-    }
-    rt_log_init(&log, chat, RT_LOG_INFO);
-    RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
-    RT_TRY(rt_options_check(tables, 2, values, err));
-    struct rt_context ctx = {.log = &log, .command = c->command, .stop = never, .argc = argc, .argv = argv};
-    st = c->command->run(&ctx, values, &pos, err);
-out:
-    rt_options_free(tables, 2, values, &pos);
-    free(values);
-    return st;
-}
-
-/* stdout goes nowhere meanwhile. */
 static enum rt_status command_work(void *ctx, uint64_t *digest, struct rt_err *err)
 {
     struct command_case *c = ctx;
-    char name[64], path[1024], bytes[4096];
+    const char *args[32];
+    char name[64], out[512], path[1024], bytes[4096];
+    int n = 0;
     snprintf(name, sizeof name, "fault-%s-%d", c->command->name, c->runs++);
-    char out[512];
     snprintf(out, sizeof out, "%s", test_tmp(name));
-    fflush(stdout);
-    const int keep = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
-    dup2(null, STDOUT_FILENO);
-    FILE *chat = fopen("/dev/null", "w");
-    const enum rt_status st = run_command(c, out, chat, err);
-    fclose(chat);
-    fflush(stdout);
-    dup2(keep, STDOUT_FILENO);
-    close(keep);
-    close(null);
+    for (; c->args[n] != NULL; n++)
+        args[n] = c->args[n];
+    if (c->result != NULL) {
+        args[n++] = "--out";
+        args[n++] = out;
+    }
+    args[n] = NULL;
+    const enum rt_status st = test_command(c->command, args, err);
     if (st == RT_OK && c->result != NULL) {
         snprintf(path, sizeof path, "%s/%s", out, c->result);
         const int fd = open(path, O_RDONLY);
-        for (ssize_t n; (n = read(fd, bytes, sizeof bytes)) > 0;)
-            fault_digest(digest, bytes, (size_t)n);
+        for (ssize_t k; (k = read(fd, bytes, sizeof bytes)) > 0;)
+            fault_digest(digest, bytes, (size_t)k);
         close(fd);
     }
     return st;

@@ -1,0 +1,54 @@
+#include "tests/run_command.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static bool never(void *self)
+{
+    (void)self;
+    return false;
+}
+
+static enum rt_status parse_and_run(const struct rt_command *c, const char *const *args, struct rt_log *log, struct rt_err *err)
+{
+    const struct rt_opt *const tables[] = {c->options, rt_common_options()};
+    struct rt_positionals pos = {0};
+    char *argv[64];
+    int argc = 0;
+    bool seen[128] = {false};
+    enum rt_status st;
+    void *values = calloc(1, c->values_size);
+    if (values == NULL)
+        return rt_fail(err, RT_NOMEM, "out of memory");
+    for (; args[argc] != NULL; argc++)
+        argv[argc] = (char *)(uintptr_t)args[argc];
+    RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
+    RT_TRY(rt_options_check(tables, 2, values, err));
+    struct rt_context ctx = {.log = log, .command = c, .stop = never, .argc = argc, .argv = argv};
+    st = c->run(&ctx, values, &pos, err);
+out:
+    rt_options_free(tables, 2, values, &pos);
+    free(values);
+    return st;
+}
+
+enum rt_status test_command(const struct rt_command *command, const char *const *args, struct rt_err *err)
+{
+    struct rt_log log;
+    fflush(stdout);
+    const int keep = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
+    FILE *chat = fopen("/dev/null", "w");
+    if (keep < 0 || null < 0 || chat == NULL)
+        abort();
+    dup2(null, STDOUT_FILENO);
+    rt_log_init(&log, chat, RT_LOG_INFO);
+    const enum rt_status st = parse_and_run(command, args, &log, err);
+    fflush(stdout);
+    fclose(chat);
+    dup2(keep, STDOUT_FILENO);
+    close(keep);
+    close(null);
+    return st;
+}
