@@ -5,12 +5,21 @@
 #include <stdio.h>
 #include <string.h>
 
+/* Messages quote files, whose bytes are not for a terminal: control characters become '?'; lines and tabs stay. */
+static void clean(char *s)
+{
+    for (; *s != '\0'; s++)
+        if (((unsigned char)*s < 32 && *s != '\n' && *s != '\t') || *s == 127)
+            *s = '?';
+}
+
 static void put(struct rt_err *err, enum rt_status status, const char *fmt, va_list ap)
 {
     if (err == NULL || err->status != RT_OK)
         return;
     err->status = status;
     vsnprintf(err->msg, sizeof err->msg, fmt, ap);
+    clean(err->msg);
 }
 
 enum rt_status rt_fail(struct rt_err *err, enum rt_status status, const char *fmt, ...)
@@ -46,6 +55,7 @@ void rt_err_context(struct rt_err *err, const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(head, sizeof head, fmt, ap);
     va_end(ap);
+    clean(head);
     memcpy(tail, err->msg, sizeof tail);
     const size_t n = strnlen(head, sizeof head);
     memcpy(err->msg, head, n);

@@ -37,7 +37,7 @@ enum rt_status {
 
 struct rt_err {
     enum rt_status status; /* RT_OK: holds no error */
-    char msg[508];         /* always terminated; longer messages are cut */
+    char msg[508];         /* always terminated; longer messages are cut; no control characters but line feed and tab */
 };
 
 /* Records status and message in err (unless err is NULL or holds an error already) and returns status. */

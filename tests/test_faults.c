@@ -68,6 +68,18 @@ void fault_each(fault_work work, void *ctx, int64_t most)
     assert_int_equal(got, want);
 }
 
+/* What a file holds does not reach a terminal as commands to it. */
+static void messages(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    rt_fail(&err, RT_FORMAT, "key '%s'\n\tand '%s'", "\x1b[31m", "a\x7f b\r");
+    assert_string_equal(err.msg, "key '?[31m'\n\tand 'a? b?'");
+    rt_err_context(&err, "%s", "f\x1b");
+    assert_string_equal(err.msg, "f?: key '?[31m'\n\tand 'a? b?'");
+    rt_err_clear(&err);
+}
+
 /* ---- text ---- */
 static enum rt_status tokenizer_work(void *ctx, uint64_t *digest, struct rt_err *err)
 {
@@ -535,7 +547,7 @@ static void batch(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(tokenizer), cmocka_unit_test(templates),   cmocka_unit_test(dataset), cmocka_unit_test(train_set), cmocka_unit_test(json),
+    cmocka_unit_test(messages), cmocka_unit_test(tokenizer), cmocka_unit_test(templates),   cmocka_unit_test(dataset), cmocka_unit_test(train_set), cmocka_unit_test(json),
     cmocka_unit_test(safetensors), cmocka_unit_test(shards), cmocka_unit_test(checkpoints), cmocka_unit_test(runs), cmocka_unit_test(batch),
 };
 RT_SUITE(faults, tests)
