@@ -48,7 +48,7 @@ train() {
     name=$1
     data=$2
     shift 2
-    run train --student $student --data "$data" --out "$out/runs/$name" --name "$name" --steps 400 --batch-tokens 2048 --lr 2e-3 --seed 1 \
+    run train --student $student --data "$data" --out "$out/runs/$name" --name "$name" --steps 1000 --batch-tokens 1024 --lr 2e-3 --seed 1 \
         --save-every 0 "$@"
 }
 train hard "$out/shards" --w-ce 1 --w-kl 0
