@@ -29,12 +29,12 @@ static enum rt_status inspect_run(const uint8_t *data, size_t n, struct rt_err *
     return test_command(&rt_cmd_inspect, args, err);
 }
 
-/* Two runs of two steps; the record of one of them is damaged. */
-static void record_begin(struct fuzz_seeds *s)
+/* Two runs of two steps, of which the target damages a file. */
+static void make_runs(const char *dir)
 {
     static const char lines[] = "{\"input_ids\": [1, 2, 3, 4, 5, 6, 7, 8]}\n{\"input_ids\": [9, 8, 7, 6]}\n";
     struct rt_err err = {0};
-    fuzz_dir("fuzz-record");
+    fuzz_dir(dir);
     fuzz_put(fuzz_at("lines.jsonl"), (const uint8_t *)lines, sizeof lines - 1);
     for (int i = 0; i < 2; i++) {
         const char *const args[] = {"--student", CASES "qwen3", "--data", fuzz_at("lines.jsonl"), "--eval-data", fuzz_at("lines.jsonl"), "--steps", "2",
@@ -42,6 +42,11 @@ static void record_begin(struct fuzz_seeds *s)
                                     "--out", fuzz_at(i == 0 ? "a" : "b"), NULL};
         fuzz_must(test_command(&rt_cmd_train, args, &err), &err);
     }
+}
+
+static void record_begin(struct fuzz_seeds *s)
+{
+    make_runs("fuzz-record");
     fuzz_seed_file(s, fuzz_at("a/run.json"));
 }
 
@@ -59,9 +64,7 @@ static const char *const metric_words[] = {"\"step\":", "\"loss\":null", "1e400"
 
 static void metrics_begin(struct fuzz_seeds *s)
 {
-    struct fuzz_seeds record = {0};
-    record_begin(&record);
-    rt_buf_free(&record.at[0]);
+    make_runs("fuzz-metrics");
     fuzz_seed_file(s, fuzz_at("a/metrics.jsonl"));
 }
 

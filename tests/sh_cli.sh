@@ -43,7 +43,7 @@ checks=$((checks + 1))
 [ $? = 2 ] && [ ! -s "$d/out" ] && grep -q '^usage: retort COMMAND' "$d/err" || bad "no arguments: usage on stderr, exit code 2"
 want 0 '' "$retort" --help
 want 2 "'trian' is no command; did you mean 'train'" "$retort" trian
-want 2 "'zzzzzzzz' is no command; .*--help" "$retort" zzzzzzzz
+want 2 "'zzzzzzzz' is no command.*--help" "$retort" zzzzzzzz
 want 2 "unknown option '--teachr'; did you mean '--teacher'" "$retort" logits --teachr x
 want 2 "option --threads: '99999' .* from 0 to 4096" "$retort" logits --threads 99999
 want 2 "option --threads: '-1'" "$retort" logits --threads=-1
