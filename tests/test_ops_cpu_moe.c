@@ -195,6 +195,33 @@ static void experts(void **state)
     shared_max(all, RT_CPU_SHARED_MAX);
 }
 
+/* The same bytes whether one list holds all experts or several calls do, as they come when weights are streamed. */
+static void experts_in_groups(void **state)
+{
+    struct devices *all = *state;
+    struct rt_err err = {0};
+    struct ffn t = make_ffn(RT_BF16, 300, 6, 3, 160, 144);
+    const int64_t size = t.n * t.H;
+    float *whole = calloc((size_t)size, sizeof *whole), *parts = calloc((size_t)size, sizeof *parts);
+    int32_t *offset = t.offset;
+    void **data = t.data;
+    shared_max(all, (size_t)(400 * (t.H + t.I)) * sizeof(float)); /* some experts share a batch, and more than one is needed */
+    assert_ok(run_ffn(&all->cpu[1], &t, &whole, &err));
+    for (int step = 1; step < 6; step++) {
+        memset(parts, 0, (size_t)size * sizeof *parts);
+        for (int e = 0; e < 6; e += step) {
+            t.experts = e + step <= 6 ? step : 6 - e;
+            t.offset = offset + e;
+            t.data = data + (ptrdiff_t)(3 * e);
+            assert_ok(run_ffn(&all->cpu[1], &t, &parts, &err));
+        }
+        assert_memory_equal(parts, whole, (size_t)size * sizeof *parts);
+    }
+    t.experts = 6, t.offset = offset, t.data = data;
+    shared_max(all, RT_CPU_SHARED_MAX);
+    free(whole), free(parts), free_ffn(&t);
+}
+
 static void experts_e4m3_activations(void **state)
 {
     struct devices *all = *state;
@@ -447,6 +474,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup_teardown(routing, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(routing_ties, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts, cpu_open_all, cpu_close_all),
+    cmocka_unit_test_setup_teardown(experts_in_groups, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts_e4m3_activations, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts_row_exact, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(head, cpu_open_all, cpu_close_all),

@@ -18,6 +18,7 @@
 enum {
     RT_CPU_PANEL = 1 << 20,
     RT_CPU_TILE = 1 << 19,
+    RT_CPU_WIDE = 512, /* most columns of a dequantised panel */
     RT_CPU_BLOCK = 128, /* columns that share a scale of e4m3, rows as well in a weight */
 };
 /* Bytes of shared scratch that an operation cuts its rows for; one row alone may need more. */
@@ -82,9 +83,13 @@ void rt_cpu_dequant_row(float *dst, const struct rt_act *x, int64_t row, int64_t
 /* Columns of a product's tile, out of N: 256 or 128. */
 int64_t rt_cpu_tile_cols(const struct rt_weight *w, int64_t N);
 /* c[m, cols] = or += a[m, K] w[col0 .. + cols, 0:K]^T on this thread, w dequantised through the worker's panel; exact:
- * by cpu_exact.c. cols <= 256. */
+ * by cpu_exact.c. cols <= RT_CPU_WIDE. */
 void rt_cpu_weight_product(const struct rt_weight *w, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m, bool exact,
                            bool accumulate, float *panel, float *c, int64_t ldc);
+/* The same columns of `parts` weights of one shape beside each other: c[m, parts * cols]; a is packed once for all. parts * cols <=
+ * RT_CPU_WIDE. */
+void rt_cpu_weight_products(const struct rt_weight *const *w, int parts, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m,
+                            bool exact, bool accumulate, float *panel, float *c, int64_t ldc);
 
 /* ---- e4m3 forms (cpu_quant.c) ---- */
 /* Row `row` of the e4m3 form q (of n rows) from x [cols]; cols % 128 == 0. */

@@ -7,7 +7,6 @@
  * of the same logits, and ranks can be counted in one pass.
  */
 #include <stdatomic.h>
-#include <stdlib.h>
 
 #include "core/cpu/cpu.h"
 #include "core/cpu/simd.h"
@@ -66,12 +65,18 @@ static void select_keys(uint64_t *v, int64_t n, int64_t k)
     }
 }
 
-static int descending(const void *a, const void *b)
+/* In descending order (Shell's sort with the gaps of Ciura 2001, continued by 2.25). */
+static void sort_keys(uint64_t *v, int64_t n)
 {
-    uint64_t x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return (x < y) - (x > y);
+    static const int64_t gaps[] = {8929, 3968, 1764, 701, 301, 132, 57, 23, 10, 4, 1};
+    for (size_t g = 0; g < sizeof gaps / sizeof *gaps; g++)
+        for (int64_t i = gaps[g]; i < n; i++) {
+            const uint64_t x = v[i];
+            int64_t j = i;
+            for (; j >= gaps[g] && v[j - gaps[g]] < x; j -= gaps[g])
+                v[j] = v[j - gaps[g]];
+            v[j] = x;
+        }
 }
 
 /* What a slice knows of a row. */
@@ -152,6 +157,37 @@ static void take_floor(struct part *p, atomic_uint *row_floor)
         p->floor = below;
 }
 
+/* A floor that k or more of z[0..n) are above, and few more than k, where halving the range between the least and the greatest finds
+ * one: what it prunes need not be collected and sorted out again. */
+RT_SIMD static void raise_floor(struct part *p, const float *z, int64_t n, float top, int64_t k)
+{
+    const int32_t enough = (int32_t)k, few = (int32_t)(k + k / 4 + 8);
+    float lo = p->floor, hi = top;
+    if (isnan(lo)) {
+        rt_v16 m = (rt_v16){0} - INFINITY;
+        for (int64_t i = 0; i + 16 <= n; i += 16) {
+            const rt_v16 v = -rt_v16_load(z + i);
+            rt_v16_max(&m, &v);
+        }
+        lo = INFINITY;
+        for (int j = 0; j < 16; j++)
+            lo = -m[j] < lo ? -m[j] : lo;
+    }
+    for (int turn = 0; turn < 12; turn++) {
+        const float mid = lo + (hi - lo) / 2;
+        int32_t above = 0;
+        for (int64_t j = 0; j < n; j++)
+            above += z[j] > mid;
+        if (above < enough) {
+            hi = mid;
+            continue;
+        }
+        lo = p->floor = mid;
+        if (above <= few)
+            return;
+    }
+}
+
 /* Offers z[0..n), ids from id0 on. */
 RT_SIMD static void offer(struct part *p, const float *z, int64_t n, uint32_t id0, int64_t k, int64_t cap, atomic_uint *row_floor)
 {
@@ -208,6 +244,8 @@ static void take(const struct head_job *job, int64_t r, struct part *p, float *z
     }
     if (job->k > 0) {
         take_floor(p, job->floor + r);
+        if (p->keys == 0 && n >= 2 * job->k && isfinite(top))
+            raise_floor(p, z, n, top, job->k);
         if (!(top <= p->floor))
             offer(p, z, n, (uint32_t)id0, job->k, job->cap, job->floor + r);
     }
@@ -233,7 +271,7 @@ static void slice_item(void *ctx, int64_t item, int worker)
     const struct rt_head_topk_args *a = job->a;
     const int64_t slice = item % job->slices, row0 = item / job->slices * job->chunk;
     const int64_t rows = rt_min64(job->chunk, job->rows - row0);
-    const int64_t end = rt_min64(a->n_ids, (slice + 1) * job->slice_ids), step = rt_cpu_tile_cols(a->w, a->n_ids);
+    const int64_t end = rt_min64(a->n_ids, (slice + 1) * job->slice_ids), step = RT_CPU_WIDE;
     float *z = rt_cpu_tile(job->dev, worker);
     for (int64_t r = row0; r < row0 + rows; r++) {
         struct part *p = job->part + r * job->slices + slice;
@@ -272,7 +310,7 @@ static void merge_keys(const struct head_job *job, const struct part *p, int64_t
         n += p[s].keys;
     }
     select_keys(key, n, job->k);
-    qsort(key, (size_t)job->k, sizeof *key, descending);
+    sort_keys(key, job->k);
     for (int64_t j = 0; j < job->k; j++) {
         a->topk_ids[row * job->k + j] = key_id(key[j]);
         a->topk_logits[row * job->k + j] = key_logit(key[j]);
@@ -324,9 +362,11 @@ enum rt_status rt_cpu_head_topk(struct rt_dev *dev, UNUSED struct rt_queue *q, c
         continue;
     if (!job.next)
         job.one = -1;
-    job.chunk = rt_min64(a->n, a->w->f32 != NULL ? 256 : 1024);
-    /* 8 items at least, of 1024 ids or more: each slice collects its own best, so no more of them than that. */
-    job.slices = rt_max64(1, rt_min64(rt_ceil_div(8, rt_ceil_div(a->n, job.chunk)), a->n_ids / 1024));
+    /* 8 items at least: slices of 1024 ids or more (each collects its own best, so no more of them than needed), and where these do not
+     * suffice lower chunks. Logits of a chunk fit the tile. */
+    const int64_t most = rt_max64(1, a->n_ids / 1024), low = rt_ceil_div(rt_ceil_div(a->n, rt_ceil_div(8, most)), 64) * 64;
+    job.chunk = rt_min64(rt_min64(a->n, low), a->w->f32 != NULL ? 256 : RT_CPU_TILE / RT_CPU_WIDE);
+    job.slices = rt_min64(rt_ceil_div(8, rt_ceil_div(a->n, job.chunk)), most);
     job.slice_ids = rt_ceil_div(rt_ceil_div(a->n_ids, job.slices), 256) * 256;
     job.cap = 2 * job.k + 128;
     const size_t per_row = (size_t)job.slices * (sizeof *job.part + (size_t)job.cap * sizeof *job.keys) + sizeof *job.z_next +

@@ -1,8 +1,9 @@
 /* Mixture of experts: route, sort, expert products.
  *
  * moe_ffn works through the listed runs in batches of as many rows as the shared scratch holds. A batch is gathered into dense
- * rows X; items (segment, column panel, row chunk) make H = silu(X gate^T) * (X up^T); items (column panel of y) then walk over
- * all segments in order and add weight * H down^T: so each element of y gets its experts in the order given, whichever thread adds.
+ * rows X; items (segment, column panel, row chunk) make H = silu(X gate^T) * (X up^T), then H down^T over X, which is done with; items
+ * (columns of y) then walk over all rows in order and add weight times that: so each element of y gets its experts in the order given,
+ * whichever thread adds. Products are cut from an expert's own rows alone: how many experts a list holds changes no bit.
  */
 #include "core/cpu/cpu.h"
 #include "core/cpu/simd.h"
@@ -157,14 +158,14 @@ enum { CHUNK = 1024 }; /* rows of an item: a dequantised panel serves them */
 struct segment {
     int expert;
     int64_t row, rows, first; /* first: in perm, or the first token */
-    int64_t item;             /* of the first product */
+    int64_t item;             /* of the first product of the stage at hand */
 };
 
 struct ffn_job {
     struct rt_dev *dev;
     const struct rt_moe_ffn_args *a;
     struct segment *segment;
-    int64_t n_segments, rows, items, panel_in, panel_out, chunk;
+    int64_t n_segments, rows, panel_in, panel_out, chunk;
     const float *x; /* [rows, H] */
     float *gathered, *h; /* [rows, I] */
 };
@@ -215,23 +216,43 @@ static void gather_rows(void *ctx, int64_t row0, int64_t row1, UNUSED int worker
     }
 }
 
+/* The part of a segment that an item multiplies. */
+struct piece {
+    const struct segment *s;
+    int64_t col, cols, row, rows;
+};
+
+static struct piece piece_of(const struct ffn_job *job, int64_t item, int64_t width, int64_t panel)
+{
+    const struct segment *s = segment_of_item(job, item);
+    const int64_t panels = rt_ceil_div(width, panel), at = item - s->item, col = at % panels * panel, row = at / panels * job->chunk;
+    return (struct piece){s, col, rt_min64(panel, width - col), row, rt_min64(job->chunk, s->rows - row)};
+}
+
 static void inner_item(void *ctx, int64_t item, int worker)
 {
     const struct ffn_job *job = ctx;
     const struct rt_moe_ffn_args *a = job->a;
-    const struct segment *s = segment_of_item(job, item);
-    const int64_t panels = rt_ceil_div(a->I, job->panel_in), at = item - s->item;
-    const int64_t col = at % panels * job->panel_in, cols = rt_min64(job->panel_in, a->I - col);
-    const int64_t row = at / panels * job->chunk, rows = rt_min64(job->chunk, s->rows - row);
-    const float *x = job->x + (s->row + row) * a->H;
-    float *h = job->h + (s->row + row) * a->I + col, *up = rt_cpu_tile(job->dev, worker), *panel = rt_cpu_panel(job->dev, worker);
-    rt_cpu_weight_product(a->gate[s->expert], col, cols, x, a->H, rows, a->row_exact, false, panel, h, a->I);
-    rt_cpu_weight_product(a->up[s->expert], col, cols, x, a->H, rows, a->row_exact, false, panel, up, cols);
-    for (int64_t i = 0; i < rows; i++) {
-        rt_cpu_swiglu_row(h + i * a->I, h + i * a->I, up + i * cols, cols);
+    const struct piece p = piece_of(job, item, a->I, job->panel_in);
+    const float *x = job->x + (p.s->row + p.row) * a->H;
+    float *h = job->h + (p.s->row + p.row) * a->I + p.col, *both = rt_cpu_tile(job->dev, worker);
+    const struct rt_weight *const w[2] = {a->gate[p.s->expert], a->up[p.s->expert]};
+    rt_cpu_weight_products(w, 2, p.col, p.cols, x, a->H, p.rows, a->row_exact, false, rt_cpu_panel(job->dev, worker), both, 2 * p.cols);
+    for (int64_t i = 0; i < p.rows; i++) {
+        rt_cpu_swiglu_row(h + i * a->I, both + i * 2 * p.cols, both + (i * 2 + 1) * p.cols, p.cols);
         if (a->x.scale != NULL)
-            rt_cpu_quant_round(h + i * a->I, cols);
+            rt_cpu_quant_round(h + i * a->I, p.cols);
     }
+}
+
+static void outer_item(void *ctx, int64_t item, int worker)
+{
+    const struct ffn_job *job = ctx;
+    const struct rt_moe_ffn_args *a = job->a;
+    const struct piece p = piece_of(job, item, a->H, job->panel_out);
+    const int64_t row = p.s->row + p.row;
+    rt_cpu_weight_product(a->down[p.s->expert], p.col, p.cols, job->h + row * a->I, a->I, p.rows, a->row_exact, false,
+                          rt_cpu_panel(job->dev, worker), job->gathered + row * a->H + p.col, a->H);
 }
 
 RT_SIMD static void add_weighted(float *restrict y, const float *restrict x, float w, int64_t n)
@@ -240,59 +261,57 @@ RT_SIMD static void add_weighted(float *restrict y, const float *restrict x, flo
         y[j] += w * x[j];
 }
 
-static void outer_item(void *ctx, int64_t item, int worker)
+enum { ADD_COLS = 256 };
+
+static void add_item(void *ctx, int64_t item, UNUSED int worker)
 {
     const struct ffn_job *job = ctx;
     const struct rt_moe_ffn_args *a = job->a;
-    const int64_t col = item * job->panel_out, cols = rt_min64(job->panel_out, a->H - col);
-    float *out = rt_cpu_tile(job->dev, worker), *panel = rt_cpu_panel(job->dev, worker);
-    for (int64_t i = 0; i < job->n_segments; i++) {
-        const struct segment *s = job->segment + i;
-        for (int64_t row = 0; row < s->rows; row += CHUNK) {
-            const int64_t rows = rt_min64(CHUNK, s->rows - row);
-            rt_cpu_weight_product(a->down[s->expert], col, cols, job->h + (s->row + row) * a->I, a->I, rows, a->row_exact, false,
-                                  panel, out, cols);
-            for (int64_t r = 0; r < rows; r++)
-                add_weighted((float *)a->y + token_of(a, s, row + r) * a->H + col, out + r * cols,
-                             a->weight[a->perm[s->first + row + r]], cols);
+    const int64_t col = item * ADD_COLS, cols = rt_min64(ADD_COLS, a->H - col);
+    for (const struct segment *s = job->segment; s < job->segment + job->n_segments; s++)
+        for (int64_t r = 0; r < s->rows; r++) {
+            const int32_t at = a->perm[s->first + r];
+            add_weighted((float *)a->y + at / a->k * a->H + col, job->gathered + (s->row + r) * a->H + col, a->weight[at], cols);
         }
-    }
 }
 
-/* One expert for all rows: straight into y, and row chunks are items too. */
+/* One expert for all rows: straight into y. */
 static void dense_item(void *ctx, int64_t item, int worker)
 {
     const struct ffn_job *job = ctx;
     const struct rt_moe_ffn_args *a = job->a;
-    const int64_t panels = rt_ceil_div(a->H, job->panel_out);
-    const int64_t col = item % panels * job->panel_out, cols = rt_min64(job->panel_out, a->H - col);
-    const int64_t row = item / panels * job->chunk, rows = rt_min64(job->chunk, job->rows - row);
-    rt_cpu_weight_product(a->down[0], col, cols, job->h + row * a->I, a->I, rows, a->row_exact, true,
-                          rt_cpu_panel(job->dev, worker), (float *)a->y + (job->segment->first + row) * a->H + col, a->H);
+    const struct piece p = piece_of(job, item, a->H, job->panel_out);
+    rt_cpu_weight_product(a->down[0], p.col, p.cols, job->h + p.row * a->I, a->I, p.rows, a->row_exact, true,
+                          rt_cpu_panel(job->dev, worker), (float *)a->y + (p.s->first + p.row) * a->H + p.col, a->H);
+}
+
+/* Numbers the items of a stage whose products are `width` wide. */
+static int64_t number_items(struct ffn_job *job, int64_t width, int64_t panel)
+{
+    int64_t items = 0;
+    for (int64_t i = 0; i < job->n_segments; i++) {
+        job->segment[i].item = items;
+        items += rt_ceil_div(width, panel) * rt_ceil_div(job->segment[i].rows, job->chunk);
+    }
+    return items;
 }
 
 static void run_batch(struct ffn_job *job)
 {
     const struct rt_moe_ffn_args *a = job->a;
     struct rt_dev *dev = job->dev;
-    /* Few segments: lower chunks, so that there are items to share out. */
-    job->chunk = job->n_segments == 1 ? rt_max64(256, rt_min64(CHUNK, rt_ceil_div(job->rows, 256) * 64)) : CHUNK;
-    job->items = 0;
-    for (int64_t i = 0; i < job->n_segments; i++) {
-        job->segment[i].item = job->items;
-        job->items += rt_ceil_div(a->I, job->panel_in) * rt_ceil_div(job->segment[i].rows, job->chunk);
-    }
+    /* All rows through one expert: lower chunks, so that there are items to share out. */
+    job->chunk = a->perm == NULL ? rt_max64(256, rt_min64(CHUNK, rt_ceil_div(job->rows, 256) * 64)) : CHUNK;
     if (job->gathered != NULL) {
         rt_cpu_rows(dev, job->rows, rt_cpu_grain(job->rows, a->H), gather_rows, job);
         job->x = job->gathered;
     } else {
         job->x = (const float *)a->x.data + job->segment->first * a->H;
     }
-    rt_pool_run(dev->pool, job->items, inner_item, job);
-    if (a->perm == NULL)
-        rt_pool_run(dev->pool, rt_ceil_div(a->H, job->panel_out) * rt_ceil_div(job->rows, job->chunk), dense_item, job);
-    else
-        rt_pool_run(dev->pool, rt_ceil_div(a->H, job->panel_out), outer_item, job);
+    rt_pool_run(dev->pool, number_items(job, a->I, job->panel_in), inner_item, job);
+    rt_pool_run(dev->pool, number_items(job, a->H, job->panel_out), a->perm == NULL ? dense_item : outer_item, job);
+    if (a->perm != NULL)
+        rt_pool_run(dev->pool, rt_ceil_div(a->H, ADD_COLS), add_item, job);
 }
 
 static enum rt_status check_ffn(const struct rt_moe_ffn_args *a, struct rt_err *err)
@@ -325,24 +344,24 @@ enum rt_status rt_cpu_moe_ffn(struct rt_dev *dev, UNUSED struct rt_queue *q, con
         return RT_OK;
     const bool gathers = a->perm != NULL || a->x.scale != NULL;
     const size_t row_bytes = ((gathers ? (size_t)a->H : 0) + (size_t)a->I) * sizeof(float);
-    const int64_t most = rt_max64(1, rt_min64(total, (int64_t)(dev->shared_max / row_bytes)));
+    const int64_t most = rt_max64(1, (int64_t)(dev->shared_max / row_bytes)), held = rt_min64(total, most);
     char *at;
-    RT_TRY(rt_cpu_shared(dev, rt_arena_round((size_t)a->n_experts * sizeof *job.segment) + (size_t)most * row_bytes, &at, err));
+    RT_TRY(rt_cpu_shared(dev, rt_arena_round((size_t)a->n_experts * sizeof *job.segment) + (size_t)held * row_bytes, &at, err));
     job.segment = (struct segment *)(void *)at;
     job.h = (float *)(void *)(at + rt_arena_round((size_t)a->n_experts * sizeof *job.segment));
-    job.gathered = gathers ? job.h + most * a->I : NULL;
-    job.panel_in = rt_cpu_tile_cols(a->gate[0], a->I);
-    job.panel_out = rt_cpu_tile_cols(a->down[0], a->H);
+    job.gathered = gathers ? job.h + held * a->I : NULL;
+    job.panel_in = rt_min64(RT_CPU_WIDE / 2, a->I);
+    job.panel_out = rt_min64(RT_CPU_WIDE, a->H);
     for (int e = 0; e < a->n_experts; e++)
         for (int64_t r = offset[e]; r < offset[e + 1];) {
-            const int64_t rows = rt_min64(offset[e + 1] - r, most - job.rows);
-            job.segment[job.n_segments++] = (struct segment){.expert = e, .row = job.rows, .rows = rows, .first = r};
-            job.rows += rows;
-            r += rows;
-            if (job.rows == most) {
+            const int64_t rows = rt_min64(offset[e + 1] - r, most);
+            if (job.rows + rows > held) { /* an expert's rows are parted only where they alone are too many */
                 run_batch(&job);
                 job.rows = job.n_segments = 0;
             }
+            job.segment[job.n_segments++] = (struct segment){.expert = e, .row = job.rows, .rows = rows, .first = r};
+            job.rows += rows;
+            r += rows;
         }
     if (job.rows > 0)
         run_batch(&job);

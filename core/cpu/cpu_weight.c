@@ -175,10 +175,32 @@ int64_t rt_cpu_tile_cols(const struct rt_weight *w, int64_t N)
     return panel_fits && N >= 4 * 256 ? 256 : 128;
 }
 
+enum { RUN_COLS = RT_CPU_PANEL / RT_CPU_WIDE }; /* of the inner dimension, dequantised at a time */
+
+void rt_cpu_weight_products(const struct rt_weight *const *w, int parts, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m,
+                            bool exact, bool accumulate, float *panel, float *c, int64_t ldc)
+{
+    bool whole = exact || parts == 1;
+    for (int i = 0; i < parts; i++)
+        whole = whole || w[i]->f32 != NULL;
+    if (whole) {
+        for (int i = 0; i < parts; i++)
+            rt_cpu_weight_product(w[i], col0, cols, a, lda, m, exact, accumulate, panel, c + i * cols, ldc);
+        return;
+    }
+    for (int64_t k0 = 0; k0 < w[0]->cols; k0 += RUN_COLS) {
+        const int64_t k = rt_min64(RUN_COLS, w[0]->cols - k0);
+        int64_t ldb;
+        for (int i = 0; i < parts; i++)
+            rt_cpu_weight_panel(w[i], col0, cols, k0, k, panel + i * cols * k, &ldb);
+        rt_cpu_gemm_nt(m, parts * cols, k, 1, a + k0, lda, panel, k, accumulate || k0 > 0 ? 1 : 0, c, ldc);
+    }
+}
+
 void rt_cpu_weight_product(const struct rt_weight *w, int64_t col0, int64_t cols, const float *a, int64_t lda, int64_t m, bool exact,
                            bool accumulate, float *panel, float *c, int64_t ldc)
 {
-    const int64_t run = w->f32 != NULL ? w->cols : RT_CPU_PANEL / 256 * (cols > 128 ? 1 : 2);
+    const int64_t run = w->f32 != NULL ? w->cols : RUN_COLS;
     for (int64_t k0 = 0; k0 < w->cols; k0 += run) {
         const int64_t k = rt_min64(run, w->cols - k0);
         int64_t ldb;
