@@ -71,12 +71,25 @@ static int wanted(const char *suite, const char *test, int argc, char **argv)
     return 0;
 }
 
+static void clean_up(void)
+{
+    if (tmp_root[0] != '\0') {
+        char cmd[128];
+        snprintf(cmd, sizeof cmd, "rm -rf '%s'", tmp_root);
+        if (system(cmd) != 0)
+            fprintf(stderr, "could not remove %s\n", tmp_root);
+    }
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1 && strcmp(argv[1], "--oracle") == 0)
         return rt_oracle_main(argc - 1, argv + 1);
-    if (argc > 1 && strcmp(argv[1], "--fuzz") == 0)
-        return rt_fuzz_main(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "--fuzz") == 0) {
+        const int rc = rt_fuzz_main(argc - 1, argv + 1);
+        clean_up();
+        return rc;
+    }
     if (argc > 1 && strcmp(argv[1], "--list") == 0) {
         for (int s = 0; s < N_SUITES; s++)
             for (size_t t = 0; t < suites[s]->n; t++)
@@ -97,12 +110,7 @@ int main(int argc, char **argv)
         }
         free(run);
     }
-    if (tmp_root[0] != '\0') {
-        char cmd[128];
-        snprintf(cmd, sizeof cmd, "rm -rf '%s'", tmp_root);
-        if (system(cmd) != 0)
-            fprintf(stderr, "could not remove %s\n", tmp_root);
-    }
+    clean_up();
     if (ran == 0) {
         fprintf(stderr, "no test of this name; --list names them\n");
         return 2;
