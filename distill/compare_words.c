@@ -178,13 +178,15 @@ out:
 }
 
 /* ---- the verdict ---- */
-static enum rt_status judge_one(const struct rt_comparison *c, int e, int a, int m, struct rt_json *list, struct rt_err *err)
+static const enum rt_cmp_metric judged[] = {RT_CMP_PASS1, RT_CMP_KL, RT_CMP_CE};
+enum { N_JUDGED = sizeof judged / sizeof judged[0] };
+
+/* One sentence for a difference that can be told. */
+static enum rt_status told(const struct rt_comparison *c, int e, int a, int m, struct rt_json *list, struct rt_err *err)
 {
     const struct rt_cmp_metric_info *info = &rt_cmp_metric_info[m];
     const struct rt_cmp_difference *d = &c->diff[e][a][m];
-    char x[32], y[32], diff[32], lo[32], hi[32], seeds[96] = "", text[1024];
-    if (d->value.n == 0)
-        return RT_OK;
+    char x[32], y[32], diff[32], lo[32], hi[32], seeds[64] = "";
     rt_cmp_number(x, c->result[e][a][m].value.mean, info->share);
     rt_cmp_number(y, c->result[e][0][m].value.mean, info->share);
     rt_cmp_signed(diff, d->value.mean, info->share);
@@ -192,36 +194,70 @@ static enum rt_status judge_one(const struct rt_comparison *c, int e, int a, int
     rt_cmp_signed(hi, d->value.hi, info->share);
     if (d->seeds > 1)
         snprintf(seeds, sizeof seeds, "; %d of %d seeds agree in sign", d->same_sign, d->seeds);
-    else if (d->seeds == 1)
-        snprintf(seeds, sizeof seeds, "; one seed, so the spread between trainings is not in the interval");
-    if (d->told)
-        snprintf(text, sizeof text, "%s: %s is %s than %s in %s: %s against %s (difference %s, 95 %% interval %s to %s, %lld paired%s).", c->eval[e],
-                 c->arm[a].name, (d->value.mean < 0) == info->lower_is_better ? "better" : "worse", c->arm[0].name, info->word, x, y, diff, lo, hi,
-                 (long long)d->value.n, seeds);
-    else
-        snprintf(text, sizeof text, "%s: no difference between %s and %s in %s can be told: %s against %s (difference %s, 95 %% interval %s to %s, %lld paired%s).",
-                 c->eval[e], c->arm[a].name, c->arm[0].name, info->word, x, y, diff, lo, hi, (long long)d->value.n, seeds);
-    return rt_json_set_string(list, NULL, text, err);
+    return warn(list, err, "%s: %s is %s than %s in %s: %s against %s (difference %s, 95 %% interval %s to %s, %lld paired%s).", c->eval[e],
+                c->arm[a].name, (d->value.mean < 0) == info->lower_is_better ? "better" : "worse", c->arm[0].name, info->word, x, y, diff, lo, hi,
+                (long long)d->value.n, seeds);
+}
+
+/* What cannot be told of an arm, in one sentence: "no difference between A and B in KL to the teacher (x, y), pass@1 (z) can be told." */
+static enum rt_status untold(const struct rt_comparison *c, int a, struct rt_json *list, struct rt_err *err)
+{
+    struct rt_buf text = {0};
+    enum rt_status st = RT_OK;
+    for (int i = 0; i < N_JUDGED; i++) {
+        bool open = false;
+        for (int e = 0; e < c->n_evals; e++) {
+            const struct rt_cmp_difference *d = &c->diff[e][a][judged[i]];
+            if (!c->has[e][judged[i]] || d->value.n == 0 || d->told)
+                continue;
+            if (text.len == 0)
+                RT_TRY(rt_buf_printf(&text, err, "No difference between %s and %s can be told in ", c->arm[a].name, c->arm[0].name));
+            else if (!open)
+                RT_TRY(rt_buf_puts(&text, "), ", err));
+            RT_TRY(rt_buf_printf(&text, err, open ? ", %s" : "%s (%s", open ? c->eval[e] : rt_cmp_metric_info[judged[i]].word, c->eval[e]));
+            open = true;
+        }
+    }
+    if (text.len > 0) {
+        RT_TRY(rt_buf_puts(&text, ").", err));
+        RT_TRY(rt_json_set_string_n(list, NULL, text.data, text.len, err));
+    }
+out:
+    rt_buf_free(&text);
+    return st;
+}
+
+static bool one_seed(const struct rt_comparison *c)
+{
+    for (int e = 0; e < c->n_evals; e++)
+        for (int a = 1; a < c->n_arms; a++)
+            for (int i = 0; i < N_JUDGED; i++)
+                if (c->diff[e][a][judged[i]].seeds == 1)
+                    return true;
+    return false;
 }
 
 static enum rt_status verdict(struct rt_comparison *c, struct rt_err *err)
 {
-    static const enum rt_cmp_metric judged[] = {RT_CMP_PASS1, RT_CMP_KL, RT_CMP_CE};
     enum rt_status st;
     struct rt_json *list;
     bool controlled = true;
     RT_TRY(rt_json_set_array(c->report, "verdict", &list, err));
     rt_json_as_bool(rt_json_get(c->report, "controlled"), &controlled);
-    if (!controlled)
-        RT_TRY(rt_json_set_string(list, NULL, "The arms differ in more than their treatment (see the warnings): these differences need not come from it.", err));
     const size_t before = rt_json_len(list);
-    for (int a = 1; a < c->n_arms; a++)
-        for (int e = 0; e < c->n_evals; e++)
-            for (size_t m = 0; m < sizeof judged / sizeof judged[0]; m++)
-                if (c->has[e][judged[m]])
-                    RT_TRY(judge_one(c, e, a, (int)judged[m], list, err));
+    for (int a = 1; a < c->n_arms; a++) {
+        for (int i = 0; i < N_JUDGED; i++)
+            for (int e = 0; e < c->n_evals; e++)
+                if (c->has[e][judged[i]] && c->diff[e][a][judged[i]].value.n > 0 && c->diff[e][a][judged[i]].told)
+                    RT_TRY(told(c, e, a, (int)judged[i], list, err));
+        RT_TRY(untold(c, a, list, err));
+    }
     if (c->n_arms > 1 && rt_json_len(list) == before)
         RT_TRY(rt_json_set_string(list, NULL, "Nothing can be said: no evaluation left sums for the same sequences or problems in two arms.", err));
+    if (one_seed(c))
+        RT_TRY(rt_json_set_string(list, NULL, "One seed an arm: the intervals cover the evaluation data, not the spread between trainings.", err));
+    if (!controlled)
+        RT_TRY(rt_json_set_string(list, NULL, "Arms that the warnings name differ in more than their treatment: their differences need not come from it.", err));
 out:
     return st;
 }
