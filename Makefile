@@ -5,6 +5,7 @@
 MODE ?= release
 PREFIX ?= /usr/local
 comma := ,
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
 ifeq ($(origin CC),default)
 CC := gcc
 endif
@@ -45,11 +46,11 @@ deps:
 	@sh tests/deps.sh
 
 $(B)/core/cpu/%.o: BASE += $(KERNEL)
-$(B)/core/ref/%.64.o: core/ref/%.c
+$(B)/core/ref/%.64.o: core/ref/%.c | deps
 	@mkdir -p $(@D)
 	$(if $(V),,@echo '  CC $< (double)')
 	$(Q)$(CC) $(CPPFLAGS) $(BASE) -DRT_REF_REAL64 $(CFLAGS) -MMD -MP -c $< -o $@
-$(B)/%.o: %.c
+$(B)/%.o: %.c | deps
 	@mkdir -p $(@D)
 	$(if $(V),,@echo '  CC $<')
 	$(Q)$(CC) $(CPPFLAGS) $(BASE) $(CFLAGS) -MMD -MP -c $< -o $@
