@@ -48,7 +48,7 @@ out:
     return st;
 }
 
-/* Is RUN/run.json of a finished run? */
+/* Is RUN/run.json of a finished run, and its model still there? */
 static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struct rt_err *err)
 {
     enum rt_status st;
@@ -60,6 +60,11 @@ static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struc
         goto out;
     RT_TRY(rt_json_load(path, 64 << 20, &v, err));
     RT_TRY(rt_json_bool_or(v, "finished", false, yes, err));
+    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_MODEL_DIR "/config.json", err));
+    if (*yes && !rt_path_exists(path)) {
+        rt_warn(r->ctx->log, "%s was finished, but its model is gone: training goes on from the last checkpoint, or anew", r->v->out);
+        *yes = false;
+    }
 out:
     rt_json_free(v);
     return st;
