@@ -88,7 +88,7 @@ static enum rt_status load_units(const struct rt_cmp_run *r, const char *name, s
 {
     enum rt_status st;
     char path[PATH_CAP];
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     struct rt_buf units = {0};
     const struct rt_json *v;
     struct rt_cmp_unit u;
@@ -159,7 +159,7 @@ static enum rt_status load_evals(struct rt_cmp_run *r, struct rt_err *err)
 {
     enum rt_status st;
     char path[PATH_CAP], *units[RT_CMP_MAX_EVALS] = {0};
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     const struct rt_json *v;
     RT_TRY(rt_alloc(RT_CMP_MAX_EVALS, sizeof *r->eval, "evaluations", &r->eval, err));
     RT_TRY(rt_path_join(path, sizeof path, r->path, RT_EVAL_FILE, err));
@@ -204,7 +204,7 @@ static enum rt_status load_curves(struct rt_cmp_run *r, struct rt_err *err)
 {
     enum rt_status st;
     char path[PATH_CAP];
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     const struct rt_json *v;
     RT_TRY(rt_path_join(path, sizeof path, r->path, "metrics.jsonl", err));
     if (!rt_path_exists(path))

@@ -196,10 +196,9 @@ struct counted {
 static enum rt_status count_lines(const char *path, struct counted *c, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     const struct rt_json *line;
     RT_TRY(rt_jsonl_open(path, &f, err));
-    c->bytes = f.size;
     for (;;) {
         RT_TRY(rt_jsonl_next(&f, &line, err));
         if (line == NULL)
@@ -213,6 +212,7 @@ static enum rt_status count_lines(const char *path, struct counted *c, struct rt
         c->answers += rt_json_get(line, "answer") != NULL;
     }
     c->torn = f.torn;
+    c->bytes = f.lines.end_offset;
     if (c->lines == 0)
         RT_FAIL(err, FORMAT, "%s: no line in it", path);
 out:

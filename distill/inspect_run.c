@@ -30,7 +30,7 @@ static enum rt_status last_line(const char *dir, const char *name, const char *k
 {
     enum rt_status st;
     char path[PATH_CAP];
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     struct rt_json *keep = NULL;
     const struct rt_json *v;
     *lines = 0;
@@ -62,7 +62,7 @@ static enum rt_status evaluations(const char *dir, struct rt_json *obj, struct r
     enum { MOST = 64 };
     enum rt_status st;
     char path[PATH_CAP];
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     struct rt_json *last[MOST] = {0}, *list, *o;
     const struct rt_json *v;
     int n = 0;

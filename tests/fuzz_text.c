@@ -210,7 +210,7 @@ out:
 
 static enum rt_status jsonl_run(const uint8_t *data, size_t n, struct rt_err *err)
 {
-    struct rt_jsonl f = {.fd = -1};
+    struct rt_jsonl f = {0};
     const struct rt_json *v;
     enum rt_status st;
     fuzz_put(fuzz_at("lines.jsonl"), data, n);

@@ -401,7 +401,7 @@ static void json_lines(void **state)
         assert_ok(rt_json_int(v, "a", 0, 9, &n, &err));
         assert_int_equal(n, i);
     }
-    assert_int_equal(f.line, 5);
+    assert_int_equal(f.lines.line, 5);
     assert_ok(rt_jsonl_next(&f, &v, &err));
     assert_true(v == NULL && !f.torn);
     rt_jsonl_close(&f);
