@@ -4,16 +4,10 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "core/host_device.h"
 #include "core/mem.h"
 
 #define UNUSED __attribute__((unused))
-
-struct rt_queue {
-    struct rt_dev *dev;
-};
-struct rt_event {
-    struct rt_dev *dev;
-};
 
 static bool available(char *why, int cap)
 {
@@ -108,82 +102,6 @@ void rt_cpu_rows(struct rt_dev *dev, int64_t n, int64_t grain, rt_cpu_rows_fn *f
     rt_pool_run(dev->pool, rt_ceil_div(n, grain), rows_item, &(struct rows_job){fn, ctx, n, grain});
 }
 
-static enum rt_status mem_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
-{
-    return rt_alloc(bytes, 1, "device memory", out, err);
-}
-
-static void mem_free(UNUSED struct rt_dev *dev, void *p)
-{
-    rt_free(p);
-}
-
-static enum rt_status queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err)
-{
-    const enum rt_status st = rt_alloc(1, sizeof **out, "a queue", out, err);
-    if (st == RT_OK)
-        (*out)->dev = dev;
-    return st;
-}
-
-static void queue_free(UNUSED struct rt_dev *dev, struct rt_queue *q)
-{
-    rt_free(q);
-}
-
-static enum rt_status queue_sync(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
-static enum rt_status event_create(struct rt_dev *dev, struct rt_event **out, struct rt_err *err)
-{
-    const enum rt_status st = rt_alloc(1, sizeof **out, "an event", out, err);
-    if (st == RT_OK)
-        (*out)->dev = dev;
-    return st;
-}
-
-static void event_free(UNUSED struct rt_dev *dev, struct rt_event *e)
-{
-    rt_free(e);
-}
-
-static enum rt_status event_nothing(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_event *e,
-                                    UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
-static enum rt_status mem_copy(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, void *dst, const void *src, size_t bytes,
-                               UNUSED struct rt_err *err)
-{
-    if (bytes > 0)
-        memmove(dst, src, bytes);
-    return RT_OK;
-}
-
-static enum rt_status mem_zero(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, void *dst, size_t bytes,
-                               UNUSED struct rt_err *err)
-{
-    if (bytes > 0)
-        memset(dst, 0, bytes);
-    return RT_OK;
-}
-
-/* One rank: sums and copies over the ranks leave x as it is. */
-static enum rt_status all_reduce(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n,
-                                 UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
-static enum rt_status broadcast(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n,
-                                UNUSED int root, UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
 const struct rt_backend rt_backend_cpu = {
     .name = "cpu",
     .act = RT_F32,
@@ -191,21 +109,7 @@ const struct rt_backend rt_backend_cpu = {
     .open = dev_open,
     .close = dev_close,
     .describe = describe,
-    .alloc = mem_alloc,
-    .free = mem_free,
-    .queue_create = queue_create,
-    .queue_free = queue_free,
-    .queue_sync = queue_sync,
-    .event_create = event_create,
-    .event_free = event_free,
-    .event_record = event_nothing,
-    .event_wait = event_nothing,
-    .upload = mem_copy,
-    .download = mem_copy,
-    .copy = mem_copy,
-    .zero = mem_zero,
-    .all_reduce = all_reduce,
-    .broadcast = broadcast,
+    RT_HOST_DEVICE_ENTRIES,
     .weight_load = rt_cpu_weight_load,
     .weight_param = rt_cpu_weight_param,
     .weight_free = rt_cpu_weight_free,

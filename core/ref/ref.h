@@ -34,12 +34,6 @@ enum {
 struct rt_dev {
     int threads_asked; /* ignored: one thread */
 };
-struct rt_queue {
-    struct rt_dev *dev;
-};
-struct rt_event {
-    struct rt_dev *dev;
-};
 
 /* A borrowed matrix; dtype REF_ACT where it is a parameter in device memory. */
 struct rt_weight {

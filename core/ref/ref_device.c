@@ -1,6 +1,7 @@
 /* The device of the reference backend: host memory, everything done when the call returns. And the table. */
 #include <stdio.h>
 
+#include "core/host_device.h"
 #include "core/ref/ref.h"
 
 static bool available(char *why, int cap)
@@ -26,85 +27,6 @@ static void dev_close(struct rt_dev *dev)
 static const char *describe(__attribute__((unused)) const struct rt_dev *dev)
 {
     return REF_IS64 ? "1 thread, plain loops in float64" : "1 thread, plain loops";
-}
-
-static enum rt_status mem_alloc(__attribute__((unused)) struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
-{
-    return rt_alloc(bytes, 1, "device memory", out, err);
-}
-
-static void mem_free(__attribute__((unused)) struct rt_dev *dev, void *p)
-{
-    rt_free(p);
-}
-
-static enum rt_status queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err)
-{
-    const enum rt_status st = rt_alloc(1, sizeof **out, "a queue", out, err);
-    if (st == RT_OK)
-        (*out)->dev = dev;
-    return st;
-}
-
-static void queue_free(__attribute__((unused)) struct rt_dev *dev, struct rt_queue *q)
-{
-    rt_free(q);
-}
-
-static enum rt_status queue_sync(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q,
-                                 __attribute__((unused)) struct rt_err *err)
-{
-    return RT_OK;
-}
-
-static enum rt_status event_create(struct rt_dev *dev, struct rt_event **out, struct rt_err *err)
-{
-    const enum rt_status st = rt_alloc(1, sizeof **out, "an event", out, err);
-    if (st == RT_OK)
-        (*out)->dev = dev;
-    return st;
-}
-
-static void event_free(__attribute__((unused)) struct rt_dev *dev, struct rt_event *e)
-{
-    rt_free(e);
-}
-
-static enum rt_status event_nothing(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q,
-                                    __attribute__((unused)) struct rt_event *e, __attribute__((unused)) struct rt_err *err)
-{
-    return RT_OK;
-}
-
-static enum rt_status mem_copy(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q, void *dst,
-                               const void *src, size_t bytes, __attribute__((unused)) struct rt_err *err)
-{
-    if (bytes > 0)
-        memmove(dst, src, bytes);
-    return RT_OK;
-}
-
-static enum rt_status mem_zero(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q, void *dst,
-                               size_t bytes, __attribute__((unused)) struct rt_err *err)
-{
-    if (bytes > 0)
-        memset(dst, 0, bytes);
-    return RT_OK;
-}
-
-/* One rank: sums and copies over the ranks leave x as it is. */
-static enum rt_status all_reduce(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q,
-                                 __attribute__((unused)) void *x, __attribute__((unused)) int64_t n,
-                                 __attribute__((unused)) struct rt_err *err)
-{
-    return RT_OK;
-}
-
-static enum rt_status broadcast(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q,
-                                __attribute__((unused)) void *x, __attribute__((unused)) int64_t n,
-                                __attribute__((unused)) int root, __attribute__((unused)) struct rt_err *err)
-{
-    return RT_OK;
 }
 
 static enum rt_status weight_load(__attribute__((unused)) struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q,
@@ -159,21 +81,7 @@ const struct rt_backend rt_backend_ref = {
     .open = dev_open,
     .close = dev_close,
     .describe = describe,
-    .alloc = mem_alloc,
-    .free = mem_free,
-    .queue_create = queue_create,
-    .queue_free = queue_free,
-    .queue_sync = queue_sync,
-    .event_create = event_create,
-    .event_free = event_free,
-    .event_record = event_nothing,
-    .event_wait = event_nothing,
-    .upload = mem_copy,
-    .download = mem_copy,
-    .copy = mem_copy,
-    .zero = mem_zero,
-    .all_reduce = all_reduce,
-    .broadcast = broadcast,
+    RT_HOST_DEVICE_ENTRIES,
     .weight_load = weight_load,
     .weight_param = weight_param,
     .weight_free = weight_free,

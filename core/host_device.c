@@ -1,0 +1,87 @@
+#include "core/host_device.h"
+
+#include <string.h>
+
+#include "core/mem.h"
+
+#define UNUSED __attribute__((unused))
+
+struct rt_queue {
+    struct rt_dev *dev;
+};
+struct rt_event {
+    struct rt_dev *dev;
+};
+
+enum rt_status rt_host_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
+{
+    return rt_alloc(bytes, 1, "device memory", out, err);
+}
+
+void rt_host_free(UNUSED struct rt_dev *dev, void *p)
+{
+    rt_free(p);
+}
+
+enum rt_status rt_host_queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err)
+{
+    const enum rt_status st = rt_alloc(1, sizeof **out, "a queue", out, err);
+    if (st == RT_OK)
+        (*out)->dev = dev;
+    return st;
+}
+
+void rt_host_queue_free(UNUSED struct rt_dev *dev, struct rt_queue *q)
+{
+    rt_free(q);
+}
+
+enum rt_status rt_host_queue_sync(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_host_event_create(struct rt_dev *dev, struct rt_event **out, struct rt_err *err)
+{
+    const enum rt_status st = rt_alloc(1, sizeof **out, "an event", out, err);
+    if (st == RT_OK)
+        (*out)->dev = dev;
+    return st;
+}
+
+void rt_host_event_free(UNUSED struct rt_dev *dev, struct rt_event *e)
+{
+    rt_free(e);
+}
+
+enum rt_status rt_host_event_nothing(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_event *e, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_host_copy(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, void *dst, const void *src, size_t bytes,
+                            UNUSED struct rt_err *err)
+{
+    if (bytes > 0)
+        memmove(dst, src, bytes);
+    return RT_OK;
+}
+
+enum rt_status rt_host_zero(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, void *dst, size_t bytes, UNUSED struct rt_err *err)
+{
+    if (bytes > 0)
+        memset(dst, 0, bytes);
+    return RT_OK;
+}
+
+enum rt_status rt_host_all_reduce(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n,
+                                  UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_host_broadcast(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED int root,
+                                 UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
