@@ -347,7 +347,8 @@ static bool bar_axis(const struct rt_svg_bar *bar, int n, bool zero, struct axis
     return true;
 }
 
-enum rt_status rt_svg_bars(struct rt_buf *out, const struct rt_svg_figure *f, const struct rt_svg_bar *bar, int n, struct rt_err *err)
+/* A row an entry, on one axis that holds 0: bars from it with their intervals, or (forest) marks on theirs. */
+static enum rt_status rows(struct rt_buf *out, const struct rt_svg_figure *f, const struct rt_svg_bar *bar, int n, bool forest, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct axis a;
@@ -358,38 +359,30 @@ enum rt_status rt_svg_bars(struct rt_buf *out, const struct rt_svg_figure *f, co
     RT_TRY(row_axis(out, f, &a, h, err));
     for (int i = 0; i < n; i++) {
         const int y = HEAD + i * ROW;
-        RT_TRY(row_text(out, f, &bar[i], false, y + 12, err));
+        RT_TRY(row_text(out, f, &bar[i], forest, y + 12, err));
         if (!isfinite(bar[i].value))
             continue;
         const double x0 = rx(&a, fmin(0, bar[i].value)), x1 = rx(&a, fmax(0, bar[i].value));
-        RT_TRY(rt_buf_printf(out, err, "<rect class=\"bar s%d\" x=\"%.1f\" y=\"%d\" width=\"%.1f\" height=\"11\" rx=\"1.5\"/>\n", bar[i].style % RT_SVG_SERIES, x0,
-                             y + 17, fmax(x1 - x0, 0.5)));
+        if (!forest)
+            RT_TRY(rt_buf_printf(out, err, "<rect class=\"bar s%d\" x=\"%.1f\" y=\"%d\" width=\"%.1f\" height=\"11\" rx=\"1.5\"/>\n",
+                                 bar[i].style % RT_SVG_SERIES, x0, y + 17, fmax(x1 - x0, 0.5)));
         RT_TRY(whisker(out, &a, &bar[i], y + 22.5, err));
-    }
-    RT_TRY(rt_buf_puts(out, "</svg>\n", err));
-out:
-    return st;
-}
-
-enum rt_status rt_svg_forest(struct rt_buf *out, const struct rt_svg_figure *f, const struct rt_svg_bar *bar, int n, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    struct axis a;
-    const int h = HEAD + n * ROW + FOOT;
-    if (!bar_axis(bar, n, true, &a))
-        return RT_OK;
-    RT_TRY(open_svg(out, f, h, err));
-    RT_TRY(row_axis(out, f, &a, h, err));
-    for (int i = 0; i < n; i++) {
-        const int y = HEAD + i * ROW;
-        RT_TRY(row_text(out, f, &bar[i], true, y + 12, err));
-        if (!isfinite(bar[i].value))
+        if (!forest)
             continue;
-        RT_TRY(whisker(out, &a, &bar[i], y + 22.5, err));
         RT_TRY(mark(out, bar[i].style, rx(&a, bar[i].value), y + 22.5, err));
         RT_TRY(rt_buf_puts(out, "\n", err));
     }
     RT_TRY(rt_buf_puts(out, "</svg>\n", err));
 out:
     return st;
+}
+
+enum rt_status rt_svg_bars(struct rt_buf *out, const struct rt_svg_figure *f, const struct rt_svg_bar *bar, int n, struct rt_err *err)
+{
+    return rows(out, f, bar, n, false, err);
+}
+
+enum rt_status rt_svg_forest(struct rt_buf *out, const struct rt_svg_figure *f, const struct rt_svg_bar *bar, int n, struct rt_err *err)
+{
+    return rows(out, f, bar, n, true, err);
 }

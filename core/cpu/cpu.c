@@ -7,8 +7,6 @@
 #include "core/host_device.h"
 #include "core/mem.h"
 
-#define UNUSED __attribute__((unused))
-
 static bool available(char *why, int cap)
 {
     if (cap > 0)
