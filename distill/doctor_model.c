@@ -53,7 +53,7 @@ static enum rt_status open_teacher(struct rt_doctor *d, struct rt_err *err)
     d->have_teacher = true;
     RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_PASS, "teacher.config", "%s, %d layers, %d experts, context %" PRId64, d->tc.model_type, d->tc.layers,
                         d->tc.experts, d->tc.max_position));
-    const struct rt_weights_options wo = {.dir = d->teacher, .config = &d->tc, .device = &d->device, .budget = INT64_MAX};
+    const struct rt_weights_options wo = {.dir = d->teacher, .config = &d->tc, .device = &d->device};
     st = rt_weights_open(&wo, &w, &bad);
     if (st == RT_OK)
         st = rt_tensors_open(d->teacher, &t, &bad);

@@ -25,7 +25,8 @@ static int at_most(int slots, int64_t sequences)
 }
 
 /* The most slots that fit; where weights could stay in memory with fewer, not so many that they no longer do. */
-static enum rt_status plan_slots(struct rt_teacher_options *o, int asked, int64_t sequences, struct rt_teacher_plan *plan, struct rt_err *err)
+static enum rt_status plan_slots(struct rt_teacher_options *o, const struct rt_teacher_sizes *sizes, int asked, int64_t sequences,
+                                 struct rt_teacher_plan *plan, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const bool planned = asked == 0;
@@ -33,7 +34,7 @@ static enum rt_status plan_slots(struct rt_teacher_options *o, int asked, int64_
         struct rt_err e = {0};
         o->slots = slots;
         o->batch_tokens = chunk_of(slots);
-        st = rt_teacher_plan_memory(o, plan, &e);
+        st = rt_teacher_plan_sizes(o, sizes, plan, &e);
         if (planned && slots > 1 && (st == RT_NOMEM || (st == RT_OK && !plan->resident && slots > 8)))
             continue;
         if (st != RT_OK)
@@ -48,7 +49,7 @@ static enum rt_status plan_slots(struct rt_teacher_options *o, int asked, int64_
         struct rt_teacher_plan p;
         more.slots = slots;
         more.batch_tokens = chunk_of(slots);
-        if (rt_teacher_plan_memory(&more, &p, NULL) == RT_OK && p.window_bytes < (uint64_t)o->memory / 2) {
+        if (rt_teacher_plan_sizes(&more, sizes, &p, NULL) == RT_OK && p.window_bytes < (uint64_t)o->memory / 2) {
             *o = more;
             *plan = p;
             break;
@@ -61,13 +62,15 @@ enum rt_status rt_generator_teacher(const char *dir, const struct rt_device *dev
                                     struct rt_generator *out, struct rt_err *err)
 {
     struct rt_teacher_config c;
+    struct rt_teacher_sizes sizes;
     struct rt_teacher_options to = {.dir = dir, .device = device, .w8a8 = o->w8a8, .memory = o->memory, .max_length = o->max_len};
     enum rt_status st;
     *out = (struct rt_generator){0};
     RT_TRY(rt_teacher_config_load(dir, &c, err));
     if (to.max_length > c.max_position)
         to.max_length = c.max_position;
-    RT_TRY(plan_slots(&to, o->slots, o->sequences, &out->plan, err));
+    RT_TRY(rt_teacher_measure(&to, &sizes, err));
+    RT_TRY(plan_slots(&to, &sizes, o->slots, o->sequences, &out->plan, err));
     out->slots = (int)to.slots;
     out->budget = (int)to.batch_tokens;
     out->max_len = to.max_length;

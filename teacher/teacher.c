@@ -101,31 +101,42 @@ static enum rt_status plan(const struct rt_teacher_options *o, const struct rt_t
     return RT_OK;
 }
 
-/* Opens the weights with all the memory there is, to learn their sizes, and plans. */
-static enum rt_status open_weights(const struct rt_teacher_options *o, struct rt_teacher_config *c, struct rt_teacher_plan *p,
-                                   struct rt_weights **out, struct rt_err *err)
+/* The weights of a checkpoint, with their headers checked, and its configuration. */
+static enum rt_status open_weights(const struct rt_teacher_options *o, struct rt_teacher_config *c, struct rt_weights **out, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_weights *probe = NULL;
-    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .budget = INT64_MAX, .resident = o->slots > 0, .mtp = o->mtp};
+    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .resident = o->slots > 0};
     RT_TRY(rt_teacher_config_load(o->dir, c, err));
     wo.mtp = o->mtp && c->mtp_layers > 0;
     RT_TRY(check_options(o, c, err));
-    RT_TRY(rt_weights_open(&wo, &probe, err));
-    RT_TRY(plan(o, c, rt_weights_largest_part(probe), rt_weights_model_bytes(probe), p, err));
-    if (out != NULL) {
-        wo.budget = (int64_t)p->weight_budget;
-        RT_TRY(rt_weights_open(&wo, out, err));
-    }
+    RT_TRY(rt_weights_open(&wo, out, err));
 out:
-    rt_weights_free(probe);
     return st;
+}
+
+enum rt_status rt_teacher_measure(const struct rt_teacher_options *o, struct rt_teacher_sizes *out, struct rt_err *err)
+{
+    struct rt_weights *w = NULL;
+    const enum rt_status st = open_weights(o, &out->config, &w, err);
+    if (st == RT_OK) {
+        out->largest_part = rt_weights_largest_part(w);
+        out->model_bytes = rt_weights_model_bytes(w);
+    }
+    rt_weights_free(w);
+    return st;
+}
+
+enum rt_status rt_teacher_plan_sizes(const struct rt_teacher_options *o, const struct rt_teacher_sizes *sizes, struct rt_teacher_plan *out,
+                                     struct rt_err *err)
+{
+    return plan(o, &sizes->config, sizes->largest_part, sizes->model_bytes, out, err);
 }
 
 enum rt_status rt_teacher_plan_memory(const struct rt_teacher_options *o, struct rt_teacher_plan *out, struct rt_err *err)
 {
-    struct rt_teacher_config c;
-    return open_weights(o, &c, out, NULL, err);
+    struct rt_teacher_sizes sizes;
+    const enum rt_status st = rt_teacher_measure(o, &sizes, err);
+    return st == RT_OK ? rt_teacher_plan_sizes(o, &sizes, out, err) : st;
 }
 
 static enum rt_status make_rope(struct rt_teacher *t, struct rt_err *err)
@@ -189,7 +200,9 @@ enum rt_status rt_teacher_open(const struct rt_teacher_options *o, struct rt_tea
     enum rt_status st;
     RT_TRY(rt_alloc(1, sizeof *t, "teacher", &t, err));
     t->o = *o;
-    RT_TRY(open_weights(o, &t->c, &t->plan, &t->w, err));
+    RT_TRY(open_weights(o, &t->c, &t->w, err));
+    RT_TRY(plan(o, &t->c, rt_weights_largest_part(t->w), rt_weights_model_bytes(t->w), &t->plan, err));
+    RT_TRY(rt_weights_set_budget(t->w, t->plan.weight_budget, err));
     RT_TRY(make_states(t, err));
     RT_TRY(make_pass(t, err));
     *out = t;
@@ -228,16 +241,16 @@ const char *rt_teacher_sha256(const struct rt_teacher *t)
 
 enum rt_status rt_teacher_embed(struct rt_teacher *t, int layer, const uint32_t *ids, int64_t n, void *x, struct rt_err *err)
 {
-    enum { ROWS = 256 };
+    const int64_t most = n < 256 ? n : 256; /* rows at a time */
     const struct rt_device *d = t->o.device;
     const size_t H = (size_t)t->c.hidden, act = rt_device_act_size(d);
     float *rows = NULL;
     void *converted = NULL;
     enum rt_status st;
-    RT_TRY(rt_alloc(ROWS * H, sizeof *rows, "embedding rows", &rows, err));
-    RT_TRY(rt_alloc(ROWS * H, act, "embedding rows", &converted, err));
-    for (int64_t i = 0; i < n; i += ROWS) {
-        const int64_t m = n - i < ROWS ? n - i : ROWS;
+    RT_TRY(rt_alloc((size_t)most * H, sizeof *rows, "embedding rows", &rows, err));
+    RT_TRY(rt_alloc((size_t)most * H, act, "embedding rows", &converted, err));
+    for (int64_t i = 0; i < n; i += most) {
+        const int64_t m = n - i < most ? n - i : most;
         RT_TRY(rt_weights_embed(t->w, layer, ids + i, m, rows, err));
         if (d->be->act == RT_F64)
             for (size_t j = 0; j < (size_t)m * H; j++)

@@ -59,7 +59,15 @@ struct rt_teacher {
 /* Errors of the configuration, the checkpoint (names tensor), of memory (with the numbers). *out is freed with rt_teacher_close. */
 enum rt_status rt_teacher_open(const struct rt_teacher_options *o, struct rt_teacher **out, struct rt_err *err);
 void rt_teacher_close(struct rt_teacher *t); /* NULL is fine */
-/* What open would plan, without reading weights. */
+/* What a plan needs to know of a checkpoint: its headers are read once, then any number of plans is made from them. */
+struct rt_teacher_sizes {
+    struct rt_teacher_config config;
+    uint64_t largest_part, model_bytes;
+};
+enum rt_status rt_teacher_measure(const struct rt_teacher_options *o, struct rt_teacher_sizes *out, struct rt_err *err);
+enum rt_status rt_teacher_plan_sizes(const struct rt_teacher_options *o, const struct rt_teacher_sizes *sizes, struct rt_teacher_plan *out,
+                                     struct rt_err *err);
+/* Both: what open would plan. */
 enum rt_status rt_teacher_plan_memory(const struct rt_teacher_options *o, struct rt_teacher_plan *out, struct rt_err *err);
 
 const struct rt_teacher_config *rt_teacher_config(const struct rt_teacher *t);

@@ -130,13 +130,12 @@ out:
     return st;
 }
 
-static enum rt_status plan_memory(struct rt_weights *w, struct rt_err *err)
+enum rt_status rt_weights_set_budget(struct rt_weights *w, uint64_t budget, struct rt_err *err)
 {
     uint64_t all = 0;
     char have[32], need[32];
     for (int64_t i = 0; i < w->n_entries; i++)
         all += w->entry[i].plan.bytes + w->entry[i].extra;
-    const uint64_t budget = w->o.budget > 0 ? (uint64_t)w->o.budget : 0;
     if (all <= budget) {
         w->resident_left = (int64_t)all;
         return RT_OK;
@@ -166,8 +165,6 @@ enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_wei
     st = rt_tensors_open(o->dir, &w->ts, err);
     if (st == RT_OK)
         st = plan_entries(w, err);
-    if (st == RT_OK)
-        st = plan_memory(w, err);
     if (st != RT_OK) {
         rt_weights_free(w);
         return st;

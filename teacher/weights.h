@@ -50,14 +50,15 @@ struct rt_weights_options {
     const char *dir;
     const struct rt_teacher_config *config;
     const struct rt_device *device;
-    int64_t budget;  /* bytes of host memory for parts, ring included */
     bool resident;   /* the parts are used many times (generation): ask the backend for faster copies */
     bool mtp;        /* check and offer the MTP layers' parts */
 };
 
 struct rt_weights;
-/* FORMAT or SHAPE names the tensor; NOMEM where the budget does not hold the largest part twice, with the numbers. */
+/* Reads headers only. FORMAT or SHAPE names the tensor. */
 enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_weights **out, struct rt_err *err);
+/* Host memory for parts, ring included; once, before the first pass. NOMEM where it does not hold the largest part, with the numbers. */
+enum rt_status rt_weights_set_budget(struct rt_weights *w, uint64_t budget, struct rt_err *err);
 void rt_weights_free(struct rt_weights *w); /* NULL is fine */
 
 /* Identity of the checkpoint (rt_tensors_sha256), and its tensors. */
