@@ -229,6 +229,18 @@ struct rt_head_loss_args {
     double *ce, *kl, *teacher_mass, *student_mass; uint8_t *hit;
 };
 
+/* Likelihoods of the head over compacted rows, and the gradient of any weighted sum of them; in tiles, never [n, V] for the batch.
+ *   z = x w^T over the ids [0, n_ids);  label_logp = z[label] - lse(z);  set_logp = lse(z over the ids of in_set) - lse(z)
+ *   L = - sum_i (w_label[i] label_logp[i] + w_set[i] set_logp[i]);  dx = dL/dx (NULL: forward only), dw += dL/dw (NULL: none).
+ * label NULL or label[i] < 0: label_logp 0, no gradient. in_set NULL: set_logp 0, no gradient; it holds no id: -inf, no gradient.
+ * A weight array that is NULL is all 0. (The chunk likelihoods of Minixhofer et al. 2025, arXiv 2503.20083, and their debiasing.) */
+struct rt_head_likelihood_args {
+    const void *x; const struct rt_weight *w; void *dx, *dw; int64_t n, H, n_ids; /* w has n_ids rows or more */
+    const int32_t *label; const uint8_t *in_set; /* [n], [n_ids] 0 or 1 */
+    const float *w_label, *w_set;                /* [n] */
+    double *label_logp, *set_logp;               /* [n] or NULL */
+};
+
 /* Feature loss, per row i with weight w: mse: w * mean_d (a-b)^2; cosine: w * (1 - a.b/(|a||b|)). da = gradient at a (NULL: none),
  * loss [n] double = without w, or NULL. a [n, cols] act, b [n, cols] float. cosine of a zero vector: loss 1, no gradient. */
 struct rt_feature_loss_args { const void *a; const float *b; void *da; double *loss; double w; int64_t n, cols; bool cosine; };
@@ -249,7 +261,7 @@ struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
     X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
     X(mla_concat_k) X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) \
     X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(embed_bwd) \
-    X(gather) X(scatter) X(head_loss) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
+    X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
 
 enum rt_op {
 #define RT_OP_ENUM(op) RT_OP_##op,

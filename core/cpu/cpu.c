@@ -143,6 +143,7 @@ const struct rt_backend rt_backend_cpu = {
     .swiglu_bwd = rt_cpu_swiglu_bwd,
     .embed_bwd = rt_cpu_embed_bwd,
     .head_loss = rt_cpu_head_loss,
+    .head_likelihood = rt_cpu_head_likelihood,
     .feature_loss = rt_cpu_feature_loss,
     .adamw = rt_cpu_adamw,
 };

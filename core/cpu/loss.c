@@ -1,4 +1,4 @@
-/* Loss of the head over tiles of rows: z = x w^T by panels of ids, each row on its own (loss_row.c), dx and dw from dz.
+/* Losses of the head over tiles of rows: z = x w^T by panels of ids, each row on its own (loss_row.c, likelihood_row.c), dx and dw from dz.
  *
  * dx is summed over DX_PARTS runs of ids, then over the runs in ascending order; dw adds the tiles in ascending order. The cuts
  * depend on n, V and H alone.
@@ -15,7 +15,7 @@ enum {
 };
 
 struct job {
-    const struct rt_head_loss_args *a;
+    const struct rt_cpu_head_tiles *a;
     struct rt_dev *dev;
     float *z, *part;         /* [rows, ld], [parts, rows, H] */
     int64_t ld, row0, rows;  /* the tile */
@@ -46,7 +46,7 @@ static void row_item(void *ctx, int64_t row, int worker)
 {
     const struct job *j = ctx;
     const bool gradient = j->a->dx != NULL || j->a->dw != NULL;
-    rt_cpu_loss_row(j->a, j->row0 + row, j->z + row * j->ld, gradient, (double *)rt_cpu_tile(j->dev, worker));
+    j->a->row(j->a->args, j->row0 + row, j->z + row * j->ld, gradient, (double *)rt_cpu_tile(j->dev, worker));
 }
 
 /* The first dx_items items are runs of dx, the others panels of dw. */
@@ -105,13 +105,11 @@ static enum rt_status check(const struct rt_head_loss_args *a, struct rt_err *er
     return rt_cpu_weight_is(a->w, a->V, a->H, "head_loss", "w", err);
 }
 
-enum rt_status rt_cpu_head_loss(struct rt_dev *dev, struct rt_queue *queue, const struct rt_head_loss_args *a, struct rt_err *err)
+static enum rt_status run_tiles(struct rt_dev *dev, const struct rt_cpu_head_tiles *a, struct rt_err *err)
 {
     struct job j = {.a = a, .dev = dev, .ld = rt_ceil_div(a->V, 16) * 16};
-    const enum rt_status checked = check(a, err);
-    if (checked != RT_OK || a->n == 0)
-        return checked;
-    (void)queue;
+    if (a->n == 0)
+        return RT_OK;
     j.panel = rt_max64(16, rt_min64(PANEL_IDS, RT_CPU_PANEL / a->H));
     j.panels = rt_ceil_div(a->V, j.panel);
     j.parts = rt_min64(DX_PARTS, j.panels);
@@ -132,4 +130,37 @@ enum rt_status rt_cpu_head_loss(struct rt_dev *dev, struct rt_queue *queue, cons
             rt_cpu_rows(dev, j.rows, rt_cpu_grain(j.rows, a->H * j.parts), dx_rows, &j);
     }
     return RT_OK;
+}
+
+static void loss_row(const void *args, int64_t i, float *z, bool gradient, double *scratch)
+{
+    rt_cpu_loss_row(args, i, z, gradient, scratch);
+}
+
+enum rt_status rt_cpu_head_loss(struct rt_dev *dev, struct rt_queue *queue, const struct rt_head_loss_args *a, struct rt_err *err)
+{
+    const struct rt_cpu_head_tiles t = {a->x, a->w, a->dx, a->dw, a->n, a->H, a->V, loss_row, a};
+    const enum rt_status checked = check(a, err);
+    (void)queue;
+    return checked != RT_OK ? checked : run_tiles(dev, &t, err);
+}
+
+static void likelihood_row(const void *args, int64_t i, float *z, bool gradient, double *scratch)
+{
+    (void)scratch;
+    rt_cpu_likelihood_row(args, i, z, gradient);
+}
+
+enum rt_status rt_cpu_head_likelihood(struct rt_dev *dev, struct rt_queue *queue, const struct rt_head_likelihood_args *a, struct rt_err *err)
+{
+    const struct rt_cpu_head_tiles t = {a->x, a->w, a->dx, a->dw, a->n, a->H, a->n_ids, likelihood_row, a};
+    (void)queue;
+    if (a->n_ids < 1 || a->n_ids > a->w->rows)
+        return rt_fail(err, RT_SHAPE, "head_likelihood: %lld ids from a head of %lld rows", (long long)a->n_ids, (long long)a->w->rows);
+    for (int64_t i = 0; a->label != NULL && i < a->n; i++)
+        if (a->label[i] >= a->n_ids)
+            return rt_fail(err, RT_SHAPE, "head_likelihood: label %d at row %lld, expected below %lld", (int)a->label[i], (long long)i,
+                           (long long)a->n_ids);
+    const enum rt_status st = rt_cpu_weight_is(a->w, a->w->rows, a->H, "head_likelihood", "w", err);
+    return st != RT_OK ? st : run_tiles(dev, &t, err);
 }
