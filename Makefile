@@ -1,6 +1,7 @@
 # retort: distils a Mixture-of-Experts teacher into dense students.      make help  lists the targets
 #
 #   MODE=release|debug|asan   DEV=1 (warnings are errors)   V=1 (show commands)   PREFIX=/usr/local
+#   CUDA=auto|1|0 (the cuda backend: where nvcc is found; required; left out)   CUDA_ARCH="80 90a"
 
 MODE ?= release
 PREFIX ?= /usr/local
@@ -22,14 +23,33 @@ BASE := -std=c11 -pthread $(WARN) $(CFLAGS_$(MODE)) $(if $(DEV),-Werror)
 # The kernels: contraction and vectorised selects, but never -ffast-math (NaN checks and parity depend on IEEE semantics).
 KERNEL := -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
 
+# The cuda backend is built where nvcc is found, and needs no CUDA library to start: kernels and the runtime are linked in, the others opened at run time.
+CUDA ?= auto
+CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)))
+NVCC := $(if $(filter-out 0,$(CUDA)),$(wildcard $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc)))
+ifeq ($(CUDA)$(NVCC),1)
+$(error CUDA=1, but nvcc is not on the PATH; set CUDA_HOME)
+endif
+CUDA_ARCH ?= 80 90a
+ifneq ($(NVCC),)
+# machine code for each, and what a later GPU can be compiled from
+NVFLAGS := -std=c++17 -O3 -lineinfo -ccbin $(CC) -Xcompiler -pthread,-Wall,-Wno-unused-function --expt-relaxed-constexpr \
+           $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a)$(comma)code=sm_$(a)) \
+           $(foreach a,$(firstword $(CUDA_ARCH)),-gencode arch=compute_$(a)$(comma)code=compute_$(a)) $(if $(DEV),-Werror all-warnings)
+CUDA_SRC := $(wildcard core/cuda/*.c core/cuda/*.cu)
+CUDA_OBJ := $(patsubst %.c,$(B)/%.o,$(filter %.c,$(CUDA_SRC))) $(patsubst %.cu,$(B)/%.cu.o,$(filter %.cu,$(CUDA_SRC)))
+CUDA_LIBS := -L$(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib)) -lcudart_static -ldl -lrt
+endif
+
 # PORTABLE=1: a program for machines that lack these libraries.
-LIBS := $(if $(PORTABLE),-Wl$(comma)-Bstatic) -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lz $(if $(PORTABLE),-Wl$(comma)-Bdynamic) -lm
+LIBS := $(if $(PORTABLE),-Wl$(comma)-Bstatic) -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lz $(if $(PORTABLE),-Wl$(comma)-Bdynamic) $(CUDA_LIBS) -lm
 
 LIB_SRC := $(wildcard core/*.c core/ref/*.c core/cpu/*.c formats/*.c teacher/*.c student/*.c) \
            $(filter-out distill/main.c,$(wildcard distill/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o)
 # The reference backend twice: elements float, and double for finite differences.
 LIB_OBJ += $(patsubst %.c,$(B)/%.64.o,$(wildcard core/ref/*.c))
+LIB_OBJ += $(CUDA_OBJ)
 TEST_SRC := $(wildcard tests/*.c)
 TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
 BENCH_SRC := $(wildcard bench/*.c)
@@ -46,6 +66,13 @@ deps:
 	@sh tests/deps.sh
 
 $(B)/core/cpu/%.o: BASE += $(KERNEL)
+$(B)/core/backend.o: BASE += $(if $(NVCC),-DRT_CUDA)
+$(B)/tests/%.o: BASE += $(if $(NVCC),-DRT_CUDA)
+$(B)/core/cuda/%.o: BASE += -isystem $(CUDA_HOME)/include
+$(B)/core/cuda/%.cu.o: core/cuda/%.cu | deps
+	@mkdir -p $(@D)
+	$(if $(V),,@echo '  NVCC $<')
+	$(Q)$(NVCC) $(CPPFLAGS) $(NVFLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
 $(B)/core/ref/%.64.o: core/ref/%.c | deps
 	@mkdir -p $(@D)
 	$(if $(V),,@echo '  CC $< (double)')

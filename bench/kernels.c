@@ -143,7 +143,7 @@ static const struct rt_weight *weight(struct bench *b, enum rt_dtype t, int64_t 
 {
     struct rt_weight *w = NULL;
     const void *data = t == RT_F32 ? (void *)b->wf : t == RT_BF16 ? (void *)b->w16 : (void *)b->w8;
-    const struct rt_weight_src src = {"w", t, rows, cols, data, t == RT_E4M3 ? b->scale : NULL, false};
+    const struct rt_weight_src src = {"w", t, rows, cols, data, t == RT_E4M3 ? b->scale : NULL, false, NULL, NULL};
     if (b->d.be->weight_load(b->d.dev, b->d.q, &src, &w, &b->err) != RT_OK)
         fatal(b);
     return w;

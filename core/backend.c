@@ -4,6 +4,9 @@
 
 /* The one place that knows which backends this build has. */
 static const struct rt_backend *const backends[] = {
+#ifdef RT_CUDA
+    &rt_backend_cuda,
+#endif
     &rt_backend_cpu,
     &rt_backend_ref,
     NULL,

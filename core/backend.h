@@ -38,12 +38,17 @@ struct rt_weight; /* a matrix or vector prepared for use as weight; what it hold
 
 /* A matrix as operand of a product: act elements (scale NULL), or e4m3 codes [rows, cols] with one scale for each run of 128
  * columns, scale[cols/128][rows] (column block major; rows is the n of the call that made it, and of the call that reads it):
- * value = code * scale. Made by quant, norm_fwd, swiglu_fwd. A product takes it with E4M3 weights only (else UNSUPPORTED); an act operand
+ * value = code * scale. cuda puts its rows of scales rt_act_rows(n) apart and may write codes and scales of the rows added: owners make room
+ * for rt_act_rows(n) rows of both. Made by quant, norm_fwd, swiglu_fwd. A product takes it with E4M3 weights only (else UNSUPPORTED); an act operand
  * takes any weight, E4M3 ones dequantised (float32 product of code and scale). */
 struct rt_act {
     void *data;
     float *scale;
 };
+static inline int64_t rt_act_rows(int64_t n)
+{
+    return (n + 3) / 4 * 4;
+}
 
 /* ---- weights ---- */
 struct rt_weight_src {
@@ -53,11 +58,17 @@ struct rt_weight_src {
     const void *data;         /* [host] */
     const float *scale_inv;   /* [host] [ceil(rows/128), ceil(cols/128)] for E4M3, multiplied; required there, else NULL */
     bool resident;            /* used many times: a faster, larger copy pays */
+    /* NULL, or where the same bytes lie in device memory already (own_memory backends): borrowed instead of data and scale_inv */
+    const void *device_data;
+    const float *device_scale;
 };
 
 struct rt_dev_options {
     int threads;              /* 0: all */
     int index;                /* which GPU */
+};
+struct rt_dev_memory {
+    uint64_t free, total;     /* bytes of device memory now */
 };
 
 /* ---- forward, shared ---- */
@@ -273,6 +284,8 @@ enum rt_op {
 struct rt_backend {
     const char *name;    /* "ref", "cpu", "cuda": what --device takes */
     enum rt_dtype act;
+    bool own_memory;     /* device memory is not the host's: bytes cross by upload and download alone */
+    int (*count)(void);  /* how many devices there are; NULL: one */
     bool (*available)(char *why, int cap); /* is the hardware there; why not */
     enum rt_status (*open)(const struct rt_dev_options *o, struct rt_dev **out, struct rt_err *err);
     void (*close)(struct rt_dev *dev);
@@ -280,6 +293,14 @@ struct rt_backend {
 
     enum rt_status (*alloc)(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err); /* 64-byte aligned, zeroed */
     void (*free)(struct rt_dev *dev, void *p);
+    /* Host memory that upload and download reach at full speed and without waiting (pinned); 4096-byte aligned, not zeroed. Any host
+     * memory may be given to upload and download. */
+    enum rt_status (*host_alloc)(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err);
+    void (*host_free)(struct rt_dev *dev, void *p);
+    /* own_memory only, else NULL: bytes free and in all; and the most that operations may take for themselves (they divide their work
+     * by it: it is part of a plan). */
+    enum rt_status (*memory)(struct rt_dev *dev, struct rt_dev_memory *out, struct rt_err *err);
+    void (*set_scratch)(struct rt_dev *dev, uint64_t bytes);
     enum rt_status (*queue_create)(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err);
     void (*queue_free)(struct rt_dev *dev, struct rt_queue *q);
     enum rt_status (*queue_sync)(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);
@@ -287,6 +308,7 @@ struct rt_backend {
     void (*event_free)(struct rt_dev *dev, struct rt_event *e);
     enum rt_status (*event_record)(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
     enum rt_status (*event_wait)(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+    enum rt_status (*event_sync)(struct rt_dev *dev, struct rt_event *e, struct rt_err *err); /* the caller's thread waits */
     /* Asynchronous; the host block must stay valid until the queue is synchronised. */
     enum rt_status (*upload)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*download)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
@@ -326,6 +348,7 @@ enum rt_status rt_op_missing(const struct rt_backend *be, const char *op, struct
 extern const struct rt_backend rt_backend_ref;
 extern const struct rt_backend rt_backend_ref64; /* double elements: tests only */
 extern const struct rt_backend rt_backend_cpu;
+extern const struct rt_backend rt_backend_cuda; /* builds with CUDA only */
 
 /* NULL-terminated, in the order in which `auto` tries them: cuda (where built), cpu; then ref, which auto never picks. */
 const struct rt_backend *const *rt_backend_list(void);

@@ -1,5 +1,6 @@
 #include "core/host_device.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/mem.h"
@@ -21,6 +22,20 @@ enum rt_status rt_host_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out
 void rt_host_free(UNUSED struct rt_dev *dev, void *p)
 {
     rt_free(p);
+}
+
+enum rt_status rt_host_staging(UNUSED struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
+{
+    void *p = NULL;
+    if (posix_memalign(&p, 4096, bytes > 0 ? bytes : 1) != 0)
+        return rt_fail(err, RT_NOMEM, "cannot take %zu bytes of host memory for transfers", bytes);
+    *out = p;
+    return RT_OK;
+}
+
+void rt_host_staging_free(UNUSED struct rt_dev *dev, void *p)
+{
+    free(p);
 }
 
 enum rt_status rt_host_queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err)
@@ -55,6 +70,11 @@ void rt_host_event_free(UNUSED struct rt_dev *dev, struct rt_event *e)
 }
 
 enum rt_status rt_host_event_nothing(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED struct rt_event *e, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_host_event_sync(UNUSED struct rt_dev *dev, UNUSED struct rt_event *e, UNUSED struct rt_err *err)
 {
     return RT_OK;
 }

@@ -7,12 +7,15 @@
 
 enum rt_status rt_host_alloc(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err);
 void rt_host_free(struct rt_dev *dev, void *p);
+enum rt_status rt_host_staging(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err);
+void rt_host_staging_free(struct rt_dev *dev, void *p);
 enum rt_status rt_host_queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err);
 void rt_host_queue_free(struct rt_dev *dev, struct rt_queue *q);
 enum rt_status rt_host_queue_sync(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);
 enum rt_status rt_host_event_create(struct rt_dev *dev, struct rt_event **out, struct rt_err *err);
 void rt_host_event_free(struct rt_dev *dev, struct rt_event *e);
 enum rt_status rt_host_event_nothing(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+enum rt_status rt_host_event_sync(struct rt_dev *dev, struct rt_event *e, struct rt_err *err);
 enum rt_status rt_host_copy(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
 enum rt_status rt_host_zero(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
 enum rt_status rt_host_all_reduce(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
@@ -20,9 +23,9 @@ enum rt_status rt_host_broadcast(struct rt_dev *dev, struct rt_queue *q, void *x
 
 /* Their entries in a table. */
 #define RT_HOST_DEVICE_ENTRIES \
-    .alloc = rt_host_alloc, .free = rt_host_free, .queue_create = rt_host_queue_create, .queue_free = rt_host_queue_free, \
+    .alloc = rt_host_alloc, .free = rt_host_free, .host_alloc = rt_host_staging, .host_free = rt_host_staging_free, .queue_create = rt_host_queue_create, .queue_free = rt_host_queue_free, \
     .queue_sync = rt_host_queue_sync, .event_create = rt_host_event_create, .event_free = rt_host_event_free, \
-    .event_record = rt_host_event_nothing, .event_wait = rt_host_event_nothing, .upload = rt_host_copy, .download = rt_host_copy, \
+    .event_record = rt_host_event_nothing, .event_wait = rt_host_event_nothing, .event_sync = rt_host_event_sync, .upload = rt_host_copy, .download = rt_host_copy, \
     .copy = rt_host_copy, .zero = rt_host_zero, .all_reduce = rt_host_all_reduce, .broadcast = rt_host_broadcast
 
 #endif

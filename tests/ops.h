@@ -35,7 +35,7 @@ static inline struct rt_weight *ops_load(struct rt_device *d, enum rt_dtype dtyp
 {
     struct rt_err err = {0};
     struct rt_weight *w = NULL;
-    const struct rt_weight_src src = {"w", dtype, rows, cols, data, scale_inv, false};
+    const struct rt_weight_src src = {"w", dtype, rows, cols, data, scale_inv, false, NULL, NULL};
     assert_ok(d->be->weight_load(d->dev, d->q, &src, &w, &err));
     return w;
 }

@@ -113,14 +113,14 @@ static void bad_weights_are_refused(void **state)
         struct rt_err err = {0};
         struct rt_device d = ops_open(tables[i]);
         struct rt_weight *w = NULL;
-        struct rt_weight_src src = {"model.norm.weight", RT_I64, 1, 2, data, NULL, false};
+        struct rt_weight_src src = {"model.norm.weight", RT_I64, 1, 2, data, NULL, false, NULL, NULL};
         assert_int_equal(d.be->weight_load(d.dev, d.q, &src, &w, &err), RT_UNSUPPORTED);
         assert_non_null(strstr(err.msg, "model.norm.weight"));
         rt_err_clear(&err);
-        src = (struct rt_weight_src){"w", RT_E4M3, 2, 2, data, NULL, false};
+        src = (struct rt_weight_src){"w", RT_E4M3, 2, 2, data, NULL, false, NULL, NULL};
         assert_int_not_equal(d.be->weight_load(d.dev, d.q, &src, &w, &err), RT_OK);
         rt_err_clear(&err);
-        src = (struct rt_weight_src){"w", RT_E4M3, 2, 2, data, scale, false};
+        src = (struct rt_weight_src){"w", RT_E4M3, 2, 2, data, scale, false, NULL, NULL};
         assert_ok(d.be->weight_load(d.dev, d.q, &src, &w, &err));
         d.be->weight_free(d.dev, w);
         rt_device_close(&d);

@@ -33,7 +33,7 @@ static struct source make_source(enum rt_dtype dtype, int64_t rows, int64_t cols
     }
     assert_true(rt_from_f32(s.data, dtype, v, (size_t)(rows * cols)));
     free(v);
-    s.src = (struct rt_weight_src){"w", dtype, rows, cols, s.data, s.scale, resident};
+    s.src = (struct rt_weight_src){"w", dtype, rows, cols, s.data, s.scale, resident, NULL, NULL};
     return s;
 }
 
@@ -500,10 +500,10 @@ static void bad_arguments(void **state)
     assert_status(RT_OP(d, quant, &err, .x = x, .q = q, .n = 1, .cols = 100), SHAPE);
     assert_status(RT_OP(d, norm_fwd, &err, .x = x, .w = w, .y = y, .n = 1, .cols = 8), SHAPE);
     assert_status(RT_OP(d, embed_fwd, &err, .ids = (const int32_t[]){4}, .table = w, .out = y, .n = 1, .cols = 8), SHAPE);
-    assert_status(d->be->weight_load(d->dev, d->q, &(struct rt_weight_src){"w", RT_I64, 1, 1, x, NULL, false}, &none, &err),
+    assert_status(d->be->weight_load(d->dev, d->q, &(struct rt_weight_src){"w", RT_I64, 1, 1, x, NULL, false, NULL, NULL}, &none, &err),
                   UNSUPPORTED);
-    assert_status(d->be->weight_load(d->dev, d->q, &(struct rt_weight_src){"w", RT_E4M3, 1, 1, x, NULL, false}, &none, &err), FORMAT);
-    assert_status(d->be->weight_load(d->dev, d->q, &(struct rt_weight_src){"w", RT_F32, 0, 1, x, NULL, false}, &none, &err), SHAPE);
+    assert_status(d->be->weight_load(d->dev, d->q, &(struct rt_weight_src){"w", RT_E4M3, 1, 1, x, NULL, false, NULL, NULL}, &none, &err), FORMAT);
+    assert_status(d->be->weight_load(d->dev, d->q, &(struct rt_weight_src){"w", RT_F32, 0, 1, x, NULL, false, NULL, NULL}, &none, &err), SHAPE);
     assert_null(none);
     d->be->weight_free(d->dev, w);
     assert_non_null(strstr(d->be->describe(d->dev), "OpenBLAS"));

@@ -8,7 +8,7 @@ static struct rt_weight *bf16(struct rt_device *d, const uint16_t *data, int64_t
 {
     struct rt_err err = {0};
     struct rt_weight *w = NULL;
-    const struct rt_weight_src src = {"w", RT_BF16, rows, cols, data, NULL, resident};
+    const struct rt_weight_src src = {"w", RT_BF16, rows, cols, data, NULL, resident, NULL, NULL};
     assert_ok(d->be->weight_load(d->dev, d->q, &src, &w, &err));
     return w;
 }

@@ -1,0 +1,16 @@
+/* cuBLASLt, opened at run time. */
+#include <stdio.h>
+
+#include "core/cuda/cuda.h"
+
+enum rt_status rt_cuda_lt_open(__attribute__((unused)) struct rt_dev *dev, struct rt_cuda_lt **out, char *why, int cap,
+                               __attribute__((unused)) struct rt_err *err)
+{
+    *out = NULL;
+    snprintf(why, (size_t)cap, "no product uses cuBLASLt yet");
+    return RT_OK;
+}
+
+void rt_cuda_lt_close(__attribute__((unused)) struct rt_cuda_lt *lt)
+{
+}
