@@ -66,11 +66,12 @@ static enum rt_status put_row(struct rt_buf *b, const struct rt_rows *r, const s
     enum rt_status st;
     RT_TRY(rt_buf_printf(b, err, "{\"seq\":%lld,\"pos\":%u,\"token\":%u,\"next\":%u,\"next_logprob\":%.9g,\"next_rank\":%u,\"ids\":[", (long long)seq, position,
                          r->ids[position], r->next_id[row], (double)r->next_logprob[row], r->next_rank[row]));
-    for (int i = 0; i < r->k; i++)
+    const int k = rt_row_entries(r, row);
+    for (int i = 0; i < k; i++)
         RT_TRY(rt_buf_printf(b, err, "%s%u", i > 0 ? "," : "", r->topk_ids[row * r->k + i]));
     RT_TRY(rt_buf_puts(b, "],\"logits\":[", err));
-    if (r->k > 0)
-        RT_TRY(put_floats(b, r->topk_logits + row * r->k, r->k, err));
+    if (k > 0)
+        RT_TRY(put_floats(b, r->topk_logits + row * r->k, k, err));
     RT_TRY(rt_buf_puts(b, "],\"lse\":{", err));
     for (int i = 0; i < r->n_lse; i++)
         RT_TRY(rt_buf_printf(b, err, "%s\"%g\":%.9g", i > 0 ? "," : "", id->lse_temperature[i], (double)r->lse[row * r->n_lse + i]));

@@ -10,8 +10,9 @@ enum { LOOKED_AT = 64 }; /* sequences whose rows are looked at one by one */
 void rt_row_logprob(const struct rt_rows *rows, int64_t r, int lse_one, int64_t n_ids, uint32_t id, double *most, double *about)
 {
     const double lse = rows->lse[r * rows->n_lse + lse_one];
+    const int k = rt_row_entries(rows, r);
     double mass = 0;
-    for (int j = 0; j < rows->k; j++) {
+    for (int j = 0; j < k; j++) {
         const double lp = rows->topk_logits[r * rows->k + j] - lse;
         if (rows->topk_ids[r * rows->k + j] == id) {
             *most = *about = lp;
@@ -19,8 +20,8 @@ void rt_row_logprob(const struct rt_rows *rows, int64_t r, int lse_one, int64_t 
         }
         mass += exp(lp);
     }
-    *most = rows->k > 0 ? rows->topk_logits[r * rows->k + rows->k - 1] - lse : 0;
-    *about = log(fmax(1 - mass, 1e-9) / (double)(n_ids > rows->k ? n_ids - rows->k : 1));
+    *most = k > 0 ? rows->topk_logits[r * rows->k + k - 1] - lse : 0;
+    *about = log(fmax(1 - mass, 1e-9) / (double)(n_ids > k ? n_ids - k : 1));
     *about = fmin(*about, *most);
 }
 

@@ -71,7 +71,7 @@ static void row_logp(const struct rt_micro *p, const struct rt_rows *r, int64_t 
         norm = z[0] / T + log(sum);
     }
     for (int j = 0; j < r->k; j++)
-        out[j] = (float)(z[j] / T - norm);
+        out[j] = z[j] == -INFINITY ? 0 : (float)(z[j] / T - norm); /* an empty entry */
 }
 
 static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
@@ -83,9 +83,10 @@ static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, i
     if (r->k > k)
         return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, r->k, k);
     for (int j = 0; j < k; j++) {
-        ids[j] = j < r->k ? (int32_t)r->topk_ids[stored * r->k + j] : -1;
+        const bool entry = j < r->k && r->topk_ids[stored * r->k + j] != RT_NO_ID;
+        ids[j] = entry ? (int32_t)r->topk_ids[stored * r->k + j] : -1;
         logp[j] = 0;
-        if (j < r->k && r->topk_ids[stored * r->k + j] >= (uint64_t)p->o.vocab)
+        if (entry && r->topk_ids[stored * r->k + j] >= (uint64_t)p->o.vocab)
             return rt_fail(err, RT_REFUSED, "%s: line %ld: teacher id %u, the student's vocabulary has %ld rows", path, (long)r->source_line,
                            r->topk_ids[stored * r->k + j], (long)p->o.vocab);
     }
@@ -163,7 +164,7 @@ enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const 
             stored++;
         if (teacher && stored < r.n_rows && r.position[stored] == t)
             RT_TRY(add_teacher(p, &r, stored, lse, row, info->path, err));
-        if (states)
+        if (states && (r.feature_mask == NULL || r.feature_mask[t] == 1))
             add_states(p, info->identity, &r, column, t, p->n + t);
     }
     q->rows = (int32_t)p->rows - q->row0;

@@ -109,6 +109,16 @@ static void warn_tail(const struct rt_train_run *r, const struct rt_train_info *
                 "inside is not taught: a lower --kd-temperature or more ids a row (logits --cache topk=K)", info->path, T, info->top_k, mass, least, 1 - mass);
 }
 
+/* Rows of another tokenizer are sums of probabilities at T = 1, and a sum cannot be tempered. */
+static enum rt_status check_retargeted(const struct rt_train_run *r, const struct rt_train_info *info, struct rt_err *err)
+{
+    if (info->identity->origin.mode[0] == '\0' || (r->o.w.T == 1 && r->o.teacher_T == 1))
+        return RT_OK;
+    return rt_fail(err, RT_REFUSED, "%s: its rows are retargeted (%s), and hold at T = 1 alone: adding up what several teacher tokens give one student token "
+                   "and changing the temperature do not commute; take --kd-temperature 1 instead of %g (and no other --teacher-temperature)", info->path,
+                   info->identity->origin.mode, r->o.w.T != 1 ? r->o.w.T : r->o.teacher_T);
+}
+
 /* Refuses a set whose rows cannot give the KL that is asked for. */
 static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_err *err)
 {
@@ -122,6 +132,9 @@ static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_
                        info->path, r->o.w.kl);
     if (info->top_k == 0)
         return rt_fail(err, RT_REFUSED, "%s: holds states but no rows, and --w-kl is %g: `retort logits --cache topk=K` stores them", info->path, r->o.w.kl);
+    const enum rt_status st = check_retargeted(r, info, err);
+    if (st != RT_OK)
+        return st;
     if (lse < 0 && r->o.w.tail == RT_TAIL_BUCKET) {
         stored_temperatures(info->identity, stored);
         return rt_fail(err, RT_REFUSED, "%s: the log-sum-exp at T = %g is not stored (stored: %s), so the mass of the ids that are not stored cannot be known: "

@@ -30,11 +30,11 @@ int main(int argc, char **argv) {
         uint64_t n = get(b, "rows")->via.u64, t0 = get(b, "token0")->via.u64, L = T->via.array.size, k = n ? get(get(b, "cols"), "topk_ids")->via.array.ptr[2].via.u64 / n / 4 : 0;
         uint32_t *ids = column(b, "ids"), *pos = column(b, "pos"), *top = column(b, "topk_ids"), *next = column(b, "next"), *rank = column(b, "next_rank");
         float *logits = column(b, "topk_logits"), *lse = column(b, "lse"), *lp = column(b, "next_logprob");
-        for (uint64_t i = 0, j; i < n; i++, puts("}}")) {
+        for (uint64_t i = 0, j, m; i < n; i++, puts("}}")) { for (m = 0; m < k && top[i * k + m] != UINT32_MAX; m++) {} /* behind it entries are empty */
             printf("{\"seq\":%lu,\"pos\":%u,\"token\":%u,\"next\":%u,\"next_logprob\":%.9g,\"next_rank\":%u,\"ids\":[", (unsigned long)get(b, "seq")->via.u64, pos[i], ids[pos[i] - t0], next[i], lp[i], rank[i]);
-            for (j = 0; j < k; j++) printf("%s%u", j ? "," : "", top[i * k + j]);
-            for (j = 0; j < k; j++) printf("%s%.9g", j ? "," : "],\"logits\":[", logits[i * k + j]);
-            for (j = 0; j < L; j++) printf("%s\"%g\":%.9g", j ? "," : k ? "],\"lse\":{" : "],\"logits\":[],\"lse\":{", T->via.array.ptr[j].via.f64, lse[i * L + j]);
+            for (j = 0; j < m; j++) printf("%s%u", j ? "," : "", top[i * k + j]);
+            for (j = 0; j < m; j++) printf("%s%.9g", j ? "," : "],\"logits\":[", logits[i * k + j]);
+            for (j = 0; j < L; j++) printf("%s\"%g\":%.9g", j ? "," : m ? "],\"lse\":{" : "],\"logits\":[],\"lse\":{", T->via.array.ptr[j].via.f64, lse[i * L + j]);
         }
     }
 }

@@ -33,7 +33,8 @@ with open(sys.argv[1], "rb") as f:
             ("ids", "I"), ("pos", "I"), ("topk_ids", "I"), ("topk_logits", "f"), ("lse", "f"), ("next", "I"), ("next_logprob", "f"), ("next_rank", "I")))
         k, n_lse = len(top) // max(b["rows"], 1), len(temperatures)
         for i in range(b["rows"]):
+            m = next((j for j in range(k) if top[i * k + j] == 0xFFFFFFFF), k)  # behind it entries are empty
             lses = ",".join(f'"{t}":{v:.9g}' for t, v in zip(temperatures, lse[i * n_lse:]))
             print(f'{{"seq":{b["seq"]},"pos":{pos[i]},"token":{ids[pos[i] - b["token0"]]},"next":{nxt[i]},"next_logprob":{logprob[i]:.9g},'
-                  f'"next_rank":{rank[i]},"ids":[{",".join(map(str, top[i * k:i * k + k]))}],'
-                  f'"logits":[{",".join("%.9g" % v for v in logits[i * k:i * k + k])}],"lse":{{{lses}}}}}')
+                  f'"next_rank":{rank[i]},"ids":[{",".join(map(str, top[i * k:i * k + m]))}],'
+                  f'"logits":[{",".join("%.9g" % v for v in logits[i * k:i * k + m])}],"lse":{{{lses}}}}}')

@@ -15,11 +15,11 @@ static enum rt_status differ(const char *where, const char *field, const char *h
 }
 
 /* One line for each field, so that two identities are compared, and shown, field by field. */
-enum { FIELD = 512 };
+enum { FIELD = 640 };
 static const char *const field_names[] = {
     "teacher_sha256", "tokenizer_sha256", "template_sha256", "mode",       "vocab_size",      "n_ids",
     "top_k",          "temperatures",     "completion_only", "max_length", "projection_seed", "features",
-    "teacher_layers",
+    "teacher_layers", "origin",
 };
 enum { N_FIELDS = sizeof field_names / sizeof field_names[0] };
 
@@ -48,6 +48,11 @@ static void field_text(const struct rt_row_identity *id, int f, char out[FIELD])
     case 9: snprintf(out, FIELD, "%" PRId64, id->max_length); break;
     case 10: snprintf(out, FIELD, "%" PRIu64, id->projection_seed); break;
     case 12: snprintf(out, FIELD, "%d", id->teacher_layers); break;
+    case 13:
+        if (id->origin.mode[0] != '\0')
+            snprintf(out, FIELD, "%s from tokenizer %s, template %s, %" PRId64 " ids of %" PRId64 "%s", id->origin.mode, id->origin.tokenizer_sha256,
+                     id->origin.template_sha256, id->origin.n_ids, id->origin.vocab_size, id->origin.completion_only ? ", completions" : "");
+        break;
     case 11:
         for (int i = 0; i < id->n_features && n < FIELD; i++)
             n += (size_t)snprintf(out + n, FIELD - n, "%slayer %d, %d x %s%s", i > 0 ? "; " : "", id->feature[i].layer, id->feature[i].dim,
@@ -91,6 +96,10 @@ enum rt_status rt_row_identity_valid(const struct rt_row_identity *id, const cha
             return rt_fail(err, RT_FORMAT, "%s: feature %d of layer %d, %d x %s: expected BF16 or F8_E4M3, at most %d wide", where, i,
                            f->layer, f->dim, rt_dtype_name(f->dtype), RT_MAX_FEATURE_DIM);
     }
+    const struct rt_row_origin *o = &id->origin;
+    if (o->mode[0] != '\0' && (o->vocab_size < 1 || o->vocab_size > RT_MAX_VOCAB || o->n_ids < 1 || o->n_ids > o->vocab_size))
+        return rt_fail(err, RT_FORMAT, "%s: made of %" PRId64 " ids of %" PRId64 ": expected n_ids <= vocab_size <= %d", where, o->n_ids, o->vocab_size,
+                       RT_MAX_VOCAB);
     return RT_OK;
 }
 
@@ -131,6 +140,15 @@ enum rt_status rt_row_identity_to_json(const struct rt_row_identity *id, struct 
         RT_TRY(rt_json_set_string(o, "dtype", rt_dtype_name(id->feature[i].dtype), err));
         RT_TRY(rt_json_set_bool(o, "projected", id->feature[i].projected, err));
     }
+    if (id->origin.mode[0] == '\0')
+        goto out;
+    RT_TRY(rt_json_set_object(v, "origin", &o, err));
+    RT_TRY(rt_json_set_string(o, "mode", id->origin.mode, err));
+    RT_TRY(rt_json_set_string(o, "tokenizer_sha256", id->origin.tokenizer_sha256, err));
+    RT_TRY(rt_json_set_string(o, "template_sha256", id->origin.template_sha256, err));
+    RT_TRY(rt_json_set_int(o, "vocab_size", id->origin.vocab_size, err));
+    RT_TRY(rt_json_set_int(o, "n_ids", id->origin.n_ids, err));
+    RT_TRY(rt_json_set_bool(o, "completion_only", id->origin.completion_only, err));
 out:
     return st;
 }
@@ -179,6 +197,22 @@ out:
     return st;
 }
 
+static enum rt_status get_origin(const struct rt_json *v, struct rt_row_origin *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_json *o = rt_json_get(v, "origin");
+    if (o == NULL)
+        return RT_OK;
+    RT_TRY(get_text(o, "mode", out->mode, sizeof out->mode, err));
+    RT_TRY(get_text(o, "tokenizer_sha256", out->tokenizer_sha256, sizeof out->tokenizer_sha256, err));
+    RT_TRY(get_text(o, "template_sha256", out->template_sha256, sizeof out->template_sha256, err));
+    RT_TRY(rt_json_int(o, "vocab_size", 1, RT_MAX_VOCAB, &out->vocab_size, err));
+    RT_TRY(rt_json_int(o, "n_ids", 1, out->vocab_size, &out->n_ids, err));
+    RT_TRY(rt_json_bool_or(o, "completion_only", false, &out->completion_only, err));
+out:
+    return st;
+}
+
 enum rt_status rt_row_identity_from_json(const struct rt_json *v, struct rt_row_identity *id, struct rt_err *err)
 {
     enum rt_status st;
@@ -203,6 +237,7 @@ enum rt_status rt_row_identity_from_json(const struct rt_json *v, struct rt_row_
     x.top_k = (int)top_k;
     x.teacher_layers = (int)layers;
     RT_TRY(get_lists(v, &x, err));
+    RT_TRY(get_origin(v, &x.origin, err));
     RT_TRY(rt_row_identity_valid(&x, rt_json_source(v), err));
     *id = x;
 out:

@@ -49,7 +49,11 @@ static enum rt_status check_topk(const struct rt_rows *r, int64_t i, const struc
 {
     const uint32_t *ids = r->topk_ids + i * r->k;
     const float *logits = r->topk_logits + i * r->k;
-    for (int j = 0; j < r->k; j++) {
+    const int n = id->origin.mode[0] != '\0' ? rt_row_entries(r, i) : r->k;
+    for (int j = n; j < r->k; j++)
+        if (!(isinf(logits[j]) && logits[j] < 0))
+            return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": entry %d is empty and has the logit %g", where, i, j, (double)logits[j]);
+    for (int j = 0; j < n; j++) {
         unsigned same = 0;
         if (!isfinite(logits[j]))
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": logit %d is not finite", where, i, j);
@@ -98,7 +102,7 @@ static enum rt_status check_row(const struct rt_rows *r, int64_t i, const struct
     if (!isfinite(r->next_logprob[i]) || r->next_logprob[i] > MASS_SLACK || (int64_t)r->next_rank[i] >= id->n_ids)
         return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": next token with log-probability %g and rank %u", where, i,
                        (double)r->next_logprob[i], r->next_rank[i]);
-    if (r->next_rank[i] < (uint32_t)r->k) {
+    if (r->next_rank[i] < (uint32_t)(id->origin.mode[0] != '\0' ? rt_row_entries(r, i) : r->k)) {
         const int64_t e = i * r->k + r->next_rank[i];
         const double want = (double)r->topk_logits[e] - lse[at1];
         if (r->topk_ids[e] != r->next_id[i] || fabs(want - r->next_logprob[i]) > MASS_SLACK * (1 + fabs(want)))
@@ -143,6 +147,11 @@ enum rt_status rt_rows_check(const struct rt_rows *r, const struct rt_row_identi
         RT_TRY(check_row(r, i, id, where, err));
     for (int f = 0; f < r->n_features; f++)
         RT_TRY(check_feature(r, f, &id->feature[f], where, err));
+    if ((r->feature_mask != NULL) != (id->origin.mode[0] != '\0' && r->n_features > 0))
+        RT_FAIL(err, FORMAT, "%s: rows of another tokenizer say which tokens have states, others do not", where);
+    for (int64_t i = 0; r->feature_mask != NULL && i < r->n_tokens; i++)
+        if (r->feature_mask[i] > 1)
+            RT_FAIL(err, FORMAT, "%s: token %" PRId64 " has state mask %u, expected 0 or 1", where, i, r->feature_mask[i]);
 out:
     return st;
 }

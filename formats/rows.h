@@ -23,6 +23,10 @@ extern "C" {
 
 enum { RT_MAX_LSE = 8, RT_MAX_FEATURES = 8, RT_KEY_BYTES = 16 };
 
+/* No id: an empty entry of a row. Rows of a retargeted set may have fewer than k entries; behind the last one ids are RT_NO_ID and
+ * logits -INFINITY, which is no mass at any temperature. */
+#define RT_NO_ID UINT32_MAX
+
 /* One hidden state a token. layer 0: embeddings, l: output of layer l-1 (before the final norm), RT_LAYER_FINAL: after it. */
 enum { RT_LAYER_FINAL = -1 };
 struct rt_feature_spec {
@@ -30,6 +34,14 @@ struct rt_feature_spec {
     int dim;            /* hidden_size, or the projection's */
     enum rt_dtype dtype;/* RT_BF16: whole states. RT_E4M3 with scales: a projection of them */
     bool projected;     /* through the seeded orthogonal matrix (seed in the identity) */
+};
+
+/* What rows were before they were rewritten for another tokenizer: the teacher's own side. */
+struct rt_row_origin {
+    char mode[16]; /* "exact", "strict", "alm"; "": rows are as the teacher made them, and the rest is 0 */
+    char tokenizer_sha256[65], template_sha256[65];
+    int64_t vocab_size, n_ids;
+    bool completion_only;
 };
 
 /* Who made the rows. A reader that needs another identity refuses, with both values. Strings are owned by the holder. */
@@ -50,6 +62,7 @@ struct rt_row_identity {
     uint64_t projection_seed;
     int n_features;
     struct rt_feature_spec feature[RT_MAX_FEATURES];
+    struct rt_row_origin origin; /* of a retargeted set: tokenizer, template, vocab_size and n_ids above are the student's then */
 };
 
 /* Rows of one sequence. All arrays belong to whoever hands the block out and are valid until the next call on that source
@@ -78,7 +91,17 @@ struct rt_rows {
     int n_features;
     const void *feature[RT_MAX_FEATURES];        /* [n_tokens, dim] of the identity's dtype */
     const float *feature_scale[RT_MAX_FEATURES]; /* [n_tokens] for E4M3, else NULL: value = code * scale */
+    const uint8_t *feature_mask; /* [n_tokens] 1: the token has a state, 0: no teacher token ends there (all zero). NULL: every token has one */
 };
+
+/* Entries of row i that are not empty. */
+static inline int rt_row_entries(const struct rt_rows *r, int64_t i)
+{
+    int n = r->k;
+    while (n > 0 && r->topk_ids[i * r->k + n - 1] == RT_NO_ID)
+        n--;
+    return n;
+}
 
 /* Fills key from ids. */
 void rt_rows_key(const uint32_t *ids, int64_t n, uint8_t key[RT_KEY_BYTES]);

@@ -44,6 +44,9 @@ enum rt_status rt_shard_sink_open(const char *dir, const struct rt_row_identity 
                                   struct rt_err *err);
 /* Releases and unlocks; what was put since the last published shard is dropped unless the sink was finished. NULL is fine. */
 void rt_shard_sink_free(struct rt_shard_sink *s);
+/* A retargeted set's report on the sequences of a shard, JSON text of at most 32 KiB: goes into the header of the shard that the
+ * next put opens. Copied. */
+enum rt_status rt_shard_sink_report(struct rt_shard_sink *s, const char *json, size_t len, struct rt_err *err);
 /* Bytes published by this sink so far (all shards of the part). */
 uint64_t rt_shard_sink_bytes(const struct rt_shard_sink *s);
 
@@ -84,6 +87,8 @@ const struct rt_row_identity *rt_shard_set_identity(const struct rt_shard_set *s
 const struct rt_shard_info *rt_shard_set_info(const struct rt_shard_set *s);
 const struct rt_seq_info *rt_shard_set_seq(const struct rt_shard_set *s, int64_t i); /* i in [0, sequences) */
 const char *rt_shard_set_file(const struct rt_shard_set *s, int shard);             /* path */
+/* The report in a shard's header: JSON text, "" where there is none. Terminated. */
+const char *rt_shard_set_report(const struct rt_shard_set *s, int shard);
 /* Reads and decodes sequence i; checksums first, then every rule of rt_rows_check. *out is valid until the next get. A set
  * serves one thread; open it again for another. */
 enum rt_status rt_shard_set_get(struct rt_shard_set *s, int64_t i, struct rt_rows *out, struct rt_err *err);

@@ -40,7 +40,10 @@ static int columns(const struct rt_row_identity *id, struct spec out[RT_BLOCK_CO
         snprintf(s[0].name, sizeof s[0].name, "feature%d", f);
         snprintf(s[1].name, sizeof s[1].name, "scale%d", f);
     }
-    return FEATURES + 2 * id->n_features;
+    if (id->origin.mode[0] == '\0' || id->n_features == 0)
+        return FEATURES + 2 * id->n_features;
+    out[FEATURES + 2 * id->n_features] = (struct spec){"paired", true, 1, 1, NONE};
+    return FEATURES + 2 * id->n_features + 1;
 }
 
 /* Is column c stored: text and ends where there is a text, scales where codes are FP8. */
@@ -110,7 +113,10 @@ static const void *source(const struct rt_rows *r, int c)
     case NEXT: return r->next_id;
     case NEXT_LOGPROB: return r->next_logprob;
     case NEXT_RANK: return r->next_rank;
-    default: return (c - FEATURES) % 2 == 0 ? r->feature[(c - FEATURES) / 2] : r->feature_scale[(c - FEATURES) / 2];
+    default:
+        if (c == FEATURES + 2 * r->n_features)
+            return r->feature_mask;
+        return (c - FEATURES) % 2 == 0 ? r->feature[(c - FEATURES) / 2] : r->feature_scale[(c - FEATURES) / 2];
     }
 }
 
@@ -282,6 +288,8 @@ enum rt_status rt_block_unpack(struct rt_block_store *s, const struct rt_row_ide
         if (id->feature[f].dtype == RT_E4M3)
             out->feature_scale[f] = (const void *)s->column[FEATURES + 2 * f + 1].data;
     }
+    if (n_columns > FEATURES + 2 * id->n_features)
+        out->feature_mask = (const void *)s->column[FEATURES + 2 * id->n_features].data;
 out:
     return st;
 }

@@ -8,9 +8,32 @@
 #include "formats/row_identity.h"
 #include "formats/shard_block.h"
 
+int rt_shard_version(const struct rt_row_identity *id)
+{
+    return id->origin.mode[0] != '\0' ? 2 : 1;
+}
+
+static void pack_origin(struct rt_pack *p, const struct rt_row_origin *o)
+{
+    rt_pack_str(p, "origin");
+    rt_pack_map(p, 6);
+    rt_pack_str(p, "mode");
+    rt_pack_str(p, o->mode);
+    rt_pack_str(p, "tokenizer_sha256");
+    rt_pack_str(p, o->tokenizer_sha256);
+    rt_pack_str(p, "template_sha256");
+    rt_pack_str(p, o->template_sha256);
+    rt_pack_str(p, "vocab_size");
+    rt_pack_uint(p, (uint64_t)o->vocab_size);
+    rt_pack_str(p, "n_ids");
+    rt_pack_uint(p, (uint64_t)o->n_ids);
+    rt_pack_str(p, "completion_only");
+    rt_pack_bool(p, o->completion_only);
+}
+
 static void pack_identity(struct rt_pack *p, const struct rt_row_identity *id)
 {
-    rt_pack_map(p, 14);
+    rt_pack_map(p, rt_shard_version(id) > 1 ? 15 : 14);
     rt_pack_str(p, "teacher_sha256");
     rt_pack_str(p, id->teacher_sha256);
     rt_pack_str(p, "tokenizer_sha256");
@@ -48,16 +71,19 @@ static void pack_identity(struct rt_pack *p, const struct rt_row_identity *id)
         rt_pack_str(p, rt_dtype_name(id->feature[i].dtype));
         rt_pack_bool(p, id->feature[i].projected);
     }
+    if (rt_shard_version(id) > 1)
+        pack_origin(p, &id->origin);
 }
 
 enum rt_status rt_shard_header_pack(const struct rt_shard_header *h, struct rt_buf *out, struct rt_err *err)
 {
     struct rt_pack p = {out, RT_OK, err};
-    rt_pack_map(&p, 6);
+    const int version = rt_shard_version(&h->id);
+    rt_pack_map(&p, version > 1 ? 7 : 6);
     rt_pack_str(&p, "format");
     rt_pack_str(&p, "retort-rows");
     rt_pack_str(&p, "version");
-    rt_pack_uint(&p, RT_SHARD_VERSION);
+    rt_pack_uint(&p, (uint64_t)version);
     rt_pack_str(&p, "kind");
     rt_pack_str(&p, rt_row_identity_dense(&h->id) ? "dense" : "sparse");
     rt_pack_str(&p, "part");
@@ -68,6 +94,10 @@ enum rt_status rt_shard_header_pack(const struct rt_shard_header *h, struct rt_b
     rt_pack_uint(&p, (uint64_t)h->first);
     rt_pack_str(&p, "identity");
     pack_identity(&p, &h->id);
+    if (version > 1) {
+        rt_pack_str(&p, "report");
+        rt_pack_bin(&p, h->report.len > 0 ? h->report.data : "", h->report.len);
+    }
     return p.st;
 }
 
@@ -105,14 +135,38 @@ out:
     return st;
 }
 
-static enum rt_status unpack_identity(struct rt_unpack *u, struct rt_row_identity *id, struct rt_err *err)
+static enum rt_status unpack_origin(struct rt_unpack *u, struct rt_row_origin *o, struct rt_err *err)
+{
+    enum rt_status st;
+    size_t n;
+    uint64_t v;
+    RT_TRY(rt_unpack_key(u, "origin", err));
+    RT_TRY(rt_unpack_map(u, &n, err));
+    if (n != 6)
+        return rt_unpack_fail(u, "the 6 members of an origin", err);
+    RT_TRY(key_text(u, "mode", o->mode, sizeof o->mode, err));
+    RT_TRY(key_text(u, "tokenizer_sha256", o->tokenizer_sha256, sizeof o->tokenizer_sha256, err));
+    RT_TRY(key_text(u, "template_sha256", o->template_sha256, sizeof o->template_sha256, err));
+    RT_TRY(key_uint(u, "vocab_size", RT_MAX_VOCAB, &v, err));
+    o->vocab_size = (int64_t)v;
+    RT_TRY(key_uint(u, "n_ids", RT_MAX_VOCAB, &v, err));
+    o->n_ids = (int64_t)v;
+    RT_TRY(rt_unpack_key(u, "completion_only", err));
+    RT_TRY(rt_unpack_bool(u, &o->completion_only, err));
+    if (o->mode[0] == '\0')
+        return rt_unpack_fail(u, "the mode of retargeting", err);
+out:
+    return st;
+}
+
+static enum rt_status unpack_identity(struct rt_unpack *u, int version, struct rt_row_identity *id, struct rt_err *err)
 {
     enum rt_status st;
     size_t n;
     uint64_t v;
     RT_TRY(rt_unpack_map(u, &n, err));
-    if (n != 14)
-        return rt_unpack_fail(u, "the 14 members of an identity", err);
+    if (n != (version > 1 ? 15 : 14))
+        return rt_unpack_fail(u, "the members of an identity of this version", err);
     RT_TRY(key_text(u, "teacher_sha256", id->teacher_sha256, sizeof id->teacher_sha256, err));
     RT_TRY(key_text(u, "tokenizer_sha256", id->tokenizer_sha256, sizeof id->tokenizer_sha256, err));
     RT_TRY(key_text(u, "template_sha256", id->template_sha256, sizeof id->template_sha256, err));
@@ -145,6 +199,8 @@ static enum rt_status unpack_identity(struct rt_unpack *u, struct rt_row_identit
     id->n_features = (int)n;
     for (size_t i = 0; i < n; i++)
         RT_TRY(unpack_feature(u, &id->feature[i], err));
+    if (version > 1)
+        RT_TRY(unpack_origin(u, &id->origin, err));
     RT_TRY(rt_row_identity_valid(id, u->path, err));
 out:
     return st;
@@ -153,21 +209,23 @@ out:
 enum rt_status rt_shard_header_unpack(struct rt_unpack *u, struct rt_shard_header *h, uint64_t *bytes, struct rt_err *err)
 {
     enum rt_status st;
-    size_t n;
-    uint64_t v, parts;
+    size_t n, members;
+    uint64_t v, parts, version;
     char text[32];
-    const uint8_t *const from = u->at;
+    const uint8_t *const from = u->at, *report;
     memset(h, 0, sizeof *h);
-    RT_TRY(rt_unpack_map(u, &n, err));
-    if (n != 6)
-        return rt_unpack_fail(u, "the 6 members of a header of rows", err);
+    RT_TRY(rt_unpack_map(u, &members, err));
+    if (members != 6 && members != 7)
+        return rt_unpack_fail(u, "the 6 or 7 members of a header of rows", err);
     RT_TRY(key_text(u, "format", text, sizeof text, err));
     if (strcmp(text, "retort-rows") != 0)
         return rt_unpack_fail(u, "the format \"retort-rows\"", err);
-    RT_TRY(key_uint(u, "version", UINT32_MAX, &v, err));
-    if (v != RT_SHARD_VERSION)
-        return rt_fail(err, RT_UNSUPPORTED, "%s: version %" PRIu64 " of the row format, this program reads version %d", u->path, v,
+    RT_TRY(key_uint(u, "version", UINT32_MAX, &version, err));
+    if (version < 1 || version > RT_SHARD_VERSION)
+        return rt_fail(err, RT_UNSUPPORTED, "%s: version %" PRIu64 " of the row format, this program reads versions 1 to %d", u->path, version,
                        RT_SHARD_VERSION);
+    if (members != (version > 1 ? 7 : 6))
+        return rt_unpack_fail(u, "the members of a header of this version", err);
     RT_TRY(key_text(u, "kind", text, sizeof text, err));
     RT_TRY(rt_unpack_key(u, "part", err));
     RT_TRY(rt_unpack_array(u, &n, err));
@@ -182,9 +240,16 @@ enum rt_status rt_shard_header_unpack(struct rt_unpack *u, struct rt_shard_heade
     RT_TRY(key_uint(u, "first", INT64_MAX, &v, err));
     h->first = (int64_t)v;
     RT_TRY(rt_unpack_key(u, "identity", err));
-    RT_TRY(unpack_identity(u, &h->id, err));
+    RT_TRY(unpack_identity(u, (int)version, &h->id, err));
     if (strcmp(text, rt_row_identity_dense(&h->id) ? "dense" : "sparse") != 0)
         RT_FAIL(err, UNSUPPORTED, "%s: rows of kind '%s', which this program does not read", u->path, text);
+    if (version > 1) {
+        RT_TRY(rt_unpack_key(u, "report", err));
+        RT_TRY(rt_unpack_bin(u, &report, &n, err));
+        if (n > RT_SHARD_MAX_REPORT)
+            return rt_unpack_fail(u, "a report of at most 32 KiB", err);
+        RT_TRY(rt_buf_append(&h->report, report, n, err));
+    }
     *bytes = (uint64_t)(u->at - from);
 out:
     return st;
@@ -351,6 +416,7 @@ out:
     rt_free(tail);
     if (st != RT_OK) {
         rt_free(out->seq);
+        rt_buf_free(&out->header.report);
         memset(out, 0, sizeof *out);
     }
     return st;

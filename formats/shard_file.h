@@ -5,12 +5,16 @@
 #include "formats/pack.h"
 #include "formats/shard.h"
 
-enum { RT_SHARD_VERSION = 1, RT_SHARD_MAX_HEADER = 1 << 16 };
+enum { RT_SHARD_VERSION = 2, RT_SHARD_MAX_HEADER = 1 << 16, RT_SHARD_MAX_REPORT = 1 << 15 };
+
+/* The version that a set is written as: the first one that has what it needs. 2: retargeted sets. */
+int rt_shard_version(const struct rt_row_identity *id);
 
 struct rt_shard_header {
     int part, n_parts;
     int64_t first; /* ordinal of the first sequence within the part */
     struct rt_row_identity id;
+    struct rt_buf report; /* JSON text, not empty only in retargeted sets. Whoever unpacks a header frees it */
 };
 
 enum rt_status rt_shard_header_pack(const struct rt_shard_header *h, struct rt_buf *out, struct rt_err *err);
@@ -22,7 +26,7 @@ enum rt_status rt_shard_index_pack(uint64_t at, uint64_t header_bytes, uint32_t 
                                    int n_lse, struct rt_buf *out, struct rt_err *err);
 
 struct rt_shard_contents {
-    struct rt_shard_header header;
+    struct rt_shard_header header; /* report: rt_buf_free */
     struct rt_seq_info *seq; /* [n] rt_free; shard left 0 */
     int64_t n;
 };

@@ -16,6 +16,7 @@ enum { OPEN_FILES = 32 };
 
 struct shard {
     char *path;
+    struct rt_buf report;
     char sha256[65]; /* "" where there is no manifest */
     uint64_t size;
     int fd; /* -1: closed */
@@ -46,6 +47,7 @@ void rt_shard_set_free(struct rt_shard_set *s)
     for (int i = 0; i < (int)(s->shards.len / sizeof(struct shard)); i++) {
         rt_file_close(shard_at(s, i)->fd);
         rt_free(shard_at(s, i)->path);
+        rt_buf_free(&shard_at(s, i)->report);
     }
     rt_buf_free(&s->shards);
     rt_buf_free(&s->seq);
@@ -73,6 +75,12 @@ const struct rt_seq_info *rt_shard_set_seq(const struct rt_shard_set *s, int64_t
 const char *rt_shard_set_file(const struct rt_shard_set *s, int shard)
 {
     return shard_at(s, shard)->path;
+}
+
+const char *rt_shard_set_report(const struct rt_shard_set *s, int shard)
+{
+    const struct rt_buf *b = &shard_at(s, shard)->report;
+    return b->len > 0 ? b->data : "";
 }
 
 /* The shard's file, opened if need be; the one that was opened longest ago makes room. */
@@ -130,8 +138,12 @@ static enum rt_status add_shard(struct rt_shard_set *s, const char *path, const 
         strcpy(sh.sha256, line->sha256);
     }
     RT_TRY(rt_buf_append(&s->seq, c.seq, (size_t)c.n * sizeof *c.seq, err));
+    if (c.header.report.len > 0)
+        RT_TRY(rt_buf_append(&sh.report, c.header.report.data, c.header.report.len, err));
+    RT_TRY(rt_buf_puts(&sh.report, "", err));
     RT_TRY(rt_buf_append(&s->shards, &sh, sizeof sh, err));
     sh.path = NULL;
+    sh.report = (struct rt_buf){0};
     s->info.shards++;
     s->info.sequences += c.n;
     s->info.tokens += tokens;
@@ -139,6 +151,8 @@ static enum rt_status add_shard(struct rt_shard_set *s, const char *path, const 
     s->info.bytes += sh.size;
 out:
     rt_free(sh.path);
+    rt_buf_free(&sh.report);
+    rt_buf_free(&c.header.report);
     rt_free(c.seq);
     rt_file_close(fd);
     return st;

@@ -22,6 +22,7 @@ struct rt_shard_sink {
     bool broken;                 /* a write failed: the set goes on from what is published when it is opened again */
     struct rt_codec codec;
     struct rt_buf buf;           /* of one block */
+    struct rt_buf report;        /* of the next header */
     /* the shard that is being written */
     bool open;
     struct rt_publish out;
@@ -41,6 +42,7 @@ void rt_shard_sink_free(struct rt_shard_sink *s)
     rt_file_close(s->lock);
     rt_codec_free(&s->codec);
     rt_buf_free(&s->buf);
+    rt_buf_free(&s->report);
     rt_buf_free(&s->seq);
     rt_manifest_free(&s->manifest);
     rt_free(s);
@@ -49,6 +51,14 @@ void rt_shard_sink_free(struct rt_shard_sink *s)
 uint64_t rt_shard_sink_bytes(const struct rt_shard_sink *s)
 {
     return s->manifest.bytes;
+}
+
+enum rt_status rt_shard_sink_report(struct rt_shard_sink *s, const char *json, size_t len, struct rt_err *err)
+{
+    if (len > RT_SHARD_MAX_REPORT || rt_shard_version(&s->id) < 2)
+        return rt_fail(err, RT_USAGE, "%s: a report of %zu bytes: expected one of a retargeted set, of at most %d", s->dir, len, RT_SHARD_MAX_REPORT);
+    s->report.len = 0;
+    return rt_buf_append(&s->report, json, len, err);
 }
 
 static enum rt_status write_bytes(struct rt_shard_sink *s, const struct rt_buf *b, struct rt_err *err)
@@ -61,7 +71,7 @@ static enum rt_status open_shard(struct rt_shard_sink *s, struct rt_err *err)
 {
     enum rt_status st;
     char name[RT_NAME_CAP], path[4096];
-    const struct rt_shard_header h = {s->opt.part, s->opt.n_parts, s->manifest.sequences, s->id};
+    const struct rt_shard_header h = {s->opt.part, s->opt.n_parts, s->manifest.sequences, s->id, s->report};
     rt_shard_name(s->opt.part, s->opt.n_parts, s->manifest.n, name);
     RT_TRY(rt_path_join(path, sizeof path, s->dir, name, err));
     RT_TRY(rt_publish_open(&s->out, path, err));
@@ -199,7 +209,7 @@ static enum rt_status check_layout(const struct rt_shard_sink *s, const char *pa
     const struct {
         const char *key;
         int64_t want;
-    } layout[] = {{"version", RT_SHARD_VERSION}, {"rows_per_shard", s->opt.rows_per_shard}, {"level", s->opt.level}, {"parts", s->opt.n_parts}};
+    } layout[] = {{"version", rt_shard_version(&s->id)}, {"rows_per_shard", s->opt.rows_per_shard}, {"level", s->opt.level}, {"parts", s->opt.n_parts}};
     RT_TRY(rt_json_load(path, 1 << 20, &v, err));
     RT_TRY(rt_row_identity_from_json(v, &have, err));
     RT_TRY(rt_row_identity_match(&have, &s->id, s->dir, err));
@@ -221,7 +231,7 @@ static enum rt_status write_layout(const struct rt_shard_sink *s, const char *pa
     struct rt_buf text = {0};
     RT_TRY(rt_json_new_object(&v, err));
     RT_TRY(rt_json_set_string(v, "format", "retort-rows", err));
-    RT_TRY(rt_json_set_int(v, "version", RT_SHARD_VERSION, err));
+    RT_TRY(rt_json_set_int(v, "version", rt_shard_version(&s->id), err));
     RT_TRY(rt_json_set_int(v, "rows_per_shard", s->opt.rows_per_shard, err));
     RT_TRY(rt_json_set_int(v, "level", s->opt.level, err));
     RT_TRY(rt_json_set_int(v, "parts", s->opt.n_parts, err));

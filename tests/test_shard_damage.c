@@ -196,7 +196,7 @@ static void false_index(void **state)
 {
     (void)state;
     struct rt_err err = {0};
-    const struct rt_shard_header h = {0, 1, 0, sf_identity(8)};
+    const struct rt_shard_header h = {0, 1, 0, sf_identity(8), {0}};
     struct rt_buf b = {0};
     const char *path = test_tmp("sh-false.msgpack");
     assert_ok(rt_shard_header_pack(&h, &b, &err));
