@@ -33,7 +33,7 @@ endif
 CUDA_ARCH ?= 80 90a
 ifneq ($(NVCC),)
 # machine code for each, and what a later GPU can be compiled from
-NVFLAGS := -std=c++17 -O3 -lineinfo -ccbin $(CC) -Xcompiler -pthread,-Wall,-Wno-unused-function --expt-relaxed-constexpr \
+NVFLAGS := -std=c++17 -O3 -lineinfo -ccbin $(CC) -Xcompiler -pthread,-Wall,-Wno-unused-function,-fno-threadsafe-statics,-fno-exceptions,-fno-rtti --expt-relaxed-constexpr \
            $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a)$(comma)code=sm_$(a)) \
            $(foreach a,$(firstword $(CUDA_ARCH)),-gencode arch=compute_$(a)$(comma)code=compute_$(a)) $(if $(DEV),-Werror all-warnings)
 CUDA_SRC := $(wildcard core/cuda/*.c core/cuda/*.cu)

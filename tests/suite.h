@@ -27,10 +27,11 @@ struct rt_suite {
 const char *test_tmp(const char *name);
 /* A file that ships with the project, found from the repository root. */
 const char *test_data(const char *name);
-/* Says why and skips the current test. */
+/* Says why and skips the current test; it counts as neither passed nor failed. */
+void test_skipped(const char *reason);
 #define TEST_SKIP(reason) \
     do { \
-        print_message("SKIP %s\n", reason); \
+        test_skipped(reason); \
         skip(); \
     } while (0)
 
