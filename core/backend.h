@@ -289,6 +289,8 @@ struct rt_backend {
     bool (*available)(char *why, int cap); /* is the hardware there; why not */
     enum rt_status (*open)(const struct rt_dev_options *o, struct rt_dev **out, struct rt_err *err);
     void (*close)(struct rt_dev *dev);
+    /* Called by every thread but the opener's before it uses the device; and by that one again after it opened another. */
+    enum rt_status (*attach)(struct rt_dev *dev, struct rt_err *err);
     const char *(*describe)(const struct rt_dev *dev); /* "2 threads, OpenBLAS SkylakeX": for the log and the identity */
 
     enum rt_status (*alloc)(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err); /* 64-byte aligned, zeroed */
@@ -308,6 +310,8 @@ struct rt_backend {
     void (*event_free)(struct rt_dev *dev, struct rt_event *e);
     enum rt_status (*event_record)(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
     enum rt_status (*event_wait)(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+    /* Seconds between two recorded events of which the later is done; events of a host device: 0. */
+    enum rt_status (*event_elapsed)(struct rt_dev *dev, struct rt_event *from, struct rt_event *to, double *seconds, struct rt_err *err);
     enum rt_status (*event_sync)(struct rt_dev *dev, struct rt_event *e, struct rt_err *err); /* the caller's thread waits */
     /* Asynchronous; the host block must stay valid until the queue is synchronised. */
     enum rt_status (*upload)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);

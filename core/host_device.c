@@ -74,6 +74,18 @@ enum rt_status rt_host_event_nothing(UNUSED struct rt_dev *dev, UNUSED struct rt
     return RT_OK;
 }
 
+enum rt_status rt_host_attach(UNUSED struct rt_dev *dev, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_host_event_elapsed(UNUSED struct rt_dev *dev, UNUSED struct rt_event *from, UNUSED struct rt_event *to, double *seconds,
+                                     UNUSED struct rt_err *err)
+{
+    *seconds = 0;
+    return RT_OK;
+}
+
 enum rt_status rt_host_event_sync(UNUSED struct rt_dev *dev, UNUSED struct rt_event *e, UNUSED struct rt_err *err)
 {
     return RT_OK;

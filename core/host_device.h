@@ -15,6 +15,8 @@ enum rt_status rt_host_queue_sync(struct rt_dev *dev, struct rt_queue *q, struct
 enum rt_status rt_host_event_create(struct rt_dev *dev, struct rt_event **out, struct rt_err *err);
 void rt_host_event_free(struct rt_dev *dev, struct rt_event *e);
 enum rt_status rt_host_event_nothing(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+enum rt_status rt_host_attach(struct rt_dev *dev, struct rt_err *err);
+enum rt_status rt_host_event_elapsed(struct rt_dev *dev, struct rt_event *from, struct rt_event *to, double *seconds, struct rt_err *err);
 enum rt_status rt_host_event_sync(struct rt_dev *dev, struct rt_event *e, struct rt_err *err);
 enum rt_status rt_host_copy(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
 enum rt_status rt_host_zero(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
@@ -25,7 +27,7 @@ enum rt_status rt_host_broadcast(struct rt_dev *dev, struct rt_queue *q, void *x
 #define RT_HOST_DEVICE_ENTRIES \
     .alloc = rt_host_alloc, .free = rt_host_free, .host_alloc = rt_host_staging, .host_free = rt_host_staging_free, .queue_create = rt_host_queue_create, .queue_free = rt_host_queue_free, \
     .queue_sync = rt_host_queue_sync, .event_create = rt_host_event_create, .event_free = rt_host_event_free, \
-    .event_record = rt_host_event_nothing, .event_wait = rt_host_event_nothing, .event_sync = rt_host_event_sync, .upload = rt_host_copy, .download = rt_host_copy, \
+    .event_record = rt_host_event_nothing, .event_wait = rt_host_event_nothing, .event_sync = rt_host_event_sync, .event_elapsed = rt_host_event_elapsed, .attach = rt_host_attach, .upload = rt_host_copy, .download = rt_host_copy, \
     .copy = rt_host_copy, .zero = rt_host_zero, .all_reduce = rt_host_all_reduce, .broadcast = rt_host_broadcast
 
 #endif

@@ -100,6 +100,11 @@ void rt_cuda_close(struct rt_dev *dev)
     rt_free(dev);
 }
 
+enum rt_status rt_cuda_attach(struct rt_dev *dev, struct rt_err *err)
+{
+    return rt_cuda_check(cudaSetDevice(dev->index), "cudaSetDevice", err);
+}
+
 const char *rt_cuda_describe(const struct rt_dev *dev)
 {
     return dev->description;
@@ -221,7 +226,7 @@ enum rt_status rt_cuda_event_create(UNUSED struct rt_dev *dev, struct rt_event *
     struct rt_event *e = NULL;
     enum rt_status st;
     RT_TRY(rt_alloc(1, sizeof *e, "an event", &e, err));
-    RT_CUDA_TRY(cudaEventCreateWithFlags(&e->event, cudaEventDisableTiming));
+    RT_CUDA_TRY(cudaEventCreate(&e->event));
     *out = e;
     e = NULL;
 out:
@@ -244,6 +249,17 @@ enum rt_status rt_cuda_event_record(UNUSED struct rt_dev *dev, struct rt_queue *
 enum rt_status rt_cuda_event_wait(UNUSED struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err)
 {
     return rt_cuda_check(cudaStreamWaitEvent(q->stream, e->event, 0), "cudaStreamWaitEvent", err);
+}
+
+enum rt_status rt_cuda_event_elapsed(UNUSED struct rt_dev *dev, struct rt_event *from, struct rt_event *to, double *seconds, struct rt_err *err)
+{
+    float ms = 0;
+    enum rt_status st;
+    RT_CUDA_TRY(cudaEventSynchronize(to->event));
+    RT_CUDA_TRY(cudaEventElapsedTime(&ms, from->event, to->event));
+    *seconds = ms / 1000.0;
+out:
+    return st;
 }
 
 enum rt_status rt_cuda_event_sync(UNUSED struct rt_dev *dev, struct rt_event *e, struct rt_err *err)

@@ -22,6 +22,8 @@ enum rt_status rt_cuda_event_create(struct rt_dev *dev, struct rt_event **out, s
 void rt_cuda_event_free(struct rt_dev *dev, struct rt_event *e);
 enum rt_status rt_cuda_event_record(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
 enum rt_status rt_cuda_event_wait(struct rt_dev *dev, struct rt_queue *q, struct rt_event *e, struct rt_err *err);
+enum rt_status rt_cuda_attach(struct rt_dev *dev, struct rt_err *err);
+enum rt_status rt_cuda_event_elapsed(struct rt_dev *dev, struct rt_event *from, struct rt_event *to, double *seconds, struct rt_err *err);
 enum rt_status rt_cuda_event_sync(struct rt_dev *dev, struct rt_event *e, struct rt_err *err);
 enum rt_status rt_cuda_upload(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
 enum rt_status rt_cuda_download(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
