@@ -19,7 +19,7 @@ enum { FIELD = 640 };
 static const char *const field_names[] = {
     "teacher_sha256", "tokenizer_sha256", "template_sha256", "mode",       "vocab_size",      "n_ids",
     "top_k",          "temperatures",     "completion_only", "max_length", "projection_seed", "features",
-    "teacher_layers", "origin",
+    "teacher_layers", "origin",          "boundary",
 };
 enum { N_FIELDS = sizeof field_names / sizeof field_names[0] };
 
@@ -48,6 +48,7 @@ static void field_text(const struct rt_row_identity *id, int f, char out[FIELD])
     case 9: snprintf(out, FIELD, "%" PRId64, id->max_length); break;
     case 10: snprintf(out, FIELD, "%" PRIu64, id->projection_seed); break;
     case 12: snprintf(out, FIELD, "%d", id->teacher_layers); break;
+    case 14: snprintf(out, FIELD, "%s", id->boundary ? "true" : "false"); break;
     case 13:
         if (id->origin.mode[0] != '\0')
             snprintf(out, FIELD, "%s from tokenizer %s, template %s, %" PRId64 " ids of %" PRId64 "%s", id->origin.mode, id->origin.tokenizer_sha256,
@@ -96,6 +97,8 @@ enum rt_status rt_row_identity_valid(const struct rt_row_identity *id, const cha
             return rt_fail(err, RT_FORMAT, "%s: feature %d of layer %d, %d x %s: expected BF16 or F8_E4M3, at most %d wide", where, i,
                            f->layer, f->dim, rt_dtype_name(f->dtype), RT_MAX_FEATURE_DIM);
     }
+    if (rt_row_identity_spans(id) && id->top_k > 0)
+        return rt_fail(err, RT_FORMAT, "%s: spans with top_k %d: expected 0", where, id->top_k);
     const struct rt_row_origin *o = &id->origin;
     if (o->mode[0] != '\0' && (o->vocab_size < 1 || o->vocab_size > RT_MAX_VOCAB || o->n_ids < 1 || o->n_ids > o->vocab_size))
         return rt_fail(err, RT_FORMAT, "%s: made of %" PRId64 " ids of %" PRId64 ": expected n_ids <= vocab_size <= %d", where, o->n_ids, o->vocab_size,
@@ -103,8 +106,15 @@ enum rt_status rt_row_identity_valid(const struct rt_row_identity *id, const cha
     return RT_OK;
 }
 
+bool rt_row_identity_spans(const struct rt_row_identity *id)
+{
+    return strcmp(id->origin.mode, "alm") == 0;
+}
+
 bool rt_row_identity_dense(const struct rt_row_identity *id)
 {
+    if (rt_row_identity_spans(id))
+        return false;
     for (int i = 0; id->top_k == 0 && i < id->n_features; i++)
         if (id->feature[i].layer == RT_LAYER_FINAL && id->feature[i].dtype == RT_BF16 && !id->feature[i].projected)
             return true;
@@ -140,6 +150,8 @@ enum rt_status rt_row_identity_to_json(const struct rt_row_identity *id, struct 
         RT_TRY(rt_json_set_string(o, "dtype", rt_dtype_name(id->feature[i].dtype), err));
         RT_TRY(rt_json_set_bool(o, "projected", id->feature[i].projected, err));
     }
+    if (id->boundary)
+        RT_TRY(rt_json_set_bool(v, "boundary", true, err));
     if (id->origin.mode[0] == '\0')
         goto out;
     RT_TRY(rt_json_set_object(v, "origin", &o, err));
@@ -238,6 +250,7 @@ enum rt_status rt_row_identity_from_json(const struct rt_json *v, struct rt_row_
     x.teacher_layers = (int)layers;
     RT_TRY(get_lists(v, &x, err));
     RT_TRY(get_origin(v, &x.origin, err));
+    RT_TRY(rt_json_bool_or(v, "boundary", false, &x.boundary, err));
     RT_TRY(rt_row_identity_valid(&x, rt_json_source(v), err));
     *id = x;
 out:

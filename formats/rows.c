@@ -133,6 +133,25 @@ static enum rt_status check_feature(const struct rt_rows *r, int f, const struct
     return RT_OK;
 }
 
+static enum rt_status check_spans(const struct rt_rows *r, const struct rt_row_identity *id, const char *where, struct rt_err *err)
+{
+    const bool spans = rt_row_identity_spans(id);
+    int64_t free_rows = 0; /* rows since the last span */
+    if ((r->boundary_logp != NULL) != (id->boundary && !spans) || (r->span != NULL) != spans || (r->span_logp != NULL) != spans)
+        return rt_fail(err, RT_FORMAT, "%s: rows have boundaries, or spans, where the identity says so", where);
+    for (int64_t i = 0; r->boundary_logp != NULL && i < r->n_rows; i++)
+        if (!(r->boundary_logp[i] <= MASS_SLACK))
+            return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": the mass of the boundary ids has the logarithm %g", where, i, (double)r->boundary_logp[i]);
+    for (int64_t i = 0; r->span != NULL && i < r->n_rows; i++) {
+        free_rows = i > 0 && r->position[i] == r->position[i - 1] + 1 ? free_rows + 1 : 1;
+        if (r->span[i] > free_rows || !isfinite(r->span_logp[i]) || r->span_logp[i] > MASS_SLACK || (r->span[i] == 0 && r->span_logp[i] != 0))
+            return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 " ends a span of %u rows with log-probability %g: %" PRId64 " rows are free before it", where, i,
+                           r->span[i], (double)r->span_logp[i], free_rows);
+        free_rows = r->span[i] > 0 ? 0 : free_rows;
+    }
+    return RT_OK;
+}
+
 enum rt_status rt_rows_check(const struct rt_rows *r, const struct rt_row_identity *id, const char *where, struct rt_err *err)
 {
     enum rt_status st;
@@ -147,6 +166,7 @@ enum rt_status rt_rows_check(const struct rt_rows *r, const struct rt_row_identi
         RT_TRY(check_row(r, i, id, where, err));
     for (int f = 0; f < r->n_features; f++)
         RT_TRY(check_feature(r, f, &id->feature[f], where, err));
+    RT_TRY(check_spans(r, id, where, err));
     if ((r->feature_mask != NULL) != (id->origin.mode[0] != '\0' && r->n_features > 0))
         RT_FAIL(err, FORMAT, "%s: rows of another tokenizer say which tokens have states, others do not", where);
     for (int64_t i = 0; r->feature_mask != NULL && i < r->n_tokens; i++)

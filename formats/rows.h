@@ -62,6 +62,7 @@ struct rt_row_identity {
     uint64_t projection_seed;
     int n_features;
     struct rt_feature_spec feature[RT_MAX_FEATURES];
+    bool boundary;             /* teacher rows: boundary_logp is stored. Spans (origin.mode "alm"): they count the boundary behind them */
     struct rt_row_origin origin; /* of a retargeted set: tokenizer, template, vocab_size and n_ids above are the student's then */
 };
 
@@ -86,6 +87,10 @@ struct rt_rows {
     const float *lse;            /* [n_rows, n_lse] */
     const uint32_t *next_id;     /* [n_rows] = ids[position+1] */
     const float *next_logprob;   /* [n_rows] at T=1 */
+    const float *boundary_logp;  /* [n_rows] log of the mass at T=1 of the ids of distill/spans.h; NULL unless the identity has boundary and no spans */
+    /* Sets of spans, else NULL. A span is a run of targets whose bytes both tokenizers end together; its log-probability stands at its last row. */
+    const uint32_t *span;        /* [n_rows] rows of the span that ends here, all directly before one another; 0: none ends here */
+    const float *span_logp;      /* [n_rows] the teacher's log-probability of the span (and of the boundary behind it); 0 where none ends */
     const uint32_t *next_rank;   /* [n_rows] ids with a greater logit, or an equal one and a smaller id */
 
     int n_features;
@@ -103,6 +108,8 @@ static inline int rt_row_entries(const struct rt_rows *r, int64_t i)
     return n;
 }
 
+/* Rows of spans in place of distributions: origin.mode is "alm". They have no entries (k 0). */
+bool rt_row_identity_spans(const struct rt_row_identity *id);
 /* Fills key from ids. */
 void rt_rows_key(const uint32_t *ids, int64_t n, uint8_t key[RT_KEY_BYTES]);
 /* FORMAT where a block breaks a rule above (order of ids, ranges, positions, finite numbers, n_ids); `where` is for messages. */

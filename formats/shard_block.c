@@ -40,10 +40,16 @@ static int columns(const struct rt_row_identity *id, struct spec out[RT_BLOCK_CO
         snprintf(s[0].name, sizeof s[0].name, "feature%d", f);
         snprintf(s[1].name, sizeof s[1].name, "scale%d", f);
     }
-    if (id->origin.mode[0] == '\0' || id->n_features == 0)
-        return FEATURES + 2 * id->n_features;
-    out[FEATURES + 2 * id->n_features] = (struct spec){"paired", true, 1, 1, NONE};
-    return FEATURES + 2 * id->n_features + 1;
+    int n = FEATURES + 2 * id->n_features;
+    if (id->origin.mode[0] != '\0' && id->n_features > 0)
+        out[n++] = (struct spec){"paired", true, 1, 1, NONE};
+    if (rt_row_identity_spans(id)) {
+        out[n++] = (struct spec){"span", false, 4, 1, NONE};
+        out[n++] = (struct spec){"span_logp", false, 4, 1, NONE};
+    } else if (id->boundary) {
+        out[n++] = (struct spec){"boundary", false, 4, 1, NONE};
+    }
+    return n;
 }
 
 /* Is column c stored: text and ends where there is a text, scales where codes are FP8. */
@@ -99,7 +105,7 @@ enum rt_status rt_block_next(const struct rt_rows *rows, const struct rt_row_ide
     return RT_OK;
 }
 
-static const void *source(const struct rt_rows *r, int c)
+static const void *source(const struct rt_rows *r, const struct spec *s, int c)
 {
     switch (c) {
     case IDS: return r->ids;
@@ -114,8 +120,9 @@ static const void *source(const struct rt_rows *r, int c)
     case NEXT_LOGPROB: return r->next_logprob;
     case NEXT_RANK: return r->next_rank;
     default:
-        if (c == FEATURES + 2 * r->n_features)
-            return r->feature_mask;
+        if (c >= FEATURES + 2 * r->n_features)
+            return strcmp(s->name, "paired") == 0 ? (const void *)r->feature_mask : strcmp(s->name, "span") == 0 ? (const void *)r->span
+                   : strcmp(s->name, "span_logp") == 0 ? r->span_logp : r->boundary_logp;
         return (c - FEATURES) % 2 == 0 ? r->feature[(c - FEATURES) / 2] : r->feature_scale[(c - FEATURES) / 2];
     }
 }
@@ -151,7 +158,7 @@ enum rt_status rt_block_pack(struct rt_codec *c, int level, const struct rt_rows
         const int64_t first = i == TEXT ? text_at(rows, from.token) : (s->per_token ? from.token : from.row) * s->elems;
         const int64_t count = i == TEXT ? text_at(rows, to.token) - first : (s->per_token ? tokens : n_rows) * s->elems;
         const size_t stride = s->stride == WHOLE ? (size_t)count : s->stride == RUN ? (size_t)s->elems : 0;
-        const uint8_t *data = source(rows, i);
+        const uint8_t *data = source(rows, s, i);
         rt_pack_str(out, s->name);
         RT_TRY(rt_codec_pack(c, level, count > 0 ? data + first * s->width : (const uint8_t *)"", (size_t)count, s->width, stride, out, err));
     }
@@ -288,8 +295,15 @@ enum rt_status rt_block_unpack(struct rt_block_store *s, const struct rt_row_ide
         if (id->feature[f].dtype == RT_E4M3)
             out->feature_scale[f] = (const void *)s->column[FEATURES + 2 * f + 1].data;
     }
-    if (n_columns > FEATURES + 2 * id->n_features)
-        out->feature_mask = (const void *)s->column[FEATURES + 2 * id->n_features].data;
+    int extra = FEATURES + 2 * id->n_features;
+    if (id->origin.mode[0] != '\0' && id->n_features > 0)
+        out->feature_mask = (const void *)s->column[extra++].data;
+    if (rt_row_identity_spans(id)) {
+        out->span = (const void *)s->column[extra++].data;
+        out->span_logp = (const void *)s->column[extra].data;
+    } else if (id->boundary) {
+        out->boundary_logp = (const void *)s->column[extra].data;
+    }
 out:
     return st;
 }

@@ -5,7 +5,7 @@
 #include "formats/rows.h"
 #include "formats/shard_codec.h"
 
-enum { RT_BLOCK_COLUMNS = 11 + 2 * RT_MAX_FEATURES + 1 };
+enum { RT_BLOCK_COLUMNS = 11 + 2 * RT_MAX_FEATURES + 3 };
 
 /* Raw bytes of a token (text left out) and of a row. */
 uint64_t rt_block_token_bytes(const struct rt_row_identity *id);

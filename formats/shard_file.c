@@ -10,7 +10,7 @@
 
 int rt_shard_version(const struct rt_row_identity *id)
 {
-    return id->origin.mode[0] != '\0' ? 2 : 1;
+    return id->boundary || rt_row_identity_spans(id) ? 3 : id->origin.mode[0] != '\0' ? 2 : 1;
 }
 
 static void pack_origin(struct rt_pack *p, const struct rt_row_origin *o)
@@ -33,7 +33,8 @@ static void pack_origin(struct rt_pack *p, const struct rt_row_origin *o)
 
 static void pack_identity(struct rt_pack *p, const struct rt_row_identity *id)
 {
-    rt_pack_map(p, rt_shard_version(id) > 1 ? 15 : 14);
+    const int version = rt_shard_version(id);
+    rt_pack_map(p, 13 + (size_t)version);
     rt_pack_str(p, "teacher_sha256");
     rt_pack_str(p, id->teacher_sha256);
     rt_pack_str(p, "tokenizer_sha256");
@@ -71,8 +72,12 @@ static void pack_identity(struct rt_pack *p, const struct rt_row_identity *id)
         rt_pack_str(p, rt_dtype_name(id->feature[i].dtype));
         rt_pack_bool(p, id->feature[i].projected);
     }
-    if (rt_shard_version(id) > 1)
+    if (version > 1)
         pack_origin(p, &id->origin);
+    if (version > 2) {
+        rt_pack_str(p, "boundary");
+        rt_pack_bool(p, id->boundary);
+    }
 }
 
 enum rt_status rt_shard_header_pack(const struct rt_shard_header *h, struct rt_buf *out, struct rt_err *err)
@@ -153,8 +158,6 @@ static enum rt_status unpack_origin(struct rt_unpack *u, struct rt_row_origin *o
     o->n_ids = (int64_t)v;
     RT_TRY(rt_unpack_key(u, "completion_only", err));
     RT_TRY(rt_unpack_bool(u, &o->completion_only, err));
-    if (o->mode[0] == '\0')
-        return rt_unpack_fail(u, "the mode of retargeting", err);
 out:
     return st;
 }
@@ -165,7 +168,7 @@ static enum rt_status unpack_identity(struct rt_unpack *u, int version, struct r
     size_t n;
     uint64_t v;
     RT_TRY(rt_unpack_map(u, &n, err));
-    if (n != (version > 1 ? 15 : 14))
+    if (n != 13 + (size_t)version)
         return rt_unpack_fail(u, "the members of an identity of this version", err);
     RT_TRY(key_text(u, "teacher_sha256", id->teacher_sha256, sizeof id->teacher_sha256, err));
     RT_TRY(key_text(u, "tokenizer_sha256", id->tokenizer_sha256, sizeof id->tokenizer_sha256, err));
@@ -201,6 +204,12 @@ static enum rt_status unpack_identity(struct rt_unpack *u, int version, struct r
         RT_TRY(unpack_feature(u, &id->feature[i], err));
     if (version > 1)
         RT_TRY(unpack_origin(u, &id->origin, err));
+    if (version == 2 && id->origin.mode[0] == '\0')
+        return rt_unpack_fail(u, "the mode of retargeting", err);
+    if (version > 2) {
+        RT_TRY(rt_unpack_key(u, "boundary", err));
+        RT_TRY(rt_unpack_bool(u, &id->boundary, err));
+    }
     RT_TRY(rt_row_identity_valid(id, u->path, err));
 out:
     return st;

@@ -5,9 +5,9 @@
 #include "formats/pack.h"
 #include "formats/shard.h"
 
-enum { RT_SHARD_VERSION = 2, RT_SHARD_MAX_HEADER = 1 << 16, RT_SHARD_MAX_REPORT = 1 << 15 };
+enum { RT_SHARD_VERSION = 3, RT_SHARD_MAX_HEADER = 1 << 16, RT_SHARD_MAX_REPORT = 1 << 15 };
 
-/* The version that a set is written as: the first one that has what it needs. 2: retargeted sets. */
+/* The version that a set is written as: the first one that has what it needs. 2: retargeted sets; 3: boundaries and spans. */
 int rt_shard_version(const struct rt_row_identity *id);
 
 struct rt_shard_header {
