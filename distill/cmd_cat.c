@@ -1,4 +1,5 @@
 /* retort cat: rows of shards as JSON lines. */
+#include <math.h>
 #include <stdio.h>
 
 #include "core/dtype.h"
@@ -76,6 +77,10 @@ static enum rt_status put_row(struct rt_buf *b, const struct rt_rows *r, const s
     for (int i = 0; i < r->n_lse; i++)
         RT_TRY(rt_buf_printf(b, err, "%s\"%g\":%.9g", i > 0 ? "," : "", id->lse_temperature[i], (double)r->lse[row * r->n_lse + i]));
     RT_TRY(rt_buf_puts(b, "}", err));
+    if (r->boundary_logp != NULL && isfinite(r->boundary_logp[row]))
+        RT_TRY(rt_buf_printf(b, err, ",\"boundary_logprob\":%.9g", (double)r->boundary_logp[row]));
+    if (r->span != NULL && r->span[row] > 0)
+        RT_TRY(rt_buf_printf(b, err, ",\"span\":%u,\"span_logprob\":%.9g", r->span[row], (double)r->span_logp[row]));
     if (features)
         RT_TRY(put_features(b, r, id, position, err));
     RT_TRY(rt_buf_puts(b, "}\n", err));
@@ -128,7 +133,8 @@ const struct rt_command rt_cmd_cat = {
     .synopsis = "DIR|SHARD [--seq N] [--limit N] [--features]",
     .summary = "rows of shards as JSON lines",
     .help = "A line a row: seq, pos, token (at pos), next (the token that followed), next_logprob (nats, T=1), next_rank (from 0), ids and raw logits of the\n"
-            "greatest, and lse, the log-sum-exp at each stored temperature: log p = logit/T - lse. Numbers read back as the same float32.\n\n"
+            "greatest, and lse, the log-sum-exp at each stored temperature: log p = logit/T - lse. Where stored: boundary_logprob,\n"
+            "or span (rows of the span that ends here) and span_logprob. Numbers read back as the same float32.\n\n"
             "    retort cat shards/ --seq 0 --limit 5",
     .options = options,
     .values_size = sizeof(struct values),

@@ -8,6 +8,7 @@
 #include "distill/command.h"
 #include "distill/corpus.h"
 #include "distill/expert_load.h"
+#include "distill/spans.h"
 #include "formats/rundir.h"
 #include "formats/shard.h"
 #include "teacher/score.h"
@@ -16,6 +17,7 @@ struct values {
     struct rt_common common;
     const char *teacher, *data, *out, *cache, *lse, *features, *numerics, *overlong, *rows, *part, *template_name;
     int64_t max_length, window, rows_per_shard;
+    bool boundary;
 };
 
 #define V(field) offsetof(struct values, field)
@@ -23,9 +25,10 @@ static const struct rt_opt options[] = {
     {"teacher", RT_OPT_STRING, V(teacher), NULL, 0, 0, NULL, "DIR", "checkpoint directory of the teacher", true, false},
     {"data", RT_OPT_STRING, V(data), NULL, 0, 0, NULL, "FILE|DIR", "JSON lines, or a directory of traces (accepted.jsonl is preferred to traces.jsonl)", true, false},
     {"out", RT_OPT_STRING, V(out), NULL, 0, 0, NULL, "DIR", "where the shards go; the same command resumes", true, true},
-    {"cache", RT_OPT_STRING, V(cache), "topk=64", 0, 0, NULL, "topk=K", "ids and logits kept a row; topk=0 keeps none (features alone)", false, false},
+    {"cache", RT_OPT_STRING, V(cache), "topk=64", 0, 0, NULL, "topk=K", "ids and logits kept a row; topk=0 keeps none (features or boundaries alone)", false, false},
     {"lse", RT_OPT_STRING, V(lse), "1", 0, 0, NULL, "T,T,...", "temperatures whose log-sum-exp is stored; a student can train with exact tails at these; 1 always is", false, false},
     {"features", RT_OPT_STRING, V(features), NULL, 0, 0, NULL, "L,L,final[:DIM]", "hidden states to store: 0 embeddings, L after layer L, final after the last norm; with :DIM a seeded orthogonal projection in FP8, else whole states in BF16", false, false},
+    {"boundary", RT_OPT_FLAG, V(boundary), NULL, 0, 0, NULL, NULL, "store how likely each next token begins at a boundary: what `retarget --mode alm` cuts its spans by", false, false},
     {"numerics", RT_OPT_CHOICE, V(numerics), "w8a16", 0, 0, "w8a16|w8a8", NULL, "w8a8 quantises activations to FP8 as the published FP8 model runs", false, false},
     {"max-length", RT_OPT_INT, V(max_length), "0", 0, 1e9, NULL, "N", "longest sequence in tokens; 0 takes the teacher's maximum", false, false},
     {"overlong", RT_OPT_CHOICE, V(overlong), "drop", 0, 0, "drop|split", NULL, "what to do with longer ones", false, false},
@@ -54,6 +57,7 @@ struct job {
     struct rt_shard_resume resume;
     struct rt_expert_load load;
     struct rt_progress progress;
+    uint8_t *boundary;       /* [n_ids] NULL: not asked for */
     int64_t tokens_done, window_tokens;
     int part, n_parts;
     char plan_file[4096];
@@ -127,8 +131,8 @@ static enum rt_status parse_options(struct job *j, struct rt_err *err)
     o->completion_only = strcmp(v->rows, "completion") == 0;
     o->projection_seed = (uint64_t)v->common.seed;
     RT_TRY(parse_features(v->features, o, j->config.hidden, err));
-    if (o->top_k == 0 && o->n_features == 0)
-        RT_FAIL(err, USAGE, "--cache topk=0 without --features would store nothing");
+    if (o->top_k == 0 && o->n_features == 0 && !v->boundary)
+        RT_FAIL(err, USAGE, "--cache topk=0 without --features or --boundary would store nothing");
 out:
     return st;
 }
@@ -142,6 +146,13 @@ static enum rt_status read_data(struct job *j, struct rt_err *err)
     RT_TRY(rt_model_dir_n_ids(&j->model, j->config.vocab_size, &j->so.n_ids, err));
     if (j->so.top_k > j->so.n_ids)
         j->so.top_k = (int)j->so.n_ids;
+    if (v->boundary) {
+        if (j->model.tok == NULL)
+            RT_FAIL(err, USAGE, "--boundary: %s has no tokenizer.json to tell boundaries by", v->teacher);
+        RT_TRY(rt_alloc((size_t)j->so.n_ids, 1, "boundary ids", &j->boundary, err));
+        rt_boundary_ids(j->model.tok, j->so.n_ids, j->boundary);
+        j->so.boundary = j->boundary;
+    }
     const struct rt_corpus_options co = {.data = v->data, .model = &j->model, .n_ids = j->so.n_ids, .max_length = most,
                                          .overlong = strcmp(v->overlong, "split") == 0 ? RT_OVERLONG_SPLIT : RT_OVERLONG_DROP,
                                          .part = j->part, .n_parts = j->n_parts};
@@ -169,7 +180,7 @@ static void identify(struct job *j)
     const char *base = strrchr(j->v->teacher, '/');
     *id = (struct rt_row_identity){.vocab_size = j->config.vocab_size, .teacher_layers = j->config.layers, .n_ids = j->so.n_ids, .top_k = j->so.top_k, .n_lse = j->so.n_lse,
                                    .completion_only = j->so.completion_only, .max_length = j->v->max_length,
-                                   .projection_seed = j->so.projection_seed, .n_features = j->so.n_features};
+                                   .projection_seed = j->so.projection_seed, .n_features = j->so.n_features, .boundary = j->so.boundary != NULL};
     snprintf(id->teacher_sha256, sizeof id->teacher_sha256, "%s", rt_teacher_sha256(j->teacher));
     snprintf(id->teacher_name, sizeof id->teacher_name, "%s", base != NULL && base[1] != '\0' ? base + 1 : j->v->teacher);
     snprintf(id->mode, sizeof id->mode, "%s/%s/%s", j->v->numerics, j->device.be->act == RT_F32 ? "f32" : "bf16", j->device.be->name);
@@ -358,6 +369,7 @@ static void close_job(struct job *j)
     rt_corpus_close(j->corpus);
     rt_model_dir_close(&j->model);
     rt_expert_load_close(&j->load);
+    rt_free(j->boundary);
     rt_device_close(&j->device);
 }
 
@@ -371,7 +383,11 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     (void)pos;
     RT_TRY(rt_teacher_config_load(j.v->teacher, &j.config, err));
     RT_TRY(parse_options(&j, err));
-    const enum rt_op *ops = rt_teacher_score_ops(&n_ops);
+    enum rt_op ops[RT_OP_COUNT];
+    const enum rt_op *score = rt_teacher_score_ops(&n_ops);
+    memcpy(ops, score, (size_t)n_ops * sizeof *ops);
+    if (j.v->boundary)
+        ops[n_ops++] = RT_OP_head_likelihood;
     RT_TRY(rt_command_device(ctx, &j.v->common, ops, n_ops, &j.device, err));
     RT_TRY(read_data(&j, err));
     RT_TRY(rt_command_config(ctx->command, values, &config, err));

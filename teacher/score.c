@@ -14,19 +14,21 @@ struct outputs {
     int32_t *row_token;  /* flat token of each row, within the window */
     uint32_t *position;
     uint32_t *topk_ids, *next_id, *next_rank;
-    float *topk_logits, *lse, *next_logprob;
+    float *topk_logits, *lse, *next_logprob, *boundary;
 };
 
 struct device_rows {
     int32_t *index, *next;
     uint32_t *topk_ids, *next_rank;
     float *topk_logits, *lse, *next_logprob;
+    uint8_t *set;    /* NULL, or the boundary ids */
+    double *set_logp;
     void *x, *block;
 };
 
 int64_t rt_score_token_bytes(const struct rt_score_options *o)
 {
-    int64_t b = 8 * o->top_k + 4 * o->n_lse + 20;
+    int64_t b = 8 * o->top_k + 4 * o->n_lse + 20 + (o->boundary != NULL ? 4 : 0);
     for (int i = 0; i < o->n_features; i++)
         b += o->feature[i].dim * (int64_t)rt_dtype_size(o->feature[i].dtype) + 4;
     return b;
@@ -42,6 +44,7 @@ static void free_outputs(struct outputs *r)
     rt_free(r->topk_logits);
     rt_free(r->lse);
     rt_free(r->next_logprob);
+    rt_free(r->boundary);
 }
 
 static enum rt_status make_outputs(const struct rt_score_options *o, const struct rt_rows *seqs, int64_t n_seqs, struct outputs *r,
@@ -62,6 +65,8 @@ static enum rt_status make_outputs(const struct rt_score_options *o, const struc
     RT_TRY(rt_alloc(N * k, sizeof(float), "top-k logits", &r->topk_logits, err));
     RT_TRY(rt_alloc(N * (size_t)o->n_lse, sizeof(float), "log-sum-exps", &r->lse, err));
     RT_TRY(rt_alloc(N, sizeof(float), "rows", &r->next_logprob, err));
+    if (o->boundary != NULL)
+        RT_TRY(rt_alloc(N, sizeof(float), "rows", &r->boundary, err));
     int64_t at = 0, base = 0;
     for (int64_t s = 0; s < n_seqs; base += seqs[s++].n_tokens)
         for (int64_t i = 0; i + 1 < seqs[s].n_tokens; i++)
@@ -78,7 +83,9 @@ static enum rt_status make_device_rows(struct rt_teacher *t, const struct rt_sco
 {
     const struct rt_device *d = t->o.device;
     const size_t R = HEAD_ROWS, k = (size_t)o->top_k, L = (size_t)o->n_lse, H = (size_t)t->c.hidden * rt_device_act_size(d);
-    const size_t size = rt_arena_round(R * H) + 2 * rt_arena_round(R * k * 4) + rt_arena_round(R * L * 4) + 4 * rt_arena_round(R * 4);
+    const size_t set = o->boundary != NULL ? (size_t)o->n_ids : 0;
+    const size_t size = rt_arena_round(R * H) + 2 * rt_arena_round(R * k * 4) + rt_arena_round(R * L * 4) + 4 * rt_arena_round(R * 4) +
+                        rt_arena_round(set) + rt_arena_round(R * sizeof(double));
     struct rt_arena a;
     enum rt_status st;
     RT_TRY(d->be->alloc(d->dev, size, &v->block, err));
@@ -91,6 +98,26 @@ static enum rt_status make_device_rows(struct rt_teacher *t, const struct rt_sco
     RT_TRY(rt_arena_alloc(&a, R * 4, &v->next, err));
     RT_TRY(rt_arena_alloc(&a, R * 4, &v->next_logprob, err));
     RT_TRY(rt_arena_alloc(&a, R * 4, &v->next_rank, err));
+    RT_TRY(rt_arena_alloc(&a, R * sizeof(double), &v->set_logp, err));
+    if (set > 0) {
+        RT_TRY(rt_arena_alloc(&a, set, &v->set, err));
+        RT_TRY(rt_device_upload(d, v->set, o->boundary, set, err));
+    }
+out:
+    return st;
+}
+
+/* Log mass of the boundary ids of n rows, into out. */
+static enum rt_status boundaries(struct rt_teacher *t, const struct rt_score_options *o, const struct rt_part *p, const struct device_rows *v,
+                                 int64_t n, float *out, struct rt_err *err)
+{
+    enum rt_status st;
+    double host[HEAD_ROWS];
+    RT_TRY(RT_OP(t->o.device, head_likelihood, err, .x = v->x, .w = p->w[RT_W_HEAD], .n = n, .H = t->c.hidden, .n_ids = o->n_ids, .in_set = v->set,
+                 .set_logp = v->set_logp));
+    RT_TRY(rt_device_download(t->o.device, host, v->set_logp, (size_t)n * sizeof *host, err));
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (float)host[i];
 out:
     return st;
 }
@@ -113,13 +140,15 @@ static enum rt_status head(struct rt_teacher *t, const struct rt_score_options *
         RT_TRY(rt_device_upload(d, v.next, r->next_id + i, N * 4, err));
         RT_TRY(RT_OP(d, gather, err, .x = final, .index = v.index, .out = v.x, .n = n, .cols = t->c.hidden));
         RT_TRY(RT_OP(d, head_topk, err, .x = v.x, .w = p->w[RT_W_HEAD], .next = v.next, .n = n, .H = t->c.hidden, .n_ids = o->n_ids,
-                     .k = o->top_k, .n_lse = o->n_lse, .inv_temp = inv, .topk_ids = v.topk_ids, .topk_logits = v.topk_logits,
+                     .k = o->top_k, .n_lse = o->n_lse, .inv_temp = inv, .topk_ids = k > 0 ? v.topk_ids : NULL, .topk_logits = k > 0 ? v.topk_logits : NULL,
                      .lse = v.lse, .next_logprob = v.next_logprob, .next_rank = v.next_rank));
         RT_TRY(d->be->download(d->dev, d->q, r->topk_ids + (size_t)i * k, v.topk_ids, N * k * 4, err));
         RT_TRY(d->be->download(d->dev, d->q, r->topk_logits + (size_t)i * k, v.topk_logits, N * k * 4, err));
         RT_TRY(d->be->download(d->dev, d->q, r->lse + (size_t)i * L, v.lse, N * L * 4, err));
         RT_TRY(d->be->download(d->dev, d->q, r->next_logprob + i, v.next_logprob, N * 4, err));
         RT_TRY(rt_device_download(d, r->next_rank + i, v.next_rank, N * 4, err));
+        if (v.set != NULL)
+            RT_TRY(boundaries(t, o, p, &v, n, r->boundary + i, err));
     }
 out:
     if (v.block != NULL)
@@ -147,6 +176,7 @@ static enum rt_status put_rows(const struct rt_score_options *o, const struct ou
         q->next_id = r->next_id + at;
         q->next_logprob = r->next_logprob + at;
         q->next_rank = r->next_rank + at;
+        q->boundary_logp = r->boundary != NULL ? r->boundary + at : NULL;
         rt_features_attach(f, base, q);
         if (s >= skip && sink != NULL)
             RT_TRY(sink->put(sink->self, q, err));
@@ -253,7 +283,7 @@ enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_opti
     RT_TRY(RT_OP(t->o.device, norm_fwd, err, .x = t->hidden, .w = p->w[RT_W_NORM], .y = t->ctx.fx, .n = b.n, .cols = t->c.hidden,
                  .eps = (float)t->c.eps));
     RT_TRY(visit(t, o, RT_LAYER_FINAL, t->ctx.fx, b.n, &f, err));
-    if (o->top_k > 0)
+    if (o->top_k > 0 || o->boundary != NULL)
         RT_TRY(head(t, o, p, t->ctx.fx, &r, err));
     rt_weights_release(t->w, p);
     rt_weights_end(t->w);

@@ -12,7 +12,8 @@
 #include "teacher/teacher.h"
 
 struct rt_score_options {
-    int top_k;                   /* 0: no rows, features alone */
+    int top_k;                   /* 0: no entries; without boundary no rows are computed at all (features alone) */
+    const uint8_t *boundary;     /* NULL, or [n_ids] 1: rows say the mass of these ids (boundary_logp) */
     int64_t n_ids;               /* ids that exist */
     int n_lse;
     double lse_temperature[RT_MAX_LSE];

@@ -3,8 +3,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/io.h"
 #include "distill/spans.h"
 #include "formats/shard.h"
+#include "tests/run_command.h"
 #include "tests/shard_fixture.h"
 
 static void near_to(double a, double b, double bound)
@@ -251,9 +253,50 @@ static void bad_spans_are_refused(void **state)
     free(m);
 }
 
+/* `logits --boundary`, with every id stored: the mass of the boundary ids is the sum over them. Without any: the same. */
+static void a_teacher_says_its_boundaries(void **state)
+{
+    (void)state;
+    enum { IDS = 1016 };
+    struct rt_err err = {0};
+    const char *dir[2] = {test_tmp("teacher-all"), test_tmp("teacher-none")}, *data = test_tmp("boundary.jsonl");
+    static const char *const cache[2] = {"topk=1016", "topk=0"};
+    struct rt_shard_set *set[2];
+    struct rt_rows rows[2];
+    struct rt_tokenizer *tok = NULL;
+    uint8_t in_set[IDS];
+    static const char lines[] = "{\"prompt\":\"What is 2 + 3?\",\"completion\":\"2 + 3 = 5.\\n</think>\\n\\nAnswer: \\\\boxed{5}\"}\n{\"text\":\" bapa bapa nisa\"}\n";
+    assert_ok(rt_publish_bytes(data, lines, sizeof lines - 1, &err));
+    assert_ok(rt_tokenizer_load("examples/tiny_teacher", &tok, &err));
+    rt_boundary_ids(tok, IDS, in_set);
+    for (int i = 0; i < 2; i++) {
+        assert_ok(test_command(&rt_cmd_logits, (const char *[]){"--teacher", "examples/tiny_teacher", "--data", data, "--out", dir[i], "--cache", cache[i],
+                                                                "--boundary", "--threads", "1", NULL}, &err));
+        assert_ok(rt_shard_set_open(dir[i], &set[i], &err));
+    }
+    for (int64_t s = 0; s < 2; s++) {
+        for (int i = 0; i < 2; i++)
+            assert_ok(rt_shard_set_get(set[i], s, &rows[i], &err));
+        assert_true(rows[0].n_rows > 2 && rows[0].n_rows == rows[1].n_rows);
+        for (int64_t r = 0; r < rows[0].n_rows; r++) {
+            double sum = 0;
+            for (int j = 0; j < IDS; j++)
+                if (in_set[rows[0].topk_ids[r * IDS + j]])
+                    sum += exp((double)rows[0].topk_logits[r * IDS + j] - (double)rows[0].lse[r]);
+            /* float32 logits near 10, and sums of a thousand of their exponentials */
+            near_to(rows[0].boundary_logp[r], log(sum), 2e-5 * (1 + fabs(log(sum))));
+        }
+        assert_memory_equal(rows[0].boundary_logp, rows[1].boundary_logp, (size_t)rows[0].n_rows * sizeof(float));
+        assert_memory_equal(rows[0].next_logprob, rows[1].next_logprob, (size_t)rows[0].n_rows * sizeof(float));
+    }
+    for (int i = 0; i < 2; i++)
+        rt_shard_set_free(set[i]);
+    rt_tokenizer_free(tok);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(loss_is_that_of_two_coins), cmocka_unit_test(spans_end_together),    cmocka_unit_test(equal_tokens_are_spans),
     cmocka_unit_test(boundaries_are_blank_or_added), cmocka_unit_test(shards_hold_spans), cmocka_unit_test(shards_hold_boundaries),
-    cmocka_unit_test(bad_spans_are_refused),
+    cmocka_unit_test(bad_spans_are_refused),     cmocka_unit_test(a_teacher_says_its_boundaries),
 };
 RT_SUITE(spans, tests)
