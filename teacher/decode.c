@@ -112,7 +112,7 @@ static enum rt_status step(void *self, const struct rt_batch_entry *entries, int
                      .N = V, .y_f32 = true, .row_exact = true));
         RT_TRY(rt_device_download(d, g->logits, g->scores, (size_t)(n_rows * V) * sizeof(float), err));
     }
-    rt_weights_release(t->w, p);
+    RT_TRY(rt_weights_release(t->w, p, err));
     *logits = g->logits;
     *stride = V;
 out:

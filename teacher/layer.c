@@ -25,9 +25,10 @@ static enum rt_status cut(struct rt_arena *a, size_t bytes, void *ptr_to_ptr, si
 
 static enum rt_status cut_act(struct rt_arena *a, int64_t n, int64_t cols, struct rt_act *out, size_t *total, struct rt_err *err)
 {
-    enum rt_status st = cut(a, (size_t)(n * cols), &out->data, total, err);
+    const int64_t rows = rt_act_rows(n);
+    enum rt_status st = cut(a, (size_t)(rows * cols), &out->data, total, err);
     if (st == RT_OK)
-        st = cut(a, (size_t)(n * ((cols + 127) / 128)) * sizeof(float), &out->scale, total, err);
+        st = cut(a, (size_t)(rows * ((cols + 127) / 128)) * sizeof(float), &out->scale, total, err);
     return st;
 }
 
@@ -269,7 +270,7 @@ static enum rt_status routed(struct rt_layer_ctx *x, void *hidden, int64_t n, bo
                      .weight = x->route_weight, .offset = x->offset + e0, .gate = x->wg, .up = x->wu, .down = x->wd, .y = hidden, .n = n,
                      .n_experts = held, .k = c->top_k, .H = c->hidden, .I = c->moe_inter, .row_exact = exact));
         for (int i = 0; i < held; i++)
-            rt_weights_release(x->w, x->held[i]);
+            RT_TRY(rt_weights_release(x->w, x->held[i], err));
     }
 out:
     return st;
@@ -302,13 +303,13 @@ enum rt_status rt_layer_forward(struct rt_layer_ctx *ctx, int layer, const struc
     RT_TRY(attention(ctx, p, b, x, err));
     RT_TRY(RT_OP(ctx->d, norm_fwd, err, .x = x, .w = p->w[RT_W_POST_NORM], .y = ctx->fx, .yq = ctx->w8a8 ? ctx->fxq : none(), .n = b->n,
                  .cols = c->hidden, .eps = (float)c->eps));
-    rt_weights_release(ctx->w, p);
+    RT_TRY(rt_weights_release(ctx->w, p, err));
     RT_TRY(rt_weights_next(ctx->w, &p, err));
     if (layer < c->dense_first)
         RT_TRY(plain_mlp(ctx, p, c->inter, x, b->n, b->cached, err));
     else
         RT_TRY(mixture(ctx, layer, p, x, b->n, b->cached, err));
-    rt_weights_release(ctx->w, p);
+    RT_TRY(rt_weights_release(ctx->w, p, err));
     if (layer >= c->dense_first)
         RT_TRY(routed(ctx, x, b->n, b->cached, err));
 out:

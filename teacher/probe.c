@@ -17,7 +17,7 @@ enum rt_status rt_teacher_logits(struct rt_teacher *t, int mtp_layer, const void
     RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = (void *)(uintptr_t)x}, .w = p->w[mtp_layer >= 0 ? RT_W_MTP_HEAD : RT_W_HEAD], .y = y, .n = n,
                  .K = t->c.hidden, .N = t->c.vocab_size, .y_f32 = true));
     RT_TRY(rt_device_download(d, out, y, bytes, err));
-    rt_weights_release(t->w, p);
+    RT_TRY(rt_weights_release(t->w, p, err));
 out:
     rt_weights_end(t->w);
     if (y != NULL)
@@ -77,7 +77,7 @@ static enum rt_status mtp_input(struct rt_teacher *t, const uint32_t *ids, const
     RT_TRY(RT_OP(d, norm_fwd, err, .x = final, .w = p->w[RT_W_HNORM], .y = both + (size_t)H * act, .ldy = 2 * H, .n = n, .cols = H,
                  .eps = (float)t->c.eps));
     RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = both}, .w = p->w[RT_W_EH_PROJ], .y = y, .n = n, .K = 2 * H, .N = H));
-    rt_weights_release(t->w, p);
+    RT_TRY(rt_weights_release(t->w, p, err));
 out:
     rt_weights_end(t->w);
     if (both != NULL)
@@ -101,7 +101,7 @@ enum rt_status rt_teacher_mtp_logits(struct rt_teacher *t, const uint32_t *ids, 
     RT_TRY(rt_weights_begin(t->w, &id, 1, err));
     RT_TRY(rt_weights_next(t->w, &p, err));
     RT_TRY(RT_OP(d, norm_fwd, err, .x = x, .w = p->w[RT_W_MTP_NORM], .y = x, .n = rows, .cols = t->c.hidden, .eps = (float)t->c.eps));
-    rt_weights_release(t->w, p);
+    RT_TRY(rt_weights_release(t->w, p, err));
     rt_weights_end(t->w);
     RT_TRY(rt_teacher_logits(t, 0, x, rows, out, err));
 out:

@@ -285,7 +285,7 @@ enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_opti
     RT_TRY(visit(t, o, RT_LAYER_FINAL, t->ctx.fx, b.n, &f, err));
     if (o->top_k > 0 || o->boundary != NULL)
         RT_TRY(head(t, o, p, t->ctx.fx, &r, err));
-    rt_weights_release(t->w, p);
+    RT_TRY(rt_weights_release(t->w, p, err));
     rt_weights_end(t->w);
     RT_TRY(put_rows(o, &r, &f, seqs, n_seqs, skip, sink, err));
 out:

@@ -2,11 +2,6 @@
 
 #include <string.h>
 
-enum {
-    CHUNK_TOKENS = 4096,      /* attention buffers are sized for so many tokens, or for the longest sequence */
-    WINDOW_MOST = 1 << 20,
-    WINDOW_UNKNOWN = 1 << 17, /* where the amount of data is not known */
-};
 const enum rt_op *rt_teacher_score_ops(int *n)
 {
     static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_attn_fwd, RT_OP_mla_concat_k,
@@ -42,65 +37,6 @@ static enum rt_status check_options(const struct rt_teacher_options *o, const st
     return RT_OK;
 }
 
-/* Device bytes of everything but weights for a window of n tokens. */
-static uint64_t state_bytes(const struct rt_teacher_options *o, const struct rt_teacher_config *c, int64_t chunk, int64_t n)
-{
-    const size_t act = rt_device_act_size(o->device);
-    const bool cached = o->slots > 0;
-    uint64_t b = rt_layer_bytes(c, o->device, o->w8a8, cached, chunk, n);
-    b += 2 * rt_arena_round((size_t)(o->max_length * (c->dr / 2)) * sizeof(float));
-    b += rt_arena_round((size_t)n * (size_t)c->hidden * act) + 2 * rt_arena_round((size_t)n * sizeof(int32_t));
-    if (cached)
-        b += rt_arena_round((size_t)c->layers * (size_t)o->slots * (size_t)o->max_length * (size_t)(c->kv_lora + c->dr) * act);
-    return b + 64;
-}
-
-static enum rt_status plan(const struct rt_teacher_options *o, const struct rt_teacher_config *c, uint64_t largest, uint64_t model,
-                           struct rt_teacher_plan *p, struct rt_err *err)
-{
-    char need[32], have[32];
-    const uint64_t memory = o->memory > 0 ? (uint64_t)o->memory : 0;
-    *p = (struct rt_teacher_plan){.model_bytes = model, .largest_part = largest};
-    if (o->slots > 0) {
-        p->window = p->chunk = o->batch_tokens;
-        p->cache_bytes = (uint64_t)c->layers * (uint64_t)o->slots * (uint64_t)o->max_length * (uint64_t)(c->kv_lora + c->dr) *
-                         rt_device_act_size(o->device);
-    } else {
-        p->chunk = o->max_length > CHUNK_TOKENS ? o->max_length : CHUNK_TOKENS;
-        int64_t most = o->window > 0 ? o->window : o->data_tokens > 0 && o->data_tokens < WINDOW_MOST ? o->data_tokens
-                       : o->data_tokens > 0 ? WINDOW_MOST : WINDOW_UNKNOWN;
-        if (most < o->max_length)
-            most = o->max_length;
-        if (p->chunk > most)
-            p->chunk = most;
-        if (o->chunk > 0)
-            p->chunk = o->chunk > o->max_length ? o->chunk : o->max_length;
-        const uint64_t one = state_bytes(o, c, p->chunk, 1), two = state_bytes(o, c, p->chunk, 1025);
-        const uint64_t a_token = (two - one) / 1024 + (uint64_t)o->token_bytes + 1;
-        /* two of the largest part: one in use, one on its way */
-        const uint64_t fixed = one + RT_TEACHER_FIXED_BYTES + 2 * largest;
-        int64_t fits = memory > fixed ? (int64_t)((memory - fixed) / a_token) : 0;
-        if (fits < o->max_length && p->chunk > o->max_length && o->chunk == 0) { /* a smaller chunk may do */
-            p->chunk = o->max_length;
-            const uint64_t small = state_bytes(o, c, p->chunk, 1) + RT_TEACHER_FIXED_BYTES + 2 * largest;
-            fits = memory > small ? (int64_t)((memory - small) / a_token) : 0;
-        }
-        p->window = fits < most ? fits : most;
-        if (p->window < o->max_length || (o->window > 0 && p->window < o->window))
-            return rt_fail(err, RT_NOMEM, "%s: a window of %ld tokens needs %s of memory, --memory gives %s; raise it, or shorten sequences with --max-length",
-                           o->dir, (long)(o->window > 0 ? o->window : o->max_length),
-                           rt_human_bytes(need, state_bytes(o, c, p->chunk, o->window > 0 ? o->window : o->max_length) + RT_TEACHER_FIXED_BYTES + 2 * largest),
-                           rt_human_bytes(have, memory));
-    }
-    p->window_bytes = state_bytes(o, c, p->chunk, p->window) + (uint64_t)(p->window * o->token_bytes);
-    if (p->window_bytes + RT_TEACHER_FIXED_BYTES + largest > memory)
-        return rt_fail(err, RT_NOMEM, "%s: states of %ld tokens and caches need %s, --memory gives %s; use fewer slots or shorter sequences", o->dir,
-                       (long)p->window, rt_human_bytes(need, p->window_bytes + RT_TEACHER_FIXED_BYTES + largest), rt_human_bytes(have, memory));
-    p->weight_budget = memory - p->window_bytes - RT_TEACHER_FIXED_BYTES;
-    p->resident = p->weight_budget >= model;
-    return RT_OK;
-}
-
 /* The weights of a checkpoint, with their headers checked, and its configuration. */
 static enum rt_status open_weights(const struct rt_teacher_options *o, struct rt_teacher_config *c, struct rt_weights **out, struct rt_err *err)
 {
@@ -114,29 +50,20 @@ out:
     return st;
 }
 
+static void take_sizes(const struct rt_weights *w, const struct rt_teacher_config *c, struct rt_teacher_sizes *out)
+{
+    *out = (struct rt_teacher_sizes){.config = *c, .largest_part = rt_weights_largest_part(w), .largest_expert = rt_weights_largest_expert(w),
+                                     .model_bytes = rt_weights_model_bytes(w), .staging = rt_weights_staging(w)};
+}
+
 enum rt_status rt_teacher_measure(const struct rt_teacher_options *o, struct rt_teacher_sizes *out, struct rt_err *err)
 {
     struct rt_weights *w = NULL;
     const enum rt_status st = open_weights(o, &out->config, &w, err);
-    if (st == RT_OK) {
-        out->largest_part = rt_weights_largest_part(w);
-        out->model_bytes = rt_weights_model_bytes(w);
-    }
+    if (st == RT_OK)
+        take_sizes(w, &out->config, out);
     rt_weights_free(w);
     return st;
-}
-
-enum rt_status rt_teacher_plan_sizes(const struct rt_teacher_options *o, const struct rt_teacher_sizes *sizes, struct rt_teacher_plan *out,
-                                     struct rt_err *err)
-{
-    return plan(o, &sizes->config, sizes->largest_part, sizes->model_bytes, out, err);
-}
-
-enum rt_status rt_teacher_plan_memory(const struct rt_teacher_options *o, struct rt_teacher_plan *out, struct rt_err *err)
-{
-    struct rt_teacher_sizes sizes;
-    const enum rt_status st = rt_teacher_measure(o, &sizes, err);
-    return st == RT_OK ? rt_teacher_plan_sizes(o, &sizes, out, err) : st;
 }
 
 static enum rt_status make_rope(struct rt_teacher *t, struct rt_err *err)
@@ -161,7 +88,7 @@ out:
 static enum rt_status make_states(struct rt_teacher *t, struct rt_err *err)
 {
     const struct rt_device *d = t->o.device;
-    const size_t n = (size_t)t->plan.window, act = rt_device_act_size(d), total = state_bytes(&t->o, &t->c, t->plan.chunk, t->plan.window);
+    const size_t n = (size_t)t->plan.window, act = rt_device_act_size(d), total = rt_teacher_state_bytes(&t->o, &t->c, t->plan.chunk, t->plan.window);
     enum rt_status st;
     RT_TRY(d->be->alloc(d->dev, total, &t->block, err));
     rt_arena_init(&t->arena, t->block, total, "teacher states");
@@ -197,12 +124,20 @@ out:
 enum rt_status rt_teacher_open(const struct rt_teacher_options *o, struct rt_teacher **out, struct rt_err *err)
 {
     struct rt_teacher *t = NULL;
+    struct rt_teacher_sizes sizes;
+    struct rt_weights_budget budget;
     enum rt_status st;
     RT_TRY(rt_alloc(1, sizeof *t, "teacher", &t, err));
     t->o = *o;
     RT_TRY(open_weights(o, &t->c, &t->w, err));
-    RT_TRY(plan(o, &t->c, rt_weights_largest_part(t->w), rt_weights_model_bytes(t->w), &t->plan, err));
-    RT_TRY(rt_weights_set_budget(t->w, t->plan.weight_budget, err));
+    take_sizes(t->w, &t->c, &sizes);
+    RT_TRY(rt_teacher_plan_sizes(o, &sizes, &t->plan, err));
+    if (o->device->be->set_scratch != NULL)
+        o->device->be->set_scratch(o->device->dev, t->plan.gpu_scratch);
+    budget = (struct rt_weights_budget){.host = t->plan.weight_budget, .device = t->plan.gpu_weight_budget, .ring = t->plan.gpu_ring};
+    RT_TRY(rt_weights_set_budget(t->w, &budget, err));
+    if (o->device->be->own_memory) /* elsewhere the device's threads have the host's cores */
+        RT_TRY(rt_pool_create(0, &t->pool, err));
     RT_TRY(make_states(t, err));
     RT_TRY(make_pass(t, err));
     *out = t;
@@ -217,6 +152,7 @@ void rt_teacher_close(struct rt_teacher *t)
     if (t == NULL)
         return;
     rt_layer_release(&t->ctx);
+    rt_pool_free(t->pool);
     rt_weights_free(t->w);
     if (t->block != NULL)
         t->o.device->be->free(t->o.device->dev, t->block);
@@ -239,29 +175,51 @@ const char *rt_teacher_sha256(const struct rt_teacher *t)
     return rt_tensors_sha256(rt_weights_tensors(t->w));
 }
 
+struct embed_job {
+    struct rt_teacher *t;
+    int layer;
+    const uint32_t *ids;
+    int64_t n, grain;
+    char *rows;
+    struct rt_err *err; /* [items] */
+};
+
+static void embed_item(void *ctx, int64_t item, int worker)
+{
+    const struct embed_job *j = ctx;
+    const int64_t at = item * j->grain, n = j->n - at < j->grain ? j->n - at : j->grain;
+    const enum rt_dtype act = j->t->o.device->be->act;
+    (void)worker;
+    (void)rt_weights_embed(j->t->w, j->layer, j->ids + at, n, act, j->rows + (size_t)(at * j->t->c.hidden) * rt_dtype_size(act), &j->err[item]);
+}
+
 enum rt_status rt_teacher_embed(struct rt_teacher *t, int layer, const uint32_t *ids, int64_t n, void *x, struct rt_err *err)
 {
-    const int64_t most = n < 256 ? n : 256; /* rows at a time */
+    enum { GRAIN = 16, BLOCK = 2048 }; /* rows of a work item, and of a block that goes up at once */
+    const int64_t most = n < BLOCK ? n : BLOCK;
     const struct rt_device *d = t->o.device;
-    const size_t H = (size_t)t->c.hidden, act = rt_device_act_size(d);
-    float *rows = NULL;
-    void *converted = NULL;
+    const size_t row = (size_t)t->c.hidden * rt_device_act_size(d);
+    struct embed_job j = {.t = t, .layer = layer, .grain = GRAIN};
     enum rt_status st;
-    RT_TRY(rt_alloc((size_t)most * H, sizeof *rows, "embedding rows", &rows, err));
-    RT_TRY(rt_alloc((size_t)most * H, act, "embedding rows", &converted, err));
+    RT_TRY(rt_alloc(BLOCK / GRAIN, sizeof *j.err, "embedding rows", &j.err, err));
+    RT_TRY(rt_alloc((size_t)most, row, "embedding rows", &j.rows, err));
     for (int64_t i = 0; i < n; i += most) {
-        const int64_t m = n - i < most ? n - i : most;
-        RT_TRY(rt_weights_embed(t->w, layer, ids + i, m, rows, err));
-        if (d->be->act == RT_F64)
-            for (size_t j = 0; j < (size_t)m * H; j++)
-                ((double *)converted)[j] = rows[j];
-        else
-            rt_from_f32(converted, d->be->act, rows, (size_t)m * H);
-        RT_TRY(rt_device_upload(d, (char *)x + (size_t)i * H * act, converted, (size_t)m * H * act, err));
+        j.n = n - i < most ? n - i : most;
+        j.ids = ids + i;
+        const int64_t items = (j.n + GRAIN - 1) / GRAIN;
+        if (t->pool != NULL)
+            rt_pool_run(t->pool, items, embed_item, &j);
+        for (int64_t k = 0; k < items; k++) {
+            if (t->pool == NULL)
+                embed_item(&j, k, 0);
+            if (j.err[k].status != RT_OK)
+                RT_TRY(rt_fail(err, j.err[k].status, "%s", j.err[k].msg));
+        }
+        RT_TRY(rt_device_upload(d, (char *)x + (size_t)i * row, j.rows, (size_t)j.n * row, err));
         RT_TRY(rt_device_sync(d, err));
     }
 out:
-    rt_free(rows);
-    rt_free(converted);
+    rt_free(j.err);
+    rt_free(j.rows);
     return st;
 }

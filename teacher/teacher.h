@@ -12,6 +12,7 @@
 #include "core/backend.h"
 #include "core/log.h"
 #include "core/mem.h"
+#include "core/pool.h"
 #include "core/status.h"
 #include "teacher/config.h"
 #include "teacher/layer.h"
@@ -24,7 +25,8 @@ struct rt_teacher_options {
     const char *dir;
     const struct rt_device *device;
     bool w8a8;             /* else w8a16 */
-    int64_t memory;        /* bytes */
+    int64_t memory;        /* bytes of host memory */
+    int64_t gpu_memory;    /* bytes of a device that has memory of its own; 0: what is free */
     int64_t max_length;    /* longest sequence, in tokens; at most the model's maximum */
     int64_t window;        /* scoring: tokens of a window; 0: planned from memory and data_tokens */
     int64_t chunk;         /* scoring: tokens that the attention buffers hold; 0: planned. A resume gives both as they were */
@@ -39,6 +41,10 @@ struct rt_teacher_plan {
     int64_t window, chunk;         /* tokens */
     uint64_t window_bytes, cache_bytes, weight_budget, model_bytes, largest_part;
     bool resident;                 /* all weights stay in memory after the first pass */
+    /* Devices with memory of their own, else 0: gpu_bytes in all = states and outputs on the way + scratch of operations + parts. Then
+     * window_bytes and weight_budget are the host's: outputs of the window, and staging and bytes kept for later windows. */
+    uint64_t gpu_bytes, gpu_state, gpu_scratch, gpu_ring, gpu_weight_budget;
+    bool gpu_resident;             /* all weights stay on the device */
 };
 
 /* Read by the files of teacher/; others use the functions. */
@@ -52,6 +58,7 @@ struct rt_teacher {
     struct rt_arena arena;
     void *hidden, *cache;          /* [window, H]; generation: [layers][slots][capacity][kv_lora + dr] */
     int32_t *position, *slot;      /* device [window] */
+    struct rt_pool *pool;          /* reads embeddings where the device is not the host; or NULL */
     struct rt_part_id *pass;       /* [host] the parts of one pass over all layers and the head */
     int64_t n_pass;
 };
@@ -62,11 +69,13 @@ void rt_teacher_close(struct rt_teacher *t); /* NULL is fine */
 /* What a plan needs to know of a checkpoint: its headers are read once, then any number of plans is made from them. */
 struct rt_teacher_sizes {
     struct rt_teacher_config config;
-    uint64_t largest_part, model_bytes;
+    uint64_t largest_part, largest_expert, model_bytes, staging;
 };
 enum rt_status rt_teacher_measure(const struct rt_teacher_options *o, struct rt_teacher_sizes *out, struct rt_err *err);
 enum rt_status rt_teacher_plan_sizes(const struct rt_teacher_options *o, const struct rt_teacher_sizes *sizes, struct rt_teacher_plan *out,
                                      struct rt_err *err);
+/* Device bytes of everything but weights for a window of n tokens. */
+uint64_t rt_teacher_state_bytes(const struct rt_teacher_options *o, const struct rt_teacher_config *c, int64_t chunk, int64_t n);
 /* Both: what open would plan. */
 enum rt_status rt_teacher_plan_memory(const struct rt_teacher_options *o, struct rt_teacher_plan *out, struct rt_err *err);
 

@@ -1,53 +1,26 @@
 #include "teacher/weights.h"
 
-#include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "core/io.h"
 #include "core/log.h"
 #include "core/mem.h"
 #include "teacher/part_table.h"
-
-/* A part of the checkpoint and, once a pass has kept it, its loaded form. */
-struct entry {
-    struct rt_part_id id;
-    struct rt_part_plan plan;
-    size_t extra;         /* what the backend takes beyond the bytes as stored */
-    struct rt_part *kept; /* loaded and resident, or NULL */
-};
-
-enum item_state { ITEM_WAITING, ITEM_READ, ITEM_DONE };
-
-/* One step of a pass. */
-struct item {
-    struct entry *e;
-    struct rt_part *part; /* being filled or in use; NULL for a kept one */
-    size_t ring_bytes;    /* taken from the ring, with what was skipped at its end; 0: own memory */
-    enum item_state state;
-};
+#include "teacher/weights_stream.h"
 
 struct rt_weights {
     struct rt_weights_options o;
     struct rt_teacher_config c;
     struct rt_tensors *ts;
-    struct entry *entry;
+    struct rt_entry *entry;
     int64_t n_entries;
     int64_t *layer_base; /* entry of a layer's attention; [layers + mtp_layers + 1] */
-    uint64_t model_bytes, largest, read_bytes;
-    int64_t resident_left; /* bytes that may still be kept */
+    uint64_t model_bytes, largest, largest_expert;
+    int64_t resident_left, host_left; /* bytes that may still be kept on the device, and in host memory beside it */
     double waited;
-
-    char *ring;
-    size_t ring_size, head, used;
-
-    struct item *item;
-    int64_t n_items, next, released, reading;
-    pthread_t reader;
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    bool reader_runs, cancel, in_pass;
-    struct rt_err reader_err;
+    struct rt_stream stream;
+    struct rt_item *item;
+    int64_t n_items, next, released;
+    bool in_pass;
 };
 
 int64_t rt_weights_layer_parts(const struct rt_teacher_config *c, int layer, struct rt_part_id *parts)
@@ -63,7 +36,7 @@ int64_t rt_weights_layer_parts(const struct rt_teacher_config *c, int layer, str
     return n;
 }
 
-static struct entry *find_entry(struct rt_weights *w, struct rt_part_id id)
+static struct rt_entry *find_entry(struct rt_weights *w, struct rt_part_id id)
 {
     const int all = w->c.layers + (w->o.mtp ? w->c.mtp_layers : 0);
     int64_t at = -1;
@@ -76,15 +49,24 @@ static struct entry *find_entry(struct rt_weights *w, struct rt_part_id id)
     return &w->entry[at];
 }
 
+/* The tensor inside a block of device memory (NULL: its description alone). */
 static struct rt_weight_src source_of(const struct rt_weights *w, const struct rt_part_tensor *t, const char *block, size_t *at)
 {
     struct rt_weight_src src = {.name = t->weight->name, .dtype = t->weight->dtype, .rows = t->rows, .cols = t->cols,
                                 .resident = w->o.resident};
-    src.data = block != NULL ? block + *at : NULL;
+    const void *data = block != NULL ? block + *at : NULL;
+    const float *scale = NULL;
     *at += rt_arena_round(t->weight->bytes);
     if (t->scale != NULL) {
-        src.scale_inv = block != NULL ? (const float *)(const void *)(block + *at) : NULL;
+        scale = block != NULL ? (const float *)(const void *)(block + *at) : NULL;
         *at += rt_arena_round(t->scale->bytes);
+    }
+    if (w->o.device->be->own_memory) {
+        src.device_data = data;
+        src.device_scale = scale;
+    } else {
+        src.data = data;
+        src.scale_inv = scale;
     }
     return src;
 }
@@ -115,7 +97,7 @@ static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
     for (int64_t i = n + 1; i < w->n_entries; i++)
         w->entry[i].id = (struct rt_part_id){RT_PART_MTP, c->layers + (int)(i - n - 1), 0};
     for (int64_t i = 0; i < w->n_entries; i++) {
-        struct entry *e = &w->entry[i];
+        struct rt_entry *e = &w->entry[i];
         size_t at = 0;
         RT_TRY(rt_part_plan(w->ts, c, e->id, &e->plan, err));
         for (int t = 0; t < e->plan.n; t++) {
@@ -123,6 +105,8 @@ static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
             e->extra += w->o.device->be->weight_bytes(&src);
         }
         w->largest = e->plan.bytes > w->largest ? e->plan.bytes : w->largest;
+        if (e->id.kind == RT_PART_EXPERT && e->plan.bytes > w->largest_expert)
+            w->largest_expert = e->plan.bytes;
         if (e->id.kind != RT_PART_MTP && e->id.layer < c->layers)
             w->model_bytes += e->plan.bytes;
     }
@@ -130,27 +114,46 @@ out:
     return st;
 }
 
-enum rt_status rt_weights_set_budget(struct rt_weights *w, uint64_t budget, struct rt_err *err)
+/* A ring from `budget` bytes; what is left of them is for parts that stay. */
+static enum rt_status make_ring(struct rt_weights *w, uint64_t budget, uint64_t wanted, const char *option, struct rt_err *err)
 {
+    char have[32], need[32];
+    struct rt_stream *s = &w->stream;
+    if (budget < w->largest)
+        return rt_fail(err, RT_NOMEM, "%s: the weights need a budget of at least %s (its largest part), %s are left for them; raise %s", w->o.dir,
+                       rt_human_bytes(need, w->largest), rt_human_bytes(have, budget), option);
+    s->ring_size = wanted > w->largest ? wanted : w->largest;
+    if (s->ring_size > budget)
+        s->ring_size = budget;
+    s->ring_size = s->ring_size / 64 * 64;
+    if (s->ring_size < w->largest)
+        s->ring_size = rt_arena_round(w->largest);
+    w->resident_left = (int64_t)(budget - (s->ring_size < budget ? s->ring_size : budget));
+    return w->o.device->be->alloc(w->o.device->dev, s->ring_size, (void **)&s->ring, err);
+}
+
+uint64_t rt_weights_staging(const struct rt_weights *w)
+{
+    return rt_stream_staging(&w->stream);
+}
+
+enum rt_status rt_weights_set_budget(struct rt_weights *w, const struct rt_weights_budget *b, struct rt_err *err)
+{
+    const bool own = w->o.device->be->own_memory;
+    const uint64_t staging = rt_stream_staging(&w->stream), place = own ? b->device : b->host;
     uint64_t all = 0;
     char have[32], need[32];
     for (int64_t i = 0; i < w->n_entries; i++)
         all += w->entry[i].plan.bytes + w->entry[i].extra;
-    if (all <= budget) {
+    if (own && b->host < staging)
+        return rt_fail(err, RT_NOMEM, "%s: reading weights takes %s of host memory, %s are left for it; raise --memory", w->o.dir,
+                       rt_human_bytes(need, staging), rt_human_bytes(have, b->host));
+    if (all <= place) {
         w->resident_left = (int64_t)all;
         return RT_OK;
     }
-    if (budget < w->largest)
-        return rt_fail(err, RT_NOMEM, "%s: the weights need a budget of at least %s (its largest part), %s are left for them; raise --memory",
-                       w->o.dir, rt_human_bytes(need, w->largest), rt_human_bytes(have, budget));
-    w->ring_size = 4 * w->largest;
-    if (w->ring_size > budget)
-        w->ring_size = budget;
-    w->ring_size = w->ring_size / 64 * 64;
-    if (w->ring_size < w->largest)
-        w->ring_size = rt_arena_round(w->largest);
-    w->resident_left = (int64_t)(budget - (w->ring_size < budget ? w->ring_size : budget));
-    return rt_alloc(w->ring_size, 1, "ring of weights", &w->ring, err);
+    w->host_left = own ? (int64_t)(b->host - staging) : 0;
+    return make_ring(w, place, own && b->ring > 0 ? b->ring : 4 * w->largest, own ? "--gpu-memory" : "--memory", err);
 }
 
 enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_weights **out, struct rt_err *err)
@@ -160,11 +163,11 @@ enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_wei
     RT_TRY(rt_alloc(1, sizeof *w, "weights", &w, err));
     w->o = *o;
     w->c = *o->config;
-    pthread_mutex_init(&w->lock, NULL);
-    pthread_cond_init(&w->changed, NULL);
     st = rt_tensors_open(o->dir, &w->ts, err);
     if (st == RT_OK)
         st = plan_entries(w, err);
+    if (st == RT_OK)
+        st = rt_stream_init(&w->stream, o->device, w->ts, o->threads, err);
     if (st != RT_OK) {
         rt_weights_free(w);
         return st;
@@ -188,7 +191,7 @@ static void free_part(struct rt_weights *w, struct rt_part *p)
         return;
     unload(w, p);
     if (p->resident)
-        rt_free(p->host);
+        w->o.device->be->free(w->o.device->dev, p->block);
     rt_free(p);
 }
 
@@ -197,108 +200,41 @@ void rt_weights_free(struct rt_weights *w)
     if (w == NULL)
         return;
     rt_weights_end(w);
-    for (int64_t i = 0; w->entry != NULL && i < w->n_entries; i++)
+    for (int64_t i = 0; w->entry != NULL && i < w->n_entries; i++) {
         free_part(w, w->entry[i].kept);
+        if (w->entry[i].host != NULL)
+            w->o.device->be->host_free(w->o.device->dev, w->entry[i].host);
+    }
     rt_free(w->entry);
     rt_free(w->layer_base);
-    rt_free(w->ring);
+    rt_stream_free(&w->stream);
     rt_tensors_free(w->ts);
-    pthread_mutex_destroy(&w->lock);
-    pthread_cond_destroy(&w->changed);
     rt_free(w);
-}
-
-/* ---- the reader ---- */
-
-static enum rt_status read_part(struct rt_weights *w, const struct entry *e, char *block, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    char name[64];
-    size_t at = 0;
-    for (int i = 0; i < e->plan.n; i++) {
-        const struct rt_part_tensor *t = &e->plan.t[i];
-        RT_TRY(rt_tensors_read(w->ts, t->weight, block + at, err));
-        at += rt_arena_round(t->weight->bytes);
-        if (t->scale == NULL)
-            continue;
-        RT_TRY(rt_tensors_read(w->ts, t->scale, block + at, err));
-        at += rt_arena_round(t->scale->bytes);
-    }
-out:
-    if (st != RT_OK)
-        rt_err_context(err, "%s", rt_part_name(e->id, name));
-    return st;
-}
-
-/* Contiguous bytes from the ring, under the lock; waits until enough parts were released. false: cancelled. */
-static bool ring_take(struct rt_weights *w, struct item *it, size_t bytes, char **out)
-{
-    for (;;) {
-        if (w->cancel)
-            return false;
-        if (w->used == 0)
-            w->head = 0;
-        const size_t to_end = w->ring_size - w->head;
-        const size_t skip = bytes <= to_end ? 0 : to_end;
-        if (w->used + skip + bytes <= w->ring_size) {
-            w->head = skip > 0 ? 0 : w->head;
-            *out = w->ring + w->head;
-            w->head = (w->head + bytes) % w->ring_size;
-            it->ring_bytes = skip + bytes;
-            w->used += it->ring_bytes;
-            return true;
-        }
-        pthread_cond_wait(&w->changed, &w->lock);
-    }
-}
-
-static void *reader_main(void *self)
-{
-    struct rt_weights *w = self;
-    pthread_mutex_lock(&w->lock);
-    for (; w->reading < w->n_items && !w->cancel; w->reading++) {
-        struct item *it = &w->item[w->reading];
-        if (it->state != ITEM_WAITING) /* kept by an earlier pass, and perhaps released in this one already */
-            continue;
-        char *block = it->part->host;
-        if (block == NULL && !ring_take(w, it, it->e->plan.bytes, &block))
-            break;
-        it->part->host = block;
-        pthread_mutex_unlock(&w->lock);
-        struct rt_err err = {0};
-        const enum rt_status st = read_part(w, it->e, block, &err);
-        pthread_mutex_lock(&w->lock);
-        if (st != RT_OK) {
-            w->reader_err = err;
-            break;
-        }
-        w->read_bytes += it->e->plan.bytes;
-        it->state = ITEM_READ;
-        pthread_cond_broadcast(&w->changed);
-    }
-    pthread_cond_broadcast(&w->changed);
-    pthread_mutex_unlock(&w->lock);
-    return NULL;
 }
 
 /* ---- passes ---- */
 
-/* Decides which parts of the pass are kept, and makes the blocks of those. */
-static enum rt_status prepare_item(struct rt_weights *w, struct item *it, struct rt_err *err)
+/* Decides which parts of the pass are kept, on the device or as bytes beside it, and makes the blocks of those. */
+static enum rt_status prepare_item(struct rt_weights *w, struct rt_item *it, struct rt_err *err)
 {
+    const struct rt_backend *be = w->o.device->be;
+    struct rt_entry *e = it->e;
     enum rt_status st;
-    if (it->e->kept != NULL) {
-        it->state = ITEM_READ;
+    if (e->kept != NULL) {
+        it->state = RT_ITEM_READ;
         return RT_OK;
     }
     RT_TRY(rt_alloc(1, sizeof *it->part, "part", &it->part, err));
-    it->part->id = it->e->id;
-    it->part->bytes = it->e->plan.bytes;
-    const int64_t cost = (int64_t)(it->e->plan.bytes + it->e->extra);
+    it->part->id = e->id;
+    it->part->bytes = e->plan.bytes;
+    const int64_t cost = (int64_t)(e->plan.bytes + e->extra);
     if (cost <= w->resident_left) {
-        RT_TRY(rt_alloc(it->e->plan.bytes, 1, "weights kept in memory", &it->part->host, err));
+        RT_TRY(be->alloc(w->o.device->dev, e->plan.bytes, &it->part->block, err));
         it->part->resident = true;
         w->resident_left -= cost;
+    } else if (e->host == NULL && (int64_t)e->plan.bytes <= w->host_left) {
+        RT_TRY(be->host_alloc(w->o.device->dev, e->plan.bytes, &e->host, err));
+        w->host_left -= (int64_t)e->plan.bytes;
     }
 out:
     return st;
@@ -307,40 +243,32 @@ out:
 enum rt_status rt_weights_begin(struct rt_weights *w, const struct rt_part_id *parts, int64_t n, struct rt_err *err)
 {
     enum rt_status st;
-    bool read = false;
     RT_ASSERT(!w->in_pass);
     RT_TRY(rt_alloc((size_t)n, sizeof *w->item, "pass over the weights", &w->item, err));
     w->n_items = n;
-    w->next = w->released = w->reading = 0;
-    w->head = w->used = 0;
-    w->cancel = false;
+    w->next = w->released = 0;
     w->in_pass = true;
-    rt_err_clear(&w->reader_err);
     for (int64_t i = 0; i < n; i++) {
         w->item[i].e = find_entry(w, parts[i]);
         RT_TRY(prepare_item(w, &w->item[i], err));
-        read |= w->item[i].state == ITEM_WAITING;
     }
-    if (read) {
-        if (pthread_create(&w->reader, NULL, reader_main, w) != 0)
-            RT_FAIL(err, NOMEM, "cannot start the thread that reads weights");
-        w->reader_runs = true;
-    }
+    RT_TRY(rt_stream_begin(&w->stream, w->item, n, err));
 out:
     if (st != RT_OK && w->in_pass)
         rt_weights_end(w);
     return st;
 }
 
-static enum rt_status load_part(struct rt_weights *w, struct item *it, struct rt_err *err)
+static enum rt_status load_part(struct rt_weights *w, struct rt_item *it, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
+    const struct rt_device *d = w->o.device;
     struct rt_part *p = it->part;
+    enum rt_status st = RT_OK;
     size_t at = 0;
     for (int i = 0; i < it->e->plan.n; i++) {
         const struct rt_part_tensor *t = &it->e->plan.t[i];
-        const struct rt_weight_src src = source_of(w, t, p->host, &at);
-        RT_TRY(w->o.device->be->weight_load(w->o.device->dev, w->o.device->q, &src, &p->w[t->slot], err));
+        const struct rt_weight_src src = source_of(w, t, p->block, &at);
+        RT_TRY(d->be->weight_load(d->dev, d->q, &src, &p->w[t->slot], err));
         p->fp8[t->slot] = src.dtype == RT_E4M3;
     }
     if (p->resident) {
@@ -354,56 +282,39 @@ out:
 enum rt_status rt_weights_next(struct rt_weights *w, const struct rt_part **out, struct rt_err *err)
 {
     RT_ASSERT(w->in_pass && w->next < w->n_items);
-    struct item *it = &w->item[w->next];
-    if (w->reader_runs) {
-        const double t0 = rt_now();
-        pthread_mutex_lock(&w->lock);
-        while (it->state == ITEM_WAITING && w->reader_err.status == RT_OK)
-            pthread_cond_wait(&w->changed, &w->lock);
-        const enum rt_status st = it->state == ITEM_WAITING ? rt_fail(err, w->reader_err.status, "%s", w->reader_err.msg) : RT_OK;
-        pthread_mutex_unlock(&w->lock);
-        w->waited += rt_now() - t0;
-        if (st != RT_OK)
-            return st;
-    }
+    struct rt_item *it = &w->item[w->next];
+    enum rt_status st = RT_OK;
     if (it->e->kept == NULL) {
-        const enum rt_status st = load_part(w, it, err);
-        if (st != RT_OK)
-            return st;
+        const double t0 = rt_now();
+        RT_TRY(rt_stream_wait(&w->stream, it, err));
+        if (!w->stream.own)
+            w->waited += rt_now() - t0;
+        RT_TRY(load_part(w, it, err));
     }
     *out = it->e->kept != NULL ? it->e->kept : it->part;
     w->next++;
-    return RT_OK;
+out:
+    return st;
 }
 
-void rt_weights_release(struct rt_weights *w, const struct rt_part *part)
+enum rt_status rt_weights_release(struct rt_weights *w, const struct rt_part *part, struct rt_err *err)
 {
-    struct item *it = &w->item[w->released];
+    struct rt_item *it = &w->item[w->released];
     RT_ASSERT(w->released < w->next && (part == it->e->kept || part == it->part));
+    const enum rt_status st = rt_stream_release(&w->stream, it, err);
     if (it->part != NULL)
         unload(w, it->part);
-    pthread_mutex_lock(&w->lock);
-    w->used -= it->ring_bytes;
-    it->state = ITEM_DONE;
-    pthread_cond_broadcast(&w->changed);
-    pthread_mutex_unlock(&w->lock);
     rt_free(it->part);
     it->part = NULL;
     w->released++;
+    return st;
 }
 
 void rt_weights_end(struct rt_weights *w)
 {
     if (!w->in_pass)
         return;
-    if (w->reader_runs) {
-        pthread_mutex_lock(&w->lock);
-        w->cancel = true;
-        pthread_cond_broadcast(&w->changed);
-        pthread_mutex_unlock(&w->lock);
-        pthread_join(w->reader, NULL);
-        w->reader_runs = false;
-    }
+    rt_stream_end(&w->stream, &w->waited);
     for (int64_t i = 0; i < w->n_items; i++) {
         struct rt_part *p = w->item[i].part;
         if (p != NULL && p->resident)
@@ -417,23 +328,38 @@ void rt_weights_end(struct rt_weights *w)
 
 /* ---- the rest ---- */
 
-enum rt_status rt_weights_embed(struct rt_weights *w, int layer, const uint32_t *ids, int64_t n, float *out, struct rt_err *err)
+enum rt_status rt_weights_embed(const struct rt_weights *w, int layer, const uint32_t *ids, int64_t n, enum rt_dtype act, void *out,
+                                struct rt_err *err)
 {
-    char name[128];
-    enum rt_status st;
+    const int64_t H = w->c.hidden, dims[2] = {w->c.vocab_size, H};
+    const size_t row = (size_t)H * rt_dtype_size(act);
     const struct rt_tensor *t;
-    const int64_t dims[2] = {w->c.vocab_size, w->c.hidden};
+    char name[128];
+    float *wide = NULL;
+    enum rt_status st;
     if (layer < 0)
         snprintf(name, sizeof name, "model.embed_tokens.weight");
     else
         snprintf(name, sizeof name, "model.layers.%d.embed_tokens.weight", layer);
     RT_TRY(rt_tensors_get(w->ts, name, RT_DT(RT_F32) | RT_DT(RT_F16) | RT_DT(RT_BF16), 2, dims, &t, err));
+    if (t->dtype != act)
+        RT_TRY(rt_alloc((size_t)H, sizeof *wide, "embedding row", &wide, err));
     for (int64_t i = 0; i < n; i++) {
+        char *to = (char *)out + (size_t)i * row;
         if (ids[i] >= w->c.vocab_size)
             RT_FAIL(err, FORMAT, "token id %u is outside the teacher's vocabulary of %ld", ids[i], (long)w->c.vocab_size);
-        RT_TRY(rt_tensors_read_f32(w->ts, t, (int64_t)ids[i] * w->c.hidden, w->c.hidden, out + i * w->c.hidden, err));
+        if (wide == NULL) {
+            RT_TRY(rt_tensors_read_range(w->ts, t, (uint64_t)ids[i] * row, row, to, err));
+            continue;
+        }
+        RT_TRY(rt_tensors_read_f32(w->ts, t, (int64_t)ids[i] * H, H, wide, err));
+        for (int64_t j = 0; act == RT_F64 && j < H; j++)
+            ((double *)(void *)to)[j] = wide[j];
+        if (act != RT_F64)
+            rt_from_f32(to, act, wide, (size_t)H);
     }
 out:
+    rt_free(wide);
     return st;
 }
 
@@ -452,17 +378,23 @@ uint64_t rt_weights_largest_part(const struct rt_weights *w)
     return w->largest;
 }
 
+uint64_t rt_weights_largest_expert(const struct rt_weights *w)
+{
+    return w->largest_expert;
+}
+
 uint64_t rt_weights_bytes_read(const struct rt_weights *w)
 {
-    return w->read_bytes;
+    return w->stream.read_bytes;
 }
 
 uint64_t rt_weights_group_limit(const struct rt_weights *w)
 {
-    if (w->ring == NULL)
+    const uint64_t ring = w->stream.ring_size, two = 2 * w->largest_expert;
+    if (ring == 0)
         return UINT64_MAX;
-    /* a part that is being read may need one largest part of space and leave as much unused at the ring's end */
-    return w->ring_size > 2 * w->largest ? w->ring_size - 2 * w->largest : 0;
+    /* half of the ring for what comes next; and never so much that an expert, with as much unused at the ring's end, finds no place */
+    return ring > two ? (ring / 2 < ring - two ? ring / 2 : ring - two) : 0;
 }
 
 double rt_weights_waited(const struct rt_weights *w)

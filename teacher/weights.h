@@ -5,8 +5,9 @@
  * its scale may lie in different files, in any order.
  *
  * A pass hands parts out in the order in which they were asked for. Parts that fit into the budget stay in memory for later passes
- * (the first ones of a pass that fit); the others are read ahead by one thread into a ring of bytes, whose size bounds memory
- * whatever the size of the checkpoint.
+ * (the first ones of a pass that fit); the others are read ahead into a ring of bytes, whose size bounds memory whatever the size
+ * of the checkpoint. A device with memory of its own has a budget of its own: parts stay there or pass through a ring there, and what
+ * is left of the host's budget keeps bytes for the passes to come.
  */
 #ifndef RT_TEACHER_WEIGHTS_H
 #define RT_TEACHER_WEIGHTS_H
@@ -41,9 +42,9 @@ struct rt_part {
     struct rt_part_id id;
     struct rt_weight *w[RT_PART_WEIGHTS];
     bool fp8[RT_PART_WEIGHTS]; /* stored as e4m3: its products may take e4m3 activations */
-    size_t bytes;              /* host bytes held */
+    size_t bytes;              /* bytes held, as stored */
     bool resident;
-    void *host;
+    void *block;               /* where they lie, in device memory; each tensor at a multiple of 64 */
 };
 
 struct rt_weights_options {
@@ -52,13 +53,22 @@ struct rt_weights_options {
     const struct rt_device *device;
     bool resident;   /* the parts are used many times (generation): ask the backend for faster copies */
     bool mtp;        /* check and offer the MTP layers' parts */
+    int threads;     /* that read; 0: 8 for a device with memory of its own, else 1 */
+};
+enum { RT_WEIGHTS_MAX_THREADS = 32 };
+
+struct rt_weights_budget {
+    uint64_t host;
+    uint64_t device, ring; /* devices with memory of their own: bytes for parts there, and how many of them make the ring (0: chosen) */
 };
 
 struct rt_weights;
 /* Reads headers only. FORMAT or SHAPE names the tensor. */
 enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_weights **out, struct rt_err *err);
-/* Host memory for parts, ring included; once, before the first pass. NOMEM where it does not hold the largest part, with the numbers. */
-enum rt_status rt_weights_set_budget(struct rt_weights *w, uint64_t budget, struct rt_err *err);
+/* Memory for parts, rings included; once, before the first pass. NOMEM where it does not hold the largest part, with the numbers. */
+enum rt_status rt_weights_set_budget(struct rt_weights *w, const struct rt_weights_budget *budget, struct rt_err *err);
+/* Host bytes that reading into a device with memory of its own takes at least (0 for others). */
+uint64_t rt_weights_staging(const struct rt_weights *w);
 void rt_weights_free(struct rt_weights *w); /* NULL is fine */
 
 /* Identity of the checkpoint (rt_tensors_sha256), and its tensors. */
@@ -66,8 +76,9 @@ const struct rt_tensors *rt_weights_tensors(const struct rt_weights *w);
 /* Bytes on disk of all parts of the main model, of the largest part, and how many bytes passes have read so far. */
 uint64_t rt_weights_model_bytes(const struct rt_weights *w);
 uint64_t rt_weights_largest_part(const struct rt_weights *w);
+uint64_t rt_weights_largest_expert(const struct rt_weights *w); /* 0: there are none */
 uint64_t rt_weights_bytes_read(const struct rt_weights *w);
-/* Seconds that next() waited for the reader. */
+/* Seconds for which the device had nothing to do but to wait for weights. */
 double rt_weights_waited(const struct rt_weights *w);
 
 /* Bytes of parts that may be held at once, beyond one, without a pass coming to a stop. */
@@ -77,12 +88,14 @@ uint64_t rt_weights_group_limit(const struct rt_weights *w);
 enum rt_status rt_weights_begin(struct rt_weights *w, const struct rt_part_id *parts, int64_t n, struct rt_err *err);
 /* The next part of the pass; valid until it is released. Parts are released in the order in which they came. */
 enum rt_status rt_weights_next(struct rt_weights *w, const struct rt_part **out, struct rt_err *err);
-void rt_weights_release(struct rt_weights *w, const struct rt_part *part);
+enum rt_status rt_weights_release(struct rt_weights *w, const struct rt_part *part, struct rt_err *err);
 /* Ends a pass, also an unfinished one. Without a pass: does nothing. */
 void rt_weights_end(struct rt_weights *w);
 
-/* out [n, hidden] float32 [host] = embedding rows of the ids, read from the checkpoint (layer < 0) or from MTP layer `layer`'s copy. */
-enum rt_status rt_weights_embed(struct rt_weights *w, int layer, const uint32_t *ids, int64_t n, float *out, struct rt_err *err);
+/* out [n, hidden] of type `act` (F32, F64, BF16) [host] = embedding rows of the ids, read from the checkpoint (layer < 0) or from MTP layer
+ * `layer`'s copy. Any number of threads may call it. */
+enum rt_status rt_weights_embed(const struct rt_weights *w, int layer, const uint32_t *ids, int64_t n, enum rt_dtype act, void *out,
+                                struct rt_err *err);
 
 /* Appends the parts of layer `layer` in the order in which rt_layer_forward asks for them: returns how many; parts may be NULL. */
 int64_t rt_weights_layer_parts(const struct rt_teacher_config *c, int layer, struct rt_part_id *parts);
