@@ -10,6 +10,7 @@
 #include "teacher/decode.h"
 #include "teacher/features.h"
 #include "teacher/score.h"
+#include "tests/far_device.h"
 #include "tests/suite.h"
 
 enum { SEQS = 5, MOST = 40 };
@@ -94,6 +95,53 @@ static struct kept score(struct setup *s, const struct rt_score_options *o)
     struct rt_row_sink sink = {&k, keep, NULL};
     assert_ok(rt_teacher_score(s->t, o, s->seqs, SEQS, 0, &sink, &err));
     return k;
+}
+
+/* A device with memory of its own: all weights there; a ring there and the bytes kept on the host; a ring there and everything read again. */
+static void same_bytes_from_a_far_device(void **state)
+{
+    enum { WINDOWS = 3 };
+    static const struct { uint64_t gpu; int64_t host; bool gpu_resident, resident; } runs[] = {
+        {(uint64_t)8 << 30, (int64_t)4 << 30, true, true}, {0, (int64_t)4 << 30, false, true}, {0, 0, false, false},
+    };
+    const struct rt_backend far = far_backend();
+    struct setup s;
+    (void)state;
+    set_up(&s, test_data("tests/data/cases/v3_fp8"), "cpu", 2, (int64_t)1 << 30);
+    struct rt_score_options so = score_options(&s);
+    struct kept want = score(&s, &so);
+    tear_down(&s);
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        struct rt_err err = {0};
+        memset(&s, 0, sizeof s);
+        assert_ok(rt_device_open(&far, &(const struct rt_dev_options){.threads = 2}, &s.d, &err));
+        struct rt_teacher_options o = {.dir = test_data("tests/data/cases/v3_fp8"), .device = &s.d, .max_length = MOST, .data_tokens = 89};
+        struct rt_teacher_sizes z;
+        struct rt_teacher_plan p;
+        far_memory((uint64_t)64 << 30);
+        o.memory = (int64_t)4 << 30;
+        assert_ok(rt_teacher_measure(&o, &z, &err));
+        assert_ok(rt_teacher_plan_sizes(&o, &z, &p, &err));
+        const uint64_t states = p.gpu_bytes - p.gpu_weight_budget;
+        far_memory(runs[i].gpu > 0 ? runs[i].gpu : states + 2 * z.largest_part);
+        o.memory = runs[i].host > 0 ? runs[i].host : (int64_t)(p.window_bytes + RT_TEACHER_FIXED_BYTES + z.staging);
+        assert_ok(rt_teacher_open(&o, &s.t, &err));
+        assert_int_equal(rt_teacher_plan(s.t)->gpu_resident, runs[i].gpu_resident);
+        assert_int_equal(rt_teacher_plan(s.t)->resident, runs[i].resident);
+        fill_sequences(&s, rt_teacher_config(s.t)->vocab_size);
+        uint64_t read = 0;
+        for (int w = 0; w < WINDOWS; w++) {
+            struct kept got = score(&s, &so);
+            assert_int_equal(got.bytes.len, want.bytes.len);
+            assert_memory_equal(got.bytes.data, want.bytes.data, want.bytes.len);
+            rt_buf_free(&got.bytes);
+            const uint64_t now = rt_weights_bytes_read(s.t->w);
+            assert_int_equal(now > read, w == 0 || !runs[i].resident);
+            read = now;
+        }
+        tear_down(&s);
+    }
+    rt_buf_free(&want.bytes);
 }
 
 static void same_bytes_whatever_threads_and_memory(void **state)
@@ -589,7 +637,8 @@ static void interruption(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(same_bytes_whatever_threads_and_memory), cmocka_unit_test(sequences_do_not_see_each_other),
+    cmocka_unit_test(same_bytes_whatever_threads_and_memory),
+    cmocka_unit_test(same_bytes_from_a_far_device), cmocka_unit_test(sequences_do_not_see_each_other),
     cmocka_unit_test(completion_rows_alone), cmocka_unit_test(features_leave_in_the_same_pass), cmocka_unit_test(expert_load_adds_up),
     cmocka_unit_test(generation_agrees_with_scoring), cmocka_unit_test(generation_streams_what_does_not_fit),
     cmocka_unit_test(mtp_predicts_the_token_after_next), cmocka_unit_test(bad_configurations), cmocka_unit_test(refusals_name_the_numbers),
