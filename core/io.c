@@ -166,7 +166,7 @@ enum rt_status rt_fsync_dir(const char *path, struct rt_err *err)
     return st;
 }
 
-enum rt_status rt_publish_open(struct rt_publish *p, const char *path, struct rt_err *err)
+static enum rt_status open_tmp(struct rt_publish *p, const char *path, int flags, struct rt_err *err)
 {
     p->fd = -1;
     p->written = 0;
@@ -174,9 +174,29 @@ enum rt_status rt_publish_open(struct rt_publish *p, const char *path, struct rt
         return rt_fail(err, RT_USAGE, "path is too long: '%.200s...'", path);
     strcpy(p->path, path);
     snprintf(p->tmp, sizeof p->tmp, "%s.tmp", path);
-    p->fd = open_retry(p->tmp, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW, 0666);
+    p->fd = open_retry(p->tmp, O_WRONLY | O_NOFOLLOW | flags, 0666);
     if (p->fd < 0)
         return rt_fail_errno(err, "cannot create '%s'", p->tmp);
+    return RT_OK;
+}
+
+enum rt_status rt_publish_open(struct rt_publish *p, const char *path, struct rt_err *err)
+{
+    return open_tmp(p, path, O_CREAT | O_TRUNC, err);
+}
+
+enum rt_status rt_publish_reopen(struct rt_publish *p, const char *path, uint64_t bytes, struct rt_err *err)
+{
+    const enum rt_status st = open_tmp(p, path, 0, err);
+    if (st != RT_OK)
+        return st;
+    if (ftruncate(p->fd, (off_t)bytes) != 0 || lseek(p->fd, (off_t)bytes, SEEK_SET) != (off_t)bytes) {
+        const enum rt_status failed = rt_fail_errno(err, "cannot go on with '%s'", p->tmp);
+        close(p->fd);
+        p->fd = -1;
+        return failed;
+    }
+    p->written = bytes;
     return RT_OK;
 }
 

@@ -32,6 +32,8 @@ struct rt_publish {
     char path[4096], tmp[4096 + 8];
 };
 enum rt_status rt_publish_open(struct rt_publish *p, const char *path, struct rt_err *err);
+/* Goes on behind the first `bytes` bytes of a "PATH.tmp" that an earlier process left; what follows them is cut off. */
+enum rt_status rt_publish_reopen(struct rt_publish *p, const char *path, uint64_t bytes, struct rt_err *err);
 enum rt_status rt_publish_write(struct rt_publish *p, const void *data, size_t n, struct rt_err *err);
 enum rt_status rt_publish_commit(struct rt_publish *p, struct rt_err *err);
 void rt_publish_abort(struct rt_publish *p); /* after commit or on a zeroed struct with fd -1: does nothing */

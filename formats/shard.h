@@ -30,9 +30,9 @@ struct rt_shard_options {
 };
 
 struct rt_shard_resume {
-    int64_t sequences;   /* already published by this part: skip as many */
+    int64_t sequences;   /* already published or held by this part: skip as many */
     int64_t rows;
-    int64_t source_line; /* of the last published one; 0: none */
+    int64_t source_line; /* of the last one of them; 0: none */
     bool finished;       /* finish was called: nothing is left to do, put is REFUSED */
 };
 
@@ -42,7 +42,11 @@ struct rt_shard_sink;
 enum rt_status rt_shard_sink_open(const char *dir, const struct rt_row_identity *id, const struct rt_shard_options *opt,
                                   struct rt_shard_sink **out, struct rt_row_sink *sink, struct rt_shard_resume *resume,
                                   struct rt_err *err);
-/* Releases and unlocks; what was put since the last published shard is dropped unless the sink was finished. NULL is fine. */
+/* Makes what was put so far survive a crash: sequences of the shard that is being written count as put when the set is opened
+ * again (resume.sequences), and the shard goes on behind them. They are synced, and DIR/NAME.hold says where they end. */
+enum rt_status rt_shard_sink_hold(struct rt_shard_sink *s, struct rt_err *err);
+/* Releases and unlocks; what was put since the last published shard and the last hold is dropped unless the sink was finished. NULL is
+ * fine. */
 void rt_shard_sink_free(struct rt_shard_sink *s);
 /* A retargeted set's report on the sequences of a shard, JSON text of at most 32 KiB: goes into the header of the shard that the
  * next put opens. Copied. */

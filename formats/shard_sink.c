@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 #include <zlib.h>
 
 #include "core/io.h"
@@ -12,6 +13,7 @@
 #include "formats/safetensors.h"
 #include "formats/shard_block.h"
 #include "formats/shard_file.h"
+#include "formats/state_file.h"
 
 struct rt_shard_sink {
     char dir[4096];
@@ -31,13 +33,16 @@ struct rt_shard_sink {
     uint32_t header_crc;
     struct rt_buf seq; /* of struct rt_seq_info */
     int64_t n_seq, tokens, rows;
+    int64_t held;      /* how many of n_seq survive a crash */
 };
 
 void rt_shard_sink_free(struct rt_shard_sink *s)
 {
     if (s == NULL)
         return;
-    if (s->open)
+    if (s->open && s->held > 0)
+        rt_file_close(s->out.fd); /* the file stays: the next writer goes on with it */
+    else if (s->open)
         rt_publish_abort(&s->out);
     rt_file_close(s->lock);
     rt_codec_free(&s->codec);
@@ -78,7 +83,7 @@ static enum rt_status open_shard(struct rt_shard_sink *s, struct rt_err *err)
     s->open = true;
     rt_sha256_init(&s->sha);
     s->seq.len = 0;
-    s->n_seq = s->tokens = s->rows = 0;
+    s->n_seq = s->tokens = s->rows = s->held = 0;
     s->buf.len = 0;
     RT_TRY(rt_shard_header_pack(&h, &s->buf, err));
     s->header_bytes = s->buf.len;
@@ -88,11 +93,20 @@ out:
     return st;
 }
 
+static enum rt_status hold_path(const struct rt_shard_sink *s, int64_t shard, char path[4096], struct rt_err *err)
+{
+    char name[RT_NAME_CAP], hold[RT_NAME_CAP + 8];
+    rt_shard_name(s->opt.part, s->opt.n_parts, shard, name);
+    snprintf(hold, sizeof hold, "%s.hold", name);
+    return rt_path_join(path, 4096, s->dir, hold, err);
+}
+
 /* Index, publish, manifest line: after the last of these the shard exists. */
 static enum rt_status close_shard(struct rt_shard_sink *s, struct rt_err *err)
 {
     enum rt_status st;
     uint8_t digest[32];
+    char path[4096];
     const struct rt_seq_info *seq = (const void *)s->seq.data;
     struct rt_manifest_line line = {.sequences = s->n_seq, .tokens = s->tokens, .rows = s->rows};
     s->buf.len = 0;
@@ -112,6 +126,11 @@ static enum rt_status close_shard(struct rt_shard_sink *s, struct rt_err *err)
     s->manifest.sequences += s->n_seq;
     s->manifest.rows += s->rows;
     s->manifest.bytes += line.bytes;
+    if (s->held > 0) {
+        RT_TRY(hold_path(s, s->manifest.n - 1, path, err));
+        unlink(path); /* a leftover would not be taken: it names a shard that is published */
+    }
+    s->held = 0;
 out:
     return st;
 }
@@ -292,6 +311,131 @@ out:
     return st;
 }
 
+/* ---- what survives a crash of the shard that is being written ---- */
+
+#define HOLD_KIND "retort-shard-hold"
+
+enum rt_status rt_shard_sink_hold(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_json *v = NULL;
+    struct rt_state_writer *w = NULL;
+    struct rt_sha256 sha = s->sha; /* of the bytes so far; the shard's own goes on */
+    uint8_t digest[32];
+    char hex[65], path[4096];
+    if (s->broken || !s->open || s->n_seq == s->held)
+        return s->broken ? rt_fail(err, RT_REFUSED, "%s: writing failed before", s->dir) : RT_OK;
+    rt_sha256_final(&sha, digest);
+    rt_hex(hex, digest, sizeof digest);
+    if (fsync(s->out.fd) != 0)
+        RT_TRY(rt_fail_errno(err, "cannot sync '%s'", s->out.tmp));
+    RT_TRY(rt_json_new_object(&v, err));
+    RT_TRY(rt_json_set_int(v, "shard", s->manifest.n, err));
+    RT_TRY(rt_json_set_int(v, "first", s->manifest.sequences, err));
+    RT_TRY(rt_json_set_int(v, "size", (int64_t)s->out.written, err));
+    RT_TRY(rt_json_set_string(v, "sha256", hex, err));
+    RT_TRY(rt_json_set_int(v, "header_bytes", (int64_t)s->header_bytes, err));
+    RT_TRY(rt_json_set_int(v, "header_crc", (int64_t)s->header_crc, err));
+    RT_TRY(rt_json_set_int(v, "sequences", s->n_seq, err));
+    RT_TRY(rt_json_set_int(v, "tokens", s->tokens, err));
+    RT_TRY(rt_json_set_int(v, "rows", s->rows, err));
+    RT_TRY(rt_json_set_int(v, "entry", (int64_t)sizeof(struct rt_seq_info), err));
+    RT_TRY(hold_path(s, s->manifest.n, path, err));
+    RT_TRY(rt_state_create(path, HOLD_KIND, v, s->seq.len, &w, err));
+    RT_TRY(rt_state_put(w, s->seq.data, s->seq.len, err));
+    RT_TRY(rt_state_commit(w, err));
+    s->held = s->n_seq;
+out:
+    rt_state_writer_free(w);
+    rt_json_free(v);
+    return st;
+}
+
+/* The first `size` bytes of the unfinished shard, hashed into s->sha; FORMAT where they are others. */
+static enum rt_status hash_held(struct rt_shard_sink *s, const char *path, uint64_t size, const char *want, struct rt_err *err)
+{
+    enum rt_status st;
+    char tmp[4096 + 8], hex[65], *buf = NULL;
+    uint8_t digest[32];
+    uint64_t have;
+    int fd = -1;
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    RT_TRY(rt_file_open(tmp, &fd, &have, err));
+    if (size > have)
+        RT_FAIL(err, FORMAT, "%s: %" PRIu64 " bytes, %" PRIu64 " were held", tmp, have, size);
+    const size_t piece = 1 << 20;
+    RT_TRY(rt_alloc(piece, 1, "a read buffer", &buf, err));
+    rt_sha256_init(&s->sha);
+    for (uint64_t at = 0; at < size; at += piece) {
+        const size_t n = size - at < piece ? (size_t)(size - at) : piece;
+        RT_TRY(rt_file_pread(fd, tmp, buf, n, at, err));
+        rt_sha256_update(&s->sha, buf, n);
+    }
+    struct rt_sha256 copy = s->sha;
+    rt_sha256_final(&copy, digest);
+    rt_hex(hex, digest, sizeof digest);
+    if (strcmp(hex, want) != 0)
+        RT_FAIL(err, FORMAT, "%s: sha256 %s, %s was held", tmp, hex, want);
+out:
+    rt_free(buf);
+    rt_file_close(fd);
+    return st;
+}
+
+static enum rt_status read_held(struct rt_shard_sink *s, const char *hold, const char *path, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_state_reader *r = NULL;
+    const char *sha;
+    int64_t x, size, n, tokens, rows, header_bytes, header_crc;
+    RT_TRY(rt_state_open(hold, HOLD_KIND, &r, err));
+    const struct rt_json *v = rt_state_header(r);
+    RT_TRY(rt_json_int(v, "shard", s->manifest.n, s->manifest.n, &x, err));
+    RT_TRY(rt_json_int(v, "first", s->manifest.sequences, s->manifest.sequences, &x, err));
+    RT_TRY(rt_json_int(v, "entry", sizeof(struct rt_seq_info), sizeof(struct rt_seq_info), &x, err));
+    RT_TRY(rt_json_int(v, "sequences", 1, (int64_t)(rt_state_bytes(r) / sizeof(struct rt_seq_info)), &n, err));
+    RT_TRY(rt_json_int(v, "size", 1, INT64_MAX, &size, err));
+    RT_TRY(rt_json_int(v, "tokens", 0, INT64_MAX, &tokens, err));
+    RT_TRY(rt_json_int(v, "rows", 0, s->opt.rows_per_shard - 1, &rows, err));
+    RT_TRY(rt_json_int(v, "header_bytes", 1, size, &header_bytes, err));
+    RT_TRY(rt_json_int(v, "header_crc", 0, UINT32_MAX, &header_crc, err));
+    RT_TRY(rt_json_string(v, "sha256", &sha, err));
+    RT_TRY(hash_held(s, path, (uint64_t)size, sha, err));
+    s->seq.len = 0;
+    RT_TRY(rt_buf_reserve(&s->seq, (size_t)n * sizeof(struct rt_seq_info), err));
+    RT_TRY(rt_state_read(r, s->seq.data, (uint64_t)n * sizeof(struct rt_seq_info), err));
+    s->seq.len = (size_t)n * sizeof(struct rt_seq_info);
+    RT_TRY(rt_publish_reopen(&s->out, path, (uint64_t)size, err));
+    s->open = true;
+    s->n_seq = s->held = n;
+    s->tokens = tokens;
+    s->rows = rows;
+    s->header_bytes = (uint64_t)header_bytes;
+    s->header_crc = (uint32_t)header_crc;
+out:
+    rt_state_reader_free(r);
+    return st;
+}
+
+/* Goes on with a shard that was held. One that does not verify is not used: its sequences are put again. */
+static enum rt_status restore_held(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_err why = {0};
+    char name[RT_NAME_CAP], path[4096], hold[4096];
+    rt_shard_name(s->opt.part, s->opt.n_parts, s->manifest.n, name);
+    RT_TRY(rt_path_join(path, sizeof path, s->dir, name, err));
+    RT_TRY(hold_path(s, s->manifest.n, hold, err));
+    if (s->manifest.finished || !rt_path_exists(hold))
+        return RT_OK;
+    if (read_held(s, hold, path, &why) == RT_NOMEM)
+        RT_TRY(rt_fail(err, RT_NOMEM, "%s", why.msg));
+    if (!s->open)
+        unlink(hold);
+out:
+    return st;
+}
+
 static enum rt_status resolve(const struct rt_shard_options *opt, struct rt_shard_options *out, const char *dir, struct rt_err *err)
 {
     *out = *opt;
@@ -327,8 +471,14 @@ enum rt_status rt_shard_sink_open(const char *dir, const struct rt_row_identity 
     RT_TRY(open_layout(s, err));
     RT_TRY(rt_manifest_read(s->dir, resolved.part, resolved.n_parts, &s->manifest, err));
     RT_TRY(check_published(s, err));
+    RT_TRY(restore_held(s, err));
     const struct rt_manifest *m = &s->manifest;
     *resume = (struct rt_shard_resume){m->sequences, m->rows, m->n > 0 ? m->line[m->n - 1].last_line : 0, m->finished};
+    if (s->open) {
+        resume->sequences += s->n_seq;
+        resume->rows += s->rows;
+        resume->source_line = ((const struct rt_seq_info *)(const void *)s->seq.data)[s->n_seq - 1].source_line;
+    }
     rt_free(s->manifest.line);
     s->manifest.line = NULL;
     sink->self = s;
