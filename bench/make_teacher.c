@@ -3,19 +3,20 @@
  *     bench_make_teacher --out DIR [options]          --help lists them
  *
  * Deviations are 1/sqrt(inputs), so that activations stay of order one. FP8: e4m3 codes with one float32 scale for each block of
- * 128x128, in the order and the types of the releases (embeddings, head, router and norms in BF16). Memory is one row block, whatever
- * the size; tensors depend on the seed and their names alone.
+ * 128x128, in the order and the types of the releases (embeddings, head, router and norms in BF16). Memory is one row block a thread,
+ * whatever the size; tensors depend on the seed and their names alone. --geometry v3 is DeepSeek-V3's, with as many layers as asked.
  */
 #include <math.h>
 
 #include "bench/bench.h"
 #include "core/io.h"
+#include "core/pool.h"
 #include "formats/safetensors.h"
 
 struct values {
-    const char *out, *dtype;
+    const char *out, *dtype, *geometry;
     int64_t vocab, hidden, layers, dense_first, heads, q_lora, kv_lora, dn, dr, dv, inter, moe_inter, experts, shared, top_k, n_group, topk_group,
-        max_position, mtp, shard_bytes, seed;
+        max_position, mtp, shard_bytes, seed, threads;
     bool help;
 };
 
@@ -23,6 +24,7 @@ struct values {
 #define INT(name, field, def, max, help) {name, RT_OPT_INT, V(field), def, 0, max, NULL, "N", help, false, false}
 static const struct rt_opt options[] = {
     {"out", RT_OPT_STRING, V(out), NULL, 0, 0, NULL, "DIR", "where the checkpoint goes", true, false},
+    {"geometry", RT_OPT_CHOICE, V(geometry), "free", 0, 0, "free|v3", NULL, "v3: all sizes but the layers are DeepSeek-V3's", false, false},
     {"dtype", RT_OPT_CHOICE, V(dtype), "fp8", 0, 0, "fp8|bf16", NULL, "of the matrices", false, false},
     INT("vocab", vocab, "16384", 1e7, "vocabulary"),
     INT("hidden", hidden, "1024", 1e6, "hidden_size"),
@@ -45,6 +47,7 @@ static const struct rt_opt options[] = {
     INT("max-position", max_position, "8192", 1e9, "longest sequence"),
     {"shard-bytes", RT_OPT_BYTES, V(shard_bytes), "512M", 0, 0, NULL, "4G", "most bytes of a file", false, false},
     INT("seed", seed, "1", 1e15, "of the weights"),
+    INT("threads", threads, "0", 1024, "files written at a time, 0: as many as cores"),
     {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
     {0},
 };
@@ -225,12 +228,20 @@ static void fill(const struct model *m, struct tables *t, int64_t i, int64_t fir
     }
 }
 
-static enum rt_status write_tensors(struct model *m, struct tables *t, struct rt_tensor_writer *w, struct rt_err *err)
+static uint64_t tensor_bytes(const struct rt_tensor_decl *d)
+{
+    return (uint64_t)(d->ne[0] * (d->ndim == 2 ? d->ne[1] : 1)) * rt_dtype_size(d->dtype);
+}
+
+static enum rt_status write_tensors(const struct model *m, int64_t first, int64_t n, struct rt_tensor_writer *w, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
+    struct tables *t = NULL;
     float *scaled = NULL;
     RT_TRY(rt_alloc(TABLE, sizeof *scaled, "table", &scaled, err));
-    for (int64_t i = 0; i < m->n; i++) {
+    RT_TRY(rt_alloc(1, sizeof *t, "tables", &t, err));
+    make_tables(t);
+    for (int64_t i = first; i < first + n; i++) {
         const struct rt_tensor_decl *d = &m->decl[i];
         const int64_t total = d->ne[0] * (d->ndim == 2 ? d->ne[1] : 1);
         const uint64_t stream = rt_rng_stream(d->name);
@@ -239,14 +250,110 @@ static enum rt_status write_tensors(struct model *m, struct tables *t, struct rt
         if (d->dtype == RT_BF16)
             rt_from_f32(t->bf16, RT_BF16, scaled, TABLE);
         for (int64_t at = 0; at < total; at += PIECE) {
-            const int64_t n = rt_min64(PIECE, total - at);
-            fill(m, t, i, at, n, stream);
-            RT_TRY(rt_tensor_writer_put(w, t->bytes, (uint64_t)n * rt_dtype_size(d->dtype), err));
+            const int64_t k = rt_min64(PIECE, total - at);
+            fill(m, t, i, at, k, stream);
+            RT_TRY(rt_tensor_writer_put(w, t->bytes, (uint64_t)k * rt_dtype_size(d->dtype), err));
         }
     }
 out:
     rt_free(scaled);
+    rt_free(t);
     return st;
+}
+
+/* Files: runs of tensors, each written by whichever thread is free. */
+struct files {
+    const struct model *m;
+    int64_t *first;     /* [n + 1] */
+    struct rt_err *err; /* [n] */
+    int64_t n;
+};
+
+static void file_name(const struct files *f, int64_t i, char name[64])
+{
+    if (f->n == 1)
+        snprintf(name, 64, "model.safetensors");
+    else
+        snprintf(name, 64, "model-%05ld-of-%05ld.safetensors", (long)(i + 1), (long)f->n);
+}
+
+static void write_file(void *ctx, int64_t i, __attribute__((unused)) int worker)
+{
+    struct files *f = ctx;
+    struct rt_tensor_writer *w = NULL;
+    struct rt_err *err = &f->err[i];
+    const int64_t n = f->first[i + 1] - f->first[i];
+    char name[64], path[4096];
+    enum rt_status st;
+    file_name(f, i, name);
+    RT_TRY(rt_path_join(path, sizeof path, f->m->v.out, name, err));
+    RT_TRY(rt_tensor_writer_file(path, f->m->decl + f->first[i], n, &w, err));
+    RT_TRY(write_tensors(f->m, f->first[i], n, w, err));
+    RT_TRY(rt_tensor_writer_finish(w, err));
+out:
+    rt_tensor_writer_free(w);
+}
+
+static enum rt_status write_index(const struct files *f, uint64_t bytes, struct rt_err *err)
+{
+    struct rt_buf b = {0};
+    char name[64], path[4096];
+    enum rt_status st;
+    RT_TRY(rt_buf_printf(&b, err, "{\"metadata\":{\"total_size\":%llu},\"weight_map\":{", (unsigned long long)bytes));
+    for (int64_t i = 0; i < f->n; i++) {
+        file_name(f, i, name);
+        for (int64_t j = f->first[i]; j < f->first[i + 1]; j++)
+            RT_TRY(rt_buf_printf(&b, err, "%s\n\"%s\":\"%s\"", j > 0 ? "," : "", f->m->decl[j].name, name));
+    }
+    RT_TRY(rt_buf_puts(&b, "}}\n", err));
+    RT_TRY(rt_path_join(path, sizeof path, f->m->v.out, "model.safetensors.index.json", err));
+    RT_TRY(rt_publish_bytes(path, b.data, b.len, err));
+out:
+    rt_buf_free(&b);
+    return st;
+}
+
+static enum rt_status write_files(const struct model *m, uint64_t *bytes, struct rt_err *err)
+{
+    struct files f = {.m = m};
+    struct rt_pool *pool = NULL;
+    uint64_t held = 0;
+    enum rt_status st;
+    RT_TRY(rt_alloc((size_t)m->n + 1, sizeof *f.first, "files", &f.first, err));
+    for (int64_t i = 0; i < m->n; i++) {
+        const uint64_t b = tensor_bytes(&m->decl[i]);
+        if (i > 0 && held + b > (uint64_t)m->v.shard_bytes) {
+            f.first[++f.n] = i;
+            held = 0;
+        }
+        held += b;
+        *bytes += b;
+    }
+    f.first[++f.n] = m->n;
+    RT_TRY(rt_alloc((size_t)f.n, sizeof *f.err, "files", &f.err, err));
+    RT_TRY(rt_pool_create((int)m->v.threads, &pool, err));
+    rt_pool_run(pool, f.n, write_file, &f);
+    for (int64_t i = 0; i < f.n; i++)
+        if (f.err[i].status != RT_OK)
+            RT_TRY(rt_fail(err, f.err[i].status, "%s", f.err[i].msg));
+    if (f.n > 1)
+        RT_TRY(write_index(&f, *bytes, err));
+out:
+    rt_pool_free(pool);
+    rt_free(f.first);
+    rt_free(f.err);
+    return st;
+}
+
+/* ---- configuration ---- */
+static const char yarn[] = "{\"type\":\"yarn\",\"factor\":40,\"original_max_position_embeddings\":4096,\"beta_fast\":32,\"beta_slow\":1,"
+                           "\"mscale\":1.0,\"mscale_all_dim\":1.0}";
+
+static void v3_geometry(struct values *v)
+{
+    v->vocab = 129280, v->hidden = 7168, v->heads = 128, v->q_lora = 1536, v->kv_lora = 512, v->dn = 128, v->dr = 64, v->dv = 128;
+    v->inter = 18432, v->moe_inter = 2048, v->experts = 256, v->shared = 1, v->top_k = 8, v->n_group = 8, v->topk_group = 4;
+    v->max_position = 163840;
 }
 
 static enum rt_status write_config(const struct values *v, struct rt_err *err)
@@ -265,8 +372,9 @@ static enum rt_status write_config(const struct values *v, struct rt_err *err)
         (long)v->inter, (long)v->moe_inter, (long)v->experts, (long)v->shared, (long)v->top_k, (long)v->n_group, (long)v->topk_group,
         (long)v->mtp, (long)v->max_position));
     RT_TRY(rt_buf_puts(&b, "\"moe_layer_freq\":1,\"norm_topk_prob\":true,\"scoring_func\":\"sigmoid\",\"topk_method\":\"noaux_tc\","
-        "\"routed_scaling_factor\":2.5,\"rms_norm_eps\":1e-06,\"rope_theta\":10000,\"rope_scaling\":null,\"hidden_act\":\"silu\","
+        "\"routed_scaling_factor\":2.5,\"rms_norm_eps\":1e-06,\"rope_theta\":10000,\"hidden_act\":\"silu\","
         "\"attention_bias\":false,\"tie_word_embeddings\":false,\"bos_token_id\":0,\"eos_token_id\":1,\"torch_dtype\":\"bfloat16\"", err));
+    RT_TRY(rt_buf_printf(&b, err, ",\"rope_scaling\":%s", strcmp(v->geometry, "v3") == 0 ? yarn : "null"));
     if (strcmp(v->dtype, "fp8") == 0)
         RT_TRY(rt_buf_puts(&b, ",\"quantization_config\":{\"activation_scheme\":\"dynamic\",\"fmt\":\"e4m3\",\"quant_method\":\"fp8\","
                                "\"weight_block_size\":[128,128]}", err));
@@ -280,30 +388,22 @@ out:
 
 static enum rt_status make(struct model *m, struct rt_err *err)
 {
-    struct rt_tensor_writer *w = NULL;
-    struct tables *t = NULL;
     uint64_t bytes = 0;
     char size[32];
     enum rt_status st;
+    if (strcmp(m->v.geometry, "v3") == 0)
+        v3_geometry(&m->v);
     all_tensors(m);
     RT_TRY(rt_alloc((size_t)m->n, sizeof *m->decl, "table of tensors", &m->decl, err));
     RT_TRY(rt_alloc((size_t)m->n, sizeof *m->tensor, "table of tensors", &m->tensor, err));
     RT_TRY(rt_alloc((size_t)m->n, sizeof *m->name, "table of tensors", &m->name, err));
     m->cap = m->n;
     all_tensors(m);
-    RT_TRY(rt_alloc(1, sizeof *t, "tables", &t, err));
-    make_tables(t);
     RT_TRY(rt_mkdirs(m->v.out, err));
-    RT_TRY(rt_tensor_writer_model(m->v.out, m->decl, m->n, (uint64_t)m->v.shard_bytes, &w, err));
-    RT_TRY(write_tensors(m, t, w, err));
-    RT_TRY(rt_tensor_writer_finish(w, err));
+    RT_TRY(write_files(m, &bytes, err));
     RT_TRY(write_config(&m->v, err));
-    for (int64_t i = 0; i < m->n; i++)
-        bytes += (uint64_t)(m->decl[i].ne[0] * (m->decl[i].ndim == 2 ? m->decl[i].ne[1] : 1)) * rt_dtype_size(m->decl[i].dtype);
     printf("%s: %ld tensors, %s\n", m->v.out, (long)m->n, rt_human_bytes(size, bytes));
 out:
-    rt_tensor_writer_free(w);
-    rt_free(t);
     rt_free(m->decl);
     rt_free(m->tensor);
     rt_free(m->name);
