@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-enum { RT_CUDA_MOE_MAX_K = 64 }; /* experts of one token at most */
+enum { RT_CUDA_MOE_MAX_K = 32 }; /* experts of one token at most */
 
 struct rt_cuda_moe_group {
     int64_t rows;     /* of the group's matrices, padding included; below 2^31 */
@@ -34,7 +34,7 @@ int64_t rt_cuda_moe_place(const int32_t *offset, int n_experts, int pad, int64_t
 size_t rt_cuda_moe_group_bytes(int64_t rows, int64_t n, int k, bool with_inverse);
 
 /* Makes the group's tables with rt_cuda_temp. perm [n*k] is on the device, offset [n_experts + 1] on the host (read before the call returns);
- * pad >= 1. with_inverse: combine needs it (n * k * 4 bytes). UNSUPPORTED: k above RT_CUDA_MOE_MAX_K. */
+ * pad: a multiple of 4. with_inverse: combine needs it (n * k * 4 bytes). UNSUPPORTED: k above RT_CUDA_MOE_MAX_K. */
 enum rt_status rt_cuda_moe_group_make(struct rt_queue *q, const int32_t *perm, const int32_t *offset, int n_experts, int pad, int64_t n, int k,
                                       bool with_inverse, struct rt_cuda_moe_group *out, struct rt_err *err);
 void rt_cuda_moe_group_release(struct rt_queue *q, struct rt_cuda_moe_group *g); /* a zeroed one is fine */
