@@ -38,4 +38,9 @@ const struct rt_backend rt_backend_cuda = {
     .weight_free = rt_cuda_weight_free,
     .weight_bytes = rt_cuda_weight_bytes,
     .convert = rt_cuda_convert,
+    .linear_fwd = rt_cuda_linear_fwd,
+    .linear_dgrad = rt_cuda_linear_dgrad,
+    .linear_wgrad = rt_cuda_linear_wgrad,
+    .attn_fwd = rt_cuda_attn_fwd,
+    .attn_bwd = rt_cuda_attn_bwd,
 };
