@@ -27,7 +27,7 @@ static const struct rt_opt options[] = {
     {"verified-data", RT_OPT_LIST, V(verified_data), NULL, 0, 0, NULL, "PATH[:WEIGHT]", "traces that passed a verifier, for arm `verified`", false, false},
     {"eval-data", RT_OPT_LIST, T(eval_data), NULL, 0, 0, NULL, "PATH", "shards, JSON lines, or prompts with answers; may be repeated", false, false},
     {"out", RT_OPT_STRING, T(out), NULL, 0, 0, NULL, "DIR", "where runs and experiment.json go; the same command resumes", true, true},
-    {"arms", RT_OPT_STRING, V(arms), "hard,soft,half", 0, 0, NULL, "NAME,...", "hard, soft, half, feature, verified, or NAME=CE/KL/FEATURE as in mix=0.3/0.7/0", false, false},
+    {"arms", RT_OPT_STRING, V(arms), "hard,soft,half", 0, 0, NULL, "NAME,...", "hard, soft, half, feature, alm, verified, or NAME=CE/KL/FEATURE[/ALM] as in mix=0.3/0.7/0", false, false},
     {"seeds", RT_OPT_INT, V(seeds), "1", 1, 1000, NULL, "N", "runs of each arm, with seeds --seed, --seed + 1, ...", false, false},
     {"w-feature", RT_OPT_FLOAT, V(w_feature), "1", 0, 1e6, NULL, "W", "weight of the state loss in arm `feature`", false, false},
     {"samples", RT_OPT_INT, V(samples), "4", 1, 65536, NULL, "N", "completions of each prompt with an answer", false, false},
@@ -41,7 +41,7 @@ static const struct rt_opt options[] = {
 struct arm {
     char name[48];
     const char *description;
-    double ce, kl, feature;
+    double ce, kl, feature, alm;
     bool verified;
 };
 
@@ -57,12 +57,22 @@ struct job {
 };
 
 static const struct arm known[] = {
-    {"hard", "cross-entropy on the teacher's tokens", 1, 0, 0, false},
-    {"soft", "KL to the teacher's distribution", 0, 1, 0, false},
-    {"half", "half cross-entropy, half KL", 0.5, 0.5, 0, false},
-    {"feature", "KL and the teacher's hidden states", 0, 1, 1, false},
-    {"verified", "cross-entropy on traces that passed a verifier", 1, 0, 0, true},
+    {"hard", "cross-entropy on the teacher's tokens", 1, 0, 0, 0, false},
+    {"soft", "KL to the teacher's distribution", 0, 1, 0, 0, false},
+    {"half", "half cross-entropy, half KL", 0.5, 0.5, 0, 0, false},
+    {"feature", "KL and the teacher's hidden states", 0, 1, 1, 0, false},
+    {"alm", "the teacher's likelihoods of spans", 0, 0, 0, 1, false},
+    {"verified", "cross-entropy on traces that passed a verifier", 1, 0, 0, 0, true},
 };
+
+/* "CE/KL/FEATURE" or "CE/KL/FEATURE/ALM" */
+static bool read_weights(const char *text, struct arm *out)
+{
+    char tail;
+    const int n = sscanf(text, "%lf/%lf/%lf/%lf%c", &out->ce, &out->kl, &out->feature, &out->alm, &tail);
+    const bool three = sscanf(text, "%lf/%lf/%lf%c", &out->ce, &out->kl, &out->feature, &tail) == 3;
+    return (n == 4 || three) && out->ce >= 0 && out->kl >= 0 && out->feature >= 0 && out->alm >= 0;
+}
 
 static enum rt_status read_arm(const struct values *v, const char *text, size_t len, struct arm *out, struct rt_err *err)
 {
@@ -76,11 +86,11 @@ static enum rt_status read_arm(const struct values *v, const char *text, size_t 
                 return rt_fail(err, RT_USAGE, "--arms verified: give --verified-data");
             return RT_OK;
         }
-    char *eq = strchr(name, '='), tail;
+    const char *eq = strchr(name, '=');
     *out = (struct arm){.description = "weights as given"};
     if (eq == NULL || eq == name || (size_t)(eq - name) >= sizeof out->name || strcspn(name, "/. ") < (size_t)(eq - name) ||
-        sscanf(eq + 1, "%lf/%lf/%lf%c", &out->ce, &out->kl, &out->feature, &tail) != 3 || !(out->ce >= 0 && out->kl >= 0 && out->feature >= 0))
-        return rt_fail(err, RT_USAGE, "--arms: '%s' is none of hard, soft, half, feature, verified, nor NAME=CE/KL/FEATURE", name);
+        !read_weights(eq + 1, out))
+        return rt_fail(err, RT_USAGE, "--arms: '%s' is none of hard, soft, half, feature, alm, verified, nor NAME=CE/KL/FEATURE[/ALM]", name);
     snprintf(out->name, sizeof out->name, "%.*s", (int)(eq - name), name);
     return RT_OK;
 }
@@ -142,6 +152,7 @@ static struct rt_train_values run_values(const struct job *j, int a, int64_t s, 
     t.w_ce = arm->ce;
     t.w_kl = arm->kl;
     t.w_feature = arm->feature;
+    t.w_alm = arm->alm;
     if (arm->verified)
         t.data = j->v->verified_data;
     t.eval_data = (struct rt_str_list){j->scored, j->n_scored};
@@ -189,6 +200,8 @@ static enum rt_status write_record(const struct job *j, struct rt_err *err)
         RT_TRY(rt_json_set_double(w, "ce", it->ce, err));
         RT_TRY(rt_json_set_double(w, "kl", it->kl, err));
         RT_TRY(rt_json_set_double(w, "feature", it->feature, err));
+        if (it->alm > 0)
+            RT_TRY(rt_json_set_double(w, "alm", it->alm, err));
         RT_TRY(rt_json_set_array(arm, "data", &list, err));
         for (int i = 0; i < data->n; i++)
             RT_TRY(rt_json_set_string(list, NULL, data->items[i], err));

@@ -14,6 +14,7 @@ const struct rt_opt rt_train_options[] = {
     {"w-ce", RT_OPT_FLOAT, V(w_ce), "1", 0, 1e6, NULL, "W", "weight of the cross-entropy on the data's own tokens", false, false},
     {"w-kl", RT_OPT_FLOAT, V(w_kl), "0", 0, 1e6, NULL, "W", "weight of T^2 KL(teacher || student)", false, false},
     {"w-feature", RT_OPT_FLOAT, V(w_feature), "0", 0, 1e6, NULL, "W", "weight of the loss on hidden states", false, false},
+    {"w-alm", RT_OPT_FLOAT, V(w_alm), "0", 0, 1e6, NULL, "W", "weight of the loss on likelihoods of spans: shards of `retarget --mode alm`", false, false},
     {"eval-data", RT_OPT_LIST, V(eval_data), NULL, 0, 0, NULL, "PATH", "shards or JSON lines to evaluate on, at the end and every --eval-every; may be repeated", false, false},
     {0},
 };
@@ -28,7 +29,7 @@ const struct rt_command rt_cmd_train = {
     .name = "train",
     .synopsis = "--student DIR|RUN --data PATH[:WEIGHT] [--data ...] --out RUN [OPTIONS]",
     .summary = "train a student on text (CE), on a teacher's rows (KL) and states, or any mix",
-    .help = "The loss is w_ce CE + w_kl T^2 KL(teacher || student) + w_feature F, summed over the training rows of the whole global batch and\n"
+    .help = "The loss is w_ce CE + w_kl T^2 KL(teacher || student) + w_feature F + w_alm A, summed over the training rows of the whole global batch and\n"
             "divided by their number. RUN gets metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
             "    retort train --student Qwen2.5-0.5B --data shards/ --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --out runs/soft",
     .options = rt_train_options,

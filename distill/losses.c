@@ -197,6 +197,20 @@ out:
     return st;
 }
 
+/* The spans' part, behind run_head: gradients of head and final states +=. */
+static enum rt_status run_spans(struct rt_losses *l, struct rt_student *s, const struct rt_micro *p, const struct rt_loss_weights *w, int64_t items,
+                                bool backward, struct rt_loss_sums *sums, struct rt_err *err)
+{
+    enum rt_status st;
+    bool any;
+    const struct rt_student_head head = rt_student_head(s);
+    RT_TRY(rt_span_losses_run(l->spans, &head, p, l->x, l->label, w->tau, w->alm / (double)items, backward ? l->dx : NULL, &any, &sums->spans, err));
+    if (any && backward)
+        RT_TRY(RT_OP(l->d, scatter, err, .y = l->dx, .index = l->index, .x = l->d_final, .n = p->rows, .cols = l->H, .accumulate = true));
+out:
+    return st;
+}
+
 enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_micro *p,
                              const struct rt_loss_weights *w, int64_t items, bool backward, struct rt_loss_sums *sums, struct rt_err *err)
 {
@@ -205,6 +219,8 @@ enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct r
     int n_extra = 0;
     RT_TRY(run_head(l, s, p, w, items, backward, err));
     add_rows(l, p, sums);
+    if (l->spans != NULL && w->alm > 0)
+        RT_TRY(run_spans(l, s, p, w, items, backward, sums, err));
     if (proj != NULL && p->feature_rows > 0 && l->pairs > 0) {
         RT_TRY(rt_device_upload(l->d, l->feature_index, p->feature_index, (size_t)p->feature_rows * sizeof *p->feature_index, err));
         for (int i = 0; i < l->pairs; i++) {

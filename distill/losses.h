@@ -1,7 +1,8 @@
 /* The losses of a packed micro-batch on the states of a forward, and their gradients.
  *
- *   L = 1/N ( w_ce sum ce_i + w_kl sum kl_i + w_feature/P sum_p sum f_p,i )
- * ce_i = -log q(label); kl_i = T^2 KL(P_t || Q_T) (core/backend.h, head_loss; T^2 keeps the gradient's scale at any T); f: distill/feature.h.
+ *   L = 1/N ( w_ce sum ce_i + w_kl sum kl_i + w_feature/P sum_p sum f_p,i + w_alm sum a_s )
+ * ce_i = -log q(label); kl_i = T^2 KL(P_t || Q_T) (core/backend.h, head_loss; T^2 keeps the gradient's scale at any T); f: distill/feature.h;
+ * a_s of span s: distill/spans.h.
  * N is the number of training rows of the whole global batch, whatever micro-batches it is cut into.
  */
 #ifndef RT_DISTILL_LOSSES_H
@@ -9,10 +10,12 @@
 
 #include "distill/feature.h"
 #include "distill/micro.h"
+#include "distill/span_losses.h"
 #include "student/model.h"
 
 struct rt_loss_weights {
-    double ce, kl, feature;
+    double ce, kl, feature, alm;
+    double tau;         /* of the spans */
     double T;           /* of the student's side */
     enum rt_tail tail;
     bool cosine;
@@ -23,6 +26,7 @@ struct rt_loss_sums {
     double ce, kl, feature; /* feature: sum over pairs and rows, divided by the number of pairs */
     double teacher_mass, student_mass;
     int64_t rows, kl_rows, feature_rows, correct, agree;
+    struct rt_span_sums spans;
 };
 
 /* Device buffers for micro-batches of `tokens`, and host copies of what each row gave. */
@@ -47,6 +51,7 @@ struct rt_losses {
     float *b;             /* [rows, dim] */
     void *extra[RT_MAX_FEATURES]; /* [tokens, H] act */
     double *dev_feature, *feature;
+    struct rt_span_losses *spans; /* borrowed; NULL: w.alm is not used */
 };
 
 size_t rt_losses_bytes(int64_t tokens, int64_t H, int k, const struct rt_feature_map *map, size_t act_size, bool backward);

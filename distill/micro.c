@@ -7,7 +7,7 @@
 
 size_t rt_micro_bytes(const struct rt_micro_options *o)
 {
-    size_t row = 4 + 4 + 1 + 8 * (size_t)o->k + 4, n;
+    size_t row = 4 + 4 + 1 + 8 * (size_t)o->k + 4 + (o->spans ? 9 : 0), n;
     for (int i = 0; o->map != NULL && i < o->map->n; i++)
         row += 4 * (size_t)o->map->pair[i].dim;
     return rt_mul_size((size_t)o->tokens, row + 8 + sizeof(struct rt_micro_seq), &n) ? n : SIZE_MAX;
@@ -27,6 +27,11 @@ enum rt_status rt_micro_create(struct rt_micro *p, const struct rt_micro_options
     RT_TRY(rt_alloc(n * k, sizeof *p->top_ids, "a micro-batch", &p->top_ids, err));
     RT_TRY(rt_alloc(n * k, sizeof *p->top_logp, "a micro-batch", &p->top_logp, err));
     RT_TRY(rt_alloc(n, sizeof *p->feature_index, "a micro-batch", &p->feature_index, err));
+    if (o->spans) {
+        RT_TRY(rt_alloc(n, sizeof *p->span, "a micro-batch", &p->span, err));
+        RT_TRY(rt_alloc(n, sizeof *p->span_logp, "a micro-batch", &p->span_logp, err));
+        RT_TRY(rt_alloc(n, 1, "a micro-batch", &p->span_boundary, err));
+    }
     for (int i = 0; o->map != NULL && i < o->map->n; i++)
         RT_TRY(rt_alloc(n * (size_t)o->map->pair[i].dim, sizeof(float), "a micro-batch's states", &p->feature[i], err));
 out:
@@ -46,6 +51,9 @@ void rt_micro_free(struct rt_micro *p)
     rt_free(p->top_ids);
     rt_free(p->top_logp);
     rt_free(p->feature_index);
+    rt_free(p->span);
+    rt_free(p->span_logp);
+    rt_free(p->span_boundary);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_free(p->feature[i]);
     *p = (struct rt_micro){0};
@@ -53,7 +61,7 @@ void rt_micro_free(struct rt_micro *p)
 
 void rt_micro_clear(struct rt_micro *p)
 {
-    p->n = p->n_seq = p->rows = p->kl_rows = p->feature_rows = 0;
+    p->n = p->n_seq = p->rows = p->kl_rows = p->feature_rows = p->n_spans = 0;
 }
 
 /* log p of a stored row at the teacher's temperature. lse -1: normalised over the stored ids. */
@@ -96,6 +104,23 @@ static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, i
     return RT_OK;
 }
 
+/* The span that ends at a stored row, if one does. first: the sequence's first row here. */
+static enum rt_status add_span(struct rt_micro *p, const struct rt_train_info *info, const struct rt_rows *r, int64_t stored, int64_t row, int64_t first,
+                               struct rt_err *err)
+{
+    const int64_t n = r->span[stored], next = (int64_t)r->position[stored] + 1;
+    if (n == 0)
+        return RT_OK;
+    if (n > row + 1 - first || p->index[row] - p->index[row + 1 - n] != n - 1)
+        return rt_fail(err, RT_FORMAT, "%s: line %ld: a span of %ld rows ends at token %ld, and not all of them are targets", info->path, (long)r->source_line,
+                       (long)n, (long)next);
+    p->span[row] = (int32_t)n;
+    p->span_logp[row] = r->span_logp[stored];
+    p->span_boundary[row] = info->identity->boundary && stored + 1 < r->n_rows && r->position[stored + 1] == next && r->loss_mask[next + 1] != 0;
+    p->n_spans++;
+    return RT_OK;
+}
+
 /* The states of token t for each pair. */
 static void add_states(struct rt_micro *p, const struct rt_row_identity *id, const struct rt_rows *r, const int *column, int64_t t,
                        int64_t token)
@@ -133,6 +158,7 @@ enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const 
     const int64_t len = rt_train_set_length(set, item->seq);
     const int lse = rt_train_set_lse(set, p->o.teacher_T);
     const bool teacher = p->o.k > 0 && info->top_k > 0 && (lse >= 0 || p->o.tail == RT_TAIL_RENORM);
+    const bool spans = p->o.spans && info->identity != NULL && rt_row_identity_spans(info->identity);
     struct rt_rows r;
     int column[RT_MAX_FEATURES];
     bool states;
@@ -156,14 +182,18 @@ enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const 
         p->index[row] = (int32_t)(p->n + t);
         p->label[row] = (int32_t)r.ids[t + 1];
         p->kl_mask[row] = 0;
+        if (p->o.spans)
+            p->span[row] = p->span_boundary[row] = 0;
         for (int j = 0; j < p->o.k; j++) {
             p->top_ids[row * p->o.k + j] = -1;
             p->top_logp[row * p->o.k + j] = 0;
         }
-        while (teacher && stored < r.n_rows && r.position[stored] < t)
+        while ((teacher || spans) && stored < r.n_rows && r.position[stored] < t)
             stored++;
         if (teacher && stored < r.n_rows && r.position[stored] == t)
             RT_TRY(add_teacher(p, &r, stored, lse, row, info->path, err));
+        if (spans && stored < r.n_rows && r.position[stored] == t)
+            RT_TRY(add_span(p, info, &r, stored, row, q->row0, err));
         if (states && (r.feature_mask == NULL || r.feature_mask[t] == 1))
             add_states(p, info->identity, &r, column, t, p->n + t);
     }

@@ -20,6 +20,7 @@ struct rt_micro_options {
     enum rt_tail tail; /* RENORM: a set without lse at teacher_T is normalised over its stored ids */
     int64_t vocab;
     const struct rt_feature_map *map; /* NULL: no states */
+    bool spans;      /* spans of sets that hold them are packed */
 };
 
 struct rt_micro_seq {
@@ -32,13 +33,16 @@ struct rt_micro_seq {
 
 struct rt_micro {
     struct rt_micro_options o;
-    int64_t n, n_seq, rows, kl_rows, feature_rows;
+    int64_t n, n_seq, rows, kl_rows, feature_rows, n_spans;
     int32_t *ids, *cu;       /* [tokens], [n_seq + 1] */
     struct rt_micro_seq *seq; /* [n_seq] */
     int32_t *index, *label;  /* [rows] token, next token */
     uint8_t *kl_mask;        /* [rows] */
     int32_t *top_ids;        /* [rows, k], -1: empty */
     float *top_logp;         /* [rows, k] */
+    int32_t *span;           /* [rows] rows of the span that ends here, 0: none; NULL without o.spans, as the next two */
+    float *span_logp;        /* [rows] the teacher's */
+    uint8_t *span_boundary;  /* [rows] 1: it counts a boundary coming next, which row + 1 predicts */
     int32_t *feature_index;  /* [feature_rows] token */
     float *feature[RT_MAX_FEATURES]; /* [feature_rows, dim] of pair p */
 };

@@ -167,7 +167,7 @@ out:
 
 /* Bytes of the arrays that training uses, and where each begins. */
 struct layout {
-    size_t ids, mask, position, top_ids, top_logits, lse, feature[RT_MAX_FEATURES], scale[RT_MAX_FEATURES], paired, bytes;
+    size_t ids, mask, position, top_ids, top_logits, lse, feature[RT_MAX_FEATURES], scale[RT_MAX_FEATURES], paired, span, span_logp, bytes;
 };
 
 static bool take(size_t *bytes, size_t *at, size_t n, size_t size)
@@ -192,6 +192,7 @@ static bool lay_out(const struct rt_train_set *s, const struct rt_rows *r, struc
         ok &= take(&l->bytes, &l->feature[f], n, (size_t)spec->dim * rt_dtype_size(spec->dtype));
         ok &= take(&l->bytes, &l->scale[f], r->feature_scale[f] != NULL ? n : 0, 4);
     }
+    ok &= take(&l->bytes, &l->span, r->span != NULL ? rows : 0, 4) && take(&l->bytes, &l->span_logp, r->span != NULL ? rows : 0, 4);
     ok &= take(&l->bytes, &l->paired, s->o.features && r->feature_mask != NULL ? n : 0, 1);
     return ok;
 }
@@ -231,6 +232,11 @@ static enum rt_status copy_rows(const struct rt_train_set *s, const struct rt_ro
         copy->feature[f] = put(base, l->feature[f], r->feature[f], n * (size_t)spec->dim * rt_dtype_size(spec->dtype));
         if (r->feature_scale[f] != NULL)
             copy->feature_scale[f] = put(base, l->scale[f], r->feature_scale[f], n * 4);
+    }
+    copy->boundary_logp = NULL;
+    if (r->span != NULL) {
+        copy->span = put(base, l->span, r->span, rows * 4);
+        copy->span_logp = put(base, l->span_logp, r->span_logp, rows * 4);
     }
     if (r->feature_mask != NULL)
         copy->feature_mask = s->o.features ? put(base, l->paired, r->feature_mask, n) : NULL;

@@ -7,6 +7,7 @@
 #include "core/io.h"
 #include "core/sha256.h"
 #include "distill/run_record.h"
+#include "distill/spans.h"
 #include "distill/train_run.h"
 #include "student/describe.h"
 
@@ -124,9 +125,15 @@ static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_
 {
     const struct rt_train_info *info = rt_train_set_info(r->set[i]);
     const int lse = rt_train_set_lse(r->set[i], r->o.teacher_T);
+    const bool spans = info->identity != NULL && rt_row_identity_spans(info->identity);
     char stored[128];
+    if (r->o.w.alm > 0 && !spans)
+        return rt_fail(err, RT_REFUSED, "%s: holds no likelihoods of spans, and --w-alm is %g: `retort retarget --mode alm` makes them", info->path, r->o.w.alm);
     if (!(r->o.w.kl > 0))
         return RT_OK;
+    if (spans)
+        return rt_fail(err, RT_REFUSED, "%s: holds likelihoods of spans, no distributions, and --w-kl is %g: --w-alm trains on them, or `retort retarget --mode exact` "
+                       "makes rows", info->path, r->o.w.kl);
     if (info->kind == RT_TRAIN_LINES)
         return rt_fail(err, RT_REFUSED, "%s: is text without teacher rows, and --w-kl is %g: `retort logits` makes shards of it, or --w-kl 0 trains on the text",
                        info->path, r->o.w.kl);
@@ -173,13 +180,27 @@ out:
     return st;
 }
 
+/* The student's boundary ids, where spans are trained on. */
+static enum rt_status make_boundary(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    if (!(r->o.w.alm > 0))
+        return RT_OK;
+    RT_TRY(rt_alloc((size_t)r->student.c.vocab_size, 1, "boundary ids", &r->boundary, err));
+    if (r->student.model.tok != NULL)
+        rt_boundary_ids(r->student.model.tok, r->student.c.vocab_size, r->boundary);
+    r->o.boundary = r->boundary;
+out:
+    return st;
+}
+
 static enum rt_status check_losses(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_train_values *v = r->v;
-    if (!(v->w_ce > 0) && !(v->w_kl > 0) && !(v->w_feature > 0))
-        RT_FAIL(err, USAGE, "--w-ce, --w-kl and --w-feature are all 0: nothing would be learnt");
-    r->o.w = (struct rt_loss_weights){.ce = v->w_ce, .kl = v->w_kl, .feature = v->w_feature, .T = v->kd_temperature,
+    if (!(v->w_ce > 0) && !(v->w_kl > 0) && !(v->w_feature > 0) && !(v->w_alm > 0))
+        RT_FAIL(err, USAGE, "--w-ce, --w-kl, --w-feature and --w-alm are all 0: nothing would be learnt");
+    r->o.w = (struct rt_loss_weights){.ce = v->w_ce, .kl = v->w_kl, .feature = v->w_feature, .alm = v->w_alm, .tau = v->alm_tau, .T = v->kd_temperature,
                                       .tail = strcmp(v->tail, "renorm") == 0 ? RT_TAIL_RENORM : RT_TAIL_BUCKET,
                                       .cosine = strcmp(v->feature_loss, "cosine") == 0};
     r->o.teacher_T = v->teacher_temperature > 0 ? v->teacher_temperature : v->kd_temperature;
@@ -190,6 +211,7 @@ static enum rt_status check_losses(struct rt_train_run *r, struct rt_err *err)
             RT_TRY(check_rows(r, i, err));
     }
     RT_TRY(check_features(r, err));
+    RT_TRY(make_boundary(r, err));
     if (r->o.k > 0 && !(v->w_kl > 0))
         rt_info(r->ctx->log, "--w-kl 0: the teacher's rows are measured, not trained on");
 out:
@@ -309,6 +331,8 @@ static void log_plan(const struct rt_train_run *r)
             rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->host));
     rt_info(r->ctx->log, "loss: (%g CE + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
             r->o.w.ce, r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);
+    if (r->o.w.alm > 0)
+        rt_info(r->ctx->log, "loss of spans: + %g A / the same number of rows, tau %g", r->o.w.alm, r->o.w.tau);
 }
 
 enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
@@ -317,7 +341,11 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     const struct rt_train_values *v = r->v;
     const struct rt_student_source source = {v->student, v->init_config, v->tokenizer, v->template_name};
     int n_ops;
-    const enum rt_op *ops = rt_student_train_ops(&n_ops);
+    enum rt_op ops[RT_OP_COUNT];
+    const enum rt_op *train = rt_student_train_ops(&n_ops);
+    memcpy(ops, train, (size_t)n_ops * sizeof *ops);
+    if (v->w_alm > 0)
+        ops[n_ops++] = RT_OP_head_likelihood;
     RT_TRY(rt_loaded_student_open(&r->student, &source, r->ctx->log, err));
     RT_TRY(open_sets(r, (size_t)rt_command_memory(&v->common) / 4 / (size_t)(v->data.n + v->eval_data.n), err));
     describe_sets(r);

@@ -58,6 +58,10 @@ static enum rt_status add_what(const struct rt_train_run *r, struct rt_json *v, 
     RT_TRY(rt_json_set_double(w, "ce", r->o.w.ce, err));
     RT_TRY(rt_json_set_double(w, "kl", r->o.w.kl, err));
     RT_TRY(rt_json_set_double(w, "feature", r->o.w.feature, err));
+    if (r->o.w.alm > 0) {
+        RT_TRY(rt_json_set_double(w, "alm", r->o.w.alm, err));
+        RT_TRY(rt_json_set_double(v, "alm_tau", r->o.w.tau, err));
+    }
     RT_TRY(rt_json_set_double(v, "kd_temperature", r->o.w.T, err));
     RT_TRY(rt_json_set_double(v, "teacher_temperature", r->o.teacher_T, err));
     RT_TRY(rt_json_set_string(v, "tail", o->tail, err));
@@ -122,7 +126,7 @@ static enum rt_status add_final(const struct rt_train_run *r, struct rt_json *fi
     static const struct {
         const char *key, *count;
     } mean[] = {{"loss", "targets"}, {"ce", "targets"}, {"kl", "kl_rows"}, {"feature", "targets"}, {"teacher_mass", "kl_rows"},
-                {"student_mass", "kl_rows"}, {"agreement", "kl_rows"}, {"accuracy", "targets"}};
+                {"student_mass", "kl_rows"}, {"alm", "spans"}, {"agreement", "kl_rows"}, {"accuracy", "targets"}};
     enum { N = sizeof mean / sizeof mean[0] };
     double sum[N] = {0}, count[N] = {0}, x;
     int64_t step, n;
@@ -221,7 +225,7 @@ static enum rt_status set_mean(struct rt_json *line, const char *key, double sum
 enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step_result *s, double lr, double seconds, struct rt_err *err)
 {
     enum rt_status st;
-    static const char *const terms[] = {"grad_norm_ce", "grad_norm_kl", "grad_norm_feature"};
+    static const char *const terms[] = {"grad_norm_ce", "grad_norm_kl", "grad_norm_feature", "grad_norm_alm"};
     struct rt_json *line = NULL;
     const struct rt_loss_sums *m = &s->sums;
     RT_TRY(rt_json_new_object(&line, err));
@@ -235,7 +239,13 @@ enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step
     RT_TRY(set_mean(line, "agreement", (double)m->agree, m->kl_rows, err));
     RT_TRY(set_mean(line, "accuracy", (double)m->correct, m->rows, err));
     RT_TRY(rt_json_set_double(line, "grad_norm", s->grad_norm, err));
-    for (int i = 0; i < 3; i++)
+    if (m->spans.spans > 0) {
+        RT_TRY(set_mean(line, "alm", m->spans.loss, m->spans.spans, err));
+        RT_TRY(set_mean(line, "span_logp_teacher", m->spans.teacher, m->spans.spans, err));
+        RT_TRY(set_mean(line, "span_logp_student", m->spans.student, m->spans.spans, err));
+        RT_TRY(rt_json_set_int(line, "spans", m->spans.spans, err));
+    }
+    for (int i = 0; i < 4; i++)
         if (!isnan(s->term_norm[i]))
             RT_TRY(rt_json_set_double(line, terms[i], s->term_norm[i], err));
     RT_TRY(rt_json_set_double(line, "clipped", 1 - s->scale, err));

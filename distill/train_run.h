@@ -11,7 +11,7 @@ struct rt_train_values {
     struct rt_common common;
     const char *student, *init_config, *tokenizer, *template_name, *out, *name, *arm;
     struct rt_str_list data, eval_data;
-    double w_ce, w_kl, w_feature, kd_temperature, teacher_temperature;
+    double w_ce, w_kl, w_feature, w_alm, alm_tau, kd_temperature, teacher_temperature;
     const char *divergence, *tail, *feature_loss, *layer_map, *schedule, *on_nan, *dtype;
     double lr, min_lr, warmup, weight_decay, beta1, beta2, eps, clip;
     int64_t teacher_layers, epochs, steps, tokens, batch_tokens, micro_tokens, max_length, eval_every, save_every, keep, grad_norms;
@@ -42,6 +42,7 @@ struct rt_train_run {
     char **path;                           /* [v->data.n] without their weights */
     int n_sets, n_eval;
     struct rt_trainer_options o;
+    uint8_t *boundary;                     /* [vocab] of o; NULL without --w-alm */
     struct rt_schedule schedule;
     struct rt_trainer_memory memory;
     struct rt_trainer trainer;

@@ -12,7 +12,7 @@
 static struct rt_micro_options micro_options(const struct rt_trainer_options *o, int64_t vocab)
 {
     return (struct rt_micro_options){.tokens = o->micro_tokens, .k = o->k, .teacher_T = o->teacher_T, .tail = o->w.tail, .vocab = vocab,
-                                     .map = &o->map};
+                                     .map = &o->map, .spans = o->boundary != NULL};
 }
 
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
@@ -24,7 +24,8 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
         .grads = rt_params_bytes(p, act_size),
         .moments = rt_optimizer_bytes(p, act_size),
         .activations = rt_student_activation_bytes(c, o->micro_tokens, RT_KEEP_ALL, act_size),
-        .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true),
+        .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
+                  (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
         .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size) : 0,
         .host = rt_micro_bytes(&mo),
     };
@@ -49,6 +50,10 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     RT_TRY(rt_device_arena(t->d, mem.activations, "activations", &t->acts, err));
     RT_TRY(rt_device_arena(t->d, mem.losses + mem.projectors, "losses", &t->scratch, err));
     RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, o->k, &t->o.map, true, &t->scratch, err));
+    if (o->boundary != NULL) {
+        RT_TRY(rt_span_losses_create(&t->spans, t->d, o->micro_tokens, c->vocab_size, o->boundary, &t->scratch, err));
+        t->losses.spans = &t->spans;
+    }
     RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, o->seed, &t->scratch, err));
     const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
     RT_TRY(rt_micro_create(&t->micro, &mo, err));
@@ -64,6 +69,7 @@ void rt_trainer_close(struct rt_trainer *t)
         return;
     rt_micro_free(&t->micro);
     rt_losses_free(&t->losses);
+    rt_span_losses_free(&t->spans);
     rt_projectors_free(&t->proj);
     rt_device_arena_free(t->d, &t->scratch);
     rt_device_arena_free(t->d, &t->acts);
@@ -116,14 +122,15 @@ static enum rt_status measure_terms(struct rt_trainer *t, struct rt_step_result 
 {
     enum rt_status st = RT_OK;
     const struct rt_loss_weights *w = &t->o.w;
-    const double each[3] = {w->ce, w->kl, w->feature};
+    const double each[4] = {w->ce, w->kl, w->feature, w->alm};
     struct rt_loss_sums sums;
     double proj;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         struct rt_loss_weights one = *w;
         one.ce = i == 0 ? w->ce : 0;
         one.kl = i == 1 ? w->kl : 0;
         one.feature = i == 2 ? w->feature : 0;
+        one.alm = i == 3 ? w->alm : 0;
         if (!(each[i] > 0))
             continue;
         RT_TRY(accumulate(t, r, &one, &sums, err));
@@ -140,7 +147,7 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     struct rt_step_report report;
     int64_t targets;
     double proj_norm;
-    *r = (struct rt_step_result){.scale = 1, .term_norm = {NAN, NAN, NAN}};
+    *r = (struct rt_step_result){.scale = 1, .term_norm = {NAN, NAN, NAN, NAN}};
     RT_TRY(rt_order_next(&t->order, t->o.batch_tokens, &r->batch, &r->n, err));
     r->end = r->n == 0;
     if (r->end)
@@ -155,7 +162,7 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     if (term_norms)
         RT_TRY(measure_terms(t, r, err));
     RT_TRY(accumulate(t, r, w, &r->sums, err));
-    r->loss = (w->ce * r->sums.ce + w->kl * r->sums.kl + w->feature * r->sums.feature) / (double)r->items;
+    r->loss = (w->ce * r->sums.ce + w->kl * r->sums.kl + w->feature * r->sums.feature + w->alm * r->sums.spans.loss) / (double)r->items;
     t->step++;
     t->tokens += r->tokens;
     t->targets += r->items;

@@ -16,6 +16,7 @@ struct rt_trainer_options {
     double teacher_T;
     struct rt_adamw adamw;
     struct rt_feature_map map;   /* n 0: no states */
+    const uint8_t *boundary;     /* NULL, or [vocab] (distill/spans.h): the sets' spans are trained on; borrowed */
     int k;                       /* ids a row, the most of any set (evaluation included); 0: no teacher rows */
     int64_t batch_tokens, micro_tokens; /* micro: at least the longest sequence */
     int64_t epochs;              /* 0: no end */
@@ -36,6 +37,7 @@ struct rt_trainer {
     struct rt_optimizer opt;
     struct rt_projectors proj;
     struct rt_losses losses;
+    struct rt_span_losses spans;
     struct rt_micro micro;
     struct rt_order order;
     int64_t step;    /* batches taken; optimiser steps are opt.step */
@@ -47,7 +49,7 @@ struct rt_step_result {
     int64_t tokens, items;     /* of this batch; items: N */
     double loss, grad_norm, scale;
     bool skipped, end;         /* end: the order has no more data, nothing was done */
-    double term_norm[3];       /* ce, kl, feature; NaN unless asked for */
+    double term_norm[4];       /* ce, kl, feature, alm; NaN unless asked for */
     const struct rt_order_item *batch; /* [n] valid until the next step */
     int64_t n;
 };
