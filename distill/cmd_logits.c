@@ -334,6 +334,7 @@ static enum rt_status open_teacher(struct job *j, bool plan_only, struct rt_err 
     j->to.device = &j->device;
     j->to.w8a8 = strcmp(j->v->numerics, "w8a8") == 0;
     j->to.memory = rt_command_memory(&j->v->common);
+    j->to.gpu_memory = j->v->common.gpu_memory;
     j->to.max_length = j->survey.longest;
     j->to.window = j->to.window > 0 ? j->to.window : j->v->window;
     j->to.data_tokens = j->survey.tokens;
@@ -352,6 +353,10 @@ static enum rt_status open_out(struct job *j, const struct rt_json *config, bool
     enum rt_status st;
     identify(j);
     RT_TRY(rt_shard_sink_open(j->v->out, &j->id, &so, &j->shards, &j->sink, &j->resume, err));
+    char kept[4096];
+    RT_TRY(rt_path_join(kept, sizeof kept, j->v->out, "teacher", err));
+    if (j->part == 0)
+        RT_TRY(rt_model_dir_keep(&j->model, kept, err)); /* `retarget` needs the bytes of the ids */
     if (!resumed)
         RT_TRY(save_plan(j, config, err));
     RT_TRY(rt_expert_load_open(&j->load, j->v->out, j->part, j->n_parts, j->config.layers, j->config.experts, err));

@@ -366,7 +366,7 @@ static void close_job(struct job *j)
 static enum rt_status open_engine(struct job *j, struct rt_err *err)
 {
     const struct values *v = j->v;
-    struct rt_generator_options go = {.memory = rt_command_memory(&v->common), .slots = (int)v->slots, .w8a8 = strcmp(v->numerics, "w8a8") == 0};
+    struct rt_generator_options go = {.memory = rt_command_memory(&v->common), .gpu_memory = v->common.gpu_memory, .slots = (int)v->slots, .w8a8 = strcmp(v->numerics, "w8a8") == 0};
     enum rt_status st;
     go.max_len = j->longest + v->max_tokens;
     go.sequences = j->n_prompts * v->samples;

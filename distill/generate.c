@@ -19,6 +19,12 @@ static int chunk_of(int slots)
     return slots + (slots > SLOTS_RESIDENT ? PROMPT_CHUNK_STREAMED : PROMPT_CHUNK);
 }
 
+/* Whether all weights stay where they are used. */
+static bool at_hand(const struct rt_teacher_options *o, const struct rt_teacher_plan *p)
+{
+    return o->device->be->own_memory ? p->gpu_resident : p->resident;
+}
+
 static int at_most(int slots, int64_t sequences)
 {
     return sequences > 0 && sequences < slots ? (int)sequences : slots;
@@ -35,13 +41,13 @@ static enum rt_status plan_slots(struct rt_teacher_options *o, const struct rt_t
         o->slots = slots;
         o->batch_tokens = chunk_of(slots);
         st = rt_teacher_plan_sizes(o, sizes, plan, &e);
-        if (planned && slots > 1 && (st == RT_NOMEM || (st == RT_OK && !plan->resident && slots > 8)))
+        if (planned && slots > 1 && (st == RT_NOMEM || (st == RT_OK && !at_hand(o, plan) && slots > 8)))
             continue;
         if (st != RT_OK)
             return rt_fail(err, st, "%s", e.msg);
         break;
     }
-    if (!planned || plan->resident)
+    if (!planned || at_hand(o, plan))
         return RT_OK;
     /* streamed whatever the slots: as many as half of the memory holds */
     for (int slots = at_most(SLOTS_STREAMED, sequences); slots > o->slots; slots /= 2) {
@@ -49,7 +55,9 @@ static enum rt_status plan_slots(struct rt_teacher_options *o, const struct rt_t
         struct rt_teacher_plan p;
         more.slots = slots;
         more.batch_tokens = chunk_of(slots);
-        if (rt_teacher_plan_sizes(&more, sizes, &p, NULL) == RT_OK && p.window_bytes < (uint64_t)o->memory / 2) {
+        if (rt_teacher_plan_sizes(&more, sizes, &p, NULL) != RT_OK)
+            continue;
+        if (o->device->be->own_memory ? p.gpu_state < p.gpu_bytes / 2 : p.window_bytes < (uint64_t)o->memory / 2) {
             *o = more;
             *plan = p;
             break;
@@ -63,7 +71,8 @@ enum rt_status rt_generator_teacher(const char *dir, const struct rt_device *dev
 {
     struct rt_teacher_config c;
     struct rt_teacher_sizes sizes;
-    struct rt_teacher_options to = {.dir = dir, .device = device, .w8a8 = o->w8a8, .memory = o->memory, .max_length = o->max_len};
+    struct rt_teacher_options to = {.dir = dir, .device = device, .w8a8 = o->w8a8, .memory = o->memory, .gpu_memory = o->gpu_memory,
+                                    .max_length = o->max_len};
     enum rt_status st;
     *out = (struct rt_generator){0};
     RT_TRY(rt_teacher_config_load(dir, &c, err));
