@@ -7,7 +7,7 @@
 #include "distill/command.h"
 
 static const struct rt_command *const commands[] = {
-    &rt_cmd_inspect, &rt_cmd_doctor, &rt_cmd_tokenize, &rt_cmd_traces, &rt_cmd_filter, &rt_cmd_logits, &rt_cmd_train,
+    &rt_cmd_inspect, &rt_cmd_doctor, &rt_cmd_tokenize, &rt_cmd_traces, &rt_cmd_filter, &rt_cmd_logits, &rt_cmd_retarget, &rt_cmd_train,
     &rt_cmd_eval, &rt_cmd_experiment, &rt_cmd_compare, &rt_cmd_export, &rt_cmd_cat,
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };

@@ -41,6 +41,29 @@ void rt_model_dir_close(struct rt_model_dir *m)
     *m = (struct rt_model_dir){0};
 }
 
+enum rt_status rt_model_dir_keep(const struct rt_model_dir *m, const char *dir, struct rt_err *err)
+{
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"};
+    enum rt_status st = RT_OK;
+    struct rt_buf b = {0};
+    char from[4096], to[4096];
+    if (m->tok == NULL)
+        return RT_OK;
+    RT_TRY(rt_mkdirs(dir, err));
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        RT_TRY(rt_path_join(from, sizeof from, m->path, names[i], err));
+        RT_TRY(rt_path_join(to, sizeof to, dir, names[i], err));
+        if (!rt_path_exists(from) || rt_path_exists(to))
+            continue;
+        b.len = 0;
+        RT_TRY(rt_file_read_all(from, 64 << 20, &b, err));
+        RT_TRY(rt_publish_bytes(to, b.data, b.len, err));
+    }
+out:
+    rt_buf_free(&b);
+    return st;
+}
+
 enum rt_status rt_model_dir_n_ids(const struct rt_model_dir *m, int64_t vocab_size, int64_t *n_ids, struct rt_err *err)
 {
     *n_ids = m->tok != NULL ? (int64_t)rt_tokenizer_n_ids(m->tok) : vocab_size;

@@ -19,6 +19,9 @@ struct rt_model_dir {
 enum rt_status rt_model_dir_open(const char *path, const char *template_name, struct rt_log *log, struct rt_model_dir *out,
                                  struct rt_err *err);
 void rt_model_dir_close(struct rt_model_dir *m); /* a zeroed one is fine */
+/* Copies what a tokenizer and a chat template are read from (tokenizer.json, tokenizer_config.json, chat_template.*) from m's directory
+ * into dir, made if absent, except what is there already: so that rows carry what their ids stand for. Nothing without a tokenizer. */
+enum rt_status rt_model_dir_keep(const struct rt_model_dir *m, const char *dir, struct rt_err *err);
 /* Ids that exist: below 1 + the largest id of tokenizer.json, or vocab_size where there is no tokenizer. FORMAT where the tokenizer has
  * more ids than the model has rows. */
 enum rt_status rt_model_dir_n_ids(const struct rt_model_dir *m, int64_t vocab_size, int64_t *n_ids, struct rt_err *err);

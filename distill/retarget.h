@@ -19,8 +19,7 @@
  * an id of several has the log-sum-exp of theirs; lse is the teacher's, or at INSIDE and strict log((M + rho_j)) + lse. With one tokenizer on
  * both sides a row is the same bits.
  *
- * What may be read here while modes are added: rt_retarget_in is what a mode gets, rt_retarget_out what it fills; one function a
- * mode, chosen in rt_retarget_rows.
+ * A mode is one function on the aligned sequence (rt_retarget_mode_fn), listed in rt_retarget_rows; states are paired behind it, the same for all.
  */
 #ifndef RT_DISTILL_RETARGET_H
 #define RT_DISTILL_RETARGET_H
@@ -51,12 +50,20 @@ struct rt_retarget_in {
 /* Columns of the sequence that is made; used again for the next one. A zeroed struct is empty. */
 struct rt_retarget_out {
     struct rt_buf position, topk_ids, topk_logits, lse, next_id, next_logprob, next_rank; /* row-major, as in rt_rows */
+    struct rt_buf span, span_logp;    /* alm; else never touched */
     struct rt_buf feature[RT_MAX_FEATURES], scale[RT_MAX_FEATURES], feature_mask;
     struct rt_buf scratch;
     int64_t n_rows;
     int k, n_lse;                     /* k = min(top_k, student's ids) */
 };
 void rt_retarget_out_free(struct rt_retarget_out *o);
+
+/* Fills the columns of rows, n_rows, k and n_lse (= : buffers are emptied first, and have memory even where they stay empty), and counts
+ * targets, rows, masses and masks. */
+typedef enum rt_status rt_retarget_mode_fn(const struct rt_retarget_in *in, struct rt_retarget_out *out, struct rt_retarget_counts *counts,
+                                           struct rt_err *err);
+/* Counts target i of the student by how it lies: += targets, kind, boundary, digits, crossing. */
+void rt_retarget_count_target(const struct rt_retarget_in *in, int64_t i, struct rt_retarget_counts *counts);
 
 /* The identity of the set that is made of `id`: the student's tokenizer, template and vocabulary, origin.mode and the original's (see
  * formats/rows.h). same: both have one tokenizer and one template. */

@@ -21,10 +21,9 @@ struct rt_vocab_map {
     uint32_t *at;         /* [n_teacher + 1] token w has at[w+1] - at[w] entries in first: its bytes, at least 1 */
     uint32_t *first;      /* phi(w, o) = first[at[w] + o] */
     uint32_t *equal;      /* [n_teacher] the student's token of the same bytes or role, else RT_NO_ID */
-    uint8_t *opaque;      /* [n_teacher] 1: has no bytes to a student (special, by role only); one unit in an alignment if it is teacher_end */
+    uint8_t *opaque;      /* [n_teacher] 1: maps by role or content alone: phi(w, 0) = equal[w], and nothing lies inside it */
     uint8_t *blank;       /* [n_student] 1: white space only */
-    uint8_t *digits;      /* [n_student] 1: decimal digits only (one space before them allowed) */
-    uint8_t *student_opaque; /* [n_student] */
+    uint8_t *digits;      /* [n_student] 1: ASCII digits only */
 };
 
 /* Borrows both models' tokenizers; the student's is used to encode (one caller at a time). Time: one short encoding for each

@@ -217,6 +217,22 @@ out:
     return st;
 }
 
+enum rt_status rt_tokenizer_encode_word(struct rt_tokenizer *t, const char *bytes, size_t len, struct rt_encoding *e,
+                                        struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const size_t first = e->n;
+    size_t made;
+    RT_TRY(room(e, len, err));
+    RT_TRY(rt_bpe_encode(t->bpe, bytes, len, e->ids + e->n, &made, err));
+    e->n += made;
+    RT_TRY(fill_ends(e, t, first, err));
+out:
+    if (st != RT_OK)
+        e->n = first;
+    return st;
+}
+
 static enum rt_status unknown_id(const struct rt_tokenizer *t, uint32_t id, size_t i, struct rt_err *err)
 {
     return rt_fail(err, RT_FORMAT, "id %u at index %zu: %s has no such token (%u ids)", id, i, t->path, t->vocab.n_ids);

@@ -64,6 +64,10 @@ void rt_encoding_free(struct rt_encoding *e); /* releases and zeroes *e */
  * pattern of the file cannot be matched in bounded effort (names it). After an error e is as it was. */
 enum rt_status rt_tokenizer_encode(struct rt_tokenizer *t, const char *text, size_t len, struct rt_encoding *e,
                                    struct rt_err *err);
+/* Appends the ids of one word of any bytes (at most RT_WORD_MAX of bpe.h), merged as they are: no added tokens, no normalising, no
+ * pre-tokenizer. After an error e is as it was. */
+enum rt_status rt_tokenizer_encode_word(struct rt_tokenizer *t, const char *bytes, size_t len, struct rt_encoding *e,
+                                        struct rt_err *err);
 /* Appends one id. FORMAT where no token has it. */
 enum rt_status rt_encoding_push(struct rt_encoding *e, const struct rt_tokenizer *t, uint32_t id, struct rt_err *err);
 
