@@ -67,7 +67,7 @@ deps:
 
 $(B)/core/cpu/%.o: BASE += $(KERNEL)
 $(B)/core/backend.o: BASE += $(if $(NVCC),-DRT_CUDA)
-$(B)/tests/%.o: BASE += $(if $(NVCC),-DRT_CUDA)
+$(B)/tests/%.o $(B)/bench/%.o: BASE += $(if $(NVCC),-DRT_CUDA -isystem $(CUDA_HOME)/include)
 $(B)/core/cuda/%.o: BASE += -isystem $(CUDA_HOME)/include
 $(B)/core/cuda/%.cu.o: core/cuda/%.cu | deps
 	@mkdir -p $(@D)

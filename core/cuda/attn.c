@@ -1,0 +1,125 @@
+/* Attention: checks, and which path a call takes. */
+#include "core/cuda/attn.h"
+
+#include "core/cuda/dnn.h"
+#include "core/mem.h"
+
+enum rt_status rt_cuda_attn_check(const struct rt_attn_shape *s, const char *op, struct rt_err *err)
+{
+    if (s->nh < 1 || s->nkv < 1 || s->nh % s->nkv != 0)
+        return rt_fail(err, RT_SHAPE, "%s: %d query heads over %d key heads; expected a multiple", op, s->nh, s->nkv);
+    if (s->dqk < 1 || s->dv < 1)
+        return rt_fail(err, RT_SHAPE, "%s: heads of %d and %d elements", op, s->dqk, s->dv);
+    if (s->n < 0 || s->n_seq < 0 || s->n > INT32_MAX || s->n_seq > INT32_MAX - 1 || (s->n_seq == 0 && s->n > 0))
+        return rt_fail(err, RT_SHAPE, "%s: %lld sequences of %lld rows together", op, (long long)s->n_seq, (long long)s->n);
+    for (int64_t i = 0; i < s->n_seq; i++)
+        if (s->cu_seqlens[i + 1] < s->cu_seqlens[i])
+            return rt_fail(err, RT_SHAPE, "%s: sequence %lld has length %lld", op, (long long)i,
+                           (long long)s->cu_seqlens[i + 1] - s->cu_seqlens[i]);
+    if (s->n_seq > 0 && (s->cu_seqlens[0] != 0 || s->cu_seqlens[s->n_seq] != s->n))
+        return rt_fail(err, RT_SHAPE, "%s: sequences span rows %d .. %d, expected 0 .. %lld", op, (int)s->cu_seqlens[0],
+                       (int)s->cu_seqlens[s->n_seq], (long long)s->n);
+    if (!(s->scale > 0))
+        return rt_fail(err, RT_UNSUPPORTED, "%s: scale %g; the GPU's kernels need a positive one", op, (double)s->scale);
+    return RT_OK;
+}
+
+void rt_cuda_attn_dense(const struct rt_attn_shape *s, int64_t *q_ld, int64_t *q_head, int64_t *k_ld, int64_t *k_head, int64_t *v_ld,
+                        int64_t *v_head)
+{
+    *q_head = *q_head != 0 ? *q_head : s->dqk;
+    *k_head = *k_head != 0 ? *k_head : s->dqk;
+    *v_head = *v_head != 0 ? *v_head : s->dv;
+    *q_ld = *q_ld != 0 ? *q_ld : s->nh * *q_head;
+    *k_ld = *k_ld != 0 ? *k_ld : s->nkv * *k_head;
+    *v_ld = *v_ld != 0 ? *v_ld : s->nkv * *v_head;
+}
+
+/* list: cu [n_seq + 1], then tile [n_seq + 1] */
+static int64_t fill_seqs(const struct rt_attn_shape *shape, int rows, int32_t *list)
+{
+    int64_t tiles = 0;
+    for (int64_t i = 0; i <= shape->n_seq; i++) {
+        list[i] = shape->cu_seqlens[i];
+        list[shape->n_seq + 1 + i] = (int32_t)tiles;
+        if (i < shape->n_seq)
+            tiles += ((int64_t)shape->cu_seqlens[i + 1] - shape->cu_seqlens[i] + rows - 1) / rows;
+    }
+    return tiles;
+}
+
+enum rt_status rt_cuda_seqs_make(struct rt_queue *q, const struct rt_attn_shape *shape, int rows, struct rt_cuda_seqs *s, int64_t *n_tile,
+                                 struct rt_err *err)
+{
+    const size_t count = 2 * ((size_t)shape->n_seq + 1);
+    int32_t *list = NULL;
+    void *dev = NULL;
+    enum rt_status st = RT_OK;
+    s->n_seq = (int32_t)shape->n_seq;
+    s->dev = NULL;
+    if (shape->n_seq <= RT_CUDA_ATTN_INLINE) {
+        *n_tile = fill_seqs(shape, rows, s->held);
+    } else {
+        RT_TRY(rt_alloc(count, sizeof *list, "a list of sequences", &list, err));
+        *n_tile = fill_seqs(shape, rows, list);
+        RT_TRY(rt_cuda_temp(q, count * sizeof *list, &dev, err));
+        /* from pageable memory: read before the call returns */
+        RT_CUDA_TRY(cudaMemcpyAsync(dev, list, count * sizeof *list, cudaMemcpyHostToDevice, q->stream));
+        s->dev = dev;
+        dev = NULL;
+    }
+    if (*n_tile * shape->nh > INT32_MAX) {
+        rt_cuda_temp_free(q, (void *)(uintptr_t)s->dev);
+        RT_FAIL(err, UNSUPPORTED, "attention over %lld tiles of %d heads in one call", (long long)*n_tile, shape->nh);
+    }
+out:
+    rt_cuda_temp_free(q, dev);
+    rt_free(list);
+    return st;
+}
+
+enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
+                                   struct rt_err *err)
+{
+    struct rt_attn_fwd_args b = *a;
+    enum rt_status st;
+    bool done = false;
+    RT_TRY(rt_cuda_attn_check(&b.s, "attn_fwd", err));
+    rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
+    if (b.s.n == 0)
+        goto out;
+    if (path != RT_CUDA_ATTN_OWN)
+        RT_TRY(rt_cuda_dnn_attn_fwd(dev, q, &b, path == RT_CUDA_ATTN_CUDNN, &done, err));
+    if (!done)
+        RT_TRY(rt_cuda_attn_fwd_own(q, &b, err));
+out:
+    return st;
+}
+
+enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_bwd_args *a,
+                                   struct rt_err *err)
+{
+    struct rt_attn_bwd_args b = *a;
+    enum rt_status st;
+    bool done = false;
+    RT_TRY(rt_cuda_attn_check(&b.s, "attn_bwd", err));
+    rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
+    if (b.s.n == 0)
+        goto out;
+    if (path != RT_CUDA_ATTN_OWN)
+        RT_TRY(rt_cuda_dnn_attn_bwd(dev, q, &b, path == RT_CUDA_ATTN_CUDNN, &done, err));
+    if (!done)
+        RT_TRY(rt_cuda_attn_bwd_own(q, &b, err));
+out:
+    return st;
+}
+
+enum rt_status rt_cuda_attn_fwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err)
+{
+    return rt_cuda_attn_fwd_by(RT_CUDA_ATTN_AUTO, dev, q, a, err);
+}
+
+enum rt_status rt_cuda_attn_bwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_err *err)
+{
+    return rt_cuda_attn_bwd_by(RT_CUDA_ATTN_AUTO, dev, q, a, err);
+}

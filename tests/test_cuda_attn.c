@@ -1,0 +1,323 @@
+/* Attention on the GPU, each path against `ref` from the same rounded inputs: own kernels of every size, cuDNN where it is there. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "core/mem.h"
+#include "tests/cuda_ops.h"
+
+#ifdef RT_CUDA
+#include "core/cuda/attn.h"
+
+/* Packed sequences in the layout that a caller has: q, k and v inside rows of one or two arrays. */
+struct layout {
+    int nh, nkv, dqk, dv;
+    int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head; /* of arrays that start with the first element of each */
+};
+/* The student's: [q | k | v] in one row. */
+static struct layout student(int nh, int nkv, int d)
+{
+    const int64_t ld = (int64_t)(nh + 2 * nkv) * d;
+    return (struct layout){nh, nkv, d, d, ld, d, ld, d, ld, d};
+}
+/* The teacher's: q dense, k dense, v in rows [k part dn | v] of each head. */
+static struct layout teacher(int nh, int dn, int dr, int dv)
+{
+    return (struct layout){nh, nh, dn + dr, dv, nh * (dn + dr), dn + dr, nh * (dn + dr), dn + dr, nh * (dn + dv), dn + dv};
+}
+
+struct arrays {
+    int64_t n, q_n, k_n, v_n, o_n; /* elements */
+    float *q, *k, *v, *o, *lse, *dout, *dq, *dk, *dv, *delta;
+};
+
+static float *floats(int64_t n)
+{
+    struct rt_err err = {0};
+    float *p;
+    assert_ok(rt_alloc((size_t)n, sizeof *p, "test", &p, &err));
+    return p;
+}
+
+static struct arrays arrays_make(const struct layout *l, int64_t n, float scale)
+{
+    struct arrays a = {.n = n, .q_n = n * l->q_ld, .k_n = n * l->k_ld, .v_n = n * l->v_ld, .o_n = n * l->nh * l->dv};
+    a.q = floats(a.q_n), a.k = floats(a.k_n), a.v = floats(a.v_n), a.o = floats(a.o_n), a.lse = floats(n * l->nh);
+    a.dout = floats(a.o_n), a.dq = floats(a.q_n), a.dk = floats(a.k_n), a.dv = floats(a.v_n), a.delta = floats(n * l->nh);
+    cuda_random(a.q, a.q_n, 1, scale);
+    cuda_random(a.k, a.k_n, 2, 1.0f);
+    cuda_random(a.v, a.v_n, 3, 1.0f);
+    cuda_random(a.dout, a.o_n, 4, 1.0f);
+    return a;
+}
+
+static void arrays_free(struct arrays *a)
+{
+    float *const all[] = {a->q, a->k, a->v, a->o, a->lse, a->dout, a->dq, a->dk, a->dv, a->delta};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        rt_free(all[i]);
+}
+
+/* Elements of a strided array that belong to it, dense. */
+static float *packed(const float *x, int64_t n, int heads, int d, int64_t ld, int64_t head)
+{
+    float *y = floats(n * heads * d);
+    for (int64_t t = 0; t < n; t++)
+        for (int h = 0; h < heads; h++)
+            memcpy(y + (t * heads + h) * d, x + t * ld + h * head, (size_t)d * sizeof *y);
+    return y;
+}
+
+static void close_heads(const char *what, const float *got, const float *want, int64_t n, int heads, int d, int64_t ld, int64_t head, double bound)
+{
+    float *a = packed(got, n, heads, d, ld, head), *b = packed(want, n, heads, d, ld, head);
+    cuda_close(what, a, b, n, heads * d, bound, 0);
+    rt_free(a);
+    rt_free(b);
+}
+
+/* Elements between the heads of an output must keep what they held: 0 here, while the outputs' own are written over. */
+static void untouched(const char *what, const float *x, int64_t n, int heads, int d, int64_t ld, int64_t head)
+{
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t c = 0; c < ld; c++)
+            if ((c / head >= heads || c % head >= d) && x[t * ld + c] != 0)
+                fail_msg("%s: row %lld, column %lld was written", what, (long long)t, (long long)c);
+}
+
+/* The weights are rounded to bfloat16 before they meet v, and so is the sum: 2^-9/sqrt(3) twice in the mean square, 1.6e-3. A gradient has one
+ * more such factor (dS, from P and dP). */
+static const double fwd_bound = CUDA_BF16_ONCE, bwd_bound = 4e-3;
+
+static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool backward)
+{
+    struct rt_err err = {0};
+    char what[96];
+    const int64_t n = cu[n_seq];
+    const float scale = (float)(1 / sqrt(l->dqk));
+    struct arrays a = arrays_make(l, n, 2.0f);
+    const struct rt_attn_shape s = {.cu_seqlens = cu, .n = n, .n_seq = n_seq, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv, .scale = scale};
+    const struct rt_attn_fwd_args f = {.s = s, .q = a.q, .k = a.k, .v = a.v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
+                                       .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .o = a.o, .lse = a.lse};
+    assert_ok(p->ref.be->attn_fwd(p->ref.dev, p->ref.q, &f, &err));
+    struct rt_attn_fwd_args g = f;
+    g.q = cuda_act(p, a.q, a.q_n), g.k = cuda_act(p, a.k, a.k_n), g.v = cuda_act(p, a.v, a.v_n);
+    g.o = cuda_act(p, NULL, a.o_n), g.lse = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
+    assert_ok(rt_cuda_attn_fwd_by(path, p->gpu.dev, p->gpu.q, &g, &err));
+    float *o = floats(a.o_n), *lse = floats(n * l->nh);
+    cuda_get_act(p, o, g.o, a.o_n);
+    cuda_get(p, lse, g.lse, (size_t)(n * l->nh) * 4);
+    snprintf(what, sizeof what, "%d/%d x %d/%d, %lld rows: o", l->nh, l->nkv, l->dqk, l->dv, (long long)n);
+    cuda_close(what, o, a.o, n, l->nh * l->dv, fwd_bound, 4 * fwd_bound);
+    for (int64_t i = 0; i < n * l->nh; i++) /* float32 sums of up to 2^12 terms; exp2 in hardware: 2 ulp */
+        if (!(fabsf(lse[i] - a.lse[i]) <= 1e-4f * (1 + fabsf(a.lse[i]))))
+            fail_msg("lse %lld: %g, expected %g", (long long)i, (double)lse[i], (double)a.lse[i]);
+    if (backward) {
+        const int64_t sizes[3] = {a.q_n, a.k_n, a.v_n};
+        float *host[3], *const ref[3] = {a.dq, a.dk, a.dv};
+        void *dev[3];
+        struct rt_attn_bwd_args b = {.s = s, .q = a.q, .k = a.k, .v = a.v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
+                                     .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .lse = a.lse, .dout = a.dout, .dq = a.dq, .dk = a.dk,
+                                     .dv = a.dv, .delta = a.delta};
+        cuda_round(a.o, a.o_n); /* both sides are given the output as the GPU stores it */
+        b.o = a.o;
+        assert_ok(p->ref.be->attn_bwd(p->ref.dev, p->ref.q, &b, &err));
+        for (int i = 0; i < 3; i++) {
+            host[i] = floats(sizes[i]);
+            dev[i] = cuda_act(p, host[i], sizes[i]);
+        }
+        void *od = cuda_act(p, a.o, a.o_n), *dod = cuda_act(p, a.dout, a.o_n), *lsed = cuda_bytes(p, a.lse, (size_t)(n * l->nh) * 4);
+        struct rt_attn_bwd_args c = b;
+        c.q = g.q, c.k = g.k, c.v = g.v, c.o = od, c.dout = dod, c.lse = lsed, c.dq = dev[0], c.dk = dev[1], c.dv = dev[2];
+        c.delta = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
+        assert_ok(rt_cuda_attn_bwd_by(path, p->gpu.dev, p->gpu.q, &c, &err));
+        for (int i = 0; i < 3; i++)
+            cuda_get_act(p, host[i], dev[i], sizes[i]);
+        untouched("dq", host[0], n, l->nh, l->dqk, l->q_ld, l->q_head);
+        untouched("dk", host[1], n, l->nkv, l->dqk, l->k_ld, l->k_head);
+        untouched("dv", host[2], n, l->nkv, l->dv, l->v_ld, l->v_head);
+        close_heads("  dq", host[0], ref[0], n, l->nh, l->dqk, l->q_ld, l->q_head, bwd_bound);
+        close_heads("  dk", host[1], ref[1], n, l->nkv, l->dqk, l->k_ld, l->k_head, bwd_bound);
+        close_heads("  dv", host[2], ref[2], n, l->nkv, l->dv, l->v_ld, l->v_head, bwd_bound);
+        /* the same call again: the same bytes */
+        float *again = floats(a.q_n);
+        assert_ok(rt_cuda_attn_bwd_by(path, p->gpu.dev, p->gpu.q, &c, &err));
+        cuda_get_act(p, again, dev[0], a.q_n);
+        assert_memory_equal(again, host[0], (size_t)a.q_n * sizeof *again);
+        rt_free(again);
+        for (int i = 0; i < 3; i++) {
+            cuda_free(p, dev[i]);
+            rt_free(host[i]);
+        }
+        cuda_free(p, od), cuda_free(p, dod), cuda_free(p, lsed), cuda_free(p, c.delta);
+    }
+    cuda_free(p, (void *)(uintptr_t)g.q), cuda_free(p, (void *)(uintptr_t)g.k), cuda_free(p, (void *)(uintptr_t)g.v);
+    cuda_free(p, g.o), cuda_free(p, g.lse);
+    rt_free(o);
+    rt_free(lse);
+    arrays_free(&a);
+}
+
+static const int32_t mixed[] = {0, 1, 8, 8, 72, 137, 437, 437}; /* lengths 1, 7, 0, 64, 65, 300, 0 */
+enum { MIXED = 7 };
+
+static void test_own_sizes(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct layout l[] = {student(4, 2, 64), student(3, 1, 96), student(4, 2, 128), teacher(3, 128, 64, 128), student(2, 1, 256)};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++)
+        run_case(&p, RT_CUDA_ATTN_OWN, &l[i], mixed, MIXED, true);
+    cuda_pair_close(&p);
+}
+
+static void test_own_small_heads(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct layout l[] = {student(4, 2, 8),  student(4, 1, 16), student(6, 3, 24), student(2, 2, 32), student(4, 2, 48), student(2, 1, 80),
+                               student(2, 1, 112), teacher(4, 32, 16, 32), teacher(2, 64, 32, 160), student(3, 1, 12), student(2, 1, 5)};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++)
+        run_case(&p, RT_CUDA_ATTN_OWN, &l[i], mixed, MIXED, true);
+    cuda_pair_close(&p);
+}
+
+/* Sequences longer than several tiles, and more of them than travel with a launch. */
+static void test_own_many(void **state)
+{
+    enum { N = 700 };
+    struct cuda_pair p;
+    int32_t cu[N + 1];
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct layout a = student(2, 1, 64), b = student(2, 1, 128), c = teacher(2, 128, 64, 128);
+    const int32_t longer[] = {0, 1000, 1001, 1514};
+    run_case(&p, RT_CUDA_ATTN_OWN, &a, longer, 3, true);
+    run_case(&p, RT_CUDA_ATTN_OWN, &b, longer, 3, true);
+    run_case(&p, RT_CUDA_ATTN_OWN, &c, longer, 3, true);
+    cu[0] = 0;
+    for (int i = 0; i < N; i++)
+        cu[i + 1] = cu[i] + i * 7 % 11;
+    run_case(&p, RT_CUDA_ATTN_OWN, &a, cu, N, true);
+    cuda_pair_close(&p);
+}
+
+/* Rows and heads that 16-byte accesses do not reach: an odd offset, an odd distance. */
+static void test_own_unaligned(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    struct layout l = student(4, 2, 64);
+    l.q_ld += 1;
+    l.k_head += 3, l.k_ld += 6;
+    l.v_ld += 2;
+    run_case(&p, RT_CUDA_ATTN_OWN, &l, mixed, MIXED, true);
+    cuda_pair_close(&p);
+}
+
+static bool has_cudnn(struct cuda_pair *p)
+{
+    if (p->gpu.dev == NULL || ((const struct rt_dev *)p->gpu.dev)->dnn == NULL)
+        return false;
+    return true;
+}
+
+static void test_cudnn_uniform(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    if (!has_cudnn(&p)) {
+        cuda_pair_close(&p);
+        TEST_SKIP("no cuDNN");
+    }
+    const struct layout l[] = {student(4, 2, 64), student(4, 2, 128), teacher(3, 128, 64, 128), student(2, 2, 64)};
+    const int32_t one[] = {0, 300}, four[] = {0, 256, 512, 768, 1024}, odd[] = {0, 197, 394};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], one, 1, false);
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], four, 4, false);
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], odd, 2, false);
+    }
+    cuda_pair_close(&p);
+}
+
+static void test_cudnn_ragged(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    if (!has_cudnn(&p)) {
+        cuda_pair_close(&p);
+        TEST_SKIP("no cuDNN");
+    }
+    const struct layout l[] = {student(4, 2, 64), student(4, 2, 128), teacher(3, 128, 64, 128)};
+    const int32_t longer[] = {0, 1000, 1001, 1514};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], mixed, MIXED, false);
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], longer, 3, false);
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], mixed, MIXED, false); /* a kept plan */
+    }
+    cuda_pair_close(&p);
+}
+
+/* What the table takes by itself, dense strides given as 0, no rows, and what it refuses. */
+static void test_table(void **state)
+{
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct layout big = {4, 2, 128, 128, 4 * 128, 128, 2 * 128, 128, 2 * 128, 128};
+    const int32_t cu[] = {0, 1024, 2048};
+    run_case(&p, RT_CUDA_ATTN_AUTO, &big, cu, 2, true);
+    const int32_t none[] = {0, 0}, wrong[] = {0, 5, 3};
+    void *x = cuda_act(&p, NULL, 64);
+    const struct rt_attn_shape s = {.cu_seqlens = none, .n = 0, .n_seq = 1, .nh = 1, .nkv = 1, .dqk = 8, .dv = 8, .scale = 1};
+    struct rt_attn_fwd_args a = {.s = s, .q = x, .k = x, .v = x, .o = x};
+    assert_ok(p.gpu.be->attn_fwd(p.gpu.dev, p.gpu.q, &a, &err));
+    a.s.cu_seqlens = wrong, a.s.n_seq = 2, a.s.n = 3;
+    assert_status(p.gpu.be->attn_fwd(p.gpu.dev, p.gpu.q, &a, &err), SHAPE);
+    a.s.cu_seqlens = none, a.s.n_seq = 1, a.s.n = 1;
+    assert_status(p.gpu.be->attn_fwd(p.gpu.dev, p.gpu.q, &a, &err), SHAPE);
+    a.s.n = 0, a.s.nh = 3, a.s.nkv = 2;
+    assert_status(p.gpu.be->attn_fwd(p.gpu.dev, p.gpu.q, &a, &err), SHAPE);
+    const int32_t one[] = {0, 1};
+    a.s = (struct rt_attn_shape){.cu_seqlens = one, .n = 1, .n_seq = 1, .nh = 1, .nkv = 1, .dqk = 300, .dv = 8, .scale = 1};
+    assert_status(p.gpu.be->attn_fwd(p.gpu.dev, p.gpu.q, &a, &err), UNSUPPORTED);
+    cuda_free(&p, x);
+    cuda_pair_close(&p);
+}
+
+#else
+
+static void test_skip(void **state)
+{
+    (void)state;
+    TEST_SKIP("no cuda backend");
+}
+#define test_own_sizes test_skip
+#define test_own_small_heads test_skip
+#define test_own_many test_skip
+#define test_own_unaligned test_skip
+#define test_cudnn_uniform test_skip
+#define test_cudnn_ragged test_skip
+#define test_table test_skip
+
+#endif
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(test_own_sizes),      cmocka_unit_test(test_own_small_heads), cmocka_unit_test(test_own_many),
+    cmocka_unit_test(test_own_unaligned),  cmocka_unit_test(test_cudnn_uniform),   cmocka_unit_test(test_cudnn_ragged),
+    cmocka_unit_test(test_table),
+};
+RT_SUITE(cuda_attn, tests)
