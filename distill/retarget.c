@@ -218,6 +218,9 @@ static enum rt_status exact_row(struct work *w, const struct spot *s, enum rt_ma
         if (*mask != RT_MASK_COUNT)
             return RT_OK;
         const double tail = fmax(0, 1 - stored_mass(r, s->row, lse));
+        *mask = tail > w->row.kept ? RT_MASK_LOOSE : RT_MASK_COUNT;
+        if (*mask != RT_MASK_COUNT)
+            return RT_OK;
         w->counts->evidence += w->row.kept;
         w->counts->bounded += tail > 1e-6; /* below it, float32 rounding of lse and logits */
         scale = w->row.kept + tail;

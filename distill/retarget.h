@@ -7,7 +7,8 @@
  *           T_j < a, b <= T_j+1      given that token j begins with the r = a - T_j bytes that the student has said:
  *                                    t(u) = sum of q_j(w) over w that extend r, phi(w, r) = u, divided by M + rho_j, M = sum of q_j(w) over
  *                                    these w. residual rho_j / (M + rho_j): what is not stored may extend r or not, so with rho_j > 0 it is an upper
- *                                    bound (counted). No row where M < RT_LITTLE_MASS or token j itself is not stored.
+ *                                    bound (counted). No row where M < RT_LITTLE_MASS or token j itself is not stored, nor where rho_j > M: a
+ *                                    bound above one half would teach the student little but not to trust what is listed.
  *           b > T_j+1                no row: the label stays for the cross-entropy
  *   strict  a = T_j, b = T_j+1       t(u) = q_j(w) where w and u are the same bytes, divided by M + rho_j, M = sum of q_j over shared w; else no
  *                                    row. (`train --tail renorm` leaves the others out on the student's side as well.)

@@ -27,6 +27,7 @@
     X(SPECIAL, "special", "a special token that the student lacks") \
     X(UNLISTED, "unlisted", "inside a teacher token that is not among the stored ids") \
     X(LITTLE, "little", "less than 0.001 of the teacher's mass left") \
+    X(LOOSE, "loose", "what is not stored outweighs what agrees with the bytes said") \
     X(SPLIT, "split", "strict: not one token to one token, or no shared token")
 
 enum rt_reject {
