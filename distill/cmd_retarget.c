@@ -12,6 +12,7 @@ struct values {
     struct rt_common common;
     const char *shards, *student, *out, *mode, *teacher, *template_name, *teacher_template;
     int64_t rows_per_shard;
+    double gamma;
 };
 
 #define V(field) offsetof(struct values, field)
@@ -20,7 +21,8 @@ static const struct rt_opt options[] = {
     {"student", RT_OPT_STRING, V(student), NULL, 0, 0, NULL, "DIR", "model directory of the student: its tokenizer, chat template and vocabulary", true, false},
     {"out", RT_OPT_STRING, V(out), NULL, 0, 0, NULL, "DIR", "where the student's shards go; the same command resumes", true, true},
     {"mode", RT_OPT_CHOICE, V(mode), "exact", 0, 0, "exact|strict|alm", NULL,
-     "exact: every row that bytes decide; strict: one token against one token; alm: likelihoods of chunks", false, false},
+     "exact: every row that bytes decide; strict: one token against one token; alm: likelihoods of spans (`train --w-alm`)", false, false},
+    {"gamma", RT_OPT_FLOAT, V(gamma), "0.1", 0, 1, NULL, "P", "alm: a span is cut only where the teacher's mass of a boundary coming next is above P", false, false},
     {"teacher", RT_OPT_STRING, V(teacher), NULL, 0, 0, NULL, "DIR", "where the teacher's tokenizer and template are; default: SHARDS/teacher, which `logits` leaves there", false, true},
     {"template", RT_OPT_STRING, V(template_name), NULL, 0, 0, NULL, "NAME", "chat template to use instead of the student's own", false, false},
     {"teacher-template", RT_OPT_STRING, V(teacher_template), NULL, 0, 0, NULL, "NAME", "the same for the teacher: where `logits` had --template", false, false},
@@ -161,7 +163,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     RT_TRY(open_models(&j, err));
     RT_TRY(rt_pool_create((int)j.v->common.threads, &j.pool, err));
     const struct rt_retarget_options o = {.shards = j.v->shards, .out = j.v->out, .teacher = &j.teacher, .student = &j.student,
-                                          .student_vocab = j.config.vocab_size, .mode = mode_of(j.v->mode), .rows_per_shard = j.v->rows_per_shard,
+                                          .student_vocab = j.config.vocab_size, .mode = mode_of(j.v->mode), .gamma = j.v->gamma, .rows_per_shard = j.v->rows_per_shard,
                                           .pool = j.pool, .log = ctx->log, .stop = ctx->stop, .stop_self = ctx->stop_self};
     RT_TRY(rt_retarget_run_open(&o, &j.run, err));
     if (!rt_retarget_run_input(j.run)->finished)
@@ -194,7 +196,8 @@ const struct rt_command rt_cmd_retarget = {
             "          the same, given the bytes said already; what no listed token explains stays one residual\n"
             "  strict  only where one student token is one teacher token, over the tokens that both have (`train --tail renorm` leaves the others out of the\n"
             "          student's side as well)\n"
-            "  alm     likelihoods of the chunks at whose ends both tokenizers meet\n"
+            "  alm     no distributions: the teacher's log-probabilities of spans at whose ends both tokenizers meet, for `train --w-alm`; also of shards that\n"
+            "          hold realised log-probabilities alone (top_k 0). With `logits --boundary` cut at whole words and debiased\n"
             "Student tokens that reach over the end of a teacher token, and white space alone, have no row: their labels stay for the cross-entropy.\n"
             "Rows hold at T = 1 alone: sums of probabilities cannot be tempered. Text that is not in NFC, or that the tokens' bytes do not spell, is\n"
             "left out and counted. The report is printed, and stands in every shard's header for what was read for it.\n\n"

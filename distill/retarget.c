@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "distill/retarget_alm.h"
 #include "distill/retarget_row.h"
 
 const char *rt_retarget_mode_name(enum rt_retarget_mode mode)
@@ -43,8 +44,12 @@ void rt_retarget_identity(const struct rt_row_identity *id, const struct rt_mode
     x.vocab_size = student_vocab;
     x.n_ids = rt_tokenizer_n_ids(student->tok);
     x.completion_only = id->completion_only || !same;
+    if (mode == RT_RETARGET_ALM) {
+        x.top_k = 0;
+        x.completion_only = true;
+    }
     x.boundary = id->boundary && (same || mode == RT_RETARGET_ALM);
-    if (!same_tokenizer) {
+    if (!same_tokenizer || mode == RT_RETARGET_ALM) {
         x.n_lse = 1;
         memset(x.lse_temperature, 0, sizeof x.lse_temperature);
         x.lse_temperature[0] = 1;
@@ -413,9 +418,7 @@ enum rt_status rt_retarget_rows(const struct rt_retarget_in *in, enum rt_retarge
                                 struct rt_retarget_counts *counts, struct rt_err *err)
 {
     enum rt_status st;
-    static rt_retarget_mode_fn *const modes[RT_RETARGET_MODES] = {exact, strict, NULL};
-    if (modes[mode] == NULL)
-        RT_FAIL(err, UNSUPPORTED, "--mode %s is not there: exact or strict", rt_retarget_mode_name(mode));
+    static rt_retarget_mode_fn *const modes[RT_RETARGET_MODES] = {exact, strict, rt_retarget_alm};
     RT_TRY(modes[mode](in, out, counts, err));
     RT_TRY(pair_states(in, out, counts, err));
     point(in, out, rows);

@@ -12,7 +12,7 @@
  *           b > T_j+1                no row: the label stays for the cross-entropy
  *   strict  a = T_j, b = T_j+1       t(u) = q_j(w) where w and u are the same bytes, divided by M + rho_j, M = sum of q_j over shared w; else no
  *                                    row. (`train --tail renorm` leaves the others out on the student's side as well.)
- *   alm     likelihoods of chunks    rt_retarget_alm
+ *   alm     likelihoods of spans in place of distributions (distill/retarget_alm.h)
  *
  * The realised token wins its row: q_j of teacher token j goes to student token i, whatever phi says. A target that is white space
  * alone, a special token that the student lacks, and a target without a stored row have no row. Rows hold at T = 1 alone,
@@ -46,6 +46,7 @@ struct rt_retarget_in {
     const char *text;                 /* what all student tokens decode to, and where each ends */
     int64_t text_len;
     const uint32_t *byte_end;         /* [student.n] */
+    double gamma;                     /* alm: least mass of a boundary at which a span is cut */
 };
 
 /* Columns of the sequence that is made; used again for the next one. A zeroed struct is empty. */
@@ -72,7 +73,7 @@ void rt_retarget_identity(const struct rt_row_identity *id, const struct rt_mode
                           bool same, struct rt_row_identity *out);
 
 /* = *out, and *rows points into it and into `in` (ids, mask, text); key made, occurrence left 0, source_line kept. counts +=, of
- * this sequence's targets, rows and states. UNSUPPORTED: a mode that is not there. */
+ * this sequence's targets, rows and states. NOMEM. */
 enum rt_status rt_retarget_rows(const struct rt_retarget_in *in, enum rt_retarget_mode mode, struct rt_retarget_out *out, struct rt_rows *rows,
                                 struct rt_retarget_counts *counts, struct rt_err *err);
 

@@ -27,7 +27,7 @@ static const struct name kind_names[RT_PLACE_KINDS] = {
 
 /* Counts that are one number each. */
 #define RT_COUNT_LIST(X) \
-    X(sequences) X(kept) X(earlier_turns) X(teacher_tokens) X(teacher_rows) X(targets) X(boundary) X(bounded) X(digits) X(digits_whole) X(digits_rows) \
+    X(sequences) X(kept) X(earlier_turns) X(teacher_tokens) X(teacher_rows) X(targets) X(boundary) X(bounded) X(digits) X(digits_whole) X(digits_rows) X(spans) \
     X(states) X(states_paired)
 
 enum rt_status rt_retarget_counts_init(struct rt_retarget_counts *c, uint32_t n_ids, struct rt_err *err)
@@ -247,7 +247,7 @@ enum rt_status rt_retarget_report_print(const struct rt_retarget_counts *c, cons
         const double n = c->rows[k] > 0 ? (double)c->rows[k] : 1;
         rows += c->rows[k];
         RT_TRY(rt_buf_printf(out, err, "%-32s %10ld %5.1f %% %10ld", kind_names[k].text, (long)c->kind[k], share((double)c->kind[k], targets), (long)c->rows[k]));
-        if (c->rows[k] > 0)
+        if (c->rows[k] > 0 && c->spans == 0)
             RT_TRY(rt_buf_printf(out, err, "   %9.5f  %9.5f", c->mass[k] / n, c->residual[k] / n));
         RT_TRY(rt_buf_puts(out, "\n", err));
     }
@@ -255,7 +255,9 @@ enum rt_status rt_retarget_report_print(const struct rt_retarget_counts *c, cons
     for (int i = 0; i < RT_MASK_COUNT; i++)
         if (c->masked[i] > 0)
             RT_TRY(rt_buf_printf(out, err, "           %8ld %5.1f %%  %s\n", (long)c->masked[i], share((double)c->masked[i], targets), mask_names[i].text));
-    if (c->rows[RT_PLACE_INSIDE] > 0)
+    if (c->spans > 0)
+        RT_TRY(rt_buf_printf(out, err, "spans      %ld, of %.2f tokens on average\n", (long)c->spans, (double)rows / (double)c->spans));
+    else if (c->rows[RT_PLACE_INSIDE] > 0)
         RT_TRY(rt_buf_printf(out, err, "inside     the teacher gave %.4f on average to what agrees with the bytes said; in %ld rows the residual is an upper bound\n",
                              c->evidence / (double)c->rows[RT_PLACE_INSIDE], (long)c->bounded));
     if (c->digits > 0)

@@ -61,6 +61,7 @@ struct rt_retarget_counts {
     int64_t bounded;             /* INSIDE rows whose residual is an upper bound (the stored ids do not hold all mass) */
     int64_t masked[RT_MASK_COUNT];
     int64_t digits, digits_whole, digits_rows; /* targets of digits alone; one to one with the teacher; with a row */
+    int64_t spans;               /* alm: a row is one that lies in a span, and there are no masses */
     int64_t states, states_paired; /* target positions of kept sequences; with a teacher state */
     uint32_t *crossing;          /* [n_ids] how often each student token crossed; NULL: not counted */
     uint32_t n_ids;

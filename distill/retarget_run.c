@@ -245,7 +245,7 @@ static void row_item(void *ctx, int64_t item, int worker)
     const struct rt_retarget_in in = {.map = &r->map, .id = rt_shard_set_identity(r->set[0]), .rows = &s->rows, .teacher = s->text.teacher, .student = *side,
                                       .place = place, .text = r->same ? s->rows.text : s->text.text.data,
                                       .text_len = r->same ? s->rows.text_len : (int64_t)s->text.text.len,
-                                      .byte_end = r->same ? s->rows.byte_end : s->text.enc.byte_end};
+                                      .byte_end = r->same ? s->rows.byte_end : s->text.enc.byte_end, .gamma = r->o.gamma};
     s->counts.kept = 1;
     s->counts.earlier_turns = s->text.earlier;
     for (int64_t i = s->text.teacher.first > 0 ? s->text.teacher.first : 1; i < s->text.teacher.n; i++)
@@ -253,7 +253,7 @@ static void row_item(void *ctx, int64_t item, int worker)
     for (int64_t i = 0; i < s->rows.n_rows; i++)
         s->counts.teacher_rows += s->rows.loss_mask[s->rows.position[i] + 1];
     s->st = rt_retarget_rows(&in, r->o.mode, &s->out, &s->made, &s->counts, &s->err);
-    if (s->st != RT_OK || !r->same)
+    if (s->st != RT_OK || !r->same || r->o.mode == RT_RETARGET_ALM)
         return;
     const uint8_t *mask = s->made.feature_mask; /* the rows as they are, those of tokens that are no targets too */
     s->made = s->rows;

@@ -19,6 +19,7 @@ struct rt_retarget_options {
     struct rt_model_dir *teacher, *student; /* opened, both with a tokenizer */
     int64_t student_vocab;                  /* rows of the student's head */
     enum rt_retarget_mode mode;
+    double gamma;                           /* of alm */
     int64_t rows_per_shard;                 /* 0: RT_SHARD_ROWS, fewer where rows and states are wide */
     struct rt_pool *pool;
     struct rt_log *log;
