@@ -30,4 +30,6 @@ echo "== memory: a checkpoint eight times larger than --memory"
 show sh bench/memory.sh "$build"
 echo "== shards: bytes a token"
 show sh bench/shards.sh "$build"
+echo "== two tokenizers: what of a teacher's rows crosses"
+show "$build/bench_retarget_overlap" examples/tiny_teacher examples/crossing_student examples/prompts/almanac_train.jsonl
 [ $failed = 0 ]
