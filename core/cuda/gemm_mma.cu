@@ -50,6 +50,7 @@ __device__ void load_tile(bf16 *tile, const operand &o, int64_t mn0, int64_t k0)
         if (o.wide && row < rows && col + 8 <= cols) {
             copy16(dst, o.at + row * o.ld + col);
         } else {
+#pragma unroll 1
             for (int j = 0; j < 8; j++)
                 dst[j] = row < rows && col + j < cols ? o.at[row * o.ld + col + j] : __float2bfloat16_rn(0.0f);
         }
@@ -117,7 +118,7 @@ __device__ void put(const problem &p, int64_t batch, int64_t row, int64_t col, f
 
 /* TA: a stored [k,m]; TB: b stored [k,n] (so that "stored with k in the rows" is the same for both). */
 template <bool TA, bool TB>
-__global__ void __launch_bounds__(THREADS) gemm_kernel(problem p)
+__global__ void __launch_bounds__(THREADS, 2) gemm_kernel(problem p)
 {
     __shared__ __align__(16) bf16 sa[2][STAGE], sb[2][STAGE];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 4 * 64, wn = warp % 4 * 32;

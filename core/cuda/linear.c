@@ -1,6 +1,7 @@
 /* Linear layers: forward and the two gradients. Contracts: core/backend.h. */
 #include "core/cuda/gemm.h"
 #include "core/cuda/gemm_kernels.h"
+#include "core/cuda/skinny.h"
 
 #define UNUSED __attribute__((unused))
 
@@ -27,13 +28,15 @@ out:
     return st;
 }
 
-enum rt_status rt_cuda_linear_fwd(UNUSED struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err)
+enum rt_status rt_cuda_linear_fwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err)
 {
     const void *w = NULL;
     void *temp = NULL;
     enum rt_status st;
     RT_TRY(rt_cuda_weight_check(a->w, "linear_fwd", a->N, a->K, a->x.scale != NULL, err));
     RT_TRY(check_bias(a->bias, a->N, err));
+    if (rt_cuda_skinny_linear_fits(a))
+        return rt_cuda_skinny_linear(dev, q, a, err);
     if (a->x.scale != NULL) {
         RT_TRY(quantised(q, a, err));
         goto out;

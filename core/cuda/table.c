@@ -41,6 +41,7 @@ const struct rt_backend rt_backend_cuda = {
     .linear_fwd = rt_cuda_linear_fwd,
     .linear_dgrad = rt_cuda_linear_dgrad,
     .linear_wgrad = rt_cuda_linear_wgrad,
+    .head_topk = rt_cuda_head_topk,
     .attn_fwd = rt_cuda_attn_fwd,
     .attn_bwd = rt_cuda_attn_bwd,
 };
