@@ -1,0 +1,225 @@
+/* Element-wise rows with an e4m3 form: quant, swiglu_fwd, and the gating of a group of experts (moe_rows.h).
+ *
+ * A block takes 4 rows, each thread the same vector of all four: four or eight loads in flight, and the four scales of a column block are one
+ * store of 16 bytes (rows of scales lie a multiple of 4 apart). Rows behind the last are written as zeros without reading. Codes are made of
+ * the bf16-rounded value (quant.cuh).
+ */
+#include "core/cuda/cuda.h"
+#include "core/cuda/moe_rows.h"
+#include "core/cuda/quant.cuh"
+
+namespace {
+
+enum { ROWS = 4, SLOW_WARPS = 8 };
+
+struct gate {
+    const bf16 *x, *up;    /* up: swiglu alone */
+    bf16 *h;               /* may be NULL */
+    uint8_t *code;         /* may be NULL */
+    float *scale;
+    const int4 *group;     /* rows of a group (struct rt_cuda_moe_group), or NULL */
+    int64_t n, rows, ld;   /* h has n rows; codes have `rows`, a multiple of 4 */
+    int cols;
+};
+
+/* Where a row's scales begin, and how far apart they are. */
+struct place {
+    float *scale;
+    int64_t ld;
+    bool live;
+};
+
+__device__ __forceinline__ struct place place_of(const struct gate &p, int64_t row)
+{
+    struct place at;
+    if (p.group != NULL) {
+        const int4 g = __ldg(p.group + row);
+        at.scale = p.scale + (int64_t)g.y * (p.cols / QBLOCK) + (row - g.y);
+        at.ld = g.z;
+        at.live = g.x >= 0;
+    } else {
+        at.scale = p.scale + row;
+        at.ld = p.rows;
+        at.live = row < p.n;
+    }
+    return at;
+}
+
+/* silu(g) * u */
+__device__ __forceinline__ float gated(float g, float u)
+{
+    return __fdividef(g, 1.0f + __expf(-g)) * u;
+}
+
+template <bool GLU>
+__device__ __forceinline__ void load_rows(const struct gate &p, int64_t row0, int c, unsigned live, uint4 (&x)[ROWS], uint4 (&u)[GLU ? ROWS : 1])
+{
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t at = (row0 + r) * p.ld + (int64_t)c * VEC;
+        x[r] = live >> r & 1 ? load_stream(p.x + at) : make_uint4(0, 0, 0, 0);
+        if (GLU)
+            u[r] = live >> r & 1 ? load_stream(p.up + at) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+template <bool GLU, bool Q>
+__global__ void __launch_bounds__(256) tile_kernel(const __grid_constant__ struct gate p)
+{
+    const int64_t row0 = (int64_t)blockIdx.x * ROWS;
+    const int nv = p.cols / VEC;
+    unsigned live = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        live |= (row0 + r < p.rows && place_of(p, row0 + r).live ? 1u : 0u) << r;
+    const struct place at = place_of(p, row0);
+    for (int c0 = 0; c0 < nv; c0 += (int)blockDim.x) { /* every thread makes every turn: a block's amax is of all its lanes */
+        const int c = c0 + (int)threadIdx.x;
+        uint4 x[ROWS], u[GLU ? ROWS : 1];
+        float scale[ROWS];
+        load_rows<GLU>(p, row0, c, c < nv ? live : 0, x, u);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float v[VEC], w[VEC];
+            if (GLU) {
+                unpack(x[r], v);
+                unpack(u[r], w);
+#pragma unroll
+                for (int j = 0; j < VEC; j++)
+                    v[j] = gated(v[j], w[j]);
+                x[r] = pack(v);
+                if (p.h != NULL && c < nv && row0 + r < p.n)
+                    *(uint4 *)(p.h + (row0 + r) * p.cols + (int64_t)c * VEC) = x[r];
+            }
+            if (!Q)
+                continue;
+            unpack(x[r], v);
+            const struct qscale q = quant_scale(block_amax(vector_amax(v)));
+            scale[r] = live >> r & 1 ? q.s : 0.0f;
+            if (c < nv)
+                *(uint2 *)(p.code + (row0 + r) * p.cols + (int64_t)c * VEC) = code8(v, q); /* of zeros: zeros */
+        }
+        if (Q && c < nv && c % QLANES == 0)
+            *(float4 *)(at.scale + (int64_t)(c / QLANES) * at.ld) = make_float4(scale[0], scale[1], scale[2], scale[3]);
+    }
+}
+
+/* Any width and alignment: a warp for each row and chunk of 128 columns, four single elements a thread. */
+template <bool GLU>
+__global__ void __launch_bounds__(32 * SLOW_WARPS) chunk_kernel(const __grid_constant__ struct gate p)
+{
+    const int64_t row = (int64_t)blockIdx.x * SLOW_WARPS + threadIdx.y;
+    if (row >= p.rows)
+        return;
+    const struct place at = place_of(p, row);
+    for (int c = 0; c < p.cols; c += QBLOCK) {
+        float v[QBLOCK / 32], amax = 0;
+#pragma unroll
+        for (int i = 0; i < QBLOCK / 32; i++) {
+            const int j = c + (int)threadIdx.x + 32 * i;
+            const bool in = at.live && j < p.cols;
+            v[i] = in ? __bfloat162float(p.x[row * p.ld + j]) : 0.0f;
+            if (GLU)
+                v[i] = in ? round_bf16(gated(v[i], __bfloat162float(p.up[row * p.ld + j]))) : 0.0f;
+            if (p.h != NULL && row < p.n && j < p.cols)
+                p.h[row * p.cols + j] = __float2bfloat16_rn(v[i]);
+            amax = fmaxf(amax, fabsf(v[i]));
+        }
+        if (p.code == NULL)
+            continue;
+        const struct qscale q = quant_scale(warp_max(amax));
+#pragma unroll
+        for (int i = 0; i < QBLOCK / 32; i++)
+            p.code[row * p.cols + c + threadIdx.x + 32 * i] = code1(v[i], q);
+        if (threadIdx.x == 0)
+            at.scale[(int64_t)(c / QBLOCK) * at.ld] = at.live ? q.s : 0.0f;
+    }
+}
+
+template <bool GLU>
+void launch(const struct gate &p, cudaStream_t stream)
+{
+    const bool vectors = p.cols % VEC == 0 && p.ld % VEC == 0 && aligned16(p.x) && aligned16(p.up) && aligned16(p.h) && aligned16(p.code) &&
+                         aligned16(p.scale);
+    if (!vectors) {
+        chunk_kernel<GLU><<<(unsigned)((p.rows + SLOW_WARPS - 1) / SLOW_WARPS), dim3(32, SLOW_WARPS), 0, stream>>>(p);
+        return;
+    }
+    const int nv = p.cols / VEC, turns = (nv + 255) / 256;
+    const unsigned threads = (unsigned)(((nv + turns - 1) / turns + 31) / 32 * 32), grid = (unsigned)((p.rows + ROWS - 1) / ROWS);
+    if (!GLU || p.code != NULL)
+        tile_kernel<GLU, true><<<grid, threads, 0, stream>>>(p);
+    else
+        tile_kernel<true, false><<<grid, threads, 0, stream>>>(p);
+}
+
+enum rt_status check(const char *op, int64_t n, int64_t cols, bool quantised, struct rt_err *err)
+{
+    if (quantised && cols % QBLOCK != 0)
+        return rt_fail(err, RT_SHAPE, "%s: %lld columns; the e4m3 form needs a multiple of %d", op, (long long)cols, (int)QBLOCK);
+    if (cols < 1 || cols > INT32_MAX / 2 || n > INT32_MAX - ROWS)
+        return rt_fail(err, RT_SHAPE, "%s: %lld rows of %lld columns", op, (long long)n, (long long)cols);
+    return RT_OK;
+}
+
+}
+
+enum rt_status rt_cuda_quant(struct rt_dev *, struct rt_queue *q, const struct rt_quant_args *a, struct rt_err *err)
+{
+    const enum rt_status st = check("quant", a->n, a->cols, true, err);
+    if (st != RT_OK || a->n <= 0)
+        return st;
+    struct gate p = {};
+    p.x = (const bf16 *)a->x;
+    p.code = (uint8_t *)a->q.data;
+    p.scale = a->q.scale;
+    p.n = a->n;
+    p.rows = rt_act_rows(a->n);
+    p.ld = ld_or(a->ldx, a->cols);
+    p.cols = (int)a->cols;
+    launch<false>(p, q->stream);
+    return rt_cuda_launched("quant", err);
+}
+
+enum rt_status rt_cuda_swiglu_fwd(struct rt_dev *, struct rt_queue *q, const struct rt_swiglu_fwd_args *a, struct rt_err *err)
+{
+    const bool quantised = a->hq.data != NULL;
+    const enum rt_status st = check("swiglu_fwd", a->n, a->I, quantised, err);
+    if (st != RT_OK || a->n <= 0 || (a->h == NULL && !quantised))
+        return st;
+    struct gate p = {};
+    p.x = (const bf16 *)a->gate;
+    p.up = (const bf16 *)a->up;
+    p.h = (bf16 *)a->h;
+    p.code = (uint8_t *)a->hq.data;
+    p.scale = a->hq.scale;
+    p.n = a->n;
+    p.rows = quantised ? rt_act_rows(a->n) : a->n;
+    p.ld = ld_or(a->ld, a->I);
+    p.cols = (int)a->I;
+    launch<true>(p, q->stream);
+    return rt_cuda_launched("swiglu_fwd", err);
+}
+
+enum rt_status rt_cuda_moe_swiglu(struct rt_queue *q, const struct rt_cuda_moe_group *g, const void *gate, const void *up, int64_t ld,
+                                  struct rt_act h, int I, struct rt_err *err)
+{
+    const bool quantised = h.scale != NULL;
+    const enum rt_status st = check("swiglu of a group of experts", g->rows, I, quantised, err);
+    if (st != RT_OK || g->rows == 0)
+        return st;
+    struct gate p = {};
+    p.x = (const bf16 *)gate;
+    p.up = (const bf16 *)up;
+    if (quantised)
+        p.code = (uint8_t *)h.data;
+    else
+        p.h = (bf16 *)h.data;
+    p.scale = h.scale;
+    p.group = (const int4 *)g->row;
+    p.n = p.rows = g->rows;
+    p.ld = ld_or(ld, I);
+    p.cols = I;
+    launch<true>(p, q->stream);
+    return rt_cuda_launched("swiglu of a group of experts", err);
+}
