@@ -93,6 +93,12 @@ static double stored_mass(const struct rt_rows *r, int64_t row, double lse)
     return sum;
 }
 
+/* The mass outside the stored ids: none where every id is stored, whatever float32 makes of the sum. */
+static double tail_mass(const struct rt_retarget_in *in, int64_t row, double lse)
+{
+    return in->rows->k >= in->id->n_ids ? 0 : fmax(0, 1 - stored_mass(in->rows, row, lse));
+}
+
 /* The entries that begin a token: t(u) += q(w), u from `to`. *listed: the realised token is among them. */
 static void collect_head(struct work *w, const struct spot *s, bool equal, bool *listed)
 {
@@ -222,7 +228,7 @@ static enum rt_status exact_row(struct work *w, const struct spot *s, enum rt_ma
         *mask = !listed ? RT_MASK_UNLISTED : w->row.kept < RT_LITTLE_MASS ? RT_MASK_LITTLE : RT_MASK_COUNT;
         if (*mask != RT_MASK_COUNT)
             return RT_OK;
-        const double tail = fmax(0, 1 - stored_mass(r, s->row, lse));
+        const double tail = tail_mass(w->in, s->row, lse);
         *mask = tail > w->row.kept ? RT_MASK_LOOSE : RT_MASK_COUNT;
         if (*mask != RT_MASK_COUNT)
             return RT_OK;
@@ -250,9 +256,8 @@ static enum rt_status strict_row(struct work *w, const struct spot *s, enum rt_m
     *mask = w->row.kept < RT_LITTLE_MASS ? RT_MASK_LITTLE : RT_MASK_COUNT;
     if (*mask != RT_MASK_COUNT)
         return RT_OK;
-    const double stored = stored_mass(r, s->row, (double)r->lse[s->row * r->n_lse + s->at1]);
     rt_row_close(&w->row);
-    return put_row(w, s, w->row.kept + fmax(0, 1 - stored));
+    return put_row(w, s, w->row.kept + tail_mass(w->in, s->row, (double)r->lse[s->row * r->n_lse + s->at1]));
 }
 
 typedef enum rt_status mode_row(struct work *w, const struct spot *s, enum rt_mask *mask);
