@@ -26,8 +26,7 @@ struct rt_corpus {
     struct rt_sample held;
     uint8_t held_key[RT_KEY_BYTES];
     uint32_t held_occurrence;
-    struct rt_buf bytes, rows, places, text;
-    int64_t n, tokens;
+    struct rt_buf text, lengths; /* lengths: of the share's sequences, uint32_t, after a survey */
 };
 
 enum rt_status rt_corpus_open(const struct rt_corpus_options *o, struct rt_corpus **out, struct rt_err *err)
@@ -53,10 +52,8 @@ void rt_corpus_close(struct rt_corpus *c)
         return;
     rt_dataset_close(c->data);
     rt_free(c->seen);
-    rt_buf_free(&c->bytes);
-    rt_buf_free(&c->rows);
-    rt_buf_free(&c->places);
     rt_buf_free(&c->text);
+    rt_buf_free(&c->lengths);
     rt_free(c);
 }
 
@@ -134,6 +131,7 @@ enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *ou
     bool end;
     enum rt_status st;
     *out = (struct rt_corpus_survey){0};
+    c->lengths.len = 0;
     rt_sha256_init(&sha);
     for (;;) {
         RT_TRY(next_sample(c, &s, key, &occurrence, &end, err));
@@ -144,6 +142,8 @@ enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *ou
         out->targets += s.n_targets;
         out->longest = s.n > out->longest ? s.n : out->longest;
         rt_sha256_update(&sha, key, sizeof key);
+        const uint32_t length = (uint32_t)s.n;
+        RT_TRY(rt_buf_append(&c->lengths, &length, sizeof length, err));
     }
     rt_sha256_final(&sha, digest);
     rt_hex(out->sha256, digest, sizeof digest);
@@ -154,7 +154,8 @@ out:
 }
 
 /* Copies a sample into the window. Sizes are rounded to 8 so that every part is aligned. */
-static enum rt_status append(struct rt_corpus *c, const struct rt_sample *s, const uint8_t *key, uint32_t occurrence, struct rt_err *err)
+static enum rt_status append(struct rt_corpus *c, struct rt_corpus_window *w, const struct rt_sample *s, const uint8_t *key, uint32_t occurrence,
+                             struct rt_err *err)
 {
     static const char zeros[8];
     struct rt_rows r = {.occurrence = occurrence, .source_line = s->line, .n_tokens = s->n};
@@ -162,56 +163,56 @@ static enum rt_status append(struct rt_corpus *c, const struct rt_sample *s, con
     uint32_t *ends = NULL;
     enum rt_status st;
     memcpy(r.key, key, RT_KEY_BYTES);
-    p.ids = c->bytes.len;
-    RT_TRY(rt_buf_append(&c->bytes, s->ids, (size_t)s->n * sizeof *s->ids, err));
-    RT_TRY(rt_buf_append(&c->bytes, zeros, (8 - c->bytes.len % 8) % 8, err));
-    p.mask = c->bytes.len;
-    RT_TRY(rt_buf_append(&c->bytes, s->loss_mask, (size_t)s->n, err));
-    RT_TRY(rt_buf_append(&c->bytes, zeros, (8 - c->bytes.len % 8) % 8, err));
+    p.ids = w->bytes.len;
+    RT_TRY(rt_buf_append(&w->bytes, s->ids, (size_t)s->n * sizeof *s->ids, err));
+    RT_TRY(rt_buf_append(&w->bytes, zeros, (8 - w->bytes.len % 8) % 8, err));
+    p.mask = w->bytes.len;
+    RT_TRY(rt_buf_append(&w->bytes, s->loss_mask, (size_t)s->n, err));
+    RT_TRY(rt_buf_append(&w->bytes, zeros, (8 - w->bytes.len % 8) % 8, err));
     if (c->o.model->tok != NULL) {
         c->text.len = 0;
         RT_TRY(rt_tokenizer_decode(c->o.model->tok, s->ids, (size_t)s->n, false, &c->text, err));
         RT_TRY(rt_alloc((size_t)s->n, sizeof *ends, "ends of tokens", &ends, err));
         RT_TRY(rt_tokenizer_byte_ends(c->o.model->tok, s->ids, (size_t)s->n, ends, err));
-        p.byte_end = c->bytes.len;
-        RT_TRY(rt_buf_append(&c->bytes, ends, (size_t)s->n * sizeof *ends, err));
-        p.text = c->bytes.len;
-        RT_TRY(rt_buf_append(&c->bytes, c->text.data, c->text.len, err));
-        RT_TRY(rt_buf_append(&c->bytes, zeros, 8 - c->bytes.len % 8, err));
+        p.byte_end = w->bytes.len;
+        RT_TRY(rt_buf_append(&w->bytes, ends, (size_t)s->n * sizeof *ends, err));
+        p.text = w->bytes.len;
+        RT_TRY(rt_buf_append(&w->bytes, c->text.data, c->text.len, err));
+        RT_TRY(rt_buf_append(&w->bytes, zeros, 8 - w->bytes.len % 8, err));
         r.text_len = (int64_t)c->text.len;
     }
-    RT_TRY(rt_buf_append(&c->rows, &r, sizeof r, err));
-    RT_TRY(rt_buf_append(&c->places, &p, sizeof p, err));
-    c->n++;
-    c->tokens += s->n;
+    RT_TRY(rt_buf_append(&w->rows, &r, sizeof r, err));
+    RT_TRY(rt_buf_append(&w->places, &p, sizeof p, err));
+    w->n++;
+    w->tokens += s->n;
 out:
     rt_free(ends);
     return st;
 }
 
-static void point(struct rt_corpus *c)
+static void point(const struct rt_corpus *c, struct rt_corpus_window *w)
 {
-    struct rt_rows *r = (struct rt_rows *)(void *)c->rows.data;
-    const struct place *p = (const struct place *)(const void *)c->places.data;
-    for (int64_t i = 0; i < c->n; i++) {
-        r[i].ids = (const uint32_t *)(const void *)(c->bytes.data + p[i].ids);
-        r[i].loss_mask = (const uint8_t *)(c->bytes.data + p[i].mask);
+    struct rt_rows *r = (struct rt_rows *)(void *)w->rows.data;
+    const struct place *p = (const struct place *)(const void *)w->places.data;
+    for (int64_t i = 0; i < w->n; i++) {
+        r[i].ids = (const uint32_t *)(const void *)(w->bytes.data + p[i].ids);
+        r[i].loss_mask = (const uint8_t *)(w->bytes.data + p[i].mask);
         if (c->o.model->tok != NULL) {
-            r[i].byte_end = (const uint32_t *)(const void *)(c->bytes.data + p[i].byte_end);
-            r[i].text = c->bytes.data + p[i].text;
+            r[i].byte_end = (const uint32_t *)(const void *)(w->bytes.data + p[i].byte_end);
+            r[i].text = w->bytes.data + p[i].text;
         }
     }
 }
 
-enum rt_status rt_corpus_window(struct rt_corpus *c, int64_t tokens, struct rt_rows **seqs, int64_t *n, int64_t *n_tokens, struct rt_err *err)
+enum rt_status rt_corpus_next(struct rt_corpus *c, int64_t tokens, struct rt_corpus_window *w, struct rt_err *err)
 {
     uint8_t key[RT_KEY_BYTES];
     uint32_t occurrence = 0;
     struct rt_sample s;
     bool end = false;
     enum rt_status st = RT_OK;
-    c->bytes.len = c->rows.len = c->places.len = 0;
-    c->n = c->tokens = 0;
+    w->bytes.len = w->rows.len = w->places.len = 0;
+    w->n = w->tokens = 0;
     for (;;) {
         if (c->have) {
             s = c->held;
@@ -225,19 +226,56 @@ enum rt_status rt_corpus_window(struct rt_corpus *c, int64_t tokens, struct rt_r
             break;
         if (s.n > tokens)
             RT_FAIL(err, USAGE, "%s: line %ld has %ld tokens, a window holds %ld", rt_dataset_path(c->data), (long)s.line, (long)s.n, (long)tokens);
-        if (c->tokens + s.n > tokens) {
+        if (w->tokens + s.n > tokens) {
             c->held = s; /* stays valid: the dataset is not asked again before it is taken */
             c->held_occurrence = occurrence;
             memcpy(c->held_key, key, sizeof key);
             c->have = true;
             break;
         }
-        RT_TRY(append(c, &s, key, occurrence, err));
+        RT_TRY(append(c, w, &s, key, occurrence, err));
     }
-    point(c);
-    *seqs = (struct rt_rows *)(void *)c->rows.data;
-    *n = c->n;
-    *n_tokens = c->tokens;
+    point(c, w);
+    w->seqs = (struct rt_rows *)(void *)w->rows.data;
 out:
     return st;
+}
+
+void rt_corpus_window_free(struct rt_corpus_window *w)
+{
+    rt_buf_free(&w->bytes);
+    rt_buf_free(&w->rows);
+    rt_buf_free(&w->places);
+    *w = (struct rt_corpus_window){0};
+}
+
+int64_t rt_corpus_windows(const struct rt_corpus *c, int64_t tokens)
+{
+    const uint32_t *length = (const uint32_t *)(const void *)c->lengths.data;
+    int64_t windows = 0, left = 0;
+    for (size_t i = 0; i < c->lengths.len / sizeof *length; i++) {
+        if (length[i] > left) {
+            windows++;
+            left = tokens;
+        }
+        left -= length[i];
+    }
+    return windows;
+}
+
+int64_t rt_corpus_even_window(const struct rt_corpus *c, int64_t tokens)
+{
+    const uint32_t *length = (const uint32_t *)(const void *)c->lengths.data;
+    int64_t lo = 1, hi = tokens;
+    for (size_t i = 0; i < c->lengths.len / sizeof *length; i++)
+        lo = length[i] > lo ? length[i] : lo;
+    const int64_t most = rt_corpus_windows(c, tokens);
+    while (lo < hi) {
+        const int64_t mid = lo + (hi - lo) / 2;
+        if (rt_corpus_windows(c, mid) <= most)
+            hi = mid;
+        else
+            lo = mid + 1;
+    }
+    return hi;
 }

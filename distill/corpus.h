@@ -1,6 +1,8 @@
 /* A dataset as windows of sequences for scoring: keys, occurrence numbers, texts, shares of a corpus.
  *
- * Sequences are numbered in input order; share `part` of n_parts has those whose number is part modulo n_parts. The occurrence of
+ * A window takes the next sequences in input order until one more would exceed it, so that every sequence ends inside its window and
+ * rows leave in input order (shards are cut by it). No other way to cut the input into runs of that size has fewer windows; what
+ * stays empty is less than the sequence that did not fit. Sequences are numbered in input order; share `part` of n_parts has those whose number is part modulo n_parts. The occurrence of
  * a key counts over the whole input, so that shares agree.
  */
 #ifndef RT_DISTILL_CORPUS_H
@@ -9,6 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "core/mem.h"
 #include "distill/model_dir.h"
 #include "formats/dataset.h"
 #include "formats/rows.h"
@@ -33,8 +36,19 @@ enum rt_status rt_corpus_open(const struct rt_corpus_options *o, struct rt_corpu
 void rt_corpus_close(struct rt_corpus *c); /* NULL is fine */
 /* Reads everything once and rewinds. */
 enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *out, struct rt_err *err);
-/* The next window: sequences until the next one would exceed `tokens`, with ids, mask, key, text. *seqs and what they point at are the
- * corpus's, valid until the next call. *n 0 after the last. USAGE where one sequence alone exceeds it. */
-enum rt_status rt_corpus_window(struct rt_corpus *c, int64_t tokens, struct rt_rows **seqs, int64_t *n, int64_t *n_tokens, struct rt_err *err);
+/* After a survey: how many windows of `tokens` it makes, at least as long as the longest sequence; and the smallest window that makes no
+ * more of them: windows of even size hide reading better than full ones and a small last one. */
+int64_t rt_corpus_windows(const struct rt_corpus *c, int64_t tokens);
+int64_t rt_corpus_even_window(const struct rt_corpus *c, int64_t tokens);
+
+/* Sequences of a window, with ids, mask, key, text. Zeroed at first; released with rt_corpus_window_free. */
+struct rt_corpus_window {
+    struct rt_rows *seqs;  /* [n] */
+    int64_t n, tokens;
+    struct rt_buf bytes, rows, places; /* where it lies: the corpus's business */
+};
+/* The next window replaces what w held; n 0 after the last. USAGE where one sequence alone exceeds it. */
+enum rt_status rt_corpus_next(struct rt_corpus *c, int64_t tokens, struct rt_corpus_window *w, struct rt_err *err);
+void rt_corpus_window_free(struct rt_corpus_window *w);
 
 #endif

@@ -202,8 +202,8 @@ enum rt_status rt_doctor_shards(struct rt_doctor *d, struct rt_err *err)
     if (info->finished)
         RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_PASS, "shards.parts", "all of %d, finished", info->n_parts));
     else
-        RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.parts", "%d of %d parts are there, not all finished: the same `retort logits` goes on, or copy the other parts here",
-                            info->parts_present, info->n_parts));
+        RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.parts", "%d of %d parts are there (%s): the same `retort logits` goes on, or copy the other parts here",
+                            info->parts_present, info->n_parts, info->missing[0] != '\0' ? info->missing : "none was begun"));
     RT_TRY(identity(d, id, err));
     RT_TRY(contents(d, id, info, err));
     RT_TRY(canaries(d, id, err));

@@ -154,6 +154,8 @@ enum rt_status rt_inspect_shards(const char *path, const struct rt_inspect_optio
     RT_TRY(rt_json_set_bool(obj, "finished", info->finished, err));
     RT_TRY(rt_json_set_int(obj, "parts", info->n_parts, err));
     RT_TRY(rt_json_set_int(obj, "parts_present", info->parts_present, err));
+    if (info->missing[0] != '\0')
+        RT_TRY(rt_json_set_string(obj, "parts_missing", info->missing, err));
     RT_TRY(rt_json_set_int(obj, "shards", info->shards, err));
     RT_TRY(rt_json_set_int(obj, "sequences", info->sequences, err));
     RT_TRY(rt_json_set_int(obj, "tokens", info->tokens, err));

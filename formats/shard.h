@@ -77,6 +77,7 @@ struct rt_shard_info {
     uint64_t bytes;
     int n_parts, parts_present;
     bool finished;                /* every part is there and was finished */
+    char missing[160];            /* "": none is; else which parts are missing or unfinished: "part 2 of 8 is missing, part 5 is unfinished" */
     double mass[RT_MAX_LSE];      /* row-weighted means of the above */
     double mass_min[RT_MAX_LSE];  /* smallest sequence mean */
     double nll;

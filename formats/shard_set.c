@@ -158,6 +158,21 @@ out:
     return st;
 }
 
+/* "part 2 of 8 is missing, part 5 is unfinished, ..." */
+static void name_missing(struct rt_shard_set *s, int part, const char *what)
+{
+    char *text = s->info.missing, total[24] = "", one[64];
+    const size_t at = strlen(text), room = sizeof s->info.missing - at;
+    if (at == 0)
+        snprintf(total, sizeof total, " of %d", s->info.n_parts);
+    const int n = s->info.n_parts == 1 ? snprintf(one, sizeof one, "the set is %s", what)
+                                       : snprintf(one, sizeof one, "%spart %d%s is %s", at > 0 ? ", " : "", part, total, what);
+    if ((size_t)n + 5 < room)
+        memcpy(text + at, one, (size_t)n + 1);
+    else if (strcmp(text + at - 3, "...") != 0)
+        memcpy(text + at, " ...", 5);
+}
+
 static enum rt_status add_part(struct rt_shard_set *s, const char *dir, int part, int n_parts, struct rt_err *err)
 {
     enum rt_status st;
@@ -168,6 +183,8 @@ static enum rt_status add_part(struct rt_shard_set *s, const char *dir, int part
         RT_TRY(rt_path_join(path, sizeof path, dir, m.line[i].file, err));
         RT_TRY(add_shard(s, path, &m, &m.line[i], true, err));
     }
+    if (!m.finished)
+        name_missing(s, part, "unfinished");
     s->info.finished &= m.finished;
 out:
     rt_manifest_free(&m);
@@ -195,7 +212,8 @@ static enum rt_status open_dir(struct rt_shard_set *s, const char *dir, struct r
         if (present[p])
             RT_TRY(add_part(s, dir, p, n_parts, err));
         else
-            s->info.finished = false;
+            name_missing(s, p, "missing");
+        s->info.finished &= present[p];
     }
 out:
     rt_free(present);

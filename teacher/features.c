@@ -1,8 +1,12 @@
 #include "teacher/features.h"
 
+#include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
+#include <string.h>
 
 #include "core/dtype.h"
+#include "core/io.h"
 #include "core/rng.h"
 
 enum { ROWS = 512 };
@@ -43,11 +47,15 @@ static enum rt_status make_projection(struct rt_features *f, int i, struct rt_er
     const struct rt_device *d = f->t->o.device;
     const struct rt_feature_spec *s = &f->o->feature[i];
     const int64_t H = f->t->c.hidden, n = s->dim * H;
-    float *host = NULL;
+    float *made = NULL;
+    const float *host = f->o->projection[i];
     void *act = NULL;
     enum rt_status st;
-    RT_TRY(rt_alloc((size_t)n, sizeof *host, "projection", &host, err));
-    RT_TRY(rt_projection_matrix(f->o->projection_seed, s->layer, s->dim, H, host, err));
+    if (host == NULL) {
+        RT_TRY(rt_alloc((size_t)n, sizeof *made, "projection", &made, err));
+        RT_TRY(rt_projection_matrix(f->o->projection_seed, s->layer, s->dim, H, made, err));
+        host = made;
+    }
     RT_TRY(d->be->alloc(d->dev, (size_t)n * rt_device_act_size(d), &f->matrix[i], err));
     RT_TRY(d->be->alloc(d->dev, (size_t)n * sizeof(float), &act, err));
     RT_TRY(rt_device_upload(d, act, host, (size_t)n * sizeof(float), err));
@@ -57,23 +65,25 @@ static enum rt_status make_projection(struct rt_features *f, int i, struct rt_er
 out:
     if (act != NULL)
         d->be->free(d->dev, act);
-    rt_free(host);
+    rt_free(made);
     return st;
 }
 
-enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, const struct rt_score_options *o, int64_t n, struct rt_err *err)
+enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, const struct rt_score_options *o, int64_t n, int64_t longest,
+                                struct rt_err *err)
 {
     const struct rt_device *d = t->o.device;
     enum rt_status st = RT_OK;
     int64_t widest = 0;
-    *f = (struct rt_features){.t = t, .o = o};
+    *f = (struct rt_features){.t = t, .o = o, .n = n, .spill = o->keep.dir != NULL && o->keep.spill};
     for (int i = 0; i < o->n_features; i++) {
         const struct rt_feature_spec *s = &o->feature[i];
         if (s->layer != RT_LAYER_FINAL && (s->layer < 0 || s->layer > t->c.layers))
             RT_FAIL(err, USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, t->c.layers);
         if (s->dim < 1 || s->dim > t->c.hidden || (!s->projected && s->dim != t->c.hidden))
             RT_FAIL(err, USAGE, "--features: %d dimensions of a state of %d", s->dim, t->c.hidden);
-        RT_TRY(rt_alloc((size_t)n * (size_t)s->dim, rt_dtype_size(s->dtype), "features", &f->data[i], err));
+        const int64_t held = f->spill && longest > ROWS ? longest : f->spill ? ROWS : n;
+        RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1) * (size_t)s->dim, rt_dtype_size(s->dtype), "features", &f->data[i], err));
         widest = s->dim > widest ? s->dim : widest;
         if (!s->projected)
             continue;
@@ -100,6 +110,9 @@ void rt_features_free(struct rt_features *f)
     }
     if (f->projected != NULL)
         d->be->free(d->dev, f->projected);
+    rt_state_writer_free(f->writer);
+    for (int i = 0; i < RT_MAX_FEATURES; i++)
+        rt_state_reader_free(f->reader[i]);
     *f = (struct rt_features){0};
 }
 
@@ -115,29 +128,168 @@ static void encode(const float *y, int64_t n, int64_t dim, uint8_t *code, float 
     }
 }
 
-static enum rt_status take_one(struct rt_features *f, int i, const void *x, int64_t n, struct rt_err *err)
+/* ---- files ---- */
+
+#define KIND "retort-feature"
+
+void rt_features_keep(struct rt_features *f, const char *dir, const char *identity)
+{
+    f->dir = dir;
+    f->identity = identity;
+}
+
+static size_t row_bytes(const struct rt_features *f, int i)
+{
+    return (size_t)f->o->feature[i].dim * rt_dtype_size(f->o->feature[i].dtype);
+}
+
+static uint64_t scale_bytes(const struct rt_features *f, int i)
+{
+    return f->scale[i] != NULL ? (uint64_t)f->n * sizeof(float) : 0;
+}
+
+static enum rt_status file_path(const struct rt_features *f, int i, char path[4096], struct rt_err *err)
+{
+    char name[32];
+    snprintf(name, sizeof name, "feature-%d", i);
+    return rt_path_join(path, 4096, f->dir, name, err);
+}
+
+static enum rt_status begin_file(struct rt_features *f, int i, struct rt_err *err)
+{
+    struct rt_json *v = NULL;
+    char path[4096];
+    enum rt_status st;
+    RT_TRY(rt_mkdirs(f->dir, err));
+    RT_TRY(file_path(f, i, path, err));
+    RT_TRY(rt_json_new_object(&v, err));
+    RT_TRY(rt_json_set_string(v, "identity", f->identity, err));
+    RT_TRY(rt_json_set_int(v, "feature", i, err));
+    RT_TRY(rt_state_create(path, KIND, v, (uint64_t)f->n * row_bytes(f, i) + scale_bytes(f, i), &f->writer, err));
+out:
+    rt_json_free(v);
+    return st;
+}
+
+static enum rt_status end_file(struct rt_features *f, int i, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_state_put(f->writer, f->scale[i], scale_bytes(f, i), err));
+    RT_TRY(rt_state_commit(f->writer, err));
+    f->filed[i] = true;
+out:
+    rt_state_writer_free(f->writer);
+    f->writer = NULL;
+    return st;
+}
+
+enum rt_status rt_features_save(struct rt_features *f, int layers, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    for (int i = 0; i < f->o->n_features; i++) {
+        const int layer = f->o->feature[i].layer;
+        if (f->filed[i] || layer == RT_LAYER_FINAL || layer > layers)
+            continue;
+        RT_TRY(begin_file(f, i, err));
+        RT_TRY(rt_state_put(f->writer, f->data[i], (uint64_t)f->n * row_bytes(f, i), err));
+        RT_TRY(end_file(f, i, err));
+    }
+out:
+    rt_state_writer_free(f->writer);
+    f->writer = NULL;
+    return st;
+}
+
+static enum rt_status open_file(struct rt_features *f, int i, struct rt_err *err)
+{
+    char path[4096];
+    const char *identity;
+    int64_t x;
+    const uint64_t want = (uint64_t)f->n * row_bytes(f, i) + scale_bytes(f, i);
+    enum rt_status st;
+    RT_TRY(file_path(f, i, path, err));
+    RT_TRY(rt_state_open(path, KIND, &f->reader[i], err));
+    RT_TRY(rt_json_string(rt_state_header(f->reader[i]), "identity", &identity, err));
+    RT_TRY(rt_json_int(rt_state_header(f->reader[i]), "feature", i, i, &x, err));
+    if (strcmp(identity, f->identity) != 0 || rt_state_bytes(f->reader[i]) != want)
+        RT_FAIL(err, REFUSED, "%s: it is of another window, plan, checkpoint or backend", path);
+out:
+    return st;
+}
+
+enum rt_status rt_features_load(struct rt_features *f, int layers, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    for (int i = 0; i < f->o->n_features; i++) {
+        const int layer = f->o->feature[i].layer;
+        if (layer == RT_LAYER_FINAL || layer > layers)
+            continue;
+        RT_TRY(open_file(f, i, err));
+        RT_TRY(rt_state_read(f->reader[i], f->spill ? NULL : f->data[i], (uint64_t)f->n * row_bytes(f, i), err));
+        RT_TRY(rt_state_read(f->reader[i], f->scale[i], scale_bytes(f, i), err));
+        f->filed[i] = true;
+        rt_state_reader_free(f->reader[i]);
+        f->reader[i] = NULL;
+    }
+out:
+    return st;
+}
+
+void rt_features_forget(struct rt_features *f)
+{
+    for (int i = 0; i < RT_MAX_FEATURES; i++) {
+        f->filed[i] = false;
+        rt_state_reader_free(f->reader[i]);
+        f->reader[i] = NULL;
+    }
+}
+
+/* ---- taking ---- */
+
+/* m rows of the device at `rows` into out, [m, dim] of the feature's type. host [ROWS, dim] is scratch. */
+static enum rt_status take_rows(struct rt_features *f, int i, const char *rows, int64_t m, float *host, void *out, float *scale, struct rt_err *err)
 {
     const struct rt_device *d = f->t->o.device;
     const struct rt_feature_spec *s = &f->o->feature[i];
     const int64_t H = f->t->c.hidden;
+    enum rt_status st;
+    if (!s->projected && d->be->act == s->dtype)
+        return rt_device_download(d, out, rows, (size_t)(m * H) * rt_dtype_size(s->dtype), err);
+    if (s->projected)
+        RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = (void *)(uintptr_t)rows}, .w = f->weight[i], .y = f->projected, .n = m, .K = H,
+                     .N = s->dim, .y_f32 = true));
+    else
+        RT_TRY(RT_OP(d, convert, err, .src = rows, .dst = f->projected, .n = m * H, .to_f32 = true));
+    RT_TRY(rt_device_download(d, host, f->projected, (size_t)(m * s->dim) * sizeof *host, err));
+    if (s->projected)
+        encode(host, m, s->dim, out, scale);
+    else
+        rt_from_f32(out, RT_BF16, host, (size_t)(m * s->dim));
+out:
+    return st;
+}
+
+static enum rt_status take_one(struct rt_features *f, int i, const void *x, int64_t n, struct rt_err *err)
+{
+    const struct rt_feature_spec *s = &f->o->feature[i];
     float *host = NULL;
     enum rt_status st;
     RT_TRY(rt_alloc((size_t)(ROWS * s->dim), sizeof *host, "features", &host, err));
+    if (f->spill)
+        RT_TRY(begin_file(f, i, err));
     for (int64_t r = 0; r < n; r += ROWS) {
         const int64_t m = n - r < ROWS ? n - r : ROWS;
-        const char *rows = (const char *)x + (size_t)(r * H) * rt_device_act_size(d);
-        if (s->projected)
-            RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = (void *)(uintptr_t)rows}, .w = f->weight[i], .y = f->projected, .n = m, .K = H,
-                         .N = s->dim, .y_f32 = true));
-        else
-            RT_TRY(RT_OP(d, convert, err, .src = rows, .dst = f->projected, .n = m * H, .to_f32 = true));
-        RT_TRY(rt_device_download(d, host, f->projected, (size_t)(m * s->dim) * sizeof *host, err));
-        if (s->projected)
-            encode(host, m, s->dim, (uint8_t *)f->data[i] + r * s->dim, f->scale[i] + r);
-        else
-            rt_from_f32((uint16_t *)f->data[i] + r * s->dim, RT_BF16, host, (size_t)(m * s->dim));
+        const char *rows = (const char *)x + (size_t)(r * f->t->c.hidden) * rt_device_act_size(f->t->o.device);
+        char *out = (char *)f->data[i] + (f->spill ? 0 : (size_t)r * row_bytes(f, i));
+        RT_TRY(take_rows(f, i, rows, m, host, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
+        if (f->spill)
+            RT_TRY(rt_state_put(f->writer, out, (uint64_t)m * row_bytes(f, i), err));
     }
+    if (f->spill)
+        RT_TRY(end_file(f, i, err));
 out:
+    rt_state_writer_free(f->writer);
+    f->writer = NULL;
     rt_free(host);
     return st;
 }
@@ -152,12 +304,21 @@ out:
     return st;
 }
 
-void rt_features_attach(const struct rt_features *f, int64_t first, struct rt_rows *rows)
+enum rt_status rt_features_attach(struct rt_features *f, int64_t first, struct rt_rows *rows, struct rt_err *err)
 {
+    enum rt_status st = RT_OK;
     rows->n_features = f->o->n_features;
     for (int i = 0; i < f->o->n_features; i++) {
-        const struct rt_feature_spec *s = &f->o->feature[i];
-        rows->feature[i] = (const char *)f->data[i] + (size_t)(first * s->dim) * rt_dtype_size(s->dtype);
+        rows->feature[i] = (const char *)f->data[i] + (f->spill ? 0 : (size_t)first * row_bytes(f, i));
         rows->feature_scale[i] = f->scale[i] != NULL ? f->scale[i] + first : NULL;
+        if (!f->spill)
+            continue;
+        RT_ASSERT(first == f->read_to);
+        if (f->reader[i] == NULL)
+            RT_TRY(open_file(f, i, err));
+        RT_TRY(rt_state_read(f->reader[i], f->data[i], (uint64_t)rows->n_tokens * row_bytes(f, i), err));
     }
+    f->read_to = first + rows->n_tokens;
+out:
+    return st;
 }

@@ -1,10 +1,13 @@
 #include "teacher/score.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "core/dtype.h"
+#include "teacher/damage.h"
 #include "teacher/features.h"
+#include "teacher/score_state.h"
 
 enum { HEAD_ROWS = 1024 };
 
@@ -30,8 +33,16 @@ int64_t rt_score_token_bytes(const struct rt_score_options *o)
 {
     int64_t b = 8 * o->top_k + 4 * o->n_lse + 20 + (o->boundary != NULL ? 4 : 0);
     for (int i = 0; i < o->n_features; i++)
-        b += o->feature[i].dim * (int64_t)rt_dtype_size(o->feature[i].dtype) + 4;
+        b += (o->keep.spill ? 0 : o->feature[i].dim * (int64_t)rt_dtype_size(o->feature[i].dtype)) + 4;
     return b;
+}
+
+uint64_t rt_score_keep_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, size_t act_size, int64_t n)
+{
+    uint64_t a_token = 2 * (uint64_t)c->hidden * act_size;
+    for (int i = 0; i < o->n_features; i++)
+        a_token += (uint64_t)o->feature[i].dim * rt_dtype_size(o->feature[i].dtype) + 4;
+    return (uint64_t)n * a_token + (uint64_t)c->layers * (uint64_t)c->experts * 2 * sizeof(int64_t) + ((uint64_t)1 << 20);
 }
 
 static void free_outputs(struct outputs *r)
@@ -156,7 +167,7 @@ out:
     return st;
 }
 
-static enum rt_status put_rows(const struct rt_score_options *o, const struct outputs *r, const struct rt_features *f, struct rt_rows *seqs,
+static enum rt_status put_rows(const struct rt_score_options *o, const struct outputs *r, struct rt_features *f, struct rt_rows *seqs,
                                int64_t n_seqs, int64_t skip, struct rt_row_sink *sink, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -177,13 +188,38 @@ static enum rt_status put_rows(const struct rt_score_options *o, const struct ou
         q->next_logprob = r->next_logprob + at;
         q->next_rank = r->next_rank + at;
         q->boundary_logp = r->boundary != NULL ? r->boundary + at : NULL;
-        rt_features_attach(f, base, q);
+        RT_TRY(rt_features_attach(f, base, q, err));
         if (s >= skip && sink != NULL)
             RT_TRY(sink->put(sink->self, q, err));
         at += n;
     }
 out:
     return st;
+}
+
+/* The first part of layer `layer` in the pass; layer == layers: the head. */
+static int64_t pass_at(const struct rt_teacher *t, int layer)
+{
+    int64_t at = 0;
+    for (int l = 0; l < layer; l++)
+        at += rt_weights_layer_parts(&t->c, l, NULL);
+    return at;
+}
+
+/* The error for states or logits that are no numbers: which tensor of where they were made is to blame. */
+static enum rt_status not_finite(struct rt_teacher *t, int layer, const char *what, struct rt_err *err)
+{
+    char text[RT_DAMAGE_TEXT];
+    if (layer == 0) {
+        rt_damage_find_in(rt_weights_tensors(t->w), "model.embed_tokens.weight", text);
+        return rt_fail(err, RT_NUMERIC, "%s: an embedding is not finite: %s", t->o.dir, text);
+    }
+    const int made = layer == RT_LAYER_FINAL ? t->c.layers : layer - 1;
+    const int64_t at = pass_at(t, made), n = made == t->c.layers ? 1 : rt_weights_layer_parts(&t->c, made, NULL);
+    rt_damage_find(rt_weights_tensors(t->w), &t->c, t->pass + at, n, text);
+    if (layer == RT_LAYER_FINAL)
+        return rt_fail(err, RT_NUMERIC, "%s: %s are not finite: %s", t->o.dir, what, text);
+    return rt_fail(err, RT_NUMERIC, "%s: hidden states are not finite after layer %d: %s", t->o.dir, made, text);
 }
 
 /* States after `layer` layers: finite, offered to the tap, stored where they are features. */
@@ -193,12 +229,8 @@ static enum rt_status visit(struct rt_teacher *t, const struct rt_score_options 
     double sum;
     enum rt_status st;
     RT_TRY(RT_OP(t->o.device, sumsq, err, .x = x, .n = n * t->c.hidden, .out = &sum));
-    if (!isfinite(sum)) {
-        if (layer == 0)
-            RT_FAIL(err, NUMERIC, "%s: an embedding is not finite", t->o.dir);
-        RT_FAIL(err, NUMERIC, "%s: hidden states are not finite after layer %d: a damaged tensor in that layer, or overflow", t->o.dir,
-                layer == RT_LAYER_FINAL ? t->c.layers : layer - 1);
-    }
+    if (!isfinite(sum))
+        RT_TRY(not_finite(t, layer, "normalised states", err));
     if (o->tap != NULL)
         o->tap(o->tap_self, layer, x, n);
     RT_TRY(rt_features_take(f, layer, x, n, err));
@@ -243,22 +275,89 @@ out:
     return st;
 }
 
-/* All layers over the window; leaves the normalised states in *final. */
-static enum rt_status run_layers(struct rt_teacher *t, const struct rt_score_options *o, const struct rt_layer_batch *b,
-                                 struct rt_features *f, struct rt_err *err)
+/* A stop before layer `layer`. */
+static enum rt_status stopped(struct rt_score_state *s, int layer, struct rt_err *err)
 {
-    enum rt_status st;
-    RT_TRY(visit(t, o, 0, t->hidden, b->n, f, err));
-    for (int l = 0; l < t->c.layers; l++) {
+    struct rt_err why = {0};
+    const int L = s->t->c.layers;
+    if (s->o->keep.dir == NULL || layer == 0)
+        return rt_fail(err, RT_INTERRUPTED, "interrupted before layer %d of %d; finished windows are kept", layer, L);
+    if (rt_score_state_save(s, layer, &why) == RT_OK)
+        return rt_fail(err, RT_INTERRUPTED, "interrupted after layer %d of %d of window %ld; the same command goes on from there", layer, L,
+                       (long)s->o->keep.window + 1);
+    return rt_fail(err, RT_INTERRUPTED, "interrupted after layer %d of %d of window %ld; the same command goes on after layer %d: %.300s", layer, L,
+                   (long)s->o->keep.window + 1, s->saved, why.msg);
+}
+
+/* A state that cannot be saved is no reason to give up the window. */
+static void save_if_due(struct rt_score_state *s, int layers)
+{
+    struct rt_err why = {0};
+    char text[640];
+    if (!rt_score_state_due(s) || rt_score_state_save(s, layers, &why) == RT_OK)
+        return;
+    s->since = rt_now(); /* not again at once */
+    snprintf(text, sizeof text, "the state after layer %d could not be saved: %s", layers, why.msg);
+    if (s->o->keep.note != NULL)
+        s->o->keep.note(s->o->keep.note_self, text);
+}
+
+/* Layers `first` and on over the window. */
+static enum rt_status run_layers(struct rt_teacher *t, const struct rt_score_options *o, const struct rt_layer_batch *b, int first,
+                                 struct rt_score_state *s, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    if (first == 0)
+        RT_TRY(visit(t, o, 0, t->hidden, b->n, s->f, err));
+    for (int l = first; l <= t->c.layers; l++) {
         if (o->stop != NULL && o->stop(o->stop_self))
-            RT_FAIL(err, INTERRUPTED, "interrupted before layer %d of %d; finished windows are kept", l, t->c.layers);
+            RT_TRY(stopped(s, l, err));
+        if (l == t->c.layers)
+            break;
         RT_TRY(rt_layer_forward(&t->ctx, l, b, t->hidden, err));
-        RT_TRY(visit(t, o, l + 1, t->hidden, b->n, f, err));
+        RT_TRY(visit(t, o, l + 1, t->hidden, b->n, s->f, err));
         if (o->progress != NULL)
             o->progress(o->progress_self, l + 1, t->c.layers);
+        save_if_due(s, l + 1);
     }
 out:
     return st;
+}
+
+static enum rt_status check_logits(struct rt_teacher *t, const struct rt_score_options *o, const struct outputs *r, struct rt_err *err)
+{
+    for (int64_t i = 0; i < r->n_rows * o->n_lse; i++)
+        if (!isfinite(r->lse[i]))
+            return not_finite(t, RT_LAYER_FINAL, "logits", err);
+    return RT_OK;
+}
+
+/* The final norm and the head; hidden states stay as they are. */
+static enum rt_status finish_window(struct rt_teacher *t, const struct rt_score_options *o, int64_t n, struct rt_features *f, struct outputs *r,
+                                    struct rt_err *err)
+{
+    const struct rt_part *p;
+    enum rt_status st;
+    RT_TRY(rt_weights_next(t->w, &p, err));
+    RT_TRY(RT_OP(t->o.device, norm_fwd, err, .x = t->hidden, .w = p->w[RT_W_NORM], .y = t->ctx.fx, .n = n, .cols = t->c.hidden,
+                 .eps = (float)t->c.eps));
+    RT_TRY(visit(t, o, RT_LAYER_FINAL, t->ctx.fx, n, f, err));
+    if (o->top_k > 0 || o->boundary != NULL) {
+        RT_TRY(head(t, o, p, t->ctx.fx, r, err));
+        RT_TRY(check_logits(t, o, r, err));
+    }
+    RT_TRY(rt_weights_release(t->w, p, err));
+    rt_weights_end(t->w);
+out:
+    return st;
+}
+
+static int64_t longest_of(const struct rt_rows *seqs, int64_t n_seqs)
+{
+    int64_t n = 0;
+    for (int64_t s = 0; s < n_seqs; s++)
+        n = seqs[s].n_tokens > n ? seqs[s].n_tokens : n;
+    return n;
 }
 
 enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
@@ -266,28 +365,31 @@ enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_opti
 {
     struct outputs r = {0};
     struct rt_features f = {0};
+    struct rt_score_state s = {0};
     struct rt_layer_batch b = {.position = t->position, .n_seq = n_seqs};
     int32_t *cu = NULL;
-    const struct rt_part *p;
+    int first = 0;
     enum rt_status st;
     RT_TRY(rt_alloc((size_t)n_seqs + 1, sizeof *cu, "sequence ends", &cu, err));
     RT_TRY(upload_positions(t, seqs, n_seqs, cu, &b.n, err));
     b.cu_seqlens = cu;
     RT_TRY(make_outputs(o, seqs, n_seqs, &r, err));
-    RT_TRY(rt_features_init(&f, t, o, b.n, err));
-    RT_TRY(embed_window(t, seqs, n_seqs, err));
+    RT_TRY(rt_features_init(&f, t, o, b.n, longest_of(seqs, n_seqs), err));
+    RT_TRY(rt_score_state_init(&s, t, o, &f, seqs, n_seqs, b.n, err));
+    RT_TRY(rt_score_state_load(&s, &first, err));
+    if (first == 0)
+        RT_TRY(embed_window(t, seqs, n_seqs, err));
+    else if (o->progress != NULL)
+        o->progress(o->progress_self, first, t->c.layers);
     t->ctx.load = o->load;
-    RT_TRY(rt_weights_begin(t->w, t->pass, t->n_pass, err));
-    RT_TRY(run_layers(t, o, &b, &f, err));
-    RT_TRY(rt_weights_next(t->w, &p, err));
-    RT_TRY(RT_OP(t->o.device, norm_fwd, err, .x = t->hidden, .w = p->w[RT_W_NORM], .y = t->ctx.fx, .n = b.n, .cols = t->c.hidden,
-                 .eps = (float)t->c.eps));
-    RT_TRY(visit(t, o, RT_LAYER_FINAL, t->ctx.fx, b.n, &f, err));
-    if (o->top_k > 0 || o->boundary != NULL)
-        RT_TRY(head(t, o, p, t->ctx.fx, &r, err));
-    RT_TRY(rt_weights_release(t->w, p, err));
-    rt_weights_end(t->w);
-    RT_TRY(put_rows(o, &r, &f, seqs, n_seqs, skip, sink, err));
+    RT_TRY(rt_weights_begin(t->w, t->pass + pass_at(t, first), t->n_pass - pass_at(t, first), err));
+    RT_TRY(run_layers(t, o, &b, first, &s, err));
+    RT_TRY(finish_window(t, o, b.n, &f, &r, err));
+    st = put_rows(o, &r, &f, seqs, n_seqs, skip, sink, err);
+    if (st == RT_INTERRUPTED && o->keep.dir != NULL) {
+        rt_err_clear(err);
+        RT_TRY(stopped(&s, t->c.layers, err));
+    }
 out:
     rt_weights_end(t->w);
     rt_features_free(&f);

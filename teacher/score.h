@@ -11,6 +11,17 @@
 #include "formats/rows.h"
 #include "teacher/teacher.h"
 
+/* Where a window's state is kept while it is under way, so that a restart goes on behind its last complete layer. */
+struct rt_score_keep {
+    const char *dir;             /* of this window alone; made when first needed. NULL: nothing is kept */
+    int64_t window;              /* the window's number, from 0 */
+    double every;                /* seconds of work after which the end of a layer saves; 0: each layer does; INFINITY: only a stop does. Saves that
+                                  * take more than a fiftieth of that time come more seldom */
+    bool spill;                  /* features leave for files in dir as they are taken, instead of staying in memory */
+    void (*note)(void *self, const char *text); /* NULL, or told what a person should know: where it goes on, what could not be used or saved */
+    void *note_self;
+};
+
 struct rt_score_options {
     int top_k;                   /* 0: no entries; without boundary no rows are computed at all (features alone) */
     const uint8_t *boundary;     /* NULL, or [n_ids] 1: rows say the mass of these ids (boundary_logp) */
@@ -21,26 +32,41 @@ struct rt_score_options {
     int n_features;
     struct rt_feature_spec feature[RT_MAX_FEATURES];
     uint64_t projection_seed;
+    const float *projection[RT_MAX_FEATURES]; /* NULL: made for the call; or rt_projection_matrix of the feature, for many calls */
+    struct rt_score_keep keep;
 
     int64_t *load;               /* NULL, or [layers, experts] += tokens routed */
-    bool (*stop)(void *self);    /* asked between layers; true ends with RT_INTERRUPTED */
+    bool (*stop)(void *self);    /* asked between layers; true saves where keep says so, and ends with RT_INTERRUPTED */
     void *stop_self;
     void (*progress)(void *self, int layers_done, int layers);
     void *progress_self;
     /* NULL, or called with the state after each layer: 0 embeddings, l the output of layer l-1, RT_LAYER_FINAL normalised. x is a device
-     * pointer [n, hidden] act, valid during the call. */
+     * pointer [n, hidden] act, valid during the call. Layers behind a saved state are not shown again. */
     void (*tap)(void *self, int layer, const void *x, int64_t n);
     void *tap_self;
 };
 
-/* Scores one window: seqs [n_seqs] hold ids, loss_mask, key and the other members that describe a sequence; their row members are filled and
+/* Scores one window, from its saved state on where keep.dir holds one that is its own and whole: seqs [n_seqs] hold ids, loss_mask, key and the other members that describe a sequence; their row members are filled and
  * each is put into the sink, except the first `skip` ones (already there). Sum of n_tokens <= plan.window, each n_tokens in
- * [1, max_length]. sink NULL: nothing is put. NUMERIC names the layer after which a state was not finite. */
+ * [1, max_length]. sink NULL: nothing is put. NUMERIC names the layer after which a state was not finite, and the damaged tensor. After an
+ * error the state that was saved last stays; after success the caller removes it, once the rows are safe (rt_score_drop). A sink that answers
+ * INTERRUPTED is a stop: the state after the last layer is saved. */
 enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
                                 struct rt_row_sink *sink, struct rt_err *err);
 
+/* Layers behind the state that dir holds, by its header alone; 0: none. */
+int rt_score_saved_layer(const char *dir);
+/* Removes dir and what was kept in it; nothing where there is no dir. */
+enum rt_status rt_score_drop(const char *dir, struct rt_err *err);
+/* Bytes on disk that keeping a window of n tokens takes at most: the state twice (the one before stays until the next is whole), and the
+ * features. */
+uint64_t rt_score_keep_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, size_t act_size, int64_t n);
+
 /* Host bytes a token of the window that the outputs take: for rt_teacher_options.token_bytes. hidden: of the teacher. */
 int64_t rt_score_token_bytes(const struct rt_score_options *o);
+
+/* out [dim, H] float32: orthonormal rows, a function of (seed, layer, dim, H) alone: Gram-Schmidt, twice, over normal draws. */
+enum rt_status rt_projection_matrix(uint64_t seed, int layer, int64_t dim, int64_t H, float *out, struct rt_err *err);
 
 /* Logits [n, vocab_size] float32 [host] of normalised states x [n, H] device (mtp_layer >= 0: through that MTP layer's head). Runs its own
  * pass over the head's weights. */

@@ -1,0 +1,104 @@
+/* What the files of `retort logits` share: the job, its plan, its run over the windows. */
+#ifndef RT_DISTILL_LOGITS_H
+#define RT_DISTILL_LOGITS_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "distill/command.h"
+#include "distill/corpus.h"
+#include "distill/expert_load.h"
+#include "formats/shard.h"
+#include "teacher/score.h"
+
+struct rt_logits_values {
+    struct rt_common common;
+    const char *teacher, *data, *out, *cache, *lse, *features, *numerics, *overlong, *rows, *part, *template_name, *save_state;
+    int64_t max_length, window, rows_per_shard;
+    bool boundary;
+};
+
+/* What the machine does at most, as far as it is known: measured before work starts. 0: not measured. */
+struct rt_logits_rates {
+    double flops;          /* operations a second of one product on one device */
+    double read;           /* bytes a second out of the checkpoint's files */
+    char flops_name[64], read_name[128]; /* how each was found */
+};
+
+struct rt_logits_plan {
+    struct rt_teacher_plan teacher; /* of one device */
+    struct rt_logits_rates rates;
+    int64_t windows, passes;        /* passes over the weights: windows shared by the devices */
+    double fill;                    /* mean share of a window that holds tokens */
+    double flops;
+    uint64_t bytes_read, shard_bytes, published, state_bytes; /* state_bytes: on disk, of the windows under way */
+    double seconds_flops, seconds_read; /* 0: rate unknown */
+};
+
+/* A device with the window that it works on. */
+struct rt_logits_lane {
+    struct rt_logits_job *j;
+    struct rt_device device;
+    struct rt_teacher *teacher;
+    struct rt_corpus_window w;
+    int index;
+    int64_t window, skip;           /* number of the window; sequences of it that are put already */
+    int64_t *load;                  /* [layers, experts] of the window; NULL: no experts */
+    int done, saved;                /* layers behind the states; behind the state on disk at the start */
+    char dir[4096];                 /* where its state is kept */
+    pthread_t thread;               /* where there are several lanes */
+    enum rt_status st;
+    struct rt_err err;
+};
+
+struct rt_logits_job {
+    struct rt_context *ctx;
+    const struct rt_logits_values *v;
+    struct rt_model_dir model;
+    struct rt_corpus *corpus;
+    struct rt_corpus_survey survey;
+    struct rt_teacher_config config;
+    struct rt_teacher_options to;
+    struct rt_score_options so;     /* what all windows share */
+    struct rt_logits_plan plan;
+    struct rt_row_identity id;
+    struct rt_shard_sink *shards;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    struct rt_expert_load load;
+    struct rt_progress progress;
+    uint8_t *boundary;              /* [n_ids] NULL: not asked for */
+    float *projection[RT_MAX_FEATURES];
+    int part, n_parts;
+    double save_every;              /* seconds; INFINITY: on a stop alone */
+    bool keep;                      /* states of windows are kept on disk */
+    char plan_file[4096];
+
+    struct rt_logits_lane *lane;    /* [lanes] */
+    int lanes;
+    pthread_mutex_t lock;           /* of the log, the progress, and what follows */
+    pthread_cond_t changed;
+    int turn;                       /* the lane whose rows may be put */
+    bool failed;                    /* a lane ended with an error: the others stop */
+    int64_t tokens_done;            /* of windows behind the ones under way */
+};
+
+/* distill/logits_options.c: the options as numbers. USAGE. */
+enum rt_status rt_logits_options(struct rt_logits_job *j, struct rt_err *err);
+/* distill/logits_rate.c: measures, in well under a second, a product on the device in the types that the numerics use (fp8: w8a8), and reading from
+ * the largest file of the checkpoint. What cannot be measured stays 0. */
+void rt_logits_measure(const struct rt_device *d, bool fp8, const char *teacher, struct rt_logits_rates *out);
+/* distill/logits_plan.c: fills j->to and j->plan for the lanes' first device; REFUSED where the disk does not hold what will be written,
+ * NOMEM where memory does not, with the numbers. */
+enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err);
+void rt_logits_log_plan(struct rt_logits_job *j);
+/* The plan on stdout, for --dry-run. */
+void rt_logits_print_plan(const struct rt_logits_job *j);
+/* distill/logits_run.c: opens a device a lane (--gpus); scores every window that is not there yet. */
+enum rt_status rt_logits_open_devices(struct rt_logits_job *j, struct rt_err *err);
+enum rt_status rt_logits_open_teachers(struct rt_logits_job *j, struct rt_err *err);
+enum rt_status rt_logits_score(struct rt_logits_job *j, struct rt_err *err);
+void rt_logits_close(struct rt_logits_job *j); /* lanes, teachers, devices */
+
+#endif

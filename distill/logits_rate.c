@@ -1,0 +1,167 @@
+/* How fast this machine multiplies and reads: what a run is held against. */
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "core/io.h"
+#include "core/mem.h"
+#include "core/rng.h"
+#include "distill/logits.h"
+#include "formats/safetensors.h"
+
+enum { WIDTH = 2048, MOST_ROWS = 1 << 14, READ_MOST = 256 << 20, READ_PIECE = 4 << 20 };
+#define LONG_ENOUGH 0.03 /* seconds */
+
+struct product {
+    const struct rt_device *d;
+    void *x, *w, *y;            /* device: [MOST_ROWS, WIDTH], [WIDTH, WIDTH], [MOST_ROWS, WIDTH] act */
+    struct rt_act xq;           /* e4m3 form of x (w8a8) */
+    struct rt_weight *weight;
+    uint8_t *codes;
+    float *scale;
+};
+
+/* Values that are no zeros: some processors are quicker with those. */
+static enum rt_status fill(const struct product *p, void *dst, int64_t n, struct rt_err *err)
+{
+    const size_t act = rt_device_act_size(p->d);
+    float some[WIDTH];
+    char row[WIDTH * sizeof(double)];
+    enum rt_status st = RT_OK;
+    for (int i = 0; i < WIDTH; i++)
+        some[i] = rt_rng_normal(1, 2, (uint64_t)i);
+    rt_from_f32(row, p->d->be->act, some, WIDTH);
+    for (int64_t at = 0; at < n; at += WIDTH)
+        RT_TRY(rt_device_upload(p->d, (char *)dst + (size_t)at * act, row, WIDTH * act, err));
+    RT_TRY(rt_device_sync(p->d, err));
+out:
+    return st;
+}
+
+static enum rt_status open_product(struct product *p, bool fp8, int64_t rows, struct rt_err *err)
+{
+    const struct rt_device *d = p->d;
+    const size_t act = rt_device_act_size(d), matrix = (size_t)WIDTH * WIDTH, tall = (size_t)rows * WIDTH;
+    enum rt_status st;
+    RT_TRY(d->be->alloc(d->dev, tall * act, &p->x, err));
+    RT_TRY(d->be->alloc(d->dev, tall * act, &p->y, err));
+    RT_TRY(fill(p, p->x, (int64_t)tall, err));
+    if (!fp8) {
+        RT_TRY(d->be->alloc(d->dev, matrix * act, &p->w, err));
+        RT_TRY(fill(p, p->w, (int64_t)matrix, err));
+        return d->be->weight_param(d->dev, p->w, WIDTH, WIDTH, &p->weight, err);
+    }
+    void *scales;
+    RT_TRY(rt_alloc(matrix, 1, "a product to measure", &p->codes, err));
+    RT_TRY(rt_alloc((WIDTH / 128) * (WIDTH / 128), sizeof(float), "a product to measure", &p->scale, err));
+    for (size_t i = 0; i < matrix; i++)
+        p->codes[i] = (uint8_t)(0x20 + i * 7 % 0x30);
+    for (int i = 0; i < (WIDTH / 128) * (WIDTH / 128); i++)
+        p->scale[i] = 0.01f;
+    const struct rt_weight_src src = {.name = "a product to measure", .dtype = RT_E4M3, .rows = WIDTH, .cols = WIDTH, .data = p->codes, .scale_inv = p->scale};
+    RT_TRY(d->be->weight_load(d->dev, d->q, &src, &p->weight, err));
+    RT_TRY(d->be->alloc(d->dev, (size_t)rt_act_rows(rows) * WIDTH, &p->xq.data, err));
+    RT_TRY(d->be->alloc(d->dev, (size_t)rt_act_rows(rows) * (WIDTH / 128) * sizeof(float), &scales, err));
+    p->xq.scale = scales;
+out:
+    return st;
+}
+
+static void close_product(struct product *p)
+{
+    const struct rt_device *d = p->d;
+    void *const block[] = {p->x, p->w, p->y, p->xq.data, p->xq.scale};
+    d->be->weight_free(d->dev, p->weight);
+    for (size_t i = 0; i < sizeof block / sizeof *block; i++)
+        if (block[i] != NULL)
+            d->be->free(d->dev, block[i]);
+    rt_free(p->codes);
+    rt_free(p->scale);
+}
+
+static enum rt_status time_product(const struct product *p, int64_t n, double *seconds, struct rt_err *err)
+{
+    enum rt_status st;
+    const bool fp8 = p->xq.data != NULL;
+    if (fp8)
+        RT_TRY(RT_OP(p->d, quant, err, .x = p->x, .q = p->xq, .n = n, .cols = WIDTH));
+    RT_TRY(rt_device_sync(p->d, err));
+    const double t0 = rt_now();
+    RT_TRY(RT_OP(p->d, linear_fwd, err, .x = fp8 ? p->xq : (struct rt_act){.data = p->x}, .w = p->weight, .y = p->y, .n = n, .K = WIDTH, .N = WIDTH));
+    RT_TRY(rt_device_sync(p->d, err));
+    *seconds = rt_now() - t0;
+out:
+    return st;
+}
+
+/* More rows until a product takes long enough to be timed; the first one of each size is not counted where it is quick. */
+static enum rt_status measure_product(const struct rt_device *d, bool fp8, double *rate, struct rt_err *err)
+{
+    struct product p = {.d = d};
+    const int64_t most = d->be->own_memory ? MOST_ROWS : 1024;
+    double seconds = 0;
+    enum rt_status st;
+    RT_TRY(open_product(&p, fp8, most, err));
+    for (int64_t n = 16; n <= most; n *= 4) {
+        RT_TRY(time_product(&p, n, &seconds, err));
+        *rate = 2.0 * (double)n * WIDTH * WIDTH / seconds;
+        if (seconds > LONG_ENOUGH)
+            break;
+    }
+    for (int i = 0; i < 2 && seconds <= LONG_ENOUGH; i++) {
+        RT_TRY(time_product(&p, most, &seconds, err));
+        const double again = 2.0 * (double)most * WIDTH * WIDTH / seconds;
+        *rate = again > *rate ? again : *rate;
+    }
+out:
+    close_product(&p);
+    return st;
+}
+
+/* Reads a stretch from the middle of the largest file, after asking the system to forget it: the disk's speed, not the cache's. */
+static enum rt_status measure_reading(const char *teacher, struct rt_logits_rates *out, struct rt_err *err)
+{
+    struct rt_tensors *ts = NULL;
+    char *buf = NULL;
+    int best = -1;
+    uint64_t size, most = 0, n;
+    enum rt_status st;
+    RT_TRY(rt_tensors_open(teacher, &ts, err));
+    RT_TRY(rt_alloc(READ_PIECE, 1, "a read buffer", &buf, err));
+    for (int i = 0; i < rt_tensors_n_files(ts); i++) {
+        int fd = -1;
+        RT_TRY(rt_file_open(rt_tensors_file(ts, i), &fd, &size, err));
+        rt_file_close(fd);
+        if (size > most) {
+            most = size;
+            best = i;
+        }
+    }
+    if (best < 0 || most < (uint64_t)READ_PIECE)
+        goto out;
+    const char *path = rt_tensors_file(ts, best), *base = strrchr(path, '/');
+    const int fd = rt_tensors_fd(ts, best);
+    const uint64_t from = (most / 3 + READ_PIECE) / READ_PIECE * READ_PIECE - READ_PIECE;
+    (void)posix_fadvise(fd, (off_t)from, READ_MOST, POSIX_FADV_DONTNEED);
+    const double t0 = rt_now();
+    for (n = 0; n + READ_PIECE <= most - from && n < READ_MOST && rt_now() - t0 < 0.2; n += READ_PIECE)
+        RT_TRY(rt_file_pread(fd, path, buf, READ_PIECE, from + n, err));
+    const double seconds = rt_now() - t0;
+    out->read = n > 0 && seconds > 0 ? (double)n / seconds : 0;
+    snprintf(out->read_name, sizeof out->read_name, "measured on %.60s", base != NULL ? base + 1 : path);
+out:
+    rt_free(buf);
+    rt_tensors_free(ts);
+    return st;
+}
+
+void rt_logits_measure(const struct rt_device *d, bool fp8, const char *teacher, struct rt_logits_rates *out)
+{
+    struct rt_err none = {0};
+    *out = (struct rt_logits_rates){0};
+    if (measure_product(d, fp8, &out->flops, &none) != RT_OK)
+        out->flops = 0;
+    snprintf(out->flops_name, sizeof out->flops_name, "%s product measured here", fp8 ? "an e4m3" : d->be->act == RT_BF16 ? "a bfloat16" : "a float32");
+    if (measure_reading(teacher, out, &none) != RT_OK)
+        out->read = 0;
+}
