@@ -29,6 +29,7 @@ struct rt_dev {
     int cc;                 /* 90: compute capability 9.0 */
     uint64_t scratch;       /* set_scratch: operations divide their work so that what they take stays under it */
     size_t l2_bytes;
+    void *encode_map;       /* the driver's cuTensorMapEncodeTiled, or NULL: no bulk tensor copies */
     struct rt_cuda_lt *lt;  /* opened with the device; NULL: cuBLASLt was not found, lt_why says why */
     struct rt_cuda_dnn *dnn;/* NULL: cuDNN was not found */
     char lt_why[160], dnn_why[160];

@@ -6,6 +6,7 @@
 
 #include "core/cuda/convert.h"
 #include "core/cuda/cuda.h"
+#include "core/cuda/group8.h"
 #include "core/mem.h"
 
 #define UNUSED __attribute__((unused))
@@ -69,6 +70,7 @@ static enum rt_status open_device(struct rt_dev *dev, struct rt_err *err)
     /* temporaries return to the pool, not to the driver */
     RT_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, dev->index));
     RT_CUDA_TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    dev->encode_map = rt_cuda_group8_driver(dev);
     RT_TRY(rt_cuda_lt_open(dev, &dev->lt, dev->lt_why, sizeof dev->lt_why, err));
     RT_TRY(rt_cuda_dnn_open(dev, &dev->dnn, dev->dnn_why, sizeof dev->dnn_why, err));
     snprintf(dev->description, sizeof dev->description, "%s, %d multiprocessors%s%s", prop.name, dev->sm_count,

@@ -3,6 +3,7 @@
 
 #include "core/cuda/convert.h"
 #include "core/cuda/gemm_kernels.h"
+#include "core/cuda/group8.h"
 #include "core/cuda/lt.h"
 
 enum { BLOCK = 128 };
@@ -181,6 +182,20 @@ out:
     return st;
 }
 
+/* Our own kernel, for what it takes: whole tiles of columns, scales at the distance of padded rows. */
+static bool own_fits(const struct rt_queue *q, const struct rt_cuda_gemm8_args *g, uintptr_t bits)
+{
+    return rt_cuda_group8_fits(q->dev, g->K, g->N, false) && !g->y_f32 && g->x_scale_ld == rt_act_rows(g->n) && bits % 16 == 0 && g->ldy % 8 == 0;
+}
+
+static enum rt_status product_own(struct rt_queue *q, const struct rt_cuda_gemm8_args *g, struct rt_err *err)
+{
+    const int64_t base[2] = {0, rt_act_rows(g->n)};
+    const struct rt_cuda_group8 one = {.x = g->x, .base = base, .n_experts = 1, .K = g->K, .N = g->N, .w = &g->w, .y = g->y, .ldy = g->ldy,
+                                       .rows = g->n, .accumulate = g->accumulate};
+    return rt_cuda_group8(q, &one, err);
+}
+
 enum rt_status rt_cuda_gemm8(struct rt_queue *q, const struct rt_cuda_gemm8_args *args, struct rt_err *err)
 {
     struct rt_cuda_gemm8_args g = *args;
@@ -192,6 +207,8 @@ enum rt_status rt_cuda_gemm8(struct rt_queue *q, const struct rt_cuda_gemm8_args
     g.ldy = dense(g.ldy, g.N);
     g.x_scale_ld = dense(g.x_scale_ld, rt_act_rows(g.n));
     const uintptr_t bits = (uintptr_t)g.x.data | (uintptr_t)g.w->data | (uintptr_t)g.y;
+    if (own_fits(q, &g, bits))
+        return product_own(q, &g, err);
     if (rt_cuda_lt_block_scaled(q->dev) && g.N % 4 == 0 && bits % 16 == 0 && (uint64_t)g.ldy * (g.y_f32 ? 4 : 2) % 16 == 0)
         RT_TRY(product_scaled(q, &g, &rows, err));
     if (rows < g.n) {
