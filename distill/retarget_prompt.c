@@ -174,12 +174,15 @@ enum rt_status rt_prompt_read(const struct rt_model_dir *model, const char *text
     p->forced_len = 0;
     if (end_id != UINT32_MAX)
         rt_tokenizer_bytes(model->tok, end_id, &end.s, &end.n);
+    const bool marked = strcmp(family, "chatml") == 0 || strcmp(family, "qwen3") == 0; /* their BOS may be the mark itself */
     size_t n;
-    if (bos >= 0 && n_ids > 0 && ids[0] == (uint32_t)bos && rt_tokenizer_bytes(model->tok, ids[0], &bytes, &n) && n <= t.n)
+    if (!marked && bos >= 0 && n_ids > 0 && ids[0] == (uint32_t)bos && rt_tokenizer_bytes(model->tok, ids[0], &bytes, &n) && n <= t.n)
         cut(&t, n);
+    if (marked && find(t, "<|im_start|>") < find(t, "\n"))
+        cut(&t, find(t, "<|im_start|>"));
     if (strncmp(family, "deepseek", 8) == 0) {
         RT_TRY(read_deepseek(p, t, end, strcmp(family, "deepseek_v3_1") == 0, ok, err));
-    } else if (strcmp(family, "chatml") == 0 || strcmp(family, "qwen3") == 0) {
+    } else if (marked) {
         RT_TRY(read_marked(p, t, "<|im_start|>", "\n", "<|im_end|>\n", ok, err));
     } else if (strcmp(family, "llama3") == 0) {
         RT_TRY(read_marked(p, t, "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ok, err));

@@ -143,7 +143,8 @@ static enum rt_status make_plain(const struct rt_retarget_pair *p, const struct 
     enum rt_status st;
     const struct rt_vocab_map *m = p->map;
     const int64_t bos = rt_tokenizer_bos(p->teacher->tok), own = rt_tokenizer_bos(p->student->tok);
-    const int64_t first = bos >= 0 && r->ids[0] == (uint32_t)bos ? 1 : 0;
+    const bool put = bos >= 0 && (rt_tokenizer_add_bos(p->teacher->tok) || m->equal[bos] == RT_NO_ID); /* BOS at the front is no text */
+    const int64_t first = put && r->ids[0] == (uint32_t)bos ? 1 : 0;
     uint8_t *structural = NULL;
     uint32_t at = 0, from = begin_of(r, first);
     RT_TRY(rt_alloc((size_t)r->n_tokens, 1, "special tokens of a text", &structural, err));

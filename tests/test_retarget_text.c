@@ -1,0 +1,484 @@
+/* The student's side of a text: prompts, special tokens, bytes that tokens split, and what is rejected. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "distill/retarget_prompt.h"
+#include "tests/retarget_fixture.h"
+
+#define DEEPSEEK "tests/data/tokenizers/deepseek"
+#define QWEN "tests/data/tokenizers/qwen"
+#define LLAMA "tests/data/tokenizers/llama3"
+
+/* ---- alignment ---- */
+static void places_by_units(void **state)
+{
+    (void)state;
+    /* teacher  |ab|cde||f|gh|   student |a|b|cd|ef|g|h|  and one more that the teacher lacks */
+    const uint32_t t[] = {2, 5, 5, 6, 8}, s[] = {1, 2, 4, 6, 7, 8, 9};
+    const uint8_t target[] = {1, 1, 1, 1, 1, 1, 1};
+    const struct rt_side teacher = {.end = t, .n = 5}, student = {.end = s, .n = 7, .target = target};
+    struct rt_place p[7];
+    rt_align(&teacher, &student, p);
+    static const struct { enum rt_place_kind kind; int64_t teacher, last; uint32_t offset; int ends; } want[7] = {
+        {RT_PLACE_HEAD, 0, 0, 0, 0},   {RT_PLACE_INSIDE, 0, 0, 1, 1}, {RT_PLACE_HEAD, 1, 1, 0, 0},  {RT_PLACE_CROSSING, 1, 3, 2, 1},
+        {RT_PLACE_HEAD, 4, 4, 0, 0},   {RT_PLACE_INSIDE, 4, 4, 1, 1}, {RT_PLACE_NONE, -1, -1, 0, 0},
+    };
+    for (int i = 0; i < 7; i++) {
+        assert_int_equal(p[i].kind, want[i].kind);
+        assert_int_equal(p[i].teacher, want[i].teacher);
+        assert_int_equal(p[i].last, want[i].last);
+        assert_int_equal(p[i].offset, want[i].offset);
+        assert_int_equal(p[i].ends, want[i].ends);
+    }
+}
+
+static void places_with_offsets_and_masks(void **state)
+{
+    (void)state;
+    const uint32_t t[] = {99, 6, 8, 9}, s[] = {99, 99, 2, 4, 6, 8, 9}; /* the teacher begins at unit 4, the student at 0 */
+    const uint8_t t_target[] = {0, 1, 0, 1}, s_target[] = {0, 0, 1, 1, 1, 1, 0};
+    const struct rt_side teacher = {.end = t, .first = 1, .n = 4, .begin = 4, .target = t_target},
+                         student = {.end = s, .first = 2, .n = 7, .begin = 0, .target = s_target};
+    struct rt_place p[7];
+    rt_align(&teacher, &student, p);
+    const enum rt_place_kind want[7] = {RT_PLACE_NONE, RT_PLACE_NONE, RT_PLACE_NONE, RT_PLACE_NONE, RT_PLACE_WHOLE, RT_PLACE_NONE, RT_PLACE_NONE};
+    for (int i = 0; i < 7; i++)
+        assert_int_equal(p[i].kind, want[i]);
+}
+
+/* ---- conversations ---- */
+
+/* Bytes of the student's targets, the end of the turn left out, and how many targets there are. */
+static int64_t targets_of(const struct rf_made *m, char *out, size_t cap)
+{
+    int64_t n = 0;
+    out[0] = '\0';
+    for (int64_t i = 1; i < m->rows.n_tokens; i++) {
+        if (m->rows.loss_mask[i] == 0)
+            continue;
+        n++;
+        if (m->rows.ids[i] != m->map.student_end)
+            strncat(out, rf_token(m, i), cap - strlen(out) - 1);
+    }
+    return n;
+}
+
+struct both {
+    struct rt_model_dir t, s;
+    struct rf_rows r;
+    struct rf_made m;
+};
+
+static void retarget(struct both *b, const char *teacher, const char *student, const char *prompt, const char *completion)
+{
+    b->t = rf_model(test_data(teacher));
+    b->s = rf_model(test_data(student));
+    b->r = rf_render(&b->t, prompt, completion, 24);
+    b->m = rf_make(&b->t, &b->s, &b->r, RT_RETARGET_EXACT);
+}
+
+static void done(struct both *b)
+{
+    rf_made_free(&b->m);
+    rf_rows_free(&b->r);
+    rt_model_dir_close(&b->t);
+    rt_model_dir_close(&b->s);
+}
+
+/* The student's own prompt; its completion begins with what the teacher's prompt forced, without rows. */
+static void a_thought_in_another_template(void **state)
+{
+    (void)state;
+    struct both b;
+    char text[512];
+    retarget(&b, DEEPSEEK, LLAMA, "What is x?", "So x = 42.</think>\n\nThe answer is 42");
+    assert_int_equal(b.m.reject, RT_REJECT_NONE);
+    assert_non_null(strstr(b.m.rows.text, "<|start_header_id|>user<|end_header_id|>\n\nWhat is x?<|eot_id|>"));
+    targets_of(&b.m, text, sizeof text);
+    assert_string_equal(text, "<think>\nSo x = 42.</think>\n\nThe answer is 42");
+    int64_t forced = 0;
+    for (int64_t i = b.m.text.student.first; i < b.m.text.student.n && b.m.text.student.end[i] <= 8; i++, forced++)
+        assert_int_equal(rf_row_of(&b.m, i), -1);
+    assert_true(forced > 1);
+    assert_true(b.m.counts.masked[RT_MASK_FORCED] >= forced);
+    const int64_t end = b.m.rows.n_tokens - 1; /* the ends of the turn are one another's */
+    assert_int_equal(b.m.rows.ids[end], rt_template_end_id(b.s.tmpl));
+    assert_int_equal(b.m.place[end].kind, RT_PLACE_WHOLE);
+    const int64_t row = rf_row_of(&b.m, end);
+    assert_true(row >= 0);
+    assert_true(rf_prob(&b.m, row, b.m.rows.ids[end]) > 0.05); /* the toy teacher gives e^5 times more to what comes than to each of 383 others */
+    done(&b);
+}
+
+/* Both have think tags: one token on either side, with a row. A student without spells them out of ordinary ones. */
+static void think_tags(void **state)
+{
+    (void)state;
+    struct both b;
+    retarget(&b, DEEPSEEK, QWEN, "Q", "So</think>\n\nThe answer");
+    int64_t i = rf_find(&b.m, "</think>", b.m.text.student.first);
+    assert_int_equal(b.m.place[i].kind, RT_PLACE_WHOLE);
+    assert_true(rf_prob(&b.m, rf_row_of(&b.m, i), b.m.rows.ids[i]) > 0.05);
+    done(&b);
+    retarget(&b, DEEPSEEK, LLAMA, "Q", "So</think>\n\nThe answer");
+    for (i = b.m.text.student.first; b.m.place[i].kind != RT_PLACE_HEAD || strncmp(rf_token(&b.m, i), "<", 1) != 0;)
+        i++;
+    uint32_t tag;
+    assert_true(rt_tokenizer_find(b.t.tok, "</think>", 8, &tag));
+    assert_int_equal(b.m.text.teacher.ids[b.m.place[i].teacher], tag);
+    assert_int_equal(b.m.map.first[b.m.map.at[tag]], b.m.rows.ids[i]);
+    assert_true(rf_prob(&b.m, rf_row_of(&b.m, i), b.m.rows.ids[i]) > 0.05);
+    assert_int_equal(b.m.place[i + 1].kind, RT_PLACE_INSIDE);
+    done(&b);
+}
+
+static void an_empty_completion(void **state)
+{
+    (void)state;
+    struct both b;
+    char text[64];
+    retarget(&b, DEEPSEEK, QWEN, "Q", "");
+    assert_int_equal(b.m.reject, RT_REJECT_NONE);
+    const int64_t row = rf_row_of(&b.m, b.m.rows.n_tokens - 1);
+    assert_int_equal(b.m.rows.ids[b.m.rows.n_tokens - 1], b.m.map.student_end);
+    assert_true(row >= 0);
+    assert_true(targets_of(&b.m, text, sizeof text) >= 1);
+    assert_int_equal(b.m.rows.n_rows, 1);
+    done(&b);
+}
+
+/* Bytes that tokens split, in other ways on both sides: every target but the masked ones has a row, and the bytes are the text's. */
+static void split_characters_and_spaces(void **state)
+{
+    (void)state;
+    static const char *const texts[] = {"\xf0\x9f\x98\x80\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x92\xbb", "\xe5\xad\xa6\xe4\xb9\xa0 \xe3\x81\x93\xe3\x82\x8c\xe6\x96\x87\xe5\xad\x97",
+                                        "a\r\nb\r\n\r\n c", " leading  spaces\tand\n\n\nlines ", "the \\boxed{42} and \\boxed{\\frac{1}{2}}", "na\xc3\xafve \xc3\xa9t\xc3\xa9 201 3 42",
+                                        "def f(x):\n    return x\n"};
+    static const char *const students[] = {QWEN, LLAMA, "tests/data/tokenizers/smollm2"};
+    for (size_t s = 0; s < sizeof students / sizeof students[0]; s++)
+        for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+            struct both b;
+            char text[512], want[512];
+            retarget(&b, DEEPSEEK, students[s], "Q", texts[i]);
+            assert_int_equal(b.m.reject, RT_REJECT_NONE);
+            targets_of(&b.m, text, sizeof text);
+            snprintf(want, sizeof want, "<think>\n%s", texts[i]);
+            assert_int_equal(b.m.rows.text_len, b.m.rows.byte_end[b.m.rows.n_tokens - 1]);
+            if (strcmp(text, want) != 0)
+                assert_string_equal(text, texts[i]); /* a template of its own forces the opening */
+            int64_t masked = 0;
+            for (int k = 0; k < RT_MASK_COUNT; k++)
+                masked += b.m.counts.masked[k];
+            assert_int_equal(b.m.rows.n_rows + masked, b.m.counts.targets);
+            assert_true(b.m.rows.n_rows > 3);
+            for (int64_t r = 0; r < b.m.rows.n_rows; r++)
+                assert_true(rf_prob(&b.m, r, b.m.rows.next_id[r]) > 0); /* what is realised wins its row */
+            for (int64_t k = b.m.text.student.first; k < b.m.text.student.n; k++)
+                if (b.m.map.blank[b.m.rows.ids[k]])
+                    assert_int_equal(rf_row_of(&b.m, k), -1);
+            done(&b);
+        }
+}
+
+/* ---- toy vocabularies: digits, and a token that crosses ---- */
+static void toy(struct both *b, const char *const *teacher, int nt, const char *const *student, int ns, const char *text)
+{
+    struct rt_err err = {0};
+    struct rt_encoding e = {0};
+    uint8_t mask[64];
+    memset(mask, 1, sizeof mask);
+    b->t = rf_model(rf_tokenizer("text-teacher", teacher, nt, false));
+    b->s = rf_model(rf_tokenizer("text-student", student, ns, false));
+    assert_ok(rt_tokenizer_encode(b->t.tok, text, strlen(text), &e, &err));
+    b->r = rf_rows(&b->t, e.ids, mask, (int64_t)e.n, 1000, rf_hash_logit, NULL);
+    b->m = rf_make(&b->t, &b->s, &b->r, RT_RETARGET_EXACT);
+    rt_encoding_free(&e);
+}
+
+static void digits_inside_a_number(void **state)
+{
+    (void)state;
+    static const char *const merges[] = {"2 0", "20 1", "2 1", "20 3", "1 7"};
+    struct both b;
+    toy(&b, merges, 5, NULL, 0, "x=201");
+    assert_int_equal(b.m.counts.digits, 3);
+    assert_int_equal(b.m.counts.digits_rows, 3);
+    assert_int_equal(b.m.place[2].kind, RT_PLACE_HEAD);
+    assert_int_equal(b.m.place[3].kind, RT_PLACE_INSIDE);
+    assert_int_equal(b.m.place[4].kind, RT_PLACE_INSIDE);
+    /* behind "2": the tokens that go on are 20, 201, 203 (to 0) and 21 (to 1); behind "20": 201 and 203 */
+    double q[5];
+    uint32_t id[5] = {256, 257, 258, 259, 0};
+    for (int i = 0; i < 4; i++)
+        q[i] = exp(rf_hash_logit(NULL, 1, '=', id[i], 257));
+    const int64_t two = rf_row_of(&b.m, 3), three = rf_row_of(&b.m, 4);
+    const double all = q[0] + q[1] + q[2] + q[3];
+    assert_true(fabs(rf_prob(&b.m, two, '0') - (q[0] + q[1] + q[3]) / all) < 1e-6);
+    assert_true(fabs(rf_prob(&b.m, two, '1') - q[2] / all) < 1e-6);
+    assert_true(fabs(rf_prob(&b.m, three, '1') - q[1] / (q[1] + q[3])) < 1e-6);
+    assert_true(fabs(rf_prob(&b.m, three, '3') - q[3] / (q[1] + q[3])) < 1e-6);
+    assert_true(b.m.counts.evidence > 0 && b.m.counts.evidence < 2);
+    done(&b);
+}
+
+static void a_crossing_token_keeps_its_label(void **state)
+{
+    (void)state;
+    static const char *const t[] = {"b o", "bo x", "e d"}, *const s[] = {"b o", "bo x", "e d", "box ed"};
+    struct both b;
+    toy(&b, t, 3, s, 4, "a\\boxed{7}");
+    const int64_t i = rf_find(&b.m, "boxed", 0);
+    assert_int_equal(b.m.place[i].kind, RT_PLACE_CROSSING);
+    assert_int_equal(rf_row_of(&b.m, i), -1);
+    assert_int_equal(b.m.rows.loss_mask[i], 1);
+    assert_int_equal(b.m.counts.masked[RT_MASK_CROSSING], 1);
+    assert_int_equal(b.m.counts.crossing[b.m.rows.ids[i]], 1);
+    assert_true(rf_row_of(&b.m, i + 1) >= 0); /* and the next one is back on a boundary */
+    assert_int_equal(b.m.place[i + 1].kind, RT_PLACE_WHOLE);
+    done(&b);
+}
+
+/* ---- rejected ---- */
+static void not_nfc(void **state)
+{
+    (void)state;
+    struct both b;
+    retarget(&b, DEEPSEEK, QWEN, "Q", "caf\x65\xcc\x81 is good"); /* e and a combining accent */
+    assert_int_equal(b.m.reject, RT_REJECT_NFC);
+    done(&b);
+    retarget(&b, DEEPSEEK, LLAMA, "Q", "caf\x65\xcc\x81 is good");
+    assert_int_equal(b.m.reject, RT_REJECT_NFC);
+    done(&b);
+    retarget(&b, DEEPSEEK, QWEN, "Q", "caf\xc3\xa9 is good");
+    assert_int_equal(b.m.reject, RT_REJECT_NONE);
+    done(&b);
+}
+
+static enum rt_reject make_again(struct both *b)
+{
+    struct rt_err err = {0};
+    enum rt_reject reject;
+    const struct rt_retarget_pair pair = {&b->t, &b->s, &b->m.map};
+    assert_ok(rt_retarget_text_make(&pair, &b->r.rows, &b->m.text, &reject, &err));
+    return reject;
+}
+
+static void bytes_that_do_not_agree(void **state)
+{
+    (void)state;
+    struct both b;
+    retarget(&b, DEEPSEEK, QWEN, "Q", "So x = 42");
+    char *text = (char *)(uintptr_t)b.r.rows.text;
+    text[b.r.rows.text_len - 60] ^= 1; /* the end token alone is shorter than that */
+    assert_int_equal(make_again(&b), RT_REJECT_BYTES);
+    text[b.r.rows.text_len - 60] ^= 1;
+    assert_int_equal(make_again(&b), RT_REJECT_NONE);
+    ((uint32_t *)(uintptr_t)b.r.rows.byte_end)[3]++;
+    assert_int_equal(make_again(&b), RT_REJECT_BYTES);
+    ((uint32_t *)(uintptr_t)b.r.rows.byte_end)[3]--;
+    const char *was = b.r.rows.text;
+    b.r.rows.text = NULL;
+    assert_int_equal(make_again(&b), RT_REJECT_BYTES);
+    b.r.rows.text = was;
+    ((uint32_t *)(uintptr_t)b.r.rows.ids)[3] = 100000; /* no such token */
+    assert_int_equal(make_again(&b), RT_REJECT_BYTES);
+    done(&b);
+}
+
+/* A piece of a split text may begin inside a character. */
+static void not_utf8(void **state)
+{
+    (void)state;
+    struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(LLAMA))};
+    const uint32_t ids[] = {0x98, 0x80, 'a', 'b'};
+    uint32_t real[4];
+    const uint8_t mask[] = {1, 1, 1, 1};
+    for (int i = 0; i < 4; i++) {
+        const char byte = (char)ids[i];
+        assert_true(rt_tokenizer_find(b.t.tok, &byte, 1, &real[i]));
+    }
+    b.r = rf_rows(&b.t, real, mask, 4, 8, rf_hash_logit, NULL);
+    b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
+    assert_int_equal(b.m.reject, RT_REJECT_UTF8);
+    done(&b);
+}
+
+/* A masked text whose beginning no template renders. */
+static void an_unknown_prompt(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(QWEN))};
+    struct rt_encoding e = {0};
+    uint8_t mask[64] = {0};
+    assert_ok(rt_tokenizer_encode(b.t.tok, "User says hello the answer", 26, &e, &err));
+    for (size_t i = e.n / 2; i < e.n; i++)
+        mask[i] = 1;
+    b.r = rf_rows(&b.t, e.ids, mask, (int64_t)e.n, 8, rf_hash_logit, NULL);
+    b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
+    assert_int_equal(b.m.reject, RT_REJECT_PROMPT);
+    rt_encoding_free(&e);
+    done(&b);
+}
+
+/* ---- plain text ---- */
+static void text_with_and_without_bos(void **state)
+{
+    (void)state;
+    struct both b;
+    retarget(&b, DEEPSEEK, QWEN, " the answer is 42", NULL); /* BOS on the teacher's side alone: the student's first token has no row */
+    assert_int_equal(b.m.text.student.first, 0);
+    assert_int_equal(b.m.place[0].teacher, 1);
+    assert_int_equal(b.m.rows.n_tokens - 1, b.m.counts.targets);
+    assert_int_equal(b.m.rows.position[0], 0);
+    done(&b);
+    retarget(&b, DEEPSEEK, LLAMA, " the answer is 42", NULL); /* on both */
+    assert_int_equal(b.m.text.student.first, 1);
+    assert_int_equal(b.m.place[1].teacher, 1);
+    assert_true(rf_row_of(&b.m, 1) >= 0);
+    done(&b);
+    retarget(&b, QWEN, LLAMA, " the answer is 42", NULL); /* on the student's alone: nothing predicted its first token */
+    assert_int_equal(b.m.text.student.first, 1);
+    assert_int_equal(rf_row_of(&b.m, 1), -1);
+    assert_int_equal(b.m.counts.masked[RT_MASK_UNSTORED], 1);
+    assert_true(rf_row_of(&b.m, 2) >= 0);
+    done(&b);
+}
+
+/* An end of text inside: the student's, one unit, and what follows stays in place. */
+static void an_end_inside_a_text(void **state)
+{
+    (void)state;
+    struct both b;
+    retarget(&b, DEEPSEEK, QWEN, "the answer<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>So x", NULL);
+    int64_t i = 0;
+    while (i < b.m.rows.n_tokens && b.m.rows.ids[i] != b.m.map.student_end)
+        i++;
+    assert_true(i < b.m.rows.n_tokens - 1);
+    assert_int_equal(b.m.place[i].kind, RT_PLACE_WHOLE);
+    assert_true(rf_prob(&b.m, rf_row_of(&b.m, i), b.m.map.student_end) > 0.05);
+    assert_string_equal(rf_token(&b.m, i + 1), "So");
+    assert_true(b.m.place[i + 1].teacher > b.m.place[i].teacher);
+    done(&b);
+}
+
+/* ---- prompts ---- */
+static void read_back(const char *dir, const struct rt_message *m, size_t n, const char *completion, size_t expected, const char *forced)
+{
+    struct rt_err err = {0};
+    struct rt_model_dir model = rf_model(test_data(dir));
+    struct rt_rendered r = {0};
+    struct rt_prompt_read p = {0};
+    struct rt_buf text = {0};
+    bool ok;
+    assert_ok(rt_template_completion(model.tmpl, m, n, completion, strlen(completion), "test", &r, &err));
+    assert_ok(rt_tokenizer_decode(model.tok, r.enc.ids, r.target_start, false, &text, &err));
+    assert_ok(rt_prompt_read(&model, text.data, text.len, r.enc.ids, r.target_start, &p, &ok, &err));
+    if (!ok)
+        fail_msg("%s: %.*s is not read back", dir, (int)text.len, text.data);
+    assert_int_equal(p.n, expected);
+    assert_int_equal(p.forced_len, strlen(forced));
+    assert_memory_equal(p.forced, forced, p.forced_len);
+    for (size_t i = 0; i < expected; i++) {
+        const struct rt_message *a = &p.m[i], *b = &m[n - expected + i];
+        assert_string_equal(a->role, b->role);
+        assert_int_equal(a->content_len, b->content_len);
+        assert_memory_equal(a->content, b->content, b->content_len);
+    }
+    /* one token less is another prompt */
+    assert_ok(rt_prompt_read(&model, text.data, text.len, r.enc.ids, r.target_start - 1, &p, &ok, &err));
+    assert_false(ok);
+    rt_prompt_read_free(&p);
+    rt_rendered_free(&r);
+    rt_buf_free(&text);
+    rt_model_dir_close(&model);
+}
+
+#define M(r, c) {.role = r, .content = c, .content_len = sizeof(c) - 1, .loss = -1}
+static void prompts_are_read_back(void **state)
+{
+    (void)state;
+    static const struct rt_message one[] = {M("user", "What is 2+2?\n\nThink.")}, two[] = {M("system", "Be brief."), M("user", "A"), M("assistant", "B"), M("user", "C")};
+    read_back(DEEPSEEK, one, 1, "x</think>y", 1, "<think>\n");
+    read_back(DEEPSEEK, two, 4, "x</think>y", 4, "<think>\n");
+    read_back(QWEN, one, 1, "y", 1, "");
+    read_back(QWEN, two, 4, "y", 4, "");
+    read_back(QWEN, one, 1, "<think>\n\n</think>\n\ny", 1, "<think>\n\n</think>\n\n");
+    read_back(LLAMA, one, 1, "y", 1, "");
+    read_back(LLAMA, two, 4, "y", 4, "");
+    read_back("tests/data/tokenizers/smollm2", one, 1, "y", 1, ""); /* a default system message is the template's */
+    read_back("tests/data/tokenizers/smollm2", two, 4, "y", 4, "");
+}
+
+/* Only the last turn of several targets is kept. */
+static void earlier_turns_are_left(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(QWEN))};
+    struct rt_message m[] = {M("user", "A"), M("assistant", "the answer"), M("user", "C"), M("assistant", "So x</think>then")};
+    struct rt_rendered r = {0};
+    char text[256];
+    m[1].loss = 1;
+    assert_ok(rt_template_render(b.t.tmpl, m, 4, "test", &r, &err));
+    b.r = rf_rows(&b.t, r.enc.ids, r.loss_mask, (int64_t)r.enc.n, 8, rf_hash_logit, NULL);
+    b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
+    assert_int_equal(b.m.reject, RT_REJECT_NONE);
+    assert_true(b.m.text.earlier);
+    targets_of(&b.m, text, sizeof text);
+    assert_non_null(strstr(text, "So x</think>"));
+    assert_null(strstr(text, "the answer"));
+    rt_rendered_free(&r);
+    done(&b);
+}
+
+/* ---- states ---- */
+static void states_where_bytes_end_together(void **state)
+{
+    (void)state;
+    static const char *const t[] = {"2 0", "20 1"}, *const s[] = {"x ="};
+    struct both b;
+    toy(&b, t, 2, s, 1, "x=201y");
+    /* teacher x = 201 y, student x= 2 0 1 y */
+    uint16_t states[6 * 2];
+    const uint8_t want[5] = {1, 0, 0, 1, 1}, from[5] = {1, 0, 0, 2, 3};
+    for (int i = 0; i < 12; i++)
+        states[i] = (uint16_t)(0x3f80 + i);
+    b.r.id.n_features = b.r.rows.n_features = 1;
+    b.r.id.feature[0] = (struct rt_feature_spec){.layer = 2, .dim = 2, .dtype = RT_BF16};
+    b.r.rows.feature[0] = states;
+    rf_made_free(&b.m);
+    b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
+    assert_int_equal(b.m.rows.n_tokens, 5);
+    for (int i = 0; i < 5; i++) {
+        const uint16_t *got = (const uint16_t *)b.m.rows.feature[0] + 2 * i;
+        assert_int_equal(b.m.rows.feature_mask[i], want[i]);
+        assert_int_equal(got[0], want[i] ? states[2 * from[i]] : 0);
+        assert_int_equal(got[1], want[i] ? states[2 * from[i] + 1] : 0);
+    }
+    assert_int_equal(b.m.counts.states, 5);
+    assert_int_equal(b.m.counts.states_paired, 3);
+    done(&b);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(places_by_units),
+    cmocka_unit_test(places_with_offsets_and_masks),
+    cmocka_unit_test(a_thought_in_another_template),
+    cmocka_unit_test(think_tags),
+    cmocka_unit_test(an_empty_completion),
+    cmocka_unit_test(split_characters_and_spaces),
+    cmocka_unit_test(digits_inside_a_number),
+    cmocka_unit_test(a_crossing_token_keeps_its_label),
+    cmocka_unit_test(not_nfc),
+    cmocka_unit_test(bytes_that_do_not_agree),
+    cmocka_unit_test(not_utf8),
+    cmocka_unit_test(an_unknown_prompt),
+    cmocka_unit_test(text_with_and_without_bos),
+    cmocka_unit_test(an_end_inside_a_text),
+    cmocka_unit_test(prompts_are_read_back),
+    cmocka_unit_test(earlier_turns_are_left),
+    cmocka_unit_test(states_where_bytes_end_together),
+};
+RT_SUITE(retarget_text, tests)
