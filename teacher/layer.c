@@ -126,6 +126,12 @@ static enum rt_status product(struct rt_layer_ctx *x, const struct rt_part *p, i
                  .accumulate = accumulate, .row_exact = row_exact);
 }
 
+/* The plain form of a normed operand, or NULL where every product of it takes the e4m3 one. */
+static void *plain_form(const struct rt_layer_ctx *x, const struct rt_part *p, int slot, int other, void *plain)
+{
+    return x->w8a8 && p->fp8[slot] && p->fp8[other] ? NULL : plain;
+}
+
 /* Queries [n, nh, dn|dr] and [latent | k_pe], both rotated, the latent normalised, of n tokens. */
 static enum rt_status project(struct rt_layer_ctx *x, const struct rt_part *p, const int32_t *position, void *hidden, int64_t n, bool exact,
                               struct rt_err *err)
@@ -134,12 +140,13 @@ static enum rt_status project(struct rt_layer_ctx *x, const struct rt_part *p, c
     const struct sizes s = sizes_of(c);
     const struct rt_act quant = x->w8a8 ? x->xq : none();
     enum rt_status st;
-    RT_TRY(RT_OP(x->d, norm_fwd, err, .x = hidden, .w = p->w[RT_W_INPUT_NORM], .y = x->xn, .yq = quant, .n = n, .cols = s.H,
+    RT_TRY(RT_OP(x->d, norm_fwd, err, .x = hidden, .w = p->w[RT_W_INPUT_NORM],
+                 .y = plain_form(x, p, c->q_lora > 0 ? RT_W_Q_A : RT_W_Q_B, RT_W_KV_A, x->xn), .yq = quant, .n = n, .cols = s.H,
                  .eps = (float)c->eps));
     if (c->q_lora > 0) {
         RT_TRY(product(x, p, RT_W_Q_A, x->xn, x->xq, n, s.H, s.ql, x->qa, false, exact, err));
-        RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->qa, .w = p->w[RT_W_Q_A_NORM], .y = x->qan, .yq = x->w8a8 ? x->qaq : none(), .n = n,
-                     .cols = s.ql, .eps = LATENT_EPS));
+        RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->qa, .w = p->w[RT_W_Q_A_NORM], .y = plain_form(x, p, RT_W_Q_B, RT_W_Q_B, x->qan),
+                     .yq = x->w8a8 ? x->qaq : none(), .n = n, .cols = s.ql, .eps = LATENT_EPS));
         RT_TRY(product(x, p, RT_W_Q_B, x->qan, x->qaq, n, s.ql, s.q, x->q, false, exact, err));
     } else {
         RT_TRY(product(x, p, RT_W_Q_B, x->xn, x->xq, n, s.H, s.q, x->q, false, exact, err));
