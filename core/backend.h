@@ -261,9 +261,16 @@ struct rt_sumsq_args { const void *x; int64_t n; double *out; };
 /* y += a x; y *= a (x NULL). */
 struct rt_axpy_args { const void *x; void *y; int64_t n; double a; };
 /* AdamW (Loshchilov & Hutter 2019), decoupled decay, bias-corrected, g = grad * grad_scale:
- * m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr (mhat/(sqrt(vhat)+eps) + decay p). step counts from 1. All [n] act in place. */
+ * m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr (mhat/(sqrt(vhat)+eps) + decay p). step counts from 1. p, grad [n] act, in place.
+ * m, v [n] of type moment: act where act is F32 or F64; F32 or BF16 where act is BF16.
+ * low: NULL, or (act BF16 only, else UNSUPPORTED) [n] int16 that makes p exactly a float32: bits = (p << 16) + low, p being the float32 rounded
+ * to the nearest, halves away from zero. BF16 moments, and a BF16 p without low, are rounded
+ * stochastically by a hash of (seed, step, index): the same every time, and small steps are not lost in the mean.
+ * decay_end [host] [n_decay]: NULL, or ascending ends of the runs [0, e0) [e0, e1) .. of elements, of which every second one, from the first
+ * on, takes the decay; what lies behind the last takes none. */
 struct rt_adamw_args {
-    void *p; const void *grad; void *m, *v; int64_t n, step; double lr, beta1, beta2, eps, decay, grad_scale;
+    void *p, *low; const void *grad; void *m, *v; enum rt_dtype moment; int64_t n, step; double lr, beta1, beta2, eps, decay, grad_scale;
+    uint64_t seed; const int64_t *decay_end; int n_decay;
 };
 /* dst = src converted between act and float32 (to_f32: src act, dst float). */
 struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };

@@ -194,7 +194,7 @@ enum rt_status rt_projectors_step(struct rt_projectors *p, const struct rt_adamw
     if (p->map.n == 0)
         return RT_OK;
     const double scale = o->clip > 0 ? fmin(1, o->clip / (norm + 1e-6)) : 1;
-    return RT_OP(p->d, adamw, err, .p = p->w, .grad = p->grad, .m = p->m, .v = p->v, .n = p->table.elements, .step = step, .lr = lr,
+    return RT_OP(p->d, adamw, err, .p = p->w, .grad = p->grad, .m = p->m, .v = p->v, .moment = p->d->be->act, .n = p->table.elements, .step = step, .lr = lr,
                  .beta1 = o->beta1, .beta2 = o->beta2, .eps = o->eps, .decay = o->decay, .grad_scale = scale);
 }
 

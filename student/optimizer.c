@@ -63,7 +63,7 @@ static enum rt_status update(struct rt_optimizer *opt, int64_t first, int64_t en
 {
     const struct rt_student *s = opt->s;
     return RT_OP(s->d, adamw, err, .p = rt_student_at(s, s->block, first), .grad = rt_student_at(s, s->grads, first),
-                 .m = rt_student_at(s, opt->m, first), .v = rt_student_at(s, opt->v, first), .n = end - first, .step = opt->step + 1,
+                 .m = rt_student_at(s, opt->m, first), .v = rt_student_at(s, opt->v, first), .moment = s->d->be->act, .n = end - first, .step = opt->step + 1,
                  .lr = lr, .beta1 = opt->o.beta1, .beta2 = opt->o.beta2, .eps = opt->o.eps, .decay = decay, .grad_scale = scale);
 }
 

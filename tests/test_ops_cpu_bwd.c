@@ -311,13 +311,14 @@ struct adam {
 /* Three steps, so that the moments of one are the input of the next. */
 static enum rt_status run_adamw(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
 {
+    static const int64_t ends[] = {5, 16384, 20001}; /* some runs without decay in one of the steps */
     const struct adam *t = ctx;
     memset(out[1], 0, (size_t)t->n * sizeof(float));
     memset(out[2], 0, (size_t)t->n * sizeof(float));
     for (int64_t step = 1; step <= 3; step++) {
         const enum rt_status st = RT_OP(d, adamw, err, .p = out[0], .grad = t->grad + step * 11, .m = out[1], .v = out[2], .n = t->n,
                                         .step = step, .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1,
-                                        .grad_scale = 0.25);
+                                        .grad_scale = 0.25, .decay_end = step == 2 ? ends : NULL, .n_decay = step == 2 ? 3 : 0);
         if (st != RT_OK)
             return st;
     }

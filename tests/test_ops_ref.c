@@ -508,17 +508,23 @@ static void adamw_by_hand(void **state)
     double p[1] = {2}, m[1] = {0}, v[1] = {0}, g[1] = {6};
     const double b1 = 0.9, b2 = 0.95, lr = 0.01, eps = 1e-3, decay = 0.1;
     /* g = 6/2 = 3; m = .3, v = .45; corrected 3 and 9: step 3/(3 + eps) */
-    assert_ok(RT_OP(&d, adamw, &err, .p = p, .grad = g, .m = m, .v = v, .n = 1, .step = 1, .lr = lr, .beta1 = b1, .beta2 = b2, .eps = eps,
+    assert_ok(RT_OP(&d, adamw, &err, .p = p, .grad = g, .m = m, .v = v, .moment = RT_F64, .n = 1, .step = 1, .lr = lr, .beta1 = b1, .beta2 = b2, .eps = eps,
                     .decay = decay, .grad_scale = 0.5));
     assert_near(m[0], 0.3, 1e-15);
     assert_near(v[0], 0.45, 1e-15);
     assert_near(p[0], 2 - lr * (3 / (3 + eps) + decay * 2), 1e-15);
     const double p1 = p[0];
     g[0] = -2; /* g = -1; m = .27 - .1, v = .4275 + .05 */
-    assert_ok(RT_OP(&d, adamw, &err, .p = p, .grad = g, .m = m, .v = v, .n = 1, .step = 2, .lr = lr, .beta1 = b1, .beta2 = b2, .eps = eps,
+    assert_ok(RT_OP(&d, adamw, &err, .p = p, .grad = g, .m = m, .v = v, .moment = RT_F64, .n = 1, .step = 2, .lr = lr, .beta1 = b1, .beta2 = b2, .eps = eps,
                     .decay = decay, .grad_scale = 0.5));
     const double mhat = 0.17 / (1 - 0.81), vhat = 0.4775 / (1 - 0.9025);
     assert_near(p[0], p1 - lr * (mhat / (sqrt(vhat) + eps) + decay * p1), 1e-15);
+    /* runs: 0 and 1 decay, 2 does not, 3 does, 4 lies behind the last end; without gradient nothing else happens */
+    double q[5] = {1, 1, 1, 1, 1}, zero[5] = {0}, mq[5] = {0}, vq[5] = {0};
+    assert_ok(RT_OP(&d, adamw, &err, .p = q, .grad = zero, .m = mq, .v = vq, .moment = RT_F64, .n = 5, .step = 1, .lr = lr, .beta1 = b1, .beta2 = b2,
+                    .eps = eps, .decay = decay, .grad_scale = 1, .decay_end = (const int64_t[]){2, 3, 4}, .n_decay = 3));
+    for (int i = 0; i < 5; i++)
+        assert_near(q[i], i == 2 || i == 4 ? 1 : 1 - lr * decay, 1e-15);
     rt_device_close(&d);
 }
 

@@ -11,7 +11,7 @@ struct step {
     float b1, b2, n1, n2, c1, c2, lr, eps, decay, gs; /* n = 1 - b; c = 1 / (1 - b^step) */
 };
 
-RT_SIMD static void adamw_run(const struct step *s, float *restrict p, const float *restrict grad, float *restrict m,
+RT_SIMD static void adamw_run(const struct step *s, float decay, float *restrict p, const float *restrict grad, float *restrict m,
                               float *restrict v, int64_t n)
 {
     const struct step k = *s;
@@ -23,7 +23,7 @@ RT_SIMD static void adamw_run(const struct step *s, float *restrict p, const flo
         v1 = v1 < FLT_MIN ? 0.0f : v1;
         m[i] = m1;
         v[i] = v1;
-        p[i] -= k.lr * (m1 * k.c1 / (sqrtf(v1 * k.c2) + k.eps) + k.decay * p[i]);
+        p[i] -= k.lr * (m1 * k.c1 / (sqrtf(v1 * k.c2) + k.eps) + decay * p[i]);
     }
 }
 
@@ -32,7 +32,14 @@ static void adamw_rows(void *ctx, int64_t i0, int64_t i1, int worker)
     const struct step *s = ctx;
     const struct rt_adamw_args *a = s->a;
     (void)worker;
-    adamw_run(s, (float *)a->p + i0, (const float *)a->grad + i0, (float *)a->m + i0, (float *)a->v + i0, i1 - i0);
+    for (int64_t end; i0 < i1; i0 = end) {
+        int run = 0;
+        while (run < a->n_decay && i0 >= a->decay_end[run])
+            run++;
+        end = run < a->n_decay && a->decay_end[run] < i1 ? a->decay_end[run] : i1;
+        adamw_run(s, a->decay_end == NULL || (run < a->n_decay && run % 2 == 0) ? s->decay : 0.0f, (float *)a->p + i0,
+                  (const float *)a->grad + i0, (float *)a->m + i0, (float *)a->v + i0, end - i0);
+    }
 }
 
 enum rt_status rt_cpu_adamw(struct rt_dev *dev, struct rt_queue *queue, const struct rt_adamw_args *a, struct rt_err *err)
@@ -41,7 +48,9 @@ enum rt_status rt_cpu_adamw(struct rt_dev *dev, struct rt_queue *queue, const st
     struct step s = {a, (float)a->beta1, (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)c1, (float)c2,
                      (float)a->lr, (float)a->eps, (float)a->decay, (float)a->grad_scale};
     (void)queue;
-    (void)err;
+    if (a->low != NULL || a->moment != RT_F32)
+        return rt_fail(err, RT_UNSUPPORTED, "adamw: moments of type %s%s; this backend's are F32", rt_dtype_name(a->moment),
+                       a->low != NULL ? " and split parameters" : "");
     rt_cpu_rows(dev, a->n, 1 << 14, adamw_rows, &s);
     return RT_OK;
 }

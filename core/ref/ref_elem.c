@@ -113,11 +113,18 @@ REF_OP(adamw)
     real *p = a->p, *m = a->m, *v = a->v;
     const real *grad = a->grad;
     const double c1 = 1 - pow(a->beta1, (double)a->step), c2 = 1 - pow(a->beta2, (double)a->step);
+    int run = 0;
+    if (a->low != NULL || a->moment != REF_ACT)
+        return rt_fail(err, RT_UNSUPPORTED, "adamw: moments of type %s%s; this backend's are %s", rt_dtype_name(a->moment),
+                       a->low != NULL ? " and split parameters" : "", rt_dtype_name(REF_ACT));
     for (int64_t i = 0; i < a->n; i++) {
         const double g = grad[i] * a->grad_scale;
+        while (run < a->n_decay && i >= a->decay_end[run])
+            run++;
+        const double decay = a->decay_end == NULL || (run < a->n_decay && run % 2 == 0) ? a->decay : 0;
         m[i] = (real)(a->beta1 * m[i] + (1 - a->beta1) * g);
         v[i] = (real)(a->beta2 * v[i] + (1 - a->beta2) * g * g);
-        p[i] = (real)(p[i] - a->lr * (m[i] / c1 / (sqrt(v[i] / c2) + a->eps) + a->decay * p[i]));
+        p[i] = (real)(p[i] - a->lr * (m[i] / c1 / (sqrt(v[i] / c2) + a->eps) + decay * p[i]));
     }
     return RT_OK;
 }

@@ -1,0 +1,385 @@
+/* Cross entropy and KL of rows of logits, with their gradient.
+ *
+ * One block a row. The entries of the stored ids K are taken out first (their logits kept, -inf in their place), so that the walk over the row
+ * sums the complement itself, whatever share of the mass it has; the parts on and off K are then put together in float64. A second walk writes
+ *   dz_i = c_off exp(z_i/T - lse_off) + w_ce exp(z_i - lse_1)   off K,  c_off = w_kl T (M Q_R - P_R)   (bucket; 0 for renorm)
+ * and the entries on K and the label are written behind it, from float32. (core/ref/ref_loss.c has the formulas.)
+ */
+#include "core/cuda/loss.h"
+#include "core/cuda/loss_row.cuh"
+
+namespace {
+
+using namespace loss_row;
+typedef __nv_bfloat16 bf16;
+
+enum { THREADS = 512 };
+static const double min_tail = 1e-7; /* P_R below this is rounding of the stored log-probabilities */
+
+/* Exponents of 2 and factors of a row's gradient. */
+struct coefficients {
+    float off, off_at, ce, ce_at; /* off 2^(z/T log2e - off_at) + ce 2^(z log2e - ce_at) */
+    float on, on_at, p;           /* on K: on 2^(z/T log2e - on_at) - p p_j, and the ce term */
+};
+
+struct loss_shared {
+    struct stat slot[33];
+    double sum[2][32];
+    struct coefficients c;
+};
+
+/* What the sums over K are: teacher mass, sum p (log p - z/T). */
+struct on_k {
+    struct stat z;
+    double mass, cross;
+};
+
+__device__ double lse_join(double a, double b)
+{
+    const double top = fmax(a, b);
+    return top == -CUDART_INF ? top : top + log(exp(a - top) + exp(b - top));
+}
+
+__device__ float in_base_2(double lse)
+{
+    return (float)(lse * 1.4426950408889634);
+}
+
+/* KL of the row (without T^2) and, in c, its part of the gradient. */
+__device__ double kl_of_row(const struct rt_head_loss_args &a, const struct on_k &k, double lse_all, double lse_on, double lse_off,
+                            struct coefficients *c)
+{
+    const double scale = a.w_kl * a.T;
+    double kl;
+    if (a.tail == RT_TAIL_RENORM) {
+        if (!(k.mass > 0))
+            return 0;
+        kl = k.cross / k.mass - log(k.mass) + lse_on;
+        c->on = (float)scale;
+        c->on_at = in_base_2(lse_on);
+        c->p = (float)(scale / k.mass);
+        return kl;
+    }
+    double tail = 1 - k.mass;
+    kl = k.cross + k.mass * lse_all;
+    if (tail < min_tail || lse_off == -CUDART_INF)
+        tail = 0;
+    else
+        kl += tail * (log(tail) - (lse_off - lse_all));
+    c->on = (float)(scale * (k.mass + tail));
+    c->p = (float)scale;
+    if (lse_off != -CUDART_INF)
+        c->off = (float)(scale * ((k.mass + tail) * exp(lse_off - lse_all) - tail));
+    return kl;
+}
+
+/* Thread 0: the row's outputs, and the factors of its gradient. */
+__device__ void finish_row(const struct rt_head_loss_args &a, int64_t i, int32_t label, float z_label, bool has_kl, const struct stat &off,
+                           const struct on_k &k, struct coefficients *c)
+{
+    const double inv = 1 / a.T, lse_1 = lse_join(lse_of(off.max, off.sum, 1), lse_of(k.z.max, k.z.sum, 1));
+    const double lse_off = lse_of(off.max, off.sum_T, inv), lse_on = lse_of(k.z.max, k.z.sum_T, inv), lse_all = lse_join(lse_off, lse_on);
+    double kl = 0;
+    /* exponents at which no term overflows, whatever its factor */
+    c->off = c->on = c->p = 0;
+    c->off_at = lse_off != -CUDART_INF ? in_base_2(lse_off) : 0;
+    c->on_at = in_base_2(lse_all);
+    c->ce_at = in_base_2(lse_1);
+    c->ce = label >= 0 ? (float)a.w_ce : 0;
+    if (has_kl)
+        kl = kl_of_row(a, k, lse_all, lse_on, lse_off, c);
+    if (a.ce != NULL)
+        a.ce[i] = label >= 0 ? lse_1 - (double)z_label : 0;
+    if (a.kl != NULL)
+        a.kl[i] = kl * a.T * a.T;
+    if (a.teacher_mass != NULL)
+        a.teacher_mass[i] = has_kl ? k.mass : 0;
+    if (a.student_mass != NULL)
+        a.student_mass[i] = has_kl ? exp(lse_on - lse_all) : 0;
+    if (a.hit != NULL) {
+        const int32_t best = off.max > k.z.max ? off.best : k.z.max > off.max ? k.z.best : min(off.best, k.z.best);
+        a.hit[i] = (uint8_t)((best == label) | (has_kl && best == a.top_ids[i * a.k]) << 1);
+    }
+}
+
+/* Takes the ids of K out of the row: their logits to zk [k]; their sums. T == 1 leaves sum_T for the caller to copy. */
+template <class Z>
+__device__ struct on_k take_k(const struct rt_head_loss_args &a, int64_t i, Z *z, float *zk, float scale, struct loss_shared *s)
+{
+    const int32_t *ids = a.top_ids + i * a.k;
+    const float *logp = a.top_logp + i * a.k;
+    struct on_k r = {empty(), 0, 0};
+    const double inv = 1 / a.T;
+    for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
+        const int32_t id = ids[j];
+        zk[j] = id >= 0 ? element(z + id) : -CUDART_INF_F;
+        if (id < 0)
+            continue;
+        const struct stat one = {zk[j], 1, 1, id};
+        r.z = join(r.z, one, scale);
+        const double lp = logp[j], p = exp(lp);
+        r.mass += p;
+        r.cross += p > 0 ? p * (lp - (double)zk[j] * inv) : 0;
+    }
+    r.z = block_join(r.z, s->slot, scale); /* and every logit of K, and the label's, has been read */
+    r.mass = vec8::block_sum(r.mass, s->sum[0]);
+    r.cross = vec8::block_sum(r.cross, s->sum[1]);
+    for (int j = (int)threadIdx.x; j < a.k; j += THREADS)
+        if (ids[j] >= 0)
+            set_element(z + ids[j], -CUDART_INF_F);
+    __syncthreads();
+    return r;
+}
+
+__device__ inline float gradient_off(const struct coefficients &c, float z, float scale)
+{
+    return c.off * exp2_fast(z * scale - c.off_at) + c.ce * exp2_fast(z * LOG2E - c.ce_at);
+}
+
+/* The entries on K and the label's. */
+__device__ void fix_entries(const struct rt_head_loss_args &a, int64_t i, int32_t label, float z_label, bool has_kl, const float *zk,
+                            const struct coefficients &c, float scale, bf16 *dz)
+{
+    __shared__ int label_in_k;
+    if (threadIdx.x == 0)
+        label_in_k = 0;
+    __syncthreads(); /* and the second walk is done */
+    for (int j = (int)threadIdx.x; has_kl && j < a.k; j += THREADS) {
+        const int32_t id = a.top_ids[i * a.k + j];
+        if (id < 0)
+            continue;
+        float g = c.on * exp2_fast(zk[j] * scale - c.on_at) - c.p * expf(a.top_logp[i * a.k + j]);
+        g += c.ce * exp2_fast(zk[j] * LOG2E - c.ce_at);
+        if (id == label) {
+            g -= c.ce;
+            label_in_k = 1;
+        }
+        dz[id] = __float2bfloat16_rn(g);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && label >= 0 && !label_in_k)
+        dz[label] = __float2bfloat16_rn(gradient_off(c, z_label, scale) - c.ce);
+}
+
+template <class Z, bool TWO> __global__ void __launch_bounds__(THREADS) loss_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t)
+{
+    extern __shared__ float zk[]; /* [k] */
+    __shared__ struct loss_shared s;
+    const int64_t i = t.row0 + blockIdx.x;
+    Z *z = (Z *)t.z + (int64_t)blockIdx.x * t.ldz;
+    const int32_t label = a.label[i];
+    const bool has_kl = a.k > 0 && a.kl_mask != NULL && a.kl_mask[i] != 0;
+    const float scale = (float)(1.4426950408889634 / a.T), z_label = label >= 0 ? element(z + label) : 0;
+    struct on_k k = {empty(), 0, 0};
+    struct stat off = empty();
+    if (has_kl)
+        k = take_k(a, i, z, zk, scale, &s);
+    for (int64_t at = (int64_t)threadIdx.x * 8; at < a.V; at += THREADS * 8) {
+        float x[8];
+        load_row(z, at, a.V, x);
+        add8<TWO>(&off, x, (int32_t)at, scale);
+    }
+    off = block_join(off, s.slot, scale);
+    if (!TWO)
+        off.sum_T = off.sum;
+    if (threadIdx.x == 0)
+        finish_row(a, i, label, z_label, has_kl, off, k, &s.c);
+    if (t.dz == NULL)
+        return;
+    __syncthreads();
+    const struct coefficients c = s.c;
+    bf16 *dz = (bf16 *)t.dz + (int64_t)blockIdx.x * t.ldz;
+    const bool none = c.off == 0 && c.ce == 0;
+    for (int64_t at = (int64_t)threadIdx.x * 8; at < a.V; at += THREADS * 8) {
+        float x[8] = {};
+        if (!none) {
+            load_row(z, at, a.V, x);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                x[j] = gradient_off(c, x[j], scale);
+        }
+        vec8::store<8>(dz + at, x);
+    }
+    fix_entries(a, i, label, z_label, has_kl, zk, c, scale, dz);
+}
+
+/* ---- likelihoods ---- */
+
+template <bool IN> __device__ void keep_set(float x[8], const uint8_t *in_set, int64_t at, int64_t V)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (at + j >= V || (in_set[at + j] != 0) != IN)
+            x[j] = -CUDART_INF_F;
+}
+
+__global__ void __launch_bounds__(THREADS) likelihood_kernel(const struct rt_head_likelihood_args a, const struct rt_cuda_logits t)
+{
+    __shared__ struct stat slot[33];
+    const int64_t i = t.row0 + blockIdx.x, V = a.n_ids;
+    const float *z = (const float *)t.z + (int64_t)blockIdx.x * t.ldz;
+    const int32_t label = a.label != NULL ? a.label[i] : -1;
+    const float z_label = label >= 0 ? z[label] : 0;
+    struct stat on = empty(), off = empty();
+    for (int64_t at = (int64_t)threadIdx.x * 8; at < V; at += THREADS * 8) {
+        float x[8], y[8];
+        load_row(z, at, V, x);
+        if (a.in_set != NULL) {
+            for (int j = 0; j < 8; j++)
+                y[j] = x[j];
+            keep_set<true>(y, a.in_set, at, V);
+            keep_set<false>(x, a.in_set, at, V);
+            add8<false>(&on, y, (int32_t)at, LOG2E);
+        }
+        add8<false>(&off, x, (int32_t)at, LOG2E);
+    }
+    on = block_join(on, slot, LOG2E);
+    off = block_join(off, slot, LOG2E);
+    const double lse_on = lse_of(on.max, on.sum, 1), lse = lse_join(lse_on, lse_of(off.max, off.sum, 1));
+    const double lse_set = a.in_set != NULL ? lse_on : lse;
+    const bool has_set = a.in_set != NULL && lse_set > -CUDART_INF;
+    const float w_label = label >= 0 && a.w_label != NULL ? a.w_label[i] : 0, w_set = has_set && a.w_set != NULL ? a.w_set[i] : 0;
+    if (threadIdx.x == 0 && a.label_logp != NULL)
+        a.label_logp[i] = label >= 0 ? (double)z_label - lse : 0;
+    if (threadIdx.x == 0 && a.set_logp != NULL)
+        a.set_logp[i] = lse_set - lse;
+    if (t.dz == NULL)
+        return;
+    bf16 *dz = (bf16 *)t.dz + (int64_t)blockIdx.x * t.ldz;
+    const float all = w_label + w_set, all_at = in_base_2(lse), set_at = w_set != 0 ? in_base_2(lse_set) : 0;
+    for (int64_t at = (int64_t)threadIdx.x * 8; at < V; at += THREADS * 8) {
+        float x[8];
+        load_row(z, at, V, x);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const bool in = w_set != 0 && at + j < V && a.in_set[at + j] != 0;
+            x[j] = all * exp2_fast(x[j] * LOG2E - all_at) - (in ? w_set * exp2_fast(x[j] * LOG2E - set_at) : 0) - (at + j == label ? w_label : 0);
+        }
+        vec8::store<8>(dz + at, x);
+    }
+}
+
+__global__ void __launch_bounds__(256) add_f32_kernel(const float *__restrict__ sum, bf16 *__restrict__ dw, int64_t n)
+{
+    const int64_t step = (int64_t)gridDim.x * 256 * 8;
+    for (int64_t at = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8; at < n; at += step) {
+        float x[8], y[8];
+        if (at + 8 <= n) {
+            vec8::load<8>(dw + at, x);
+            vec8::load<8>(sum + at, y);
+            for (int i = 0; i < 8; i++)
+                x[i] += y[i];
+            vec8::store<8>(dw + at, x);
+        } else {
+            for (int64_t i = at; i < n; i++)
+                dw[i] = __float2bfloat16_rn(__bfloat162float(dw[i]) + sum[i]);
+        }
+    }
+}
+
+/* dw may begin anywhere: element by element where it is not 16-byte aligned. */
+__global__ void __launch_bounds__(256) add_f32_any_kernel(const float *__restrict__ sum, bf16 *__restrict__ dw, int64_t n)
+{
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256)
+        dw[i] = __float2bfloat16_rn(__bfloat162float(dw[i]) + sum[i]);
+}
+
+}
+
+enum rt_status rt_cuda_loss_rows(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
+{
+    if (t->rows <= 0)
+        return RT_OK;
+    if (a->k > RT_CUDA_LOSS_IDS)
+        return rt_fail(err, RT_UNSUPPORTED, "head_loss: %d teacher ids a row, expected up to %d", a->k, (int)RT_CUDA_LOSS_IDS);
+    const size_t shared = (size_t)(a->k > 0 ? a->k : 0) * sizeof(float);
+    const unsigned rows = (unsigned)t->rows;
+    const bool two = a->T != 1;
+    if (t->f32 && two)
+        loss_kernel<float, true><<<rows, THREADS, shared, q->stream>>>(*a, *t);
+    else if (t->f32)
+        loss_kernel<float, false><<<rows, THREADS, shared, q->stream>>>(*a, *t);
+    else if (two)
+        loss_kernel<bf16, true><<<rows, THREADS, shared, q->stream>>>(*a, *t);
+    else
+        loss_kernel<bf16, false><<<rows, THREADS, shared, q->stream>>>(*a, *t);
+    return rt_cuda_launched("loss", err);
+}
+
+enum rt_status rt_cuda_likelihood_rows(struct rt_queue *q, const struct rt_head_likelihood_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
+{
+    if (t->rows > 0)
+        likelihood_kernel<<<(unsigned)t->rows, THREADS, 0, q->stream>>>(*a, *t);
+    return rt_cuda_launched("likelihood", err);
+}
+
+enum rt_status rt_cuda_add_f32(struct rt_queue *q, const float *sum, void *dw, int64_t n, struct rt_err *err)
+{
+    const unsigned blocks = (unsigned)vec8::smaller((n + 2047) / 2048, 16 * (int64_t)q->dev->sm_count);
+    if (n <= 0)
+        return RT_OK;
+    if (vec8::aligned16(dw))
+        add_f32_kernel<<<blocks, 256, 0, q->stream>>>(sum, (bf16 *)dw, n);
+    else
+        add_f32_any_kernel<<<blocks, 256, 0, q->stream>>>(sum, (bf16 *)dw, n);
+    return rt_cuda_launched("add_f32", err);
+}
+
+/* ---- feature loss ---- */
+
+namespace {
+
+template <int N> __global__ void __launch_bounds__(256) feature_kernel(const struct rt_feature_loss_args f)
+{
+    __shared__ double slot[4][32];
+    const int64_t i = blockIdx.x;
+    const bf16 *x = (const bf16 *)f.a + i * f.cols;
+    const float *y = f.b + i * f.cols;
+    double xx = 0, xy = 0, yy = 0, dd = 0;
+    for (int64_t c = (int64_t)threadIdx.x * N; c < f.cols; c += 256 * N) {
+        float u[N], v[N];
+        vec8::load<N>(x + c, u);
+        vec8::load<N>(y + c, v);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const double p = u[j], r = v[j];
+            xx += p * p;
+            xy += p * r;
+            yy += r * r;
+            dd += (p - r) * (p - r);
+        }
+    }
+    xx = vec8::block_sum(xx, slot[0]);
+    xy = vec8::block_sum(xy, slot[1]);
+    yy = vec8::block_sum(yy, slot[2]);
+    dd = vec8::block_sum(dd, slot[3]);
+    const double norm = sqrt(xx) * sqrt(yy), cosine = norm > 0 ? xy / norm : 0, mse = 2 * f.w / (double)f.cols;
+    if (threadIdx.x == 0 && f.loss != NULL)
+        f.loss[i] = f.cosine ? 1 - cosine : dd / (double)f.cols;
+    if (f.da == NULL)
+        return;
+    /* near the minimum the two terms cancel: in double */
+    const double cx = !f.cosine ? mse : norm > 0 ? f.w * cosine / xx : 0, cy = !f.cosine ? -mse : norm > 0 ? -f.w / norm : 0;
+    for (int64_t c = (int64_t)threadIdx.x * N; c < f.cols; c += 256 * N) {
+        float u[N], v[N];
+        vec8::load<N>(x + c, u);
+        vec8::load<N>(y + c, v);
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            u[j] = cx == 0 && cy == 0 ? 0 : (float)(cx * (double)u[j] + cy * (double)v[j]);
+        vec8::store<N>((bf16 *)f.da + i * f.cols + c, u);
+    }
+}
+
+}
+
+enum rt_status rt_cuda_feature_loss(struct rt_dev *, struct rt_queue *q, const struct rt_feature_loss_args *a, struct rt_err *err)
+{
+    if (a->n <= 0)
+        return RT_OK;
+    if (a->cols % 8 == 0 && vec8::aligned16(a->a) && vec8::aligned16(a->b) && vec8::aligned16(a->da))
+        feature_kernel<8><<<(unsigned)a->n, 256, 0, q->stream>>>(*a);
+    else
+        feature_kernel<1><<<(unsigned)a->n, 256, 0, q->stream>>>(*a);
+    return rt_cuda_launched("feature_loss", err);
+}
