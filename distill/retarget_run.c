@@ -394,6 +394,13 @@ static void count_crossing(struct rt_retarget_run *r, const struct slot *s)
             r->counts.crossing[s->text.student.ids[i]]++;
 }
 
+static enum rt_status check_stop(const struct rt_retarget_run *r, struct rt_err *err)
+{
+    if (r->o.stop == NULL || !r->o.stop(r->o.stop_self))
+        return RT_OK;
+    return rt_fail(err, RT_INTERRUPTED, "interrupted: the same command goes on behind the last whole shard");
+}
+
 /* The window's sequences in order: kept ones into the batch, which becomes a shard as soon as one more comes. */
 static enum rt_status drain(struct rt_retarget_run *r, struct rt_err *err)
 {
@@ -401,8 +408,10 @@ static enum rt_status drain(struct rt_retarget_run *r, struct rt_err *err)
     for (int64_t i = 0; i < r->n_window; i++) {
         struct slot *s = &r->window[i];
         const bool good = s->reject == RT_REJECT_NONE;
-        if (good && r->batch_rows >= r->rows_per_shard)
+        if (good && r->batch_rows >= r->rows_per_shard) {
             RT_TRY(flush(r, err));
+            RT_TRY(check_stop(r, err));
+        }
         s->counts.sequences = 1;
         if (!good)
             s->counts.rejected[s->reject] = 1;
@@ -470,8 +479,7 @@ enum rt_status rt_retarget_run_all(struct rt_retarget_run *r, struct rt_retarget
     rt_progress_begin(&r->progress, r->o.log, "retargeting", "sequences", n);
     r->progress.first = at;
     for (; at < n; at = to) {
-        if (r->o.stop != NULL && r->o.stop(r->o.stop_self))
-            RT_FAIL(err, INTERRUPTED, "interrupted: the same command goes on behind the last whole shard");
+        RT_TRY(check_stop(r, err));
         RT_TRY(fill_window(r, at, &to, err));
         RT_TRY(drain(r, err));
         rt_progress_update(&r->progress, to, NULL);
