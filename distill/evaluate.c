@@ -130,6 +130,7 @@ enum rt_status rt_eval_losses(const struct rt_eval_room *room, struct rt_train_s
     p->o.teacher_T = T;
     p->o.tail = RT_TAIL_BUCKET;
     p->o.map = NULL;
+    p->o.ce_rest = false;
     for (int64_t i = 0; i < n;) {
         if (stop != NULL && stop(stop_self))
             RT_FAIL(err, INTERRUPTED, "interrupted during an evaluation");

@@ -151,8 +151,11 @@ out:
 static void add_rows(const struct rt_losses *l, const struct rt_micro *p, struct rt_loss_sums *sums)
 {
     for (int64_t i = 0; i < p->rows; i++) {
-        sums->ce += l->ce[i];
-        sums->correct += l->hit[i] & 1;
+        if (p->label[i] >= 0) {
+            sums->ce += l->ce[i];
+            sums->correct += l->hit[i] & 1;
+            sums->rows++;
+        }
         if (p->kl_mask[i] == 0)
             continue;
         sums->kl += l->kl[i];
@@ -160,7 +163,6 @@ static void add_rows(const struct rt_losses *l, const struct rt_micro *p, struct
         sums->student_mass += l->student_mass[i];
         sums->agree += l->hit[i] >> 1 & 1;
     }
-    sums->rows += p->rows;
     sums->kl_rows += p->kl_rows;
 }
 

@@ -3,6 +3,7 @@
  *   L = 1/N ( w_ce sum ce_i + w_kl sum kl_i + w_feature/P sum_p sum f_p,i + w_alm sum a_s )
  * ce_i = -log q(label); kl_i = T^2 KL(P_t || Q_T) (core/backend.h, head_loss; T^2 keeps the gradient's scale at any T); f: distill/feature.h;
  * a_s of span s: distill/spans.h.
+ * ce_i runs over all training rows, or over those without a teacher's row (rt_micro_options.ce_rest).
  * N is the number of training rows of the whole global batch, whatever micro-batches it is cut into.
  */
 #ifndef RT_DISTILL_LOSSES_H
@@ -25,7 +26,7 @@ struct rt_loss_weights {
 struct rt_loss_sums {
     double ce, kl, feature; /* feature: sum over pairs and rows, divided by the number of pairs */
     double teacher_mass, student_mass;
-    int64_t rows, kl_rows, feature_rows, correct, agree;
+    int64_t rows, kl_rows, feature_rows, correct, agree; /* rows: that take CE */
     struct rt_span_sums spans;
 };
 

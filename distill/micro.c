@@ -190,8 +190,11 @@ enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const 
         }
         while ((teacher || spans) && stored < r.n_rows && r.position[stored] < t)
             stored++;
-        if (teacher && stored < r.n_rows && r.position[stored] == t)
+        if (teacher && stored < r.n_rows && r.position[stored] == t) {
             RT_TRY(add_teacher(p, &r, stored, lse, row, info->path, err));
+            if (p->o.ce_rest)
+                p->label[row] = -1;
+        }
         if (spans && stored < r.n_rows && r.position[stored] == t)
             RT_TRY(add_span(p, info, &r, stored, row, q->row0, err));
         if (states && (r.feature_mask == NULL || r.feature_mask[t] == 1))

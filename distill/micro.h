@@ -20,6 +20,7 @@ struct rt_micro_options {
     enum rt_tail tail; /* RENORM: a set without lse at teacher_T is normalised over its stored ids */
     int64_t vocab;
     const struct rt_feature_map *map; /* NULL: no states */
+    bool ce_rest;    /* rows with a teacher's row take no cross-entropy: their label is -1 */
     bool spans;      /* spans of sets that hold them are packed */
 };
 
@@ -36,7 +37,7 @@ struct rt_micro {
     int64_t n, n_seq, rows, kl_rows, feature_rows, n_spans;
     int32_t *ids, *cu;       /* [tokens], [n_seq + 1] */
     struct rt_micro_seq *seq; /* [n_seq] */
-    int32_t *index, *label;  /* [rows] token, next token */
+    int32_t *index, *label;  /* [rows] token, next token (-1: no cross-entropy) */
     uint8_t *kl_mask;        /* [rows] */
     int32_t *top_ids;        /* [rows, k], -1: empty */
     float *top_logp;         /* [rows, k] */

@@ -203,6 +203,7 @@ static enum rt_status check_losses(struct rt_train_run *r, struct rt_err *err)
     r->o.w = (struct rt_loss_weights){.ce = v->w_ce, .kl = v->w_kl, .feature = v->w_feature, .alm = v->w_alm, .tau = v->alm_tau, .T = v->kd_temperature,
                                       .tail = strcmp(v->tail, "renorm") == 0 ? RT_TAIL_RENORM : RT_TAIL_BUCKET,
                                       .cosine = strcmp(v->feature_loss, "cosine") == 0};
+    r->o.ce_rest = strcmp(v->ce, "rest") == 0 && v->w_kl > 0;
     r->o.teacher_T = v->teacher_temperature > 0 ? v->teacher_temperature : v->kd_temperature;
     for (int i = 0; i < r->n_sets + r->n_eval; i++) {
         const struct rt_train_info *info = rt_train_set_info(i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets]);
@@ -329,8 +330,8 @@ static void log_plan(const struct rt_train_run *r)
     rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s batch", rt_human_bytes(a, m->weights),
             rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations), rt_human_bytes(e, m->losses),
             rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->host));
-    rt_info(r->ctx->log, "loss: (%g CE + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
-            r->o.w.ce, r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);
+    rt_info(r->ctx->log, "loss: (%g CE%s + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
+            r->o.w.ce, r->o.ce_rest ? " of targets without a row" : "", r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);
     if (r->o.w.alm > 0)
         rt_info(r->ctx->log, "loss of spans: + %g A / the same number of rows, tau %g", r->o.w.alm, r->o.w.tau);
 }

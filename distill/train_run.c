@@ -100,15 +100,17 @@ out:
 static void log_step(const struct rt_train_run *r, const struct rt_step_result *s, double lr)
 {
     const struct rt_loss_sums *m = &s->sums;
-    char kl[96] = "", feature[48] = "", alm[48] = "";
+    char ce[32] = "", kl[96] = "", feature[48] = "", alm[48] = "";
+    if (m->rows > 0)
+        snprintf(ce, sizeof ce, " ce %.4f", m->ce / (double)m->rows);
     if (m->kl_rows > 0)
         snprintf(kl, sizeof kl, " kl %.4f agreement %.3f", m->kl / (double)m->kl_rows, (double)m->agree / (double)m->kl_rows);
     if (m->spans.spans > 0)
         snprintf(alm, sizeof alm, " alm %.4f", m->spans.loss / (double)m->spans.spans);
     if (m->feature_rows > 0)
         snprintf(feature, sizeof feature, " feature %.4g", m->feature / (double)m->feature_rows);
-    rt_info(r->ctx->log, "step %ld/%ld loss %.4f ce %.4f%s%s%s grad_norm %.3g lr %.3g %.0f tokens/s", (long)r->trainer.step, (long)r->total_steps, s->loss,
-            m->ce / (double)m->rows, kl, feature, alm, s->grad_norm, lr, (double)r->trainer.tokens / r->seconds);
+    rt_info(r->ctx->log, "step %ld/%ld loss %.4f%s%s%s%s grad_norm %.3g lr %.3g %.0f tokens/s", (long)r->trainer.step, (long)r->total_steps, s->loss,
+            ce, kl, feature, alm, s->grad_norm, lr, (double)r->trainer.tokens / r->seconds);
 }
 
 static enum rt_status after_nan(struct rt_train_run *r, const struct rt_step_result *s, int *in_a_row, struct rt_err *err)

@@ -12,7 +12,7 @@
 static struct rt_micro_options micro_options(const struct rt_trainer_options *o, int64_t vocab)
 {
     return (struct rt_micro_options){.tokens = o->micro_tokens, .k = o->k, .teacher_T = o->teacher_T, .tail = o->w.tail, .vocab = vocab,
-                                     .map = &o->map, .spans = o->boundary != NULL};
+                                     .map = &o->map, .ce_rest = o->ce_rest, .spans = o->boundary != NULL};
 }
 
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,

@@ -14,6 +14,7 @@
 struct rt_trainer_options {
     struct rt_loss_weights w;
     double teacher_T;
+    bool ce_rest;                /* cross-entropy on rows without a teacher's row alone */
     struct rt_adamw adamw;
     struct rt_feature_map map;   /* n 0: no states */
     const uint8_t *boundary;     /* NULL, or [vocab] (distill/spans.h): the sets' spans are trained on; borrowed */
