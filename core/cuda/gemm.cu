@@ -130,8 +130,8 @@ enum { SUM_COLS = 32, SUM_LANES = 8, SUM_WIDE = 8 };
 
 /* WIDTH columns a thread: 8 where rows are 16-byte aligned, else 1 */
 template <int WIDTH>
-__global__ void __launch_bounds__(SUM_COLS *SUM_LANES) chunk_sums(const __nv_bfloat16 *__restrict__ x, int64_t ldx, int64_t n, int64_t N, int64_t chunk,
-                                                                  float *__restrict__ part)
+__global__ void __launch_bounds__(SUM_COLS *SUM_LANES) chunk_sums(const __nv_bfloat16 *__restrict__ x, int64_t ldx, int64_t n, int64_t N,
+                                                                  int64_t chunk, float *__restrict__ part)
 {
     __shared__ float lanes[SUM_LANES][SUM_COLS * WIDTH];
     const int64_t col = ((int64_t)blockIdx.x * SUM_COLS + threadIdx.x) * WIDTH, first = (int64_t)blockIdx.y * chunk;

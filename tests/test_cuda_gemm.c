@@ -1,0 +1,561 @@
+/* Products on the GPU: the interface that the backend's files call, by cuBLASLt and by the kernel of our own; then the operations. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "core/dtype.h"
+#include "core/mem.h"
+#include "tests/cuda_ops.h"
+
+#ifdef RT_CUDA
+#include "core/cuda/gemm.h"
+#include "core/cuda/gemm_kernels.h"
+#include "core/cuda/lt.h"
+
+/* Float32 results differ from the reference by the rounding of their sums alone: tensor cores cut each of up to 100 partial sums of 16 terms
+ * at 2^-23 of its size, all in one direction. A hundredth of one rounding to bfloat16. */
+#define F32_SUMS 2e-5
+/* Two operands or results that were rounded to bfloat16 on the way: sqrt(2) times once. */
+#define BF16_TWICE 3.5e-3
+/* e4m3 products with block scales: Hopper's tensor cores add the products of a run of 128 with about 13 bits behind the largest (a few 1e-4 of
+ * the result), and the store rounds to bfloat16 (1.1e-3). */
+#define SCALED 3e-3
+#define SCALED_F32 1.5e-3
+
+static float *floats(int64_t n)
+{
+    struct rt_err err = {0};
+    float *p;
+    assert_ok(rt_alloc((size_t)(n > 0 ? n : 1), sizeof *p, "test", &p, &err));
+    return p;
+}
+
+/* y [rows, cols] at distance ld: NaN, which a product that overwrites must not read. */
+static void poison(float *y, int64_t rows, int64_t cols, int64_t ld)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < cols; j++)
+            y[r * ld + j] = NAN;
+}
+
+/* ---- rt_cuda_gemm ---- */
+
+struct shape {
+    int64_t m, n, k, pad; /* pad: elements between rows beyond the row's own */
+    bool a_t, b_t, accumulate, d_f32;
+    int bias; /* 0 none, 1 BF16, 2 float32 */
+    int64_t batch;
+};
+
+static void naive(const struct shape *s, const struct rt_cuda_gemm_args *g, const float *a, const float *b, const float *bias, float *d)
+{
+    for (int64_t z = 0; z < s->batch; z++)
+        for (int64_t i = 0; i < s->m; i++)
+            for (int64_t j = 0; j < s->n; j++) {
+                float *at = d + z * g->d_stride + i * g->ldd + j;
+                double sum = (s->bias ? (double)bias[j] : 0.0) + (s->accumulate ? (double)*at : 0.0);
+                for (int64_t l = 0; l < s->k; l++)
+                    sum += (double)a[z * g->a_stride + (s->a_t ? l * g->lda + i : i * g->lda + l)] *
+                           (double)b[z * g->b_stride + (s->b_t ? j * g->ldb + l : l * g->ldb + j)];
+                *at = (float)sum;
+            }
+}
+
+/* own: by the kernel of our own, whatever the library could do. */
+static void gemm_case(struct cuda_pair *p, const struct shape *s, bool own)
+{
+    struct rt_err err = {0};
+    struct rt_cuda_gemm_args g = {.m = s->m, .n = s->n, .k = s->k, .a_t = s->a_t, .b_t = s->b_t, .accumulate = s->accumulate, .d_f32 = s->d_f32,
+                                  .bias_f32 = s->bias == 2, .batch = s->batch};
+    const int64_t a_rows = s->a_t ? s->k : s->m, b_rows = s->b_t ? s->n : s->k;
+    g.lda = (s->a_t ? s->m : s->k) + s->pad;
+    g.ldb = (s->b_t ? s->k : s->n) + s->pad;
+    g.ldd = s->n + s->pad;
+    g.a_stride = a_rows * g.lda;
+    g.b_stride = b_rows * g.ldb;
+    g.d_stride = s->m * g.ldd;
+    const int64_t na = s->batch * g.a_stride, nb = s->batch * g.b_stride, nd = s->batch * g.d_stride;
+    float *a = floats(na), *b = floats(nb), *d = floats(nd), *got = floats(nd), *bias = floats(s->n);
+    char what[96];
+    cuda_random(a, na, 1, 1.0f);
+    cuda_random(b, nb, 2, 1.0f);
+    cuda_random(d, nd, 3, 10.0f);
+    if (!s->accumulate)
+        poison(d, s->batch * s->m, s->n, g.ldd);
+    cuda_random(bias, s->n, 4, 10.0f);
+    g.a = cuda_act(p, a, na);
+    g.b = cuda_act(p, b, nb);
+    g.d = s->d_f32 ? cuda_bytes(p, d, (size_t)nd * 4) : cuda_act(p, d, nd);
+    g.bias = s->bias == 0 ? NULL : s->bias == 1 ? cuda_act(p, bias, s->n) : cuda_bytes(p, bias, (size_t)s->n * 4);
+    assert_ok(own ? rt_cuda_gemm_mma((struct rt_queue *)p->gpu.q, &g, &err) : rt_cuda_gemm((struct rt_queue *)p->gpu.q, &g, &err));
+    if (s->d_f32)
+        cuda_get(p, got, g.d, (size_t)nd * 4);
+    else
+        cuda_get_act(p, got, g.d, nd);
+    naive(s, &g, a, b, bias, d); /* what lies between the rows stays as it was */
+    snprintf(what, sizeof what, "%s %lldx%lldx%lld%s%s%s%s%s", own ? "own" : "library", (long long)s->m, (long long)s->n, (long long)s->k,
+             s->a_t ? " a_t" : "", s->b_t ? " b_t" : "", s->accumulate ? " +=" : "", s->d_f32 ? " f32" : "", s->bias ? " bias" : "");
+    cuda_close(what, got, d, s->batch * s->m, g.ldd, s->d_f32 ? F32_SUMS : CUDA_BF16_ONCE, 0);
+    for (int64_t r = 0; r < s->batch * s->m; r++)
+        for (int64_t j = s->n; j < g.ldd; j++)
+            if (got[r * g.ldd + j] != d[r * g.ldd + j])
+                fail_msg("%s: wrote behind row %lld", what, (long long)r);
+    cuda_free(p, (void *)(uintptr_t)g.a);
+    cuda_free(p, (void *)(uintptr_t)g.b);
+    cuda_free(p, (void *)(uintptr_t)g.bias);
+    cuda_free(p, g.d);
+    rt_free(a);
+    rt_free(b);
+    rt_free(d);
+    rt_free(got);
+    rt_free(bias);
+}
+
+static void test_gemm(void **state)
+{
+    static const int64_t sizes[][4] = {{1, 1, 1, 0}, {3, 5, 7, 0}, {16, 128, 64, 8}, {128, 128, 128, 0}, {130, 257, 96, 3}, {257, 136, 520, 8},
+                                       {300, 64, 1000, 0}};
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int flags = 0; flags < 16; flags++)
+            for (int own = 0; own < 2; own++) {
+                const struct shape s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags & 1, flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1,
+                                        (int)((i + (size_t)flags) % 3), 1};
+                gemm_case(&p, &s, own);
+            }
+    for (int own = 0; own < 2; own++) {
+        gemm_case(&p, &(struct shape){40, 72, 48, 0, false, true, false, false, 0, 5}, own);
+        gemm_case(&p, &(struct shape){40, 71, 48, 1, true, false, true, true, 0, 3}, own);
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, true, false, 1, 1}, own);  /* k 0: the bias alone */
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, false, true, 0, 1}, own);
+    }
+    cuda_pair_close(&p);
+}
+
+/* Heads side by side in each row: batches at a distance smaller than a row. */
+static void test_heads(void **state)
+{
+    enum { N = 70, HEADS = 3, D = 24, R = 40 };
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    float *x = floats(N * HEADS * D), *w = floats(HEADS * D * R), *want = floats(N * HEADS * R), *got = floats(N * HEADS * R);
+    cuda_random(x, N * HEADS * D, 1, 1.0f);
+    cuda_random(w, HEADS * D * R, 2, 1.0f);
+    for (int t = 0; t < N; t++)
+        for (int h = 0; h < HEADS; h++)
+            for (int r = 0; r < R; r++) {
+                double sum = 0;
+                for (int i = 0; i < D; i++)
+                    sum += (double)x[(t * HEADS + h) * D + i] * (double)w[(h * D + i) * R + r];
+                want[(t * HEADS + h) * R + r] = (float)sum;
+            }
+    void *dx = cuda_act(&p, x, N * HEADS * D), *dw = cuda_act(&p, w, HEADS * D * R), *dy = cuda_act(&p, NULL, N * HEADS * R);
+    const struct rt_cuda_gemm_args g = {.a = dx, .b = dw, .d = dy, .m = N, .n = R, .k = D, .lda = HEADS * D, .ldd = HEADS * R, .batch = HEADS,
+                                        .a_stride = D, .b_stride = D * R, .d_stride = R};
+    assert_ok(rt_cuda_gemm((struct rt_queue *)p.gpu.q, &g, &err));
+    cuda_get_act(&p, got, dy, N * HEADS * R);
+    cuda_close("heads", got, want, N, HEADS * R, CUDA_BF16_ONCE, 0);
+    cuda_free(&p, dx);
+    cuda_free(&p, dw);
+    cuda_free(&p, dy);
+    rt_free(x);
+    rt_free(w);
+    rt_free(want);
+    rt_free(got);
+    cuda_pair_close(&p);
+}
+
+/* The algorithm of 100 rows does not depend on what was multiplied before, 112 rows of the same bucket. */
+static void test_history(void **state)
+{
+    enum { K = 1024, N = 512, M = 112 };
+    static uint16_t bits[2][M * N];
+    float *x = floats(M * K);
+    struct rt_err err = {0};
+    (void)state;
+    for (int order = 0; order < 2; order++) {
+        struct cuda_pair p;
+        if (!cuda_pair_open(&p)) {
+            rt_free(x);
+            TEST_SKIP("no GPU");
+        }
+        struct cuda_weight w = cuda_weight_bf16(&p, N, K, 9, 1.0f);
+        cuda_random(x, M * K, 8, 1.0f);
+        void *dx = cuda_act(&p, x, M * K), *dy = cuda_act(&p, NULL, M * N);
+        for (int i = 0; i < 2; i++) {
+            struct rt_cuda_gemm_args g = {.a = dx, .b = w.gpu->data, .b_t = true, .d = dy, .m = (i == order) ? 100 : 112, .n = N, .k = K};
+            assert_ok(rt_cuda_gemm((struct rt_queue *)p.gpu.q, &g, &err));
+            if (g.m == 100)
+                cuda_get(&p, bits[order], dy, sizeof bits[order]);
+        }
+        cuda_free(&p, dx);
+        cuda_free(&p, dy);
+        cuda_weight_free(&p, &w);
+        cuda_pair_close(&p);
+    }
+    assert_memory_equal(bits[0], bits[1], 100 * N * sizeof bits[0][0]);
+    assert_int_equal(rt_cuda_lt_bucket(100), rt_cuda_lt_bucket(112));
+    for (int64_t n = 1; n < 100000; n = n * 5 / 4 + 1) {
+        const int64_t b = rt_cuda_lt_bucket(n);
+        assert_true(b >= n && b % 16 == 0 && b <= n + n / 8 + 15 && rt_cuda_lt_bucket(b) == b);
+    }
+    rt_free(x);
+}
+
+/* Rows beyond 2^31 elements, on either side. */
+static void test_far(void **state)
+{
+    enum { K = 64, N = 8192, LAST = 40 };
+    const int64_t n = 270000;
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    struct rt_dev_memory memory;
+    void *dx, *dy;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    assert_ok(p.gpu.be->memory(p.gpu.dev, &memory, &err));
+    if (memory.free < (uint64_t)12 << 30) {
+        cuda_pair_close(&p);
+        TEST_SKIP("a product of 270000 rows takes 12 GiB");
+    }
+    float *x = floats(LAST * K), *want = floats(LAST * N), *got = floats(LAST * N);
+    uint16_t *half = (uint16_t *)(void *)floats(LAST * N);
+    struct cuda_weight w = cuda_weight_bf16(&p, N, K, 1, 1.0f);
+    cuda_random(x, LAST * K, 2, 1.0f);
+    rt_from_f32(half, RT_BF16, x, LAST * K);
+    assert_ok(RT_OP(&p.ref, linear_fwd, &err, .x = {x, NULL}, .w = w.ref, .y = want, .n = LAST, .K = K, .N = N));
+    assert_ok(p.gpu.be->alloc(p.gpu.dev, (size_t)n * K * 2, &dx, &err));
+    assert_ok(p.gpu.be->alloc(p.gpu.dev, (size_t)n * N * 2, &dy, &err));
+    assert_ok(rt_device_upload(&p.gpu, (char *)dx + (size_t)(n - LAST) * K * 2, half, LAST * K * 2, &err));
+    for (int own = 0; own < 2; own++) {
+        const struct rt_cuda_gemm_args g = {.a = dx, .b = w.gpu->data, .b_t = true, .d = dy, .m = n, .n = N, .k = K};
+        assert_ok(rt_device_zero(&p.gpu, dy, (size_t)n * N * 2, &err));
+        assert_ok(own ? rt_cuda_gemm_mma((struct rt_queue *)p.gpu.q, &g, &err) : rt_cuda_gemm((struct rt_queue *)p.gpu.q, &g, &err));
+        cuda_get_act(&p, got, (char *)dy + (size_t)(n - LAST) * N * 2, LAST * N);
+        cuda_close(own ? "far rows, own" : "far rows, library", got, want, LAST, N, CUDA_BF16_ONCE, 0);
+    }
+    p.gpu.be->free(p.gpu.dev, dx);
+    p.gpu.be->free(p.gpu.dev, dy);
+    cuda_weight_free(&p, &w);
+    rt_free(x);
+    rt_free(want);
+    rt_free(got);
+    rt_free(half);
+    cuda_pair_close(&p);
+}
+
+static void test_dequant(void **state)
+{
+    static const int64_t shapes[][2] = {{130, 128}, {257, 272}, {64, 135}};
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (size_t i = 0; i < 3; i++) {
+        const int64_t rows = shapes[i][0], cols = shapes[i][1], blocks = (cols + 127) / 128, row0 = 3;
+        struct cuda_weight w = cuda_weight_e4m3(&p, rows, cols, i, 1.0f);
+        float *want = floats(rows * cols), *got = floats(rows * cols);
+        for (int64_t r = row0; r < rows; r++)
+            for (int64_t c = 0; c < cols; c++)
+                want[(r - row0) * cols + c] = rt_e4m3_to_f32(((uint8_t *)w.data)[r * cols + c]) * w.scale[r / 128 * blocks + c / 128];
+        cuda_round(want, (rows - row0) * cols);
+        void *out = cuda_act(&p, NULL, (rows - row0) * cols);
+        assert_ok(rt_cuda_dequant((struct rt_queue *)p.gpu.q, w.gpu, row0, rows - row0, out, &err));
+        cuda_get_act(&p, got, out, (rows - row0) * cols);
+        assert_memory_equal(got, want, (size_t)((rows - row0) * cols) * sizeof *got);
+        cuda_free(&p, out);
+        cuda_weight_free(&p, &w);
+        rt_free(want);
+        rt_free(got);
+    }
+    cuda_pair_close(&p);
+}
+
+/* ---- rt_cuda_gemm8 ---- */
+
+struct shape8 {
+    int64_t n, K, N, ldy, more; /* more: rows of the array of scales beyond rt_act_rows(n) */
+    bool accumulate, y_f32, padded;
+};
+
+/* The ways of a product of codes, each the first choice where those after it are not there. */
+enum way { DEQUANTISED, LIBRARY, OWN };
+
+static void gemm8_case(struct cuda_pair *p, const struct shape8 *s, enum way way)
+{
+    static const char *const names[] = {"dequantised", "library", "own"};
+    struct rt_err err = {0};
+    struct rt_dev *dev = p->gpu.dev;
+    struct rt_cuda_lt *lt = dev->lt;
+    void *encode = dev->encode_map;
+    const int64_t rows = s->padded ? rt_act_rows(s->n) : s->n, ny = rows * s->ldy, ld = rt_act_rows(s->n) + s->more;
+    float *x = floats(s->n * s->K), *y = floats(ny), *got = floats(ny), *scales = floats(ld * (s->K / 128));
+    char what[96];
+    cuda_random(x, s->n * s->K, 11, 2.0f);
+    cuda_random(y, ny, 12, 30.0f);
+    if (!s->accumulate)
+        poison(y, rows, s->N, s->ldy);
+    struct cuda_quantised q = cuda_quantise(p, x, s->n, s->K);
+    struct cuda_weight w = cuda_weight_e4m3(p, s->N, s->K, 13, 1.0f);
+    for (int64_t b = 0; b < s->K / 128; b++)
+        for (int64_t r = 0; r < ld; r++)
+            scales[b * ld + r] = r < s->n ? q.ref.scale[b * s->n + r] : 1e6f; /* of rows that are not there: must not matter */
+    struct rt_cuda_gemm8_args g = {.x = q.gpu, .w = w.gpu, .n = s->n, .K = s->K, .N = s->N, .ldy = s->ldy, .x_scale_ld = ld,
+                                   .accumulate = s->accumulate, .y_f32 = s->y_f32, .padded = s->padded};
+    g.x.scale = cuda_bytes(p, scales, (size_t)(ld * (s->K / 128)) * 4);
+    g.y = s->y_f32 ? cuda_bytes(p, y, (size_t)ny * 4) : cuda_act(p, y, ny);
+    dev->lt = way == DEQUANTISED ? NULL : lt;
+    dev->encode_map = way == OWN ? encode : NULL;
+    assert_ok(rt_cuda_gemm8((struct rt_queue *)p->gpu.q, &g, &err));
+    dev->lt = lt;
+    dev->encode_map = encode;
+    if (s->y_f32)
+        cuda_get(p, got, g.y, (size_t)ny * 4);
+    else
+        cuda_get_act(p, got, g.y, ny);
+    assert_ok(RT_OP(&p->ref, linear_fwd, &err, .x = q.ref, .w = w.ref, .y = y, .ldy = s->ldy, .n = s->n, .K = s->K, .N = s->N,
+                    .accumulate = s->accumulate));
+    snprintf(what, sizeof what, "e4m3 %s %lldx%lldx%lld%s%s%s", names[way], (long long)s->n, (long long)s->N, (long long)s->K,
+             s->accumulate ? " +=" : "", s->y_f32 ? " f32" : "", s->padded ? " padded" : "");
+    cuda_close(what, got, y, s->n, s->ldy, way == DEQUANTISED ? BF16_TWICE : s->y_f32 ? SCALED_F32 : SCALED, 0);
+    for (int64_t r = 0; r < s->n; r++)
+        for (int64_t j = s->N; j < s->ldy; j++)
+            if (got[r * s->ldy + j] != y[r * s->ldy + j])
+                fail_msg("%s: wrote behind row %lld", what, (long long)r);
+    cuda_free(p, g.x.scale);
+    cuda_free(p, g.y);
+    cuda_quantised_free(p, &q);
+    cuda_weight_free(p, &w);
+    rt_free(x);
+    rt_free(y);
+    rt_free(got);
+    rt_free(scales);
+}
+
+static void test_gemm8(void **state)
+{
+    /* rows that are and are not multiples of 4; 1, 2, 4, 11 blocks of columns; a last block of rows that is not whole (576, 200); N = 130 */
+    static const int64_t sizes[][4] = {{4, 128, 128, 128}, {1, 512, 256, 256}, {130, 256, 576, 576}, {128, 512, 200, 208}, {67, 1408, 128, 256},
+                                       {300, 512, 576, 576}, {64, 512, 130, 130}, {261, 384, 512, 520}};
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const bool can = rt_cuda_lt_block_scaled(p.gpu.dev);
+    print_message("    block-scaled products by the library: %s\n", can ? "yes" : "no");
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int flags = 0; flags < 8; flags++)
+            for (int way = DEQUANTISED; way <= (can ? OWN : DEQUANTISED); way++) {
+                const struct shape8 s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags == 5 ? 8 : 0, flags & 1, flags >> 1 & 1,
+                                         flags >> 2 & 1};
+                gemm8_case(&p, &s, (enum way)way);
+            }
+    cuda_pair_close(&p);
+}
+
+/* Must find nothing wrong with the library's own choice where it says it can: a shape of the published model. */
+static void test_scaled_used(void **state)
+{
+    static const int64_t shapes[][3] = {{256, 7168, 576}, {256, 7168, 1536}, {256, 1536, 4096}, {256, 512, 4096}, {256, 2048, 7168}};
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    if (!rt_cuda_lt_block_scaled(p.gpu.dev)) {
+        cuda_pair_close(&p);
+        TEST_SKIP("no block-scaled products here");
+    }
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const int64_t n = shapes[i][0], K = shapes[i][1], N = shapes[i][2];
+        bool done;
+        char *block;
+        assert_ok(p.gpu.be->alloc(p.gpu.dev, (size_t)(n * K + N * K + n * N * 2 + (n + N) * K), (void **)&block, &err));
+        float *scales = (float *)(void *)(block + n * K + N * K + n * N * 2);
+        const struct rt_lt_call c = {.a = block, .b = block + N * K, .d = block + N * K + n * K, .a_scale = scales, .b_scale = scales, .M = N, .N = n,
+                                     .K = K, .lda = K, .ldb = K, .ldd = N, .batch = 1, .ta = true, .bucket_n = true};
+        assert_ok(rt_cuda_lt_matmul((struct rt_queue *)p.gpu.q, &c, &done, &err));
+        assert_ok(rt_device_sync(&p.gpu, &err));
+        if (!done)
+            fail_msg("the library refuses %lld x %lld x %lld", (long long)n, (long long)N, (long long)K);
+        p.gpu.be->free(p.gpu.dev, block);
+    }
+    cuda_pair_close(&p);
+}
+
+/* ---- operations ---- */
+
+struct linear {
+    int64_t n, K, N, ldx, ldy;
+    bool accumulate, y_f32, bias, quantised, e4m3;
+};
+
+static void linear_case(struct cuda_pair *p, const struct linear *l)
+{
+    struct rt_err err = {0};
+    const int64_t ldx = l->ldx > 0 ? l->ldx : l->K, ldy = l->ldy > 0 ? l->ldy : l->N, nx = l->n * ldx, ny = l->n * ldy;
+    float *x = floats(nx), *y = floats(ny), *got = floats(ny);
+    char what[112];
+    cuda_random(x, nx, 21, 2.0f);
+    cuda_random(y, ny, 22, 30.0f);
+    if (!l->accumulate)
+        poison(y, l->n, l->N, ldy);
+    struct cuda_weight w = l->e4m3 ? cuda_weight_e4m3(p, l->N, l->K, 23, 1.0f) : cuda_weight_bf16(p, l->N, l->K, 23, 1.0f);
+    struct cuda_weight b = l->bias ? cuda_weight_bf16(p, 1, l->N, 24, 20.0f) : (struct cuda_weight){0};
+    struct cuda_quantised q = {{NULL, NULL}, {NULL, NULL}};
+    struct rt_act dx = {NULL, NULL};
+    if (l->quantised) {
+        q = cuda_quantise(p, x, l->n, l->K);
+        dx = q.gpu;
+    } else {
+        dx.data = cuda_act(p, x, nx);
+    }
+    void *dy = l->y_f32 ? cuda_bytes(p, y, (size_t)ny * 4) : cuda_act(p, y, ny);
+    assert_ok(RT_OP(&p->gpu, linear_fwd, &err, .x = dx, .ldx = l->ldx, .w = w.gpu, .bias = b.gpu, .y = dy, .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N,
+                    .accumulate = l->accumulate, .y_f32 = l->y_f32));
+    assert_ok(RT_OP(&p->ref, linear_fwd, &err, .x = l->quantised ? q.ref : (struct rt_act){x, NULL}, .ldx = l->ldx, .w = w.ref, .bias = b.ref, .y = y,
+                    .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N, .accumulate = l->accumulate));
+    if (l->y_f32)
+        cuda_get(p, got, dy, (size_t)ny * 4);
+    else
+        cuda_get_act(p, got, dy, ny);
+    snprintf(what, sizeof what, "linear_fwd %lldx%lldx%lld%s%s%s%s", (long long)l->n, (long long)l->N, (long long)l->K,
+             l->quantised ? " w8a8" : l->e4m3 ? " w8a16" : "", l->accumulate ? " +=" : "", l->y_f32 ? " f32" : "", l->bias ? " bias" : "");
+    cuda_close(what, got, y, l->n, ldy, l->quantised ? BF16_TWICE : l->e4m3 ? BF16_TWICE : l->y_f32 ? F32_SUMS : CUDA_BF16_ONCE, 0);
+    cuda_free(p, dy);
+    if (l->quantised)
+        cuda_quantised_free(p, &q);
+    else
+        cuda_free(p, dx.data);
+    if (l->bias)
+        cuda_weight_free(p, &b);
+    cuda_weight_free(p, &w);
+    rt_free(x);
+    rt_free(y);
+    rt_free(got);
+}
+
+static void test_linear_fwd(void **state)
+{
+    static const struct linear cases[] = {
+        {1, 64, 48, 0, 0, false, false, true, false, false},      {77, 100, 131, 0, 0, false, false, true, false, false},
+        {130, 136, 200, 144, 208, true, false, true, false, false}, {130, 136, 200, 137, 201, false, true, false, false, false},
+        {200, 512, 96, 0, 0, true, true, true, false, false},     {33, 256, 576, 0, 0, false, false, false, false, true},
+        {300, 192, 130, 200, 0, true, false, false, false, true}, {300, 256, 256, 0, 264, false, true, false, false, true},
+        {1, 128, 128, 0, 0, false, false, false, true, true},     {66, 256, 576, 0, 0, true, false, false, true, true},
+        {131, 512, 200, 0, 208, false, false, true, true, true},  {132, 384, 256, 0, 0, true, true, true, true, true},
+    };
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        linear_case(&p, &cases[i]);
+    struct cuda_weight w = cuda_weight_bf16(&p, 8, 128, 1, 1.0f);
+    struct rt_act x = {w.data, w.scale};
+    float scale;
+    assert_status(RT_OP(&p.gpu, linear_fwd, &err, .x = x, .w = w.gpu, .y = NULL, .n = 1, .K = 64, .N = 8), SHAPE);
+    x.scale = &scale;
+    assert_status(RT_OP(&p.gpu, linear_fwd, &err, .x = x, .w = w.gpu, .y = NULL, .n = 1, .K = 128, .N = 8), UNSUPPORTED);
+    assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {NULL, NULL}, .w = w.gpu, .y = NULL, .n = 0, .K = 128, .N = 8));
+    cuda_weight_free(&p, &w);
+    cuda_pair_close(&p);
+}
+
+static void dgrad_case(struct cuda_pair *p, int64_t n, int64_t K, int64_t N, int64_t lddy, bool accumulate)
+{
+    struct rt_err err = {0};
+    const int64_t ld = lddy > 0 ? lddy : N;
+    float *dy = floats(n * ld), *dx = floats(n * K), *got = floats(n * K);
+    cuda_random(dy, n * ld, 31, 1.0f);
+    cuda_random(dx, n * K, 32, 20.0f);
+    if (!accumulate)
+        poison(dx, n, K, K);
+    struct cuda_weight w = cuda_weight_bf16(p, N, K, 33, 1.0f);
+    void *ddy = cuda_act(p, dy, n * ld), *ddx = cuda_act(p, dx, n * K);
+    assert_ok(RT_OP(&p->gpu, linear_dgrad, &err, .dy = ddy, .lddy = lddy, .w = w.gpu, .dx = ddx, .n = n, .K = K, .N = N, .accumulate = accumulate));
+    assert_ok(RT_OP(&p->ref, linear_dgrad, &err, .dy = dy, .lddy = lddy, .w = w.ref, .dx = dx, .n = n, .K = K, .N = N, .accumulate = accumulate));
+    cuda_get_act(p, got, ddx, n * K);
+    cuda_close(accumulate ? "linear_dgrad +=" : "linear_dgrad", got, dx, n, K, CUDA_BF16_ONCE, 0);
+    cuda_free(p, ddy);
+    cuda_free(p, ddx);
+    cuda_weight_free(p, &w);
+    rt_free(dy);
+    rt_free(dx);
+    rt_free(got);
+}
+
+static void wgrad_case(struct cuda_pair *p, int64_t n, int64_t K, int64_t N, int64_t lddy, int64_t ldx, bool bias)
+{
+    struct rt_err err = {0};
+    const int64_t ly = lddy > 0 ? lddy : N, lx = ldx > 0 ? ldx : K;
+    float *dy = floats(n * ly), *x = floats(n * lx), *dw = floats(N * K), *db = floats(N), *got = floats(N * K), *got_b = floats(N);
+    cuda_random(dy, n * ly, 41, 1.0f);
+    cuda_random(x, n * lx, 42, 1.0f);
+    cuda_random(dw, N * K, 43, 20.0f);
+    cuda_random(db, N, 44, 20.0f);
+    void *ddy = cuda_act(p, dy, n * ly), *dx = cuda_act(p, x, n * lx), *ddw = cuda_act(p, dw, N * K), *ddb = bias ? cuda_act(p, db, N) : NULL;
+    assert_ok(RT_OP(&p->gpu, linear_wgrad, &err, .dy = ddy, .x = dx, .lddy = lddy, .ldx = ldx, .dw = ddw, .db = ddb, .n = n, .K = K, .N = N));
+    assert_ok(RT_OP(&p->ref, linear_wgrad, &err, .dy = dy, .x = x, .lddy = lddy, .ldx = ldx, .dw = dw, .db = bias ? db : NULL, .n = n, .K = K, .N = N));
+    cuda_get_act(p, got, ddw, N * K);
+    cuda_close("linear_wgrad", got, dw, N, K, CUDA_BF16_ONCE, 0);
+    if (bias) {
+        cuda_get_act(p, got_b, ddb, N);
+        cuda_close("linear_wgrad, bias", got_b, db, 1, N, CUDA_BF16_ONCE, 0);
+    }
+    cuda_free(p, ddy);
+    cuda_free(p, dx);
+    cuda_free(p, ddw);
+    cuda_free(p, ddb);
+    rt_free(dy);
+    rt_free(x);
+    rt_free(dw);
+    rt_free(db);
+    rt_free(got);
+    rt_free(got_b);
+}
+
+static void test_gradients(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    dgrad_case(&p, 1, 64, 48, 0, false);
+    dgrad_case(&p, 77, 100, 131, 140, true);
+    dgrad_case(&p, 300, 256, 136, 0, true);
+    wgrad_case(&p, 1, 64, 48, 0, 0, true);
+    wgrad_case(&p, 77, 100, 131, 140, 111, true);
+    wgrad_case(&p, 1000, 136, 264, 272, 0, true);
+    wgrad_case(&p, 515, 256, 128, 0, 0, false);
+    cuda_pair_close(&p);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(test_gemm),        cmocka_unit_test(test_heads),  cmocka_unit_test(test_history),    cmocka_unit_test(test_far),
+    cmocka_unit_test(test_dequant),     cmocka_unit_test(test_gemm8),  cmocka_unit_test(test_scaled_used), cmocka_unit_test(test_linear_fwd),
+    cmocka_unit_test(test_gradients),
+};
+
+#else
+
+static void test_absent(void **state)
+{
+    (void)state;
+    TEST_SKIP("built without CUDA");
+}
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(test_absent)};
+
+#endif
+
+RT_SUITE(cuda_gemm, tests)
