@@ -156,7 +156,7 @@ static enum rt_status prepare(struct run *r, struct rt_err *err)
     RT_TRY(rt_params_create(&r->c, &r->p, err));
     RT_TRY(rt_device_arena(&r->d, rt_student_weight_bytes(&r->c, &r->p, r->v.length, act), "weights", &r->weights, err));
     RT_TRY(rt_device_arena(&r->d, rt_arena_round(rt_params_bytes(&r->p, act)), "gradients", &r->grads, err));
-    RT_TRY(rt_device_arena(&r->d, rt_arena_round(rt_optimizer_bytes(&r->p, act)) + 128, "moments", &r->moments, err));
+    RT_TRY(rt_device_arena(&r->d, rt_arena_round(rt_optimizer_bytes(&r->p, act, false)) + 128, "moments", &r->moments, err));
     RT_TRY(rt_device_arena(&r->d, rt_student_activation_bytes(&r->c, n, RT_KEEP_ALL, act), "activations", &r->acts, err));
     RT_TRY(rt_student_create(&r->d, &r->c, &r->p, r->v.length, &r->weights, &r->s, err));
     RT_TRY(rt_student_init(r->s, 1, err));

@@ -128,14 +128,15 @@ static int64_t elements(const struct rt_feature_map *map, int64_t hidden, int64_
     return n;
 }
 
-size_t rt_projectors_bytes(const struct rt_feature_map *map, int64_t hidden, size_t act_size)
+size_t rt_projectors_bytes(const struct rt_feature_map *map, int64_t hidden, size_t act_size, bool bf16_moments)
 {
     int64_t offset[RT_MAX_FEATURES];
-    return 4 * rt_arena_round((size_t)elements(map, hidden, offset) * act_size);
+    const int64_t n = elements(map, hidden, offset);
+    return 2 * rt_arena_round((size_t)n * act_size) + rt_adamw_state_bytes(n, act_size, bf16_moments);
 }
 
 enum rt_status rt_projectors_create(struct rt_projectors *p, const struct rt_device *d, const struct rt_feature_map *map, int64_t hidden,
-                                    uint64_t seed, struct rt_arena *arena, struct rt_err *err)
+                                    const struct rt_adamw *o, uint64_t seed, struct rt_arena *arena, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     int64_t offset[RT_MAX_FEATURES];
@@ -144,11 +145,12 @@ enum rt_status rt_projectors_create(struct rt_projectors *p, const struct rt_dev
         return RT_OK;
     p->table = (struct rt_params){.at = p->entry, .n = map->n, .elements = elements(map, hidden, offset)};
     const size_t bytes = (size_t)p->table.elements * rt_device_act_size(d);
-    char **const block[] = {&p->w, &p->grad, &p->m, &p->v};
-    for (int i = 0; i < 4; i++) {
+    char **const block[] = {&p->w, &p->grad};
+    for (int i = 0; i < 2; i++) {
         RT_TRY(rt_arena_alloc(arena, bytes, block[i], err));
         RT_TRY(rt_device_zero(d, *block[i], bytes, err));
     }
+    RT_TRY(rt_adamw_state_init(&p->state, d, p->table.elements, o, arena, err));
     for (int i = 0; i < map->n; i++) {
         struct rt_param *e = &p->entry[i];
         char t[16], s[16];
@@ -194,49 +196,19 @@ enum rt_status rt_projectors_step(struct rt_projectors *p, const struct rt_adamw
     if (p->map.n == 0)
         return RT_OK;
     const double scale = o->clip > 0 ? fmin(1, o->clip / (norm + 1e-6)) : 1;
-    return RT_OP(p->d, adamw, err, .p = p->w, .grad = p->grad, .m = p->m, .v = p->v, .moment = p->d->be->act, .n = p->table.elements, .step = step, .lr = lr,
-                 .beta1 = o->beta1, .beta2 = o->beta2, .eps = o->eps, .decay = o->decay, .grad_scale = scale);
+    return RT_OP(p->d, adamw, err, .p = p->w, .low = p->state.low, .grad = p->grad, .m = p->state.m, .v = p->state.v, .moment = p->state.moment,
+                 .n = p->table.elements, .step = step, .lr = lr, .beta1 = o->beta1, .beta2 = o->beta2, .eps = o->eps, .decay = o->decay,
+                 .grad_scale = scale, .seed = o->seed + 1);
 }
 
 static const char *const files[] = {"projector.safetensors", "projector_m.safetensors", "projector_v.safetensors"};
 
-static enum rt_status put_ckpt(void *w, const void *data, uint64_t bytes, struct rt_err *err)
-{
-    return rt_ckpt_put(w, data, bytes, err);
-}
-
 enum rt_status rt_projectors_checkpoint(const struct rt_projectors *p, struct rt_ckpt_writer *w, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
-    struct rt_tensor_decl *decl = NULL;
-    if (p->map.n == 0)
-        return RT_OK;
-    const enum rt_dtype dtype = p->d->be->act == RT_F64 ? RT_F32 : p->d->be->act;
-    const void *const block[] = {p->w, p->m, p->v};
-    RT_TRY(rt_params_decl(&p->table, dtype, &decl, err));
-    for (int i = 0; i < 3; i++) {
-        RT_TRY(rt_ckpt_tensors(w, files[i], decl, p->table.n, err));
-        RT_TRY(rt_params_put(&p->table, p->d, block[i], dtype, put_ckpt, w, err));
-    }
-out:
-    rt_free(decl);
-    return st;
+    return p->map.n == 0 ? RT_OK : rt_adamw_checkpoint(&p->table, p->d, p->w, &p->state, files, w, err);
 }
 
 enum rt_status rt_projectors_restore(struct rt_projectors *p, const char *dir, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
-    struct rt_tensors *t = NULL;
-    char path[4096];
-    void *const block[] = {p->w, p->m, p->v};
-    for (int i = 0; i < 3 && p->map.n > 0; i++) {
-        RT_TRY(rt_path_join(path, sizeof path, dir, files[i], err));
-        RT_TRY(rt_tensors_open(path, &t, err));
-        RT_TRY(rt_params_load(&p->table, p->d, block[i], t, err));
-        rt_tensors_free(t);
-        t = NULL;
-    }
-out:
-    rt_tensors_free(t);
-    return st;
+    return p->map.n == 0 ? RT_OK : rt_adamw_restore(&p->table, p->d, p->w, &p->state, files, dir, err);
 }

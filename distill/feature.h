@@ -34,20 +34,21 @@ enum rt_status rt_feature_map_parse(const char *text, const struct rt_row_identi
 enum rt_status rt_feature_column(const struct rt_feature_pair *p, const struct rt_row_identity *id, const char *path, int *column,
                                  struct rt_err *err);
 
-/* Projectors: one block each of parameters, gradients and moments, act elements. */
+/* Projectors: a block of parameters and one of gradients, act elements, and what AdamW keeps. */
 struct rt_projectors {
     const struct rt_device *d;
     struct rt_feature_map map;
     struct rt_params table;
     struct rt_param entry[RT_MAX_FEATURES];
     int64_t H;
-    char *w, *grad, *m, *v;
+    char *w, *grad;
+    struct rt_adamw_state state;
     struct rt_weight *weight[RT_MAX_FEATURES];
 };
-size_t rt_projectors_bytes(const struct rt_feature_map *map, int64_t hidden, size_t act_size);
+size_t rt_projectors_bytes(const struct rt_feature_map *map, int64_t hidden, size_t act_size, bool bf16_moments);
 /* W = N(0, 1/H) by seed. map copied. */
 enum rt_status rt_projectors_create(struct rt_projectors *p, const struct rt_device *d, const struct rt_feature_map *map, int64_t hidden,
-                                    uint64_t seed, struct rt_arena *arena, struct rt_err *err);
+                                    const struct rt_adamw *o, uint64_t seed, struct rt_arena *arena, struct rt_err *err);
 void rt_projectors_free(struct rt_projectors *p); /* zeroed is fine */
 enum rt_status rt_projectors_zero_grads(struct rt_projectors *p, struct rt_err *err);
 /* Global norm of the gradients; 0 without projectors. */

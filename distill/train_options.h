@@ -33,6 +33,7 @@
     {"beta1", RT_OPT_FLOAT, V(beta1), "0.9", 0, 0.99999, NULL, "B", "of AdamW", false, false}, \
     {"beta2", RT_OPT_FLOAT, V(beta2), "0.95", 0, 0.99999, NULL, "B", "of AdamW", false, false}, \
     {"eps", RT_OPT_FLOAT, V(eps), "1e-8", 1e-20, 1, NULL, "E", "of AdamW", false, false}, \
+    {"moments", RT_OPT_CHOICE, V(moments), "f32", 0, 0, "f32|bf16", NULL, "AdamW's moments on a GPU; bf16, rounded stochastically, takes 4 bytes a parameter less", false, false}, \
     {"clip", RT_OPT_FLOAT, V(clip), "1", 0, 1e9, NULL, "NORM", "greatest global norm of the gradient; 0: none", false, false}, \
     {"on-nan", RT_OPT_CHOICE, V(on_nan), "skip", 0, 0, "skip|stop", NULL, "a step whose loss or gradient is not finite is left out, or ends the run", false, false}, \
     {"grad-norms", RT_OPT_INT, V(grad_norms), "0", 0, 1e12, NULL, "N", "every N steps, the gradient norm of each term too; 0: never", false, true}, \

@@ -352,7 +352,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     describe_sets(r);
     RT_TRY(check_losses(r, err));
     RT_TRY(count_steps(r, err));
-    r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true};
+    r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true, strcmp(v->moments, "bf16") == 0, (uint64_t)v->common.seed};
     RT_TRY(rt_command_device(r->ctx, &v->common, ops, n_ops, &r->device, err));
     RT_TRY(plan_memory(r, err));
     log_plan(r);

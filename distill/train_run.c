@@ -207,7 +207,7 @@ static enum rt_status finish(struct rt_train_run *r, struct rt_err *err)
             dtype = types[i].dtype;
     RT_TRY(rt_train_evaluate(r, err));
     RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_MODEL_DIR, err));
-    const struct rt_student_save o = {.source = r->student.model.path, .dtype = dtype};
+    const struct rt_student_save o = {.source = r->student.model.path, .dtype = dtype, .state = &r->trainer.opt.state};
     RT_TRY(rt_student_save(r->trainer.s, &o, path, err));
     RT_TRY(rt_rundir_sync(&r->dir, err));
     RT_TRY(rt_train_record_run(r, true, err));

@@ -22,11 +22,11 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
     *out = (struct rt_trainer_memory){
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
-        .moments = rt_optimizer_bytes(p, act_size),
+        .moments = rt_optimizer_bytes(p, act_size, o->adamw.bf16_moments),
         .activations = rt_student_activation_bytes(c, o->micro_tokens, RT_KEEP_ALL, act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
-        .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size) : 0,
+        .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size, o->adamw.bf16_moments) : 0,
         .host = rt_micro_bytes(&mo),
     };
 }
@@ -54,7 +54,7 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
         RT_TRY(rt_span_losses_create(&t->spans, t->d, o->micro_tokens, c->vocab_size, o->boundary, &t->scratch, err));
         t->losses.spans = &t->spans;
     }
-    RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, o->seed, &t->scratch, err));
+    RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, &o->adamw, o->seed, &t->scratch, err));
     const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
     RT_TRY(rt_micro_create(&t->micro, &mo, err));
 out:
@@ -191,7 +191,7 @@ enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir
     RT_TRY(rt_student_checkpoint(t->s, &t->opt, w, err));
     RT_TRY(rt_projectors_checkpoint(&t->proj, w, err));
     /* with it the checkpoint is a model directory without a tokenizer */
-    RT_TRY(rt_student_config_text(rt_student_config(t->s), t->d->be->act == RT_F64 ? RT_F32 : t->d->be->act, &config, err));
+    RT_TRY(rt_student_config_text(rt_student_config(t->s), rt_adamw_file_dtype(t->d, &t->opt.state), &config, err));
     RT_TRY(rt_ckpt_bytes(w, "config.json", config.data, config.len, err));
     RT_TRY(rt_json_new_object(&state, err));
     RT_TRY(rt_json_set_int(state, "step", t->step, err));

@@ -9,41 +9,80 @@ static enum rt_status put_ckpt(void *w, const void *data, uint64_t bytes, struct
     return rt_ckpt_put(w, data, bytes, err);
 }
 
-static const char *const block_files[] = {"model.safetensors", "adam_m.safetensors", "adam_v.safetensors"};
+enum rt_dtype rt_adamw_file_dtype(const struct rt_device *d, const struct rt_adamw_state *state)
+{
+    return d->be->act == RT_F64 || (state != NULL && state->low != NULL) ? RT_F32 : d->be->act;
+}
 
-enum rt_status rt_student_checkpoint(const struct rt_student *s, const struct rt_optimizer *opt, struct rt_ckpt_writer *w,
-                                     struct rt_err *err)
+/* Parameters and moments, with the type that each has in its file. */
+struct blocks {
+    struct rt_param_block at[3];
+    enum rt_dtype file[3];
+    int n;
+};
+
+static struct blocks blocks_of(const struct rt_device *d, const void *block, const struct rt_adamw_state *state)
+{
+    struct blocks b = {.at = {rt_param_block(d, block)}, .file = {rt_adamw_file_dtype(d, state)}, .n = 1};
+    if (state == NULL)
+        return b;
+    b.n = 3;
+    b.at[0] = rt_adamw_master(state, d, block);
+    b.at[1] = (struct rt_param_block){state->m, NULL, state->moment};
+    b.at[2] = (struct rt_param_block){state->v, NULL, state->moment};
+    b.file[1] = b.file[2] = state->moment == RT_F64 ? RT_F32 : state->moment;
+    return b;
+}
+
+enum rt_status rt_adamw_checkpoint(const struct rt_params *p, const struct rt_device *d, const void *block, const struct rt_adamw_state *state,
+                                   const char *const files[3], struct rt_ckpt_writer *w, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_tensor_decl *decl = NULL;
-    const enum rt_dtype dtype = s->d->be->act == RT_F64 ? RT_F32 : s->d->be->act;
-    const void *const blocks[] = {s->block, opt == NULL ? NULL : opt->m, opt == NULL ? NULL : opt->v};
-    RT_TRY(rt_params_decl(s->p, dtype, &decl, err));
-    for (int i = 0; i < (opt == NULL ? 1 : 3); i++) {
-        RT_TRY(rt_ckpt_tensors(w, block_files[i], decl, s->p->n, err));
-        RT_TRY(rt_params_put(s->p, s->d, blocks[i], dtype, put_ckpt, w, err));
+    const struct blocks b = blocks_of(d, block, state);
+    for (int i = 0; i < b.n; i++) {
+        rt_free(decl);
+        decl = NULL;
+        RT_TRY(rt_params_decl(p, b.file[i], &decl, err));
+        RT_TRY(rt_ckpt_tensors(w, files[i], decl, p->n, err));
+        RT_TRY(rt_params_put(p, d, b.at[i], b.file[i], put_ckpt, w, err));
     }
 out:
     rt_free(decl);
     return st;
 }
 
-enum rt_status rt_student_restore(struct rt_student *s, struct rt_optimizer *opt, const char *dir, int64_t step, struct rt_err *err)
+enum rt_status rt_adamw_restore(const struct rt_params *p, const struct rt_device *d, void *block, const struct rt_adamw_state *state,
+                                const char *const files[3], const char *dir, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_tensors *t = NULL;
-    void *const blocks[] = {s->block, opt == NULL ? NULL : opt->m, opt == NULL ? NULL : opt->v};
+    const struct blocks b = blocks_of(d, block, state);
     char path[PATH_CAP];
-    for (int i = 0; i < (opt == NULL ? 1 : 3); i++) {
-        RT_TRY(rt_path_join(path, sizeof path, dir, block_files[i], err));
+    for (int i = 0; i < b.n; i++) {
+        RT_TRY(rt_path_join(path, sizeof path, dir, files[i], err));
         RT_TRY(rt_tensors_open(path, &t, err));
-        RT_TRY(rt_params_load(s->p, s->d, blocks[i], t, err));
+        RT_TRY(rt_params_load(p, d, b.at[i], t, err));
         rt_tensors_free(t);
         t = NULL;
     }
-    if (opt != NULL)
-        opt->step = step;
 out:
     rt_tensors_free(t);
+    return st;
+}
+
+static const char *const block_files[] = {"model.safetensors", "adam_m.safetensors", "adam_v.safetensors"};
+
+enum rt_status rt_student_checkpoint(const struct rt_student *s, const struct rt_optimizer *opt, struct rt_ckpt_writer *w,
+                                     struct rt_err *err)
+{
+    return rt_adamw_checkpoint(s->p, s->d, s->block, opt == NULL ? NULL : &opt->state, block_files, w, err);
+}
+
+enum rt_status rt_student_restore(struct rt_student *s, struct rt_optimizer *opt, const char *dir, int64_t step, struct rt_err *err)
+{
+    const enum rt_status st = rt_adamw_restore(s->p, s->d, s->block, opt == NULL ? NULL : &opt->state, block_files, dir, err);
+    if (st == RT_OK && opt != NULL)
+        opt->step = step;
     return st;
 }

@@ -191,7 +191,7 @@ struct rt_student_head rt_student_head(const struct rt_student *s)
 
 enum rt_status rt_student_load(struct rt_student *s, const struct rt_tensors *t, struct rt_err *err)
 {
-    return rt_params_load(s->p, s->d, s->block, t, err);
+    return rt_params_load(s->p, s->d, rt_param_block(s->d, s->block), t, err);
 }
 
 enum rt_status rt_student_init(struct rt_student *s, uint64_t seed, struct rt_err *err)

@@ -30,41 +30,83 @@ double rt_schedule_lr(const struct rt_schedule *s, int64_t step)
     return s->lr;
 }
 
-size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size)
+/* ---- what it keeps ---- */
+
+static size_t moment_bytes(int64_t n, size_t size)
 {
-    return 2 * rt_params_bytes(p, act_size);
+    return rt_arena_round((size_t)n * size);
+}
+
+size_t rt_adamw_state_bytes(int64_t n, size_t act_size, bool bf16_moments)
+{
+    const bool split = act_size == rt_dtype_size(RT_BF16);
+    const size_t size = !split ? act_size : bf16_moments ? rt_dtype_size(RT_BF16) : sizeof(float);
+    return 2 * moment_bytes(n, size) + (split ? moment_bytes(n, sizeof(int16_t)) : 0);
+}
+
+size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_moments)
+{
+    return rt_adamw_state_bytes(p->elements, act_size, bf16_moments);
+}
+
+enum rt_status rt_adamw_state_init(struct rt_adamw_state *state, const struct rt_device *d, int64_t n, const struct rt_adamw *o, struct rt_arena *arena,
+                                   struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const bool split = d->be->act == RT_BF16;
+    *state = (struct rt_adamw_state){.moment = !split ? d->be->act : o->bf16_moments ? RT_BF16 : RT_F32};
+    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1 && o->eps > 0 && o->decay >= 0 && o->clip >= 0))
+        RT_FAIL(err, USAGE, "AdamW with betas %g and %g, eps %g, decay %g, clip %g: expected betas in [0, 1), eps above 0, the others "
+                "0 or more", o->beta1, o->beta2, o->eps, o->decay, o->clip);
+    if (o->bf16_moments && !split)
+        RT_FAIL(err, USAGE, "moments in bfloat16 are for devices that hold parameters in bfloat16; %s holds them as %s", d->be->name,
+                rt_dtype_name(d->be->act));
+    const size_t moment = moment_bytes(n, rt_dtype_size(state->moment)), low = moment_bytes(n, sizeof(int16_t));
+    RT_TRY(rt_arena_alloc(arena, moment, &state->m, err));
+    RT_TRY(rt_arena_alloc(arena, moment, &state->v, err));
+    RT_TRY(rt_device_zero(d, state->m, moment, err));
+    RT_TRY(rt_device_zero(d, state->v, moment, err));
+    if (!split)
+        goto out;
+    RT_TRY(rt_arena_alloc(arena, low, &state->low, err));
+    RT_TRY(rt_device_zero(d, state->low, low, err));
+out:
+    return st;
 }
 
 enum rt_status rt_optimizer_init(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_arena *arena,
                                  struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
-    const size_t bytes = rt_params_bytes(s->p, rt_device_act_size(s->d));
-    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1 && o->eps > 0 && o->decay >= 0 && o->clip >= 0))
-        RT_FAIL(err, USAGE, "AdamW with betas %g and %g, eps %g, decay %g, clip %g: expected betas in [0, 1), eps above 0, the others "
-                "0 or more", o->beta1, o->beta2, o->eps, o->decay, o->clip);
     *opt = (struct rt_optimizer){.s = s, .o = *o};
-    RT_TRY(rt_arena_alloc(arena, bytes, &opt->m, err));
-    RT_TRY(rt_arena_alloc(arena, bytes, &opt->v, err));
-    RT_TRY(rt_device_zero(s->d, opt->m, bytes, err));
-    RT_TRY(rt_device_zero(s->d, opt->v, bytes, err));
-out:
-    return st;
+    return rt_adamw_state_init(&opt->state, s->d, s->p->elements, o, arena, err);
 }
+
+/* ---- a step ---- */
 
 static bool decays(const struct rt_optimizer *opt, const struct rt_param *p)
 {
     return !opt->o.decay_matrices_only || (p->kind != RT_PARAM_NORM && p->kind != RT_PARAM_BIAS);
 }
 
-/* Elements [first, end) of the block. */
-static enum rt_status update(struct rt_optimizer *opt, int64_t first, int64_t end, double lr, double decay, double scale,
-                             struct rt_err *err)
+/* One call over the block: runs of entries with and without decay by turns, the first of them with. */
+static enum rt_status update(struct rt_optimizer *opt, double lr, double scale, struct rt_err *err)
 {
+    enum rt_status st = RT_OK;
     const struct rt_student *s = opt->s;
-    return RT_OP(s->d, adamw, err, .p = rt_student_at(s, s->block, first), .grad = rt_student_at(s, s->grads, first),
-                 .m = rt_student_at(s, opt->m, first), .v = rt_student_at(s, opt->v, first), .moment = s->d->be->act, .n = end - first, .step = opt->step + 1,
-                 .lr = lr, .beta1 = opt->o.beta1, .beta2 = opt->o.beta2, .eps = opt->o.eps, .decay = decay, .grad_scale = scale);
+    const struct rt_params *p = s->p;
+    int64_t *ends = NULL;
+    int n = 0;
+    RT_TRY(rt_alloc((size_t)p->n + 1, sizeof *ends, "runs of parameters", &ends, err));
+    for (int i = 0; i < p->n; i++)
+        if (decays(opt, &p->at[i]) != (n % 2 == 0))
+            ends[n++] = p->at[i].offset;
+    ends[n++] = p->elements;
+    RT_TRY(RT_OP(s->d, adamw, err, .p = s->block, .low = opt->state.low, .grad = s->grads, .m = opt->state.m, .v = opt->state.v,
+                 .moment = opt->state.moment, .n = p->elements, .step = opt->step + 1, .lr = lr, .beta1 = opt->o.beta1, .beta2 = opt->o.beta2,
+                 .eps = opt->o.eps, .decay = opt->o.decay, .grad_scale = scale, .seed = opt->o.seed, .decay_end = ends, .n_decay = n));
+out:
+    rt_free(ends);
+    return st;
 }
 
 enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double grad_scale, struct rt_step_report *report,
@@ -84,14 +126,7 @@ enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double gra
     }
     if (opt->o.clip > 0)
         report->scale = fmin(1, opt->o.clip / (report->grad_norm + 1e-6));
-    /* Runs of entries with the same decay are one call. */
-    for (int i = 0, j; i < p->n; i = j) {
-        const bool decay = decays(opt, &p->at[i]);
-        for (j = i + 1; j < p->n && decays(opt, &p->at[j]) == decay; j++)
-            ;
-        const int64_t end = j < p->n ? p->at[j].offset : p->elements;
-        RT_TRY(update(opt, p->at[i].offset, end, lr, decay ? opt->o.decay : 0, report->scale * grad_scale, err));
-    }
+    RT_TRY(update(opt, lr, report->scale * grad_scale, err));
     opt->step++;
 out:
     return st;

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "formats/checkpoint.h"
 #include "student/model.h"
 
 enum rt_schedule_kind { RT_SCHEDULE_CONSTANT, RT_SCHEDULE_LINEAR, RT_SCHEDULE_COSINE };
@@ -26,18 +27,47 @@ struct rt_adamw {
     double beta1, beta2, eps, decay;
     double clip;          /* greatest global norm of the gradient; 0: none */
     bool decay_matrices_only; /* norms and biases take no decay (the embedding and the head do) */
+    bool bf16_moments;    /* where act is BF16 (else USAGE): moments in BF16, rounded stochastically by `seed`; false: in F32 */
+    uint64_t seed;
 };
+
+/* What AdamW keeps beside a block of n parameters, in device memory. Where act is BF16 the parameters are the upper halves of float32 masters
+ * whose lower halves lie here, so that no step is lost to rounding; elsewhere low is NULL, and the moments are of act. */
+struct rt_adamw_state {
+    char *low, *m, *v;
+    enum rt_dtype moment;
+};
+size_t rt_adamw_state_bytes(int64_t n, size_t act_size, bool bf16_moments);
+/* Cuts and zeroes. USAGE for values of o outside their ranges. */
+enum rt_status rt_adamw_state_init(struct rt_adamw_state *state, const struct rt_device *d, int64_t n, const struct rt_adamw *o, struct rt_arena *arena,
+                                   struct rt_err *err);
+/* The block with its lower halves. */
+static inline struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const struct rt_device *d, const void *block)
+{
+    struct rt_param_block b = rt_param_block(d, block);
+    b.low = state->low;
+    return b;
+}
+
+/* The files of a checkpoint: parameters as float32 where they are split (else of act), and moments, each under the published names and exact
+ * (F64 excepted: F32). files: names of the three. state NULL: the parameters alone. */
+enum rt_status rt_adamw_checkpoint(const struct rt_params *p, const struct rt_device *d, const void *block, const struct rt_adamw_state *state,
+                                   const char *const files[3], struct rt_ckpt_writer *w, struct rt_err *err);
+enum rt_status rt_adamw_restore(const struct rt_params *p, const struct rt_device *d, void *block, const struct rt_adamw_state *state,
+                                const char *const files[3], const char *dir, struct rt_err *err);
+/* Element type of the parameters in those files. */
+enum rt_dtype rt_adamw_file_dtype(const struct rt_device *d, const struct rt_adamw_state *state);
 
 struct rt_optimizer {
     struct rt_student *s;
     struct rt_adamw o;
-    char *m, *v;   /* act [elements], cut from the caller's arena */
-    int64_t step;  /* steps taken; part of a checkpoint with m and v */
+    struct rt_adamw_state state; /* cut from the caller's arena */
+    int64_t step;  /* steps taken; part of a checkpoint with the state */
 };
 
 /* Bytes of the arena for rt_optimizer_init. */
-size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size);
-/* Cuts and zeroes m and v. USAGE for values outside their ranges. s is borrowed. */
+size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_moments);
+/* As rt_adamw_state_init. s is borrowed. */
 enum rt_status rt_optimizer_init(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_arena *arena,
                                  struct rt_err *err);
 

@@ -55,9 +55,21 @@ enum rt_status rt_param_upload(const struct rt_device *d, void *block, const str
 enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
                                  float *dst, struct rt_err *err);
 
+/* A block in device memory with the layout of a table: elements of dtype (F32, F64, BF16). low: NULL, or int16 [elements] that make BF16
+ * elements exactly float32 (core/backend.h, adamw). */
+struct rt_param_block {
+    void *data, *low;
+    enum rt_dtype dtype;
+};
+/* A block of act elements. */
+static inline struct rt_param_block rt_param_block(const struct rt_device *d, const void *data)
+{
+    return (struct rt_param_block){(void *)(uintptr_t)data, NULL, d->be->act};
+}
+
 /* block = every entry read from t (F32, F16 or BF16). FORMAT where one is missing, SHAPE where dtype or shape differ. The
  * gaps are zeroed. */
-enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, void *block, const struct rt_tensors *t,
+enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, const struct rt_tensors *t,
                               struct rt_err *err);
 /* block = N(0, initializer_range) for matrices, 1 for norms, 0 for biases. An element depends on (seed, name, index) alone. */
 enum rt_status rt_params_init(const struct rt_params *p, const struct rt_device *d, void *block, double initializer_range,
@@ -65,7 +77,7 @@ enum rt_status rt_params_init(const struct rt_params *p, const struct rt_device 
 
 /* Hands each entry's bytes, in order and in pieces, as dtype (F32, F16, BF16) to put. */
 typedef enum rt_status (*rt_param_put_fn)(void *ctx, const void *data, uint64_t bytes, struct rt_err *err);
-enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *d, const void *block, enum rt_dtype dtype,
+enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, enum rt_dtype dtype,
                              rt_param_put_fn put, void *ctx, struct rt_err *err);
 /* decl[p->n], in order. Free with rt_free. */
 enum rt_status rt_params_decl(const struct rt_params *p, enum rt_dtype dtype, struct rt_tensor_decl **decl, struct rt_err *err);

@@ -8,27 +8,54 @@
 
 enum { PIECE = 1 << 18 }; /* elements that are converted at a time */
 
-static char *at(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first)
+/* float32 as a BF16 rounded to the nearest, halves away from zero, and what is left of its bits. */
+static void split_halves(const float *src, int64_t n, uint16_t *high, int16_t *low)
 {
-    return (char *)(uintptr_t)block + (size_t)(p->offset + first) * rt_device_act_size(d);
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &src[i], sizeof u);
+        high[i] = (uint16_t)((u + 0x8000u) >> 16);
+        low[i] = (int16_t)(uint16_t)(u - ((uint32_t)high[i] << 16));
+    }
 }
 
-enum rt_status rt_param_upload(const struct rt_device *d, void *block, const struct rt_param *p, int64_t first, int64_t n,
-                               const float *src, struct rt_err *err)
+static void join_halves(const uint16_t *high, const int16_t *low, int64_t n, float *dst)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t u = ((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i];
+        memcpy(&dst[i], &u, sizeof u);
+    }
+}
+
+/* dst [n] of type t = src, rounded to the nearest. */
+static enum rt_status narrow(void *dst, enum rt_dtype t, const float *src, int64_t n, struct rt_err *err)
+{
+    if (t == RT_F64) {
+        for (int64_t i = 0; i < n; i++)
+            ((double *)dst)[i] = src[i];
+        return RT_OK;
+    }
+    return rt_from_f32(dst, t, src, (size_t)n) ? RT_OK : rt_fail(err, RT_INTERNAL, "no conversion from F32 to %s", rt_dtype_name(t));
+}
+
+/* Elements at .. at + n of the block. Waits. */
+static enum rt_status upload(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, const float *src, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    void *tmp = NULL;
-    const size_t size = rt_device_act_size(d);
-    if (d->be->act == RT_F32) {
-        RT_TRY(rt_device_upload(d, at(d, block, p, first), src, (size_t)n * size, err));
+    char *tmp = NULL;
+    const size_t size = rt_dtype_size(b->dtype), count = (size_t)n;
+    char *to = (char *)b->data + (size_t)at * size;
+    if (b->dtype == RT_F32) {
+        RT_TRY(rt_device_upload(d, to, src, count * size, err));
+    } else if (b->low != NULL) {
+        RT_TRY(rt_alloc(count, 2 * size, "conversion of a parameter", &tmp, err));
+        split_halves(src, n, (uint16_t *)(void *)tmp, (int16_t *)(void *)(tmp + count * size));
+        RT_TRY(rt_device_upload(d, to, tmp, count * size, err));
+        RT_TRY(rt_device_upload(d, (char *)b->low + (size_t)at * size, tmp + count * size, count * size, err));
     } else {
-        RT_TRY(rt_alloc((size_t)n, size, "conversion of a parameter", &tmp, err));
-        if (d->be->act == RT_F64)
-            for (int64_t i = 0; i < n; i++)
-                ((double *)tmp)[i] = src[i];
-        else if (!rt_from_f32(tmp, d->be->act, src, (size_t)n))
-            RT_FAIL(err, INTERNAL, "no conversion from F32 to %s", rt_dtype_name(d->be->act));
-        RT_TRY(rt_device_upload(d, at(d, block, p, first), tmp, (size_t)n * size, err));
+        RT_TRY(rt_alloc(count, size, "conversion of a parameter", &tmp, err));
+        RT_TRY(narrow(tmp, b->dtype, src, n, err));
+        RT_TRY(rt_device_upload(d, to, tmp, count * size, err));
     }
     RT_TRY(rt_device_sync(d, err));
 out:
@@ -36,23 +63,41 @@ out:
     return st;
 }
 
-enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
-                                 float *dst, struct rt_err *err)
+static enum rt_status download(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, float *dst, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    void *tmp = NULL;
-    const size_t size = rt_device_act_size(d);
-    if (d->be->act == RT_F32) {
-        RT_TRY(rt_device_download(d, dst, at(d, block, p, first), (size_t)n * size, err));
-    } else {
-        RT_TRY(rt_alloc((size_t)n, size, "conversion of a parameter", &tmp, err));
-        RT_TRY(rt_device_download(d, tmp, at(d, block, p, first), (size_t)n * size, err));
-        if (!rt_to_f32(dst, tmp, d->be->act, (size_t)n))
-            RT_FAIL(err, INTERNAL, "no conversion from %s to F32", rt_dtype_name(d->be->act));
+    char *tmp = NULL;
+    const size_t size = rt_dtype_size(b->dtype), count = (size_t)n;
+    const char *from = (const char *)b->data + (size_t)at * size;
+    if (b->dtype == RT_F32) {
+        RT_TRY(rt_device_download(d, dst, from, count * size, err));
+        goto out;
+    }
+    RT_TRY(rt_alloc(count, 2 * size, "conversion of a parameter", &tmp, err));
+    RT_TRY(rt_device_download(d, tmp, from, count * size, err));
+    if (b->low != NULL) {
+        RT_TRY(rt_device_download(d, tmp + count * size, (const char *)b->low + (size_t)at * size, count * size, err));
+        join_halves((const uint16_t *)(const void *)tmp, (const int16_t *)(const void *)(tmp + count * size), n, dst);
+    } else if (!rt_to_f32(dst, tmp, b->dtype, count)) {
+        RT_FAIL(err, INTERNAL, "no conversion from %s to F32", rt_dtype_name(b->dtype));
     }
 out:
     rt_free(tmp);
     return st;
+}
+
+enum rt_status rt_param_upload(const struct rt_device *d, void *block, const struct rt_param *p, int64_t first, int64_t n,
+                               const float *src, struct rt_err *err)
+{
+    const struct rt_param_block b = rt_param_block(d, block);
+    return upload(d, &b, p->offset + first, n, src, err);
+}
+
+enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
+                                 float *dst, struct rt_err *err)
+{
+    const struct rt_param_block b = rt_param_block(d, block);
+    return download(d, &b, p->offset + first, n, dst, err);
 }
 
 static int64_t smaller(int64_t a, int64_t b)
@@ -67,13 +112,15 @@ static enum rt_status find_tensor(const struct rt_tensors *t, const struct rt_pa
     return rt_tensors_get(t, e->name, RT_DT(RT_F32) | RT_DT(RT_F16) | RT_DT(RT_BF16), decl.ndim, decl.ne, out, err);
 }
 
-enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, void *block, const struct rt_tensors *t,
+enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, const struct rt_tensors *t,
                               struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     float *piece = NULL;
     RT_TRY(rt_alloc(PIECE, sizeof *piece, "loading", &piece, err));
-    RT_TRY(rt_device_zero(d, block, (size_t)p->elements * rt_device_act_size(d), err));
+    RT_TRY(rt_device_zero(d, block.data, (size_t)p->elements * rt_dtype_size(block.dtype), err));
+    if (block.low != NULL)
+        RT_TRY(rt_device_zero(d, block.low, (size_t)p->elements * sizeof(int16_t), err));
     for (int i = 0; i < p->n; i++) {
         const struct rt_param *e = &p->at[i];
         const struct rt_tensor *tensor = NULL;
@@ -81,7 +128,7 @@ enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device 
         for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
             n = smaller(PIECE, rt_param_elements(e) - first);
             RT_TRY(rt_tensors_read_f32(t, tensor, first, n, piece, err));
-            RT_TRY(rt_param_upload(d, block, e, first, n, piece, err));
+            RT_TRY(upload(d, &block, e->offset + first, n, piece, err));
         }
     }
 out:
@@ -115,7 +162,7 @@ out:
     return st;
 }
 
-enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *d, const void *block, enum rt_dtype dtype,
+enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, enum rt_dtype dtype,
                              rt_param_put_fn put, void *ctx, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -127,7 +174,7 @@ enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *
         const struct rt_param *e = &p->at[i];
         for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
             n = smaller(PIECE, rt_param_elements(e) - first);
-            RT_TRY(rt_param_download(d, block, e, first, n, piece, err));
+            RT_TRY(download(d, &block, e->offset + first, n, piece, err));
             if (!rt_from_f32(out, dtype, piece, (size_t)n))
                 RT_FAIL(err, USAGE, "parameters are written as F32, F16 or BF16, not as %s", rt_dtype_name(dtype));
             RT_TRY(put(ctx, out, (uint64_t)n * rt_dtype_size(dtype), err));

@@ -63,7 +63,8 @@ enum rt_status rt_student_save(const struct rt_student *s, const struct rt_stude
     RT_TRY(rt_path_join(path, sizeof path, dir, "config.json", err));
     RT_TRY(rt_publish_bytes(path, text.data, text.len, err));
     RT_TRY(copy_companions(o->source, dir, err));
-    RT_TRY(rt_params_put(s->p, s->d, s->block, o->dtype, put_writer, w, err));
+    const struct rt_param_block block = o->state != NULL ? rt_adamw_master(o->state, s->d, s->block) : rt_param_block(s->d, s->block);
+    RT_TRY(rt_params_put(s->p, s->d, block, o->dtype, put_writer, w, err));
     RT_TRY(rt_tensor_writer_finish(w, err));
 out:
     rt_tensor_writer_free(w);

@@ -9,14 +9,14 @@ struct rt_student_save {
     const char *source;       /* directory whose tokenizer files and generation_config.json are copied byte for byte; NULL: none */
     enum rt_dtype dtype;      /* BF16, F16 or F32 */
     uint64_t max_shard_bytes; /* 0: one file */
+    const struct rt_adamw_state *state; /* of the optimiser that trains s: the weights are its masters; NULL: those that s computes with */
 };
 /* Writes config.json (rt_student_config_text), the copies, and last the weights: model.safetensors, or shards and their index. A
  * tied head is not written. dir is made if absent. REFUSED, before anything is written, where dir holds weights that a loader would
  * take instead (an index beside a single file, a single file beside shards). */
 enum rt_status rt_student_save(const struct rt_student *s, const struct rt_student_save *o, const char *dir, struct rt_err *err);
 
-/* The files of a checkpoint: model.safetensors, adam_m.safetensors, adam_v.safetensors in the act type of the device (F32 for a
- * float64 device), under the published names. opt NULL: the model alone. */
+/* The files of a checkpoint (rt_adamw_checkpoint): model.safetensors, adam_m.safetensors, adam_v.safetensors. opt NULL: the model alone. */
 enum rt_status rt_student_checkpoint(const struct rt_student *s, const struct rt_optimizer *opt, struct rt_ckpt_writer *w,
                                      struct rt_err *err);
 /* Reads them back from a checkpoint's directory; step becomes opt->step. */

@@ -84,7 +84,7 @@ static enum rt_status build(struct run *r, const char *dir, struct rt_err *err)
     RT_TRY(rt_student_load(r->s, t, err));
     RT_TRY(rt_device_arena(d, rt_params_bytes(&r->p, act), "gradients", &r->grads, err));
     RT_TRY(rt_student_attach_grads(r->s, &r->grads, err));
-    RT_TRY(rt_device_arena(d, rt_optimizer_bytes(&r->p, act), "moments", &r->moments, err));
+    RT_TRY(rt_device_arena(d, rt_optimizer_bytes(&r->p, act, false), "moments", &r->moments, err));
     RT_TRY(rt_device_arena(d, rt_student_activation_bytes(&r->c, r->n, RT_KEEP_ALL, act), "activations", &r->acts, err));
     const size_t rows = rt_arena_round(n * 4) + 2 * rt_arena_round(nk * 4) + rt_arena_round(n) + rt_arena_round(n * (size_t)r->c.hidden * act);
     RT_TRY(rt_device_arena(d, rows, "rows", &r->rows, err));

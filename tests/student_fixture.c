@@ -63,7 +63,7 @@ void fx_open(struct fx *f, const struct rt_backend *be, int threads, const char 
     assert_ok(rt_device_arena(&f->d, rt_student_weight_bytes(&f->c, &f->p, FX_TOKENS, act), "weights", &f->weights, &err));
     assert_ok(rt_device_arena(&f->d, rt_params_bytes(&f->p, act), "gradients", &f->grads, &err));
     assert_ok(rt_device_arena(&f->d, rt_student_activation_bytes(&f->c, FX_TOKENS, RT_KEEP_ALL, act), "activations", &f->acts, &err));
-    assert_ok(rt_device_arena(&f->d, rt_optimizer_bytes(&f->p, act), "moments", &f->moments, &err));
+    assert_ok(rt_device_arena(&f->d, rt_optimizer_bytes(&f->p, act, false), "moments", &f->moments, &err));
     assert_ok(rt_device_arena(&f->d, 1 << 20, "loss", &f->loss, &err));
     assert_ok(rt_student_create(&f->d, &f->c, &f->p, FX_TOKENS, &f->weights, &f->s, &err));
     assert_ok(rt_student_attach_grads(f->s, &f->grads, &err));

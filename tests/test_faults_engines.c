@@ -181,7 +181,7 @@ static enum rt_status student_open(struct student *x, const struct rt_device *d,
     RT_TRY(rt_device_arena(d, rt_student_weight_bytes(&x->c, &x->p, TOKENS, act), "weights", &x->weights, err));
     RT_TRY(rt_device_arena(d, rt_params_bytes(&x->p, act), "gradients", &x->grads, err));
     RT_TRY(rt_device_arena(d, rt_student_activation_bytes(&x->c, TOKENS, RT_KEEP_ALL, act), "activations", &x->acts, err));
-    RT_TRY(rt_device_arena(d, rt_optimizer_bytes(&x->p, act), "moments", &x->moments, err));
+    RT_TRY(rt_device_arena(d, rt_optimizer_bytes(&x->p, act, false), "moments", &x->moments, err));
     RT_TRY(rt_device_arena(d, 1 << 16, "loss", &x->loss, err));
     RT_TRY(rt_student_create(d, &x->c, &x->p, TOKENS, &x->weights, &x->s, err));
     RT_TRY(rt_student_load(x->s, x->files, err));

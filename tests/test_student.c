@@ -226,7 +226,7 @@ static void train(struct fx *f, int steps, double *losses)
     struct rt_step_report report;
     struct fx_docs docs;
     fx_docs(&docs, f, 5, lens, N_DOCS);
-    assert_ok(rt_optimizer_init(&opt, f->s, &(struct rt_adamw){.9, .95, 1e-8, .1, 1.0, false}, &f->moments, &err));
+    assert_ok(rt_optimizer_init(&opt, f->s, &(struct rt_adamw){.beta1 = .9, .beta2 = .95, .eps = 1e-8, .decay = .1, .clip = 1.0}, &f->moments, &err));
     for (int i = 0; i < steps; i++) {
         assert_ok(rt_student_zero_grads(f->s, &err));
         losses[i] = fx_loss(f, &docs, true);
@@ -281,7 +281,7 @@ static void adamw_step(void **state)
         assert_ok(rt_device_download(&f.d, g, rt_student_grads(f.s), n * sizeof *g, &err));
         for (size_t i = 0; i < n; i++)
             sum += g[i] * g[i];
-        assert_ok(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, .95, eps, decay, 1e-2, only}, &f.moments, &err));
+        assert_ok(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, .95, eps, decay, 1e-2, only, false, 0}, &f.moments, &err));
         assert_ok(rt_optimizer_step(&opt, lr, 1, &r, &err));
         assert_true(fabs(r.grad_norm - sqrt(sum)) <= 1e-12 * sqrt(sum));
         assert_true(fabs(r.scale - 1e-2 / (sqrt(sum) + 1e-6)) <= 1e-12); /* this clip bites */
@@ -302,7 +302,7 @@ static void adamw_step(void **state)
         assert_true(r.skipped && opt.step == 1);
         assert_ok(rt_device_download(&f.d, p, rt_student_block(f.s), n * sizeof *p, &err));
         assert_memory_equal(p, q, n * sizeof *p);
-        assert_status(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, 1, eps, decay, 0, false}, &f.moments, &err), USAGE);
+        assert_status(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, 1, eps, decay, 0, false, false, 0}, &f.moments, &err), USAGE);
         free(p);
         free(q);
         free(g);

@@ -309,7 +309,7 @@ static void save_and_load(void **state)
         put_file(source, "generation_config.json", "{}");
         put_file(source, "other.txt", "stays");
         fx_open(&f, &rt_backend_ref, 1, config);
-        assert_ok(rt_student_save(f.s, &(struct rt_student_save){source, RT_F32, 0}, out, &err));
+        assert_ok(rt_student_save(f.s, &(struct rt_student_save){source, RT_F32, 0, NULL}, out, &err));
         read_whole(out, "config.json", &a);
         assert_int_equal(a.len, strlen(config));
         assert_memory_equal(a.data, config, a.len); /* nothing changed, so not a byte does */
@@ -321,7 +321,7 @@ static void save_and_load(void **state)
         assert_memory_equal(rt_student_block(f.s), rt_student_block(g.s), (size_t)f.p.elements * sizeof(float));
         fx_close(&g);
         /* BF16 in shards: rounding once; saved again the same bytes. */
-        assert_ok(rt_student_save(f.s, &(struct rt_student_save){NULL, RT_BF16, 9000}, half, &err));
+        assert_ok(rt_student_save(f.s, &(struct rt_student_save){NULL, RT_BF16, 9000, NULL}, half, &err));
         assert_true(there(half, "model.safetensors.index.json") && !there(half, "model.safetensors"));
         read_whole(half, "config.json", &a);
         assert_non_null(strstr(a.data, "dtype\": \"bfloat16\""));
@@ -329,7 +329,7 @@ static void save_and_load(void **state)
         read_whole(half, "model.safetensors.index.json", &a);
         assert_true((strstr(a.data, "lm_head.weight") == NULL) == f.c.tied);
         reopen(&g, half, config);
-        assert_ok(rt_student_save(g.s, &(struct rt_student_save){NULL, RT_BF16, 0}, again, &err));
+        assert_ok(rt_student_save(g.s, &(struct rt_student_save){NULL, RT_BF16, 0, NULL}, again, &err));
         reopen(&h, again, config);
         assert_memory_equal(rt_student_block(g.s), rt_student_block(h.s), (size_t)f.p.elements * sizeof(float));
         float x = 0, y = 0;
@@ -339,8 +339,8 @@ static void save_and_load(void **state)
             assert_true(y == rt_bf16_to_f32(rt_f32_to_bf16(x)));
         }
         /* A loader would take the other form first. */
-        assert_status(rt_student_save(f.s, &(struct rt_student_save){NULL, RT_F32, 0}, half, &err), REFUSED);
-        assert_status(rt_student_save(f.s, &(struct rt_student_save){NULL, RT_F32, 9000}, out, &err), REFUSED);
+        assert_status(rt_student_save(f.s, &(struct rt_student_save){NULL, RT_F32, 0, NULL}, half, &err), REFUSED);
+        assert_status(rt_student_save(f.s, &(struct rt_student_save){NULL, RT_F32, 9000, NULL}, out, &err), REFUSED);
         fx_close(&f);
         fx_close(&g);
         fx_close(&h);
@@ -361,7 +361,7 @@ static void checkpoint_resume(void **state)
     struct rt_step_report r;
     struct rt_ckpt_writer *w = NULL;
     struct rt_ckpt ckpt;
-    const struct rt_adamw adamw = {.9, .95, 1e-8, .1, 1.0, false};
+    const struct rt_adamw adamw = {.beta1 = .9, .beta2 = .95, .eps = 1e-8, .decay = .1, .clip = 1.0};
     const char *dir = test_tmp("student_run");
     fx_open(&a, &rt_backend_ref, 1, fx_config[FX_QWEN3]);
     fx_open(&b, &rt_backend_ref, 1, fx_config[FX_QWEN3]);
@@ -537,7 +537,7 @@ static void long_tensors(void **state)
     assert_ok(rt_param_download(&a.d, rt_student_block(a.s), &a.p.at[0], 0, n, x, &err));
     for (int64_t i = 0; i < n; i += 997)
         assert_true(x[i] == (float)(0.02 * rt_rng_normal(4, rt_rng_stream("model.embed_tokens.weight"), (uint64_t)i)));
-    assert_ok(rt_student_save(a.s, &(struct rt_student_save){NULL, RT_F32, 0}, dir, &err));
+    assert_ok(rt_student_save(a.s, &(struct rt_student_save){NULL, RT_F32, 0, NULL}, dir, &err));
     reopen(&b, dir, config);
     assert_memory_equal(rt_student_block(a.s), rt_student_block(b.s), (size_t)a.p.elements * sizeof(float));
     free(x);

@@ -189,7 +189,7 @@ const char *tf_write_lines(const char *name, const struct tf_data *t)
 struct rt_trainer_options tf_options(void)
 {
     return (struct rt_trainer_options){.w = {.ce = 0.5, .kl = 0.5, .T = 2, .tail = RT_TAIL_BUCKET}, .teacher_T = 2,
-                                       .adamw = {0.9, 0.95, 1e-8, 0.01, 1, true}, .k = TF_K, .batch_tokens = 80, .micro_tokens = 80, .seed = 3};
+                                       .adamw = {0.9, 0.95, 1e-8, 0.01, 1, true, false, 0}, .k = TF_K, .batch_tokens = 80, .micro_tokens = 80, .seed = 3};
 }
 
 bool tf_same_block(const struct tf *a, const struct tf *b)
