@@ -35,6 +35,9 @@ void rt_cuda_attn_dense(const struct rt_attn_shape *s, int64_t *q_ld, int64_t *q
 enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_err *err);
 
+/* Log-sum-exps between the caller's [nh, n] and cuDNN's layout: [n / rows, nh, rows] for sequences of `rows` rows, or [n, nh] with rows 0. */
+enum rt_status rt_cuda_attn_stats(struct rt_queue *q, float *lse, float *packed, int64_t n, int nh, int64_t rows, bool to_lse, struct rt_err *err);
+
 /* One path for all calls; AUTO is what rt_cuda_attn_* take. Tests and measurements name one. */
 enum rt_cuda_attn_path { RT_CUDA_ATTN_AUTO, RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_CUDNN };
 enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
