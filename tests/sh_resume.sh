@@ -114,6 +114,94 @@ strike_two() {
 logits "$where"
 equal "two writers" "$d/set" "$where" $files
 
+# ---- logits: within a window, behind its last complete layer ----
+# windows begun times layers, and the layers of the one that is under way, by the header of its saved state
+progress() {
+    for f in "$1"/.window-*/state; do
+        [ -e "$f" ] && head -c 400 "$f" 2>/dev/null | tr -d '\0' | sed -n 's/.*"window":\([0-9]*\),"layer":\([0-9]*\).*/\1 \2/p'
+    done | awk '{ n = $1 * 4 + $2; m = n > m ? n : m } END { print m + 0 }'
+}
+layers() { # out, more ...
+    out=$1
+    shift
+    set -- "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$out" --cache topk=4 --max-length 64 --overlong split \
+        --features 2:128,final --rows-per-shard 500 --window 1500 --save-state layer "$@"
+    "$go" "$@"
+}
+said() { # pattern, what
+    checks=$((checks + 1))
+    grep -q "$1" "$d/err" || bad "$2: stderr lacks '$1'"
+}
+no_states() { # directory
+    checks=$((checks + 1))
+    [ -z "$(find "$1" -name '.window-*' -o -name '*.hold')" ] || bad "a window's state is left: $(find "$1" -name '.window-*' -o -name '*.hold')"
+}
+go=plain
+layers "$d/layers"
+files=$(cd "$d/layers" && ls identity.json manifest.jsonl expert_load.json rows-*)
+no_states "$d/layers"
+for far in 1 3 5 6 10; do
+    where=$d/layers-$far go=killed
+    layers "$where"
+    at=$code
+    go=plain
+    layers "$where"
+    [ "$at" = 137 ] && said 'goes on after layer' "logits killed after $far layers"
+    equal "logits killed after $far layers" "$d/layers" "$where" $files
+    left_over "$where"
+    no_states "$where"
+done
+where=$d/layers-again
+for far in 1 2 3 5 7 9 11; do # killed in each of its resumes
+    go=killed
+    layers "$where"
+done
+go=interrupted far=10
+layers "$where"
+[ "$code" = 130 ] || [ "$code" = 0 ] || bad "logits interrupted within a window: exit code $code"
+[ "$code" = 130 ] && said 'interrupted .*layer' "logits interrupted within a window"
+go=plain
+layers "$where"
+equal "logits killed within windows again and again" "$d/layers" "$where" $files
+no_states "$where"
+# two devices, of which each has its window; killed, then ended by one device
+where=$d/layers-two far=2 go=killed
+layers "$where" --gpus 2
+go=plain
+layers "$where"
+equal "logits killed on two devices" "$d/layers" "$where" $files
+# a state that was damaged or is of another teacher is said and not used
+where=$d/layers-bad far=2 go=killed
+layers "$where"
+if [ "$code" = 137 ]; then
+    for f in "$where"/.window-*/state; do printf Q | dd of="$f" bs=1 seek=9000 conv=notrunc 2>/dev/null; done
+    go=plain
+    layers "$where"
+    said 'saved state is not used.*damaged' 'logits with a damaged state'
+    equal "logits with a damaged state" "$d/layers" "$where" $files
+fi
+# features that do not fit into memory leave for files; a resume with more memory holds them: the plan stays, and the bytes are the same
+go=finish
+tight=70
+while [ $tight -lt 120 ]; do
+    "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/none" --cache topk=4 --max-length 64 --overlong split --features 2:128,final \
+        --window 1500 --quiet --dry-run --json --memory ${tight}M 2>/dev/null | grep -q '"features_spilled":true' && break
+    tight=$((tight + 1))
+done
+checks=$((checks + 1))
+[ $tight -lt 120 ] || bad "no --memory makes features leave for files"
+where=$d/spill-kept far=1 go=killed
+layers "$where" --memory ${tight}M
+go=finish
+layers "$where"
+where=$d/spill far=6 go=killed
+layers "$where" --memory ${tight}M
+go=finish
+layers "$where" --memory ${tight}M
+said 'features: .*in files' 'logits in little memory'
+equal "logits with features in files" "$d/spill-kept" "$where" $files
+no_states "$where"
+
 # ---- train: checkpoints, metrics, the model ----
 sed -n 's/^\(.\{150\}\).*/\1"}/p' examples/prompts/almanac_train.jsonl | head -n 40 >"$d/short.jsonl"
 progress() { find "$1" -name MANIFEST -path '*/ckpt-*' 2>/dev/null | sed 's/.*ckpt-0*//; s/[^0-9].*//' | sort -n | tail -n 1 | grep . || echo 0; }

@@ -1,0 +1,203 @@
+/* `retort logits` over windows: how the input is cut into them, several devices, parts and their manifests. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/io.h"
+#include "core/mem.h"
+#include "distill/corpus.h"
+#include "formats/safetensors.h"
+#include "formats/shard.h"
+#include "tests/run_command.h"
+#include "tests/suite.h"
+
+#define CASES "tests/data/cases/"
+
+static const int lengths[] = {9, 3, 16, 8, 7, 12, 2, 2, 15, 4, 4, 4, 11, 6, 5, 13};
+enum { LINES = sizeof lengths / sizeof *lengths };
+
+/* Lines of so many ids each; the path stays. */
+static const char *ids_file(void)
+{
+    static char path[512];
+    struct rt_buf text = {0};
+    struct rt_err err = {0};
+    for (int i = 0; i < LINES; i++) {
+        assert_ok(rt_buf_puts(&text, "{\"input_ids\": [", &err));
+        for (int j = 0; j < lengths[i]; j++)
+            assert_ok(rt_buf_printf(&text, &err, "%s%d", j > 0 ? ", " : "", (i * 13 + j * j + 1) % 96));
+        assert_ok(rt_buf_puts(&text, "]}\n", &err));
+    }
+    snprintf(path, sizeof path, "%s", test_tmp("logits-run.jsonl"));
+    assert_ok(rt_publish_bytes(path, text.data, text.len, &err));
+    rt_buf_free(&text);
+    return path;
+}
+
+/* ---- windows ---- */
+
+/* The least number of windows of a size that runs of the input can be cut into, by trying every cut. */
+static int64_t fewest(int from, int64_t window)
+{
+    int64_t best = from < LINES ? INT64_MAX - 1 : 0, sum = 0;
+    for (int to = from; to < LINES && (sum += lengths[to]) <= window; to++) {
+        const int64_t rest = 1 + fewest(to + 1, window);
+        best = rest < best ? rest : best;
+    }
+    return best;
+}
+
+static void windows_are_as_few_as_can_be_and_even(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_corpus *c;
+    struct rt_corpus_survey survey;
+    struct rt_corpus_window w = {0};
+    const struct rt_model_dir model = {0};
+    const struct rt_corpus_options o = {.data = ids_file(), .model = &model, .n_ids = 96, .max_length = 64, .n_parts = 1};
+    assert_ok(rt_corpus_open(&o, &c, &err));
+    assert_ok(rt_corpus_survey(c, &survey, &err));
+    assert_int_equal(survey.sequences, LINES);
+    for (int64_t tokens = 16; tokens <= survey.tokens; tokens += 3) {
+        const int64_t n = rt_corpus_windows(c, tokens), even = rt_corpus_even_window(c, tokens);
+        assert_int_equal(n, fewest(0, tokens));
+        assert_true(even <= tokens);
+        assert_int_equal(rt_corpus_windows(c, even), n);
+        if (even > survey.longest)
+            assert_true(rt_corpus_windows(c, even - 1) > n);
+    }
+    /* as they come: in input order, none too large, as many as were counted */
+    int64_t seen = 0, windows = 0;
+    for (;; windows++) {
+        assert_ok(rt_corpus_next(c, 20, &w, &err));
+        if (w.n == 0)
+            break;
+        int64_t sum = 0;
+        for (int64_t i = 0; i < w.n; i++, seen++) {
+            assert_int_equal(w.seqs[i].n_tokens, lengths[seen]);
+            assert_int_equal(w.seqs[i].source_line, seen + 1);
+            sum += lengths[seen];
+        }
+        assert_int_equal(sum, w.tokens);
+        assert_true(sum <= 20);
+    }
+    assert_int_equal(seen, LINES);
+    assert_int_equal(windows, rt_corpus_windows(c, 20));
+    rt_corpus_window_free(&w);
+    rt_corpus_close(c);
+}
+
+/* ---- devices ---- */
+
+static enum rt_status logits(const char *out, const char *const *more, struct rt_err *err)
+{
+    const char *args[40] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=4", "--features", "1,final:128",
+                            "--rows-per-shard", "20", "--memory", "400M"};
+    int n = 14;
+    for (; more != NULL && *more != NULL; more++)
+        args[n++] = *more;
+    args[n] = NULL;
+    return test_command(&rt_cmd_logits, args, err);
+}
+
+static void assert_same_set(const char *a, const char *b)
+{
+    char cmd[2200];
+    snprintf(cmd, sizeof cmd, "diff -r -x .lock -x logits.json '%s' '%s'", a, b);
+    assert_int_equal(system(cmd), 0);
+}
+
+/* Windows shared out to two and three devices give the set of one, with states of windows kept or not. */
+static void devices_share_windows(void **state)
+{
+    (void)state;
+    static const char *const runs[][10] = {
+        {"--window", "20", "--threads", "2", NULL},
+        {"--window", "20", "--gpus", "2", "--threads", "2", NULL},
+        {"--window", "20", "--gpus", "3", "--threads", "4", "--save-state", "layer", NULL},
+        {"--window", "20", "--gpus", "5", "--threads", "1", "--save-state", "never", NULL}, /* the last round has fewer windows */
+    };
+    struct rt_err err = {0};
+    char first[512];
+    snprintf(first, sizeof first, "%s", test_tmp("gpus-0"));
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        char name[32], out[512];
+        snprintf(name, sizeof name, "gpus-%zu", i);
+        snprintf(out, sizeof out, "%s", test_tmp(name));
+        assert_ok(logits(out, runs[i], &err));
+        if (i > 0)
+            assert_same_set(first, out);
+    }
+}
+
+/* One device's error ends all of them, and is the one that is told. */
+static void an_error_on_one_device_stops_all(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    char cmd[2200], dir[512], out[512];
+    snprintf(dir, sizeof dir, "%s", test_tmp("gpus-bad-teacher"));
+    snprintf(out, sizeof out, "%s", test_tmp("gpus-bad"));
+    snprintf(cmd, sizeof cmd, "mkdir -p '%s' && cp '%s'/* '%s'/ && rm '%s'/expected.safetensors", dir, test_data(CASES "v3_fp8"), dir, dir);
+    assert_int_equal(system(cmd), 0);
+    struct rt_tensors *ts;
+    assert_ok(rt_tensors_open(dir, &ts, &err));
+    const struct rt_tensor *t = rt_tensors_find(ts, "model.layers.1.input_layernorm.weight");
+    FILE *f = fopen(rt_tensors_file(ts, t->file), "r+b");
+    fseek(f, (long)t->offset, SEEK_SET);
+    fwrite("\xc0\x7f", 1, 2, f); /* a BF16 NaN */
+    fclose(f);
+    rt_tensors_free(ts);
+    const char *args[] = {"--teacher", dir, "--data", ids_file(), "--out", out, "--window", "20", "--gpus", "3", "--memory", "400M", "--save-state", "layer", NULL};
+    assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_NUMERIC);
+    assert_non_null(strstr(err.msg, "damaged tensor model.layers.1.input_layernorm.weight"));
+    rt_err_clear(&err);
+    /* the states before that layer are kept: of the first round's windows */
+    snprintf(cmd, sizeof cmd, "test -s '%s'/.window-000000/state", out);
+    assert_int_equal(system(cmd), 0);
+}
+
+/* ---- parts ---- */
+
+static void parts_merge_and_a_missing_one_is_named(void **state)
+{
+    (void)state;
+    static const char *const parts[] = {"0/3", "1/3", "2/3"};
+    struct rt_err err = {0};
+    struct rt_shard_set *set;
+    char one[512], merged[512], cmd[2200];
+    snprintf(one, sizeof one, "%s", test_tmp("parts-one"));
+    snprintf(merged, sizeof merged, "%s", test_tmp("parts-merged"));
+    assert_ok(logits(one, (const char *const[]){"--window", "20", NULL}, &err));
+    for (int i = 2; i >= 0; i--) {
+        char name[32], out[512];
+        snprintf(name, sizeof name, "parts-%d", i);
+        snprintf(out, sizeof out, "%s", test_tmp(name));
+        assert_ok(logits(out, (const char *const[]){"--window", "20", "--part", parts[i], NULL}, &err));
+        snprintf(cmd, sizeof cmd, "mkdir -p '%s' && cp -r '%s'/* '%s'/", merged, out, merged);
+        assert_int_equal(system(cmd), 0);
+        assert_ok(rt_shard_set_open(merged, &set, &err));
+        const struct rt_shard_info *info = rt_shard_set_info(set);
+        static const char *const missing[] = {"", "part 0 of 3 is missing", "part 0 of 3 is missing, part 1 is missing"};
+        assert_string_equal(info->missing, missing[i]);
+        assert_int_equal(info->finished, i == 0);
+        rt_shard_set_free(set);
+    }
+    struct rt_shard_set *whole;
+    assert_ok(rt_shard_set_open(merged, &set, &err));
+    assert_ok(rt_shard_set_open(one, &whole, &err));
+    assert_int_equal(rt_shard_set_info(set)->sequences, LINES);
+    assert_int_equal(rt_shard_set_info(set)->rows, rt_shard_set_info(whole)->rows);
+    snprintf(cmd, sizeof cmd, "sed -i '$d' '%s/manifest-0001-of-0003.jsonl'", merged);
+    assert_int_equal(system(cmd), 0);
+    rt_shard_set_free(set);
+    assert_ok(rt_shard_set_open(merged, &set, &err));
+    assert_string_equal(rt_shard_set_info(set)->missing, "part 1 of 3 is unfinished");
+    rt_shard_set_free(set);
+    rt_shard_set_free(whole);
+}
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(devices_share_windows),
+                                          cmocka_unit_test(an_error_on_one_device_stops_all), cmocka_unit_test(parts_merge_and_a_missing_one_is_named)};
+RT_SUITE(logits_run, tests)
