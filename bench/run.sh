@@ -32,4 +32,7 @@ echo "== shards: bytes a token"
 show sh bench/shards.sh "$build"
 echo "== two tokenizers: what of a teacher's rows crosses"
 show "$build/bench_retarget_overlap" examples/tiny_teacher examples/crossing_student examples/prompts/almanac_train.jsonl
+echo "== two tokenizers: rows a second, from shards to shards"
+mkdir "$work/retarget"
+show "$build/bench_retarget" examples/tiny_teacher examples/crossing_student "$work/retarget" examples/prompts/almanac_train.jsonl
 [ $failed = 0 ]
