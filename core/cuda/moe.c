@@ -74,6 +74,28 @@ out:
     return st;
 }
 
+/* y [rows, 2I] = x [gate | up]^T. Weights that must be dequantised lie side by side then, and make one product. */
+static enum rt_status product_pair(struct rt_queue *q, struct rt_act x, int64_t scale_ld, const struct rt_weight *gate, const struct rt_weight *up,
+                                   char *y, int64_t rows, struct rt_err *err)
+{
+    const int64_t I = gate->rows, K = gate->cols;
+    char *both = NULL;
+    enum rt_status st;
+    if (x.scale != NULL || gate->dtype != RT_E4M3 || up->dtype != RT_E4M3) {
+        RT_TRY(product(q, x, scale_ld, gate, y, rows, 2 * I, false, true, err));
+        RT_TRY(product(q, x, scale_ld, up, y + I * 2, rows, 2 * I, false, true, err));
+        goto out;
+    }
+    RT_TRY(rt_cuda_temp(q, (size_t)(2 * I * K) * 2, &both, err));
+    RT_TRY(rt_cuda_dequant(q, gate, 0, I, both, err));
+    RT_TRY(rt_cuda_dequant(q, up, 0, I, both + I * K * 2, err));
+    const struct rt_cuda_gemm_args g = {.a = x.data, .b = both, .d = y, .m = rows, .n = 2 * I, .k = K, .b_t = true};
+    RT_TRY(rt_cuda_gemm(q, &g, err));
+out:
+    rt_cuda_temp_free(q, both);
+    return st;
+}
+
 static struct rt_act rows_from(struct rt_act x, int64_t row, int64_t cols)
 {
     if (x.scale == NULL)
@@ -120,11 +142,8 @@ static enum rt_status run_products(struct rt_queue *q, const struct rt_moe_ffn_a
     for (int j = 0; j < g->n; j++) {
         const int64_t base = g->base[j], padded = g->base[j + 1] - base, count = g->offset[j + 1] - g->offset[j];
         const struct rt_act x = rows_from(r->x, base, H);
-        char *gate = r->gate_up + base * 2 * I * 2;
-        if (count == 0)
-            continue;
-        RT_TRY(product(q, x, padded, a->gate[g->first + j], gate, count, 2 * I, false, quantised, err));
-        RT_TRY(product(q, x, padded, a->up[g->first + j], gate + I * 2, count, 2 * I, false, quantised, err));
+        if (count > 0)
+            RT_TRY(product_pair(q, x, padded, a->gate[g->first + j], a->up[g->first + j], r->gate_up + base * 2 * I * 2, count, err));
     }
     RT_TRY(rt_cuda_moe_swiglu(q, t, r->gate_up, r->gate_up + I * 2, 2 * I, r->h, a->I, err));
     for (int j = 0; j < g->n; j++) {
@@ -186,8 +205,8 @@ static enum rt_status experts(struct rt_queue *q, const struct rt_moe_ffn_args *
     const bool quantised = a->x.scale != NULL, scaled = quantised && rt_cuda_lt_block_scaled(q->dev);
     const size_t count = (size_t)a->n_experts + 1;
     const int64_t wide = a->H > a->I ? a->H : a->I;
-    /* what the products take beside the group: a weight, and where codes are dequantised, the operand */
-    const size_t weight = scaled ? 0 : (size_t)a->H * (size_t)a->I * 2, operand = quantised && !scaled ? (size_t)wide * 2 : 0;
+    /* what the products take beside the group: two weights, and where codes are dequantised, the operand */
+    const size_t weight = scaled ? 0 : (size_t)a->H * (size_t)a->I * 4, operand = quantised && !scaled ? (size_t)wide * 2 : 0;
     const size_t per_row = act_bytes(quantised, a->H) + act_bytes(quantised, a->I) + (own_form(q->dev, a) ? 0 : (size_t)a->I * 4) + (size_t)a->H * 2 + operand;
     const size_t tables = rt_cuda_moe_group_bytes(1, a->n, a->k, true) - rt_cuda_moe_group_bytes(0, a->n, a->k, true);
     const int64_t most = rows_that_fit(q->dev, rt_cuda_moe_group_bytes(0, a->n, a->k, true) + weight, per_row + tables);
@@ -227,8 +246,7 @@ static enum rt_status chunk(struct rt_dev *dev, struct rt_queue *q, const struct
         goto out;
     }
     RT_TRY(rt_cuda_temp(q, (size_t)(padded * I) * 4, &r.gate_up, err));
-    RT_TRY(product(q, x, padded, a->gate[e], r.gate_up, n, 2 * I, false, true, err));
-    RT_TRY(product(q, x, padded, a->up[e], r.gate_up + I * 2, n, 2 * I, false, true, err));
+    RT_TRY(product_pair(q, x, padded, a->gate[e], a->up[e], r.gate_up, n, err));
     const struct rt_swiglu_fwd_args s = {.gate = r.gate_up, .up = r.gate_up + I * 2, .ld = 2 * I, .h = quantised ? NULL : r.h.data,
                                          .hq = quantised ? r.h : (struct rt_act){0}, .n = n, .I = I};
     RT_TRY(rt_cuda_swiglu_fwd(dev, q, &s, err));
@@ -242,7 +260,7 @@ static enum rt_status all_rows(struct rt_dev *dev, struct rt_queue *q, const str
 {
     const bool quantised = a->x.scale != NULL, scaled = quantised && rt_cuda_lt_block_scaled(dev);
     const int64_t wide = a->H > a->I ? a->H : a->I;
-    const size_t weight = scaled ? 0 : (size_t)a->H * (size_t)a->I * 2, operand = quantised && !scaled ? (size_t)wide * 2 : 0;
+    const size_t weight = scaled ? 0 : (size_t)a->H * (size_t)a->I * 4, operand = quantised && !scaled ? (size_t)wide * 2 : 0;
     const size_t per_row = (quantised ? (size_t)a->H / BLOCK * sizeof(float) : 0) + (own_form(dev, a) ? 0 : (size_t)a->I * 4) + act_bytes(quantised, a->I) + operand;
     const int64_t most = rows_that_fit(dev, weight, per_row);
     enum rt_status st = RT_OK;
