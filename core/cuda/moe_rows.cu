@@ -80,28 +80,34 @@ struct combine {
     const bf16 *out;
     const float *weight;
     const int32_t *inverse;
+    const int4 *row; /* NULL: item i is token i; else it is row i, which stands for its token if it is the token's first */
     bf16 *y;
-    int64_t n;
+    int64_t n;       /* items */
     int k, H;
 };
 
-/* The rows of token t in ascending order: after the call lane i < count of each warp holds the i-th row and its weight. */
-__device__ __forceinline__ int token_rows(const struct combine &p, int64_t t, int &row, float &weight)
+/* The token of item i and its rows in ascending order: after the call lane s < count of each warp holds the s-th row and its weight. */
+__device__ __forceinline__ int token_rows(const struct combine &p, int64_t i, int64_t &t, int &row, float &weight)
 {
     const int lane = (int)threadIdx.x % 32;
-    row = lane < p.k && t < p.n ? __ldg(p.inverse + t * p.k + lane) : -1;
-    unsigned in = __ballot_sync(0xffffffffu, row >= 0);
+    t = i < p.n ? i : -1;
+    if (p.row != NULL && t >= 0) {
+        const int flat = __ldg(&p.row[i].x);
+        t = flat >= 0 ? flat / p.k : -1;
+    }
+    row = lane < p.k && t >= 0 ? __ldg(p.inverse + t * p.k + lane) : -1;
+    const unsigned in = __ballot_sync(0xffffffffu, row >= 0);
     const int count = __popc(in);
-    if (count == 0)
+    if (count == 0 || (p.row != NULL && __any_sync(0xffffffffu, row >= 0 && row < i)))
         return 0;
     weight = row >= 0 ? __ldg(p.weight + t * p.k + lane) : 0.0f;
     int before = 0; /* how many rows of the token are smaller */
     for (unsigned left = in; left != 0; left &= left - 1)
         before += __shfl_sync(0xffffffffu, row, __ffs((int)left) - 1) < row;
     int from = 0;
-    for (int i = 0; i < count; i++) {
-        const unsigned holder = __ballot_sync(0xffffffffu, row >= 0 && before == i);
-        from = lane == i ? __ffs((int)holder) - 1 : from;
+    for (int s = 0; s < count; s++) {
+        const unsigned holder = __ballot_sync(0xffffffffu, row >= 0 && before == s);
+        from = lane == s ? __ffs((int)holder) - 1 : from;
     }
     row = __shfl_sync(0xffffffffu, row, from);
     weight = __shfl_sync(0xffffffffu, weight, from);
@@ -111,11 +117,11 @@ __device__ __forceinline__ int token_rows(const struct combine &p, int64_t t, in
 template <int EACH>
 __global__ void __launch_bounds__(COMBINE_LANES) combine_kernel(const __grid_constant__ struct combine p)
 {
-    const int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const int nv = p.H / VEC;
+    int64_t t;
     int row;
     float weight;
-    const int count = token_rows(p, t, row, weight);
+    const int count = token_rows(p, (int64_t)blockIdx.x * blockDim.y + threadIdx.y, t, row, weight);
     if (count == 0)
         return;
     float acc[EACH][VEC];
@@ -154,10 +160,10 @@ __global__ void __launch_bounds__(COMBINE_LANES) combine_kernel(const __grid_con
 /* Any width and alignment. */
 __global__ void __launch_bounds__(128) combine_slow_kernel(const __grid_constant__ struct combine p)
 {
-    const int64_t t = blockIdx.x;
+    int64_t t;
     int row;
     float weight;
-    const int count = token_rows(p, t, row, weight);
+    const int count = token_rows(p, blockIdx.x, t, row, weight);
     for (int c0 = 0; c0 < p.H && count > 0; c0 += (int)blockDim.x) { /* every lane makes every turn: it holds a row for the others */
         const int c = c0 + (int)threadIdx.x;
         float acc = c < p.H ? __bfloat162float(p.y[t * p.H + c]) : 0.0f;
@@ -291,16 +297,17 @@ enum rt_status rt_cuda_moe_combine(struct rt_queue *q, const struct rt_cuda_moe_
     p.weight = weight;
     p.inverse = g->inverse;
     p.y = (bf16 *)y;
-    p.n = g->n;
+    p.row = g->rows < g->n ? (const int4 *)g->row : NULL; /* a group that few tokens chose is found by its rows */
+    p.n = g->rows < g->n ? g->rows : g->n;
     p.k = g->k;
     p.H = H;
     const struct row_shape shape = row_shape_of(H / VEC, COMBINE_LANES);
     if (H % VEC != 0 || shape.each == 0 || !aligned16(out) || !aligned16(y)) {
-        combine_slow_kernel<<<(unsigned)g->n, 128, 0, q->stream>>>(p);
+        combine_slow_kernel<<<(unsigned)p.n, 128, 0, q->stream>>>(p);
         return rt_cuda_launched("the sum of experts", err);
     }
     const dim3 block(shape.lanes, shape.rows);
-    const unsigned grid = (unsigned)((g->n + shape.rows - 1) / shape.rows);
+    const unsigned grid = (unsigned)((p.n + shape.rows - 1) / shape.rows);
     switch (shape.each) {
     case 1: combine_kernel<1><<<grid, block, 0, q->stream>>>(p); break;
     case 2: combine_kernel<2><<<grid, block, 0, q->stream>>>(p); break;
