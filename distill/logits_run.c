@@ -314,6 +314,21 @@ static enum rt_status run_round(struct rt_logits_job *j, int n, struct rt_err *e
     return st != RT_OK ? st : worst;
 }
 
+static void tell_reading(const struct rt_logits_job *j)
+{
+    char a[32];
+    uint64_t bytes = 0, one;
+    double waited = 0, seconds;
+    for (int i = 0; i < j->lanes; i++) {
+        rt_score_reading(j->lane[i].teacher, &one, &seconds);
+        bytes += one;
+        waited += seconds / j->lanes;
+    }
+    const double elapsed = rt_now() - j->progress.t_start;
+    rt_info(j->ctx->log, "weights: %s read; %.1f%% of the time was spent waiting for them", rt_human_bytes(a, bytes),
+            elapsed > 0 ? 100 * waited / elapsed : 0.0);
+}
+
 enum rt_status rt_logits_score(struct rt_logits_job *j, struct rt_err *err)
 {
     int64_t first = 0, index = 0;
@@ -334,5 +349,6 @@ enum rt_status rt_logits_score(struct rt_logits_job *j, struct rt_err *err)
     RT_TRY(j->sink.finish(j->sink.self, err));
 out:
     rt_progress_end(&j->progress);
+    tell_reading(j);
     return st;
 }

@@ -9,7 +9,7 @@
 #include "core/io.h"
 #include "core/rng.h"
 
-enum { ROWS = 512 };
+enum { PIECE = 1 << 21, GRAIN = 256 }; /* elements of a feature on their way at a time; rows that a thread encodes */
 
 enum rt_status rt_projection_matrix(uint64_t seed, int layer, int64_t dim, int64_t H, float *out, struct rt_err *err)
 {
@@ -69,12 +69,25 @@ out:
     return st;
 }
 
+/* Rows of feature i that are taken together. */
+static int64_t rows_of(const struct rt_features *f, int i)
+{
+    const int64_t n = PIECE / f->o->feature[i].dim;
+    return n > 1 ? n : 1;
+}
+
+/* Whole states in the device's own type need no conversion on the way. */
+static bool as_it_is(const struct rt_features *f, int i)
+{
+    return !f->o->feature[i].projected && f->t->o.device->be->act == f->o->feature[i].dtype;
+}
+
 enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, const struct rt_score_options *o, int64_t n, int64_t longest,
                                 struct rt_err *err)
 {
     const struct rt_device *d = t->o.device;
     enum rt_status st = RT_OK;
-    int64_t widest = 0;
+    int64_t most = 0;
     *f = (struct rt_features){.t = t, .o = o, .n = n, .spill = o->keep.dir != NULL && o->keep.spill};
     for (int i = 0; i < o->n_features; i++) {
         const struct rt_feature_spec *s = &o->feature[i];
@@ -82,16 +95,19 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
             RT_FAIL(err, USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, t->c.layers);
         if (s->dim < 1 || s->dim > t->c.hidden || (!s->projected && s->dim != t->c.hidden))
             RT_FAIL(err, USAGE, "--features: %d dimensions of a state of %d", s->dim, t->c.hidden);
-        const int64_t held = f->spill && longest > ROWS ? longest : f->spill ? ROWS : n;
+        const int64_t held = !f->spill ? n : longest > rows_of(f, i) ? longest : rows_of(f, i);
         RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1) * (size_t)s->dim, rt_dtype_size(s->dtype), "features", &f->data[i], err));
-        widest = s->dim > widest ? s->dim : widest;
+        const int64_t elements = as_it_is(f, i) ? 0 : rows_of(f, i) * s->dim;
+        most = elements > most ? elements : most;
         if (!s->projected)
             continue;
         RT_TRY(rt_alloc((size_t)n, sizeof(float), "feature scales", &f->scale[i], err));
         RT_TRY(make_projection(f, i, err));
     }
-    if (widest > 0)
-        RT_TRY(d->be->alloc(d->dev, (size_t)(ROWS * widest) * sizeof(float), &f->projected, err));
+    if (most > 0) {
+        RT_TRY(d->be->alloc(d->dev, (size_t)most * sizeof(float), &f->projected, err));
+        RT_TRY(rt_alloc((size_t)most, sizeof(float), "features", &f->host, err));
+    }
 out:
     return st;
 }
@@ -110,22 +126,47 @@ void rt_features_free(struct rt_features *f)
     }
     if (f->projected != NULL)
         d->be->free(d->dev, f->projected);
+    rt_free(f->host);
     rt_state_writer_free(f->writer);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_state_reader_free(f->reader[i]);
     *f = (struct rt_features){0};
 }
 
-static void encode(const float *y, int64_t n, int64_t dim, uint8_t *code, float *scale)
+struct encoding {
+    const float *y;
+    int64_t n, dim;
+    uint8_t *code;
+    float *scale;
+};
+
+static void encode_item(void *ctx, int64_t item, __attribute__((unused)) int worker)
 {
-    for (int64_t i = 0; i < n; i++) {
+    const struct encoding *e = ctx;
+    const int64_t end = (item + 1) * GRAIN < e->n ? (item + 1) * GRAIN : e->n;
+    for (int64_t i = item * GRAIN; i < end; i++) {
+        const float *y = e->y + i * e->dim;
         float amax = 1e-12f;
-        for (int64_t j = 0; j < dim; j++)
-            amax = fmaxf(amax, fabsf(y[i * dim + j]));
-        scale[i] = amax / 448.0f;
-        for (int64_t j = 0; j < dim; j++)
-            code[i * dim + j] = rt_f32_to_e4m3(y[i * dim + j] / scale[i]);
+        for (int64_t j = 0; j < e->dim; j++)
+            amax = fmaxf(amax, fabsf(y[j]));
+        const float scale = amax / 448.0f;
+        e->scale[i] = scale;
+        for (int64_t j = 0; j < e->dim; j++)
+            e->code[i * e->dim + j] = rt_f32_to_e4m3(y[j] / scale);
     }
+}
+
+/* By the teacher's threads where it has some (a GPU would wait for one). */
+static void encode(struct rt_pool *pool, const float *y, int64_t n, int64_t dim, uint8_t *code, float *scale)
+{
+    struct encoding e = {y, n, dim, code, scale};
+    const int64_t items = (n + GRAIN - 1) / GRAIN;
+    if (pool != NULL) {
+        rt_pool_run(pool, items, encode_item, &e);
+        return;
+    }
+    for (int64_t i = 0; i < items; i++)
+        encode_item(&e, i, 0);
 }
 
 /* ---- files ---- */
@@ -246,42 +287,40 @@ void rt_features_forget(struct rt_features *f)
 
 /* ---- taking ---- */
 
-/* m rows of the device at `rows` into out, [m, dim] of the feature's type. host [ROWS, dim] is scratch. */
-static enum rt_status take_rows(struct rt_features *f, int i, const char *rows, int64_t m, float *host, void *out, float *scale, struct rt_err *err)
+/* m rows of the device at `rows` into out, [m, dim] of the feature's type. */
+static enum rt_status take_rows(struct rt_features *f, int i, const char *rows, int64_t m, void *out, float *scale, struct rt_err *err)
 {
     const struct rt_device *d = f->t->o.device;
     const struct rt_feature_spec *s = &f->o->feature[i];
     const int64_t H = f->t->c.hidden;
     enum rt_status st;
-    if (!s->projected && d->be->act == s->dtype)
+    if (as_it_is(f, i))
         return rt_device_download(d, out, rows, (size_t)(m * H) * rt_dtype_size(s->dtype), err);
     if (s->projected)
         RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = (void *)(uintptr_t)rows}, .w = f->weight[i], .y = f->projected, .n = m, .K = H,
                      .N = s->dim, .y_f32 = true));
     else
         RT_TRY(RT_OP(d, convert, err, .src = rows, .dst = f->projected, .n = m * H, .to_f32 = true));
-    RT_TRY(rt_device_download(d, host, f->projected, (size_t)(m * s->dim) * sizeof *host, err));
+    RT_TRY(rt_device_download(d, f->host, f->projected, (size_t)(m * s->dim) * sizeof *f->host, err));
     if (s->projected)
-        encode(host, m, s->dim, out, scale);
+        encode(f->t->pool, f->host, m, s->dim, out, scale);
     else
-        rt_from_f32(out, RT_BF16, host, (size_t)(m * s->dim));
+        rt_from_f32(out, RT_BF16, f->host, (size_t)(m * s->dim));
 out:
     return st;
 }
 
 static enum rt_status take_one(struct rt_features *f, int i, const void *x, int64_t n, struct rt_err *err)
 {
-    const struct rt_feature_spec *s = &f->o->feature[i];
-    float *host = NULL;
-    enum rt_status st;
-    RT_TRY(rt_alloc((size_t)(ROWS * s->dim), sizeof *host, "features", &host, err));
+    const int64_t most = rows_of(f, i);
+    enum rt_status st = RT_OK;
     if (f->spill)
         RT_TRY(begin_file(f, i, err));
-    for (int64_t r = 0; r < n; r += ROWS) {
-        const int64_t m = n - r < ROWS ? n - r : ROWS;
+    for (int64_t r = 0; r < n; r += most) {
+        const int64_t m = n - r < most ? n - r : most;
         const char *rows = (const char *)x + (size_t)(r * f->t->c.hidden) * rt_device_act_size(f->t->o.device);
         char *out = (char *)f->data[i] + (f->spill ? 0 : (size_t)r * row_bytes(f, i));
-        RT_TRY(take_rows(f, i, rows, m, host, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
+        RT_TRY(take_rows(f, i, rows, m, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
         if (f->spill)
             RT_TRY(rt_state_put(f->writer, out, (uint64_t)m * row_bytes(f, i), err));
     }
@@ -290,7 +329,6 @@ static enum rt_status take_one(struct rt_features *f, int i, const void *x, int6
 out:
     rt_state_writer_free(f->writer);
     f->writer = NULL;
-    rt_free(host);
     return st;
 }
 

@@ -16,7 +16,8 @@ struct rt_features {
     float *scale[RT_MAX_FEATURES];           /* [host] [window tokens] */
     void *matrix[RT_MAX_FEATURES];           /* device [dim, H]: projection */
     struct rt_weight *weight[RT_MAX_FEATURES];
-    void *projected;                         /* device [rows, dim] float32 */
+    void *projected;                         /* device [rows, dim] float32; NULL where no feature needs it */
+    float *host;                             /* the same on the host */
     int64_t n;                               /* tokens of the window */
     /* kept on disk: */
     const char *dir, *identity;              /* NULL: not kept */

@@ -45,6 +45,12 @@ uint64_t rt_score_keep_bytes(const struct rt_score_options *o, const struct rt_t
     return (uint64_t)n * a_token + (uint64_t)c->layers * (uint64_t)c->experts * 2 * sizeof(int64_t) + ((uint64_t)1 << 20);
 }
 
+void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *waited)
+{
+    *bytes = rt_weights_bytes_read(t->w);
+    *waited = rt_weights_waited(t->w);
+}
+
 static void free_outputs(struct outputs *r)
 {
     rt_free(r->row_token);

@@ -54,6 +54,9 @@ struct rt_score_options {
 enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
                                 struct rt_row_sink *sink, struct rt_err *err);
 
+/* What passes have read of the checkpoint so far, and the seconds for which there was nothing to do but to wait for that. */
+void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *waited);
+
 /* Layers behind the state that dir holds, by its header alone; 0: none. */
 int rt_score_saved_layer(const char *dir);
 /* Removes dir and what was kept in it; nothing where there is no dir. */
