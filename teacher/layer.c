@@ -256,15 +256,22 @@ static enum rt_status plain_mlp(struct rt_layer_ctx *x, const struct rt_part *p,
                  .H = x->c->hidden, .I = (int)inter, .row_exact = exact);
 }
 
+/* Experts that go together where they are streamed: a routing group, because a token's rows in it are then added to its state at once. */
+static int together(const struct rt_teacher_config *c)
+{
+    return c->n_group > 1 && c->experts / c->n_group >= 16 ? c->experts / c->n_group : 32;
+}
+
 /* The routed experts, in ascending order, as many at a time as the ring holds. */
 static enum rt_status routed(struct rt_layer_ctx *x, void *hidden, int64_t n, bool exact, struct rt_err *err)
 {
     const struct rt_teacher_config *c = x->c;
     const uint64_t limit = rt_weights_group_limit(x->w);
+    const int most = limit == UINT64_MAX ? c->experts : together(c);
     enum rt_status st = RT_OK;
     for (int e0 = 0, held = 0; e0 < c->experts; e0 += held) {
         uint64_t bytes = 0;
-        for (held = 0; e0 + held < c->experts && (held == 0 || bytes + x->held[0]->bytes <= limit); held++) {
+        for (held = 0; e0 + held < c->experts && held < most && (held == 0 || bytes + x->held[0]->bytes <= limit); held++) {
             const struct rt_part *p;
             RT_TRY(rt_weights_next(x->w, &p, err));
             x->held[held] = p;
