@@ -117,6 +117,17 @@ out:
     return st;
 }
 
+/* What a tokenizer or a template says of one text concerns that text alone. */
+static enum rt_status of_one_sequence(enum rt_status st, const struct rt_err *bad, enum rt_reject *reject, struct rt_err *err)
+{
+    if (st == RT_OK)
+        return RT_OK;
+    if (st != RT_FORMAT && st != RT_UNSUPPORTED)
+        return rt_fail(err, st, "%s", bad->msg);
+    *reject = RT_REJECT_RENDER;
+    return RT_OK;
+}
+
 /* Bytes [from, to) of the text as student tokens that begin at unit *at. */
 static enum rt_status push_text(const struct rt_retarget_pair *p, const struct rt_rows *r, uint32_t from, uint32_t to, uint32_t *at,
                                 struct rt_retarget_text *t, enum rt_reject *reject, struct rt_err *err)
@@ -125,7 +136,11 @@ static enum rt_status push_text(const struct rt_retarget_pair *p, const struct r
     const size_t first = t->enc.n;
     const uint32_t base = first > 0 ? t->enc.byte_end[first - 1] : 0;
     const uint8_t one = 1;
-    RT_TRY(rt_tokenizer_encode(p->student->tok, r->text + from, to - from, &t->enc, err));
+    struct rt_err bad = {0};
+    st = rt_tokenizer_encode(p->student->tok, r->text + from, to - from, &t->enc, &bad);
+    RT_TRY(of_one_sequence(st, &bad, reject, err));
+    if (*reject != RT_REJECT_NONE)
+        goto out;
     if ((t->enc.n > first ? t->enc.byte_end[t->enc.n - 1] : base) - base != to - from)
         *reject = RT_REJECT_RENDER;
     for (size_t i = first; i < t->enc.n; i++) {
@@ -224,6 +239,7 @@ static enum rt_status make_turn(const struct rt_retarget_pair *p, const struct r
     uint32_t begin = 0;
     uint8_t *structural = NULL;
     char where[64];
+    struct rt_err bad = {0};
     const bool ended = r->ids[last] == p->map->teacher_end;
     const uint32_t from = begin_of(r, first), to = ended ? begin_of(r, last) : r->byte_end[last];
     RT_TRY(rt_prompt_read(p->teacher, r->text, from, r->ids, (size_t)first, &t->prompt, &ok, err));
@@ -237,7 +253,10 @@ static enum rt_status make_turn(const struct rt_retarget_pair *p, const struct r
     RT_TRY(rt_buf_append(&t->whole, r->text + from, to - from, err));
     RT_TRY(rt_buf_reserve(&t->whole, 1, err));
     snprintf(where, sizeof where, "line %ld", (long)r->source_line);
-    RT_TRY(rt_template_completion(p->student->tmpl, t->prompt.m, t->prompt.n, t->whole.data, t->whole.len, where, &t->rendered, err));
+    st = rt_template_completion(p->student->tmpl, t->prompt.m, t->prompt.n, t->whole.data, t->whole.len, where, &t->rendered, &bad);
+    RT_TRY(of_one_sequence(st, &bad, reject, err));
+    if (*reject != RT_REJECT_NONE)
+        goto out;
     RT_TRY(take_rendered(p, ended, t, &begin, reject, err));
     if (*reject != RT_REJECT_NONE)
         goto out;
