@@ -12,15 +12,16 @@
 #include "core/cuda/gemm_kernels.h"
 #include "core/cuda/lt.h"
 
-/* Float32 results differ from the reference by the rounding of their sums alone: tensor cores cut each of up to 100 partial sums of 16 terms
- * at 2^-23 of its size, all in one direction. A hundredth of one rounding to bfloat16. */
-#define F32_SUMS 2e-5
-/* Two operands or results that were rounded to bfloat16 on the way: sqrt(2) times once. */
+/* Float32 results differ from the reference by the rounding of their sums alone: tensor cores cut each of up to 100 partial sums of 16 terms at
+ * 2^-23 of its size. */
+#define F32_SUMS 5e-6
+/* Rounding to bfloat16: 2^-8 at most, 1.66e-3 in the mean square. Twice, where two operands are rounded on the way, or the library rounds the
+ * product before it adds bias or y: 2.35e-3; with the store 2.9e-3. A few elements may all lie near the most. */
 #define BF16_TWICE 3.5e-3
-/* e4m3 products with block scales: Hopper's tensor cores add the products of a run of 128 with about 13 bits behind the largest (a few 1e-4 of
- * the result), and the store rounds to bfloat16 (1.1e-3). */
-#define SCALED 3e-3
-#define SCALED_F32 1.5e-3
+#define BF16_FEW 8e-3
+/* e4m3 products with block scales: Hopper's tensor cores keep some 13 bits behind the largest of the sums of a run of 128: 1.4e-4 measured. */
+#define SCALED_F32 5e-4
+#define SCALED 3.5e-3
 
 static float *floats(int64_t n)
 {
@@ -95,7 +96,7 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, bool own)
     naive(s, &g, a, b, bias, d); /* what lies between the rows stays as it was */
     snprintf(what, sizeof what, "%s %lldx%lldx%lld%s%s%s%s%s", own ? "own" : "library", (long long)s->m, (long long)s->n, (long long)s->k,
              s->a_t ? " a_t" : "", s->b_t ? " b_t" : "", s->accumulate ? " +=" : "", s->d_f32 ? " f32" : "", s->bias ? " bias" : "");
-    cuda_close(what, got, d, s->batch * s->m, g.ldd, s->d_f32 ? F32_SUMS : CUDA_BF16_ONCE, 0);
+    cuda_close(what, got, d, s->batch * s->m, g.ldd, s->d_f32 ? F32_SUMS : s->m * s->n < 64 ? BF16_FEW : BF16_TWICE, 0);
     for (int64_t r = 0; r < s->batch * s->m; r++)
         for (int64_t j = s->n; j < g.ldd; j++)
             if (got[r * g.ldd + j] != d[r * g.ldd + j])
@@ -325,7 +326,7 @@ static void gemm8_case(struct cuda_pair *p, const struct shape8 *s, enum way way
                     .accumulate = s->accumulate));
     snprintf(what, sizeof what, "e4m3 %s %lldx%lldx%lld%s%s%s", names[way], (long long)s->n, (long long)s->N, (long long)s->K,
              s->accumulate ? " +=" : "", s->y_f32 ? " f32" : "", s->padded ? " padded" : "");
-    cuda_close(what, got, y, s->n, s->ldy, way == DEQUANTISED ? BF16_TWICE : s->y_f32 ? SCALED_F32 : SCALED, 0);
+    cuda_close(what, got, y, s->n, s->ldy, way == DEQUANTISED || s->N % 4 != 0 ? BF16_TWICE : s->y_f32 ? SCALED_F32 : SCALED, 0);
     for (int64_t r = 0; r < s->n; r++)
         for (int64_t j = s->N; j < s->ldy; j++)
             if (got[r * s->ldy + j] != y[r * s->ldy + j])
@@ -361,7 +362,7 @@ static void test_gemm8(void **state)
     cuda_pair_close(&p);
 }
 
-/* Must find nothing wrong with the library's own choice where it says it can: a shape of the published model. */
+/* The library takes the shapes of the published model, whole tiles or not. */
 static void test_scaled_used(void **state)
 {
     static const int64_t shapes[][3] = {{256, 7168, 576}, {256, 7168, 1536}, {256, 1536, 4096}, {256, 512, 4096}, {256, 2048, 7168}};
@@ -429,7 +430,7 @@ static void linear_case(struct cuda_pair *p, const struct linear *l)
         cuda_get_act(p, got, dy, ny);
     snprintf(what, sizeof what, "linear_fwd %lldx%lldx%lld%s%s%s%s", (long long)l->n, (long long)l->N, (long long)l->K,
              l->quantised ? " w8a8" : l->e4m3 ? " w8a16" : "", l->accumulate ? " +=" : "", l->y_f32 ? " f32" : "", l->bias ? " bias" : "");
-    cuda_close(what, got, y, l->n, ldy, l->quantised ? BF16_TWICE : l->e4m3 ? BF16_TWICE : l->y_f32 ? F32_SUMS : CUDA_BF16_ONCE, 0);
+    cuda_close(what, got, y, l->n, ldy, l->y_f32 && !l->e4m3 ? F32_SUMS : BF16_TWICE, 0);
     cuda_free(p, dy);
     if (l->quantised)
         cuda_quantised_free(p, &q);
@@ -485,7 +486,7 @@ static void dgrad_case(struct cuda_pair *p, int64_t n, int64_t K, int64_t N, int
     assert_ok(RT_OP(&p->gpu, linear_dgrad, &err, .dy = ddy, .lddy = lddy, .w = w.gpu, .dx = ddx, .n = n, .K = K, .N = N, .accumulate = accumulate));
     assert_ok(RT_OP(&p->ref, linear_dgrad, &err, .dy = dy, .lddy = lddy, .w = w.ref, .dx = dx, .n = n, .K = K, .N = N, .accumulate = accumulate));
     cuda_get_act(p, got, ddx, n * K);
-    cuda_close(accumulate ? "linear_dgrad +=" : "linear_dgrad", got, dx, n, K, CUDA_BF16_ONCE, 0);
+    cuda_close(accumulate ? "linear_dgrad +=" : "linear_dgrad", got, dx, n, K, BF16_TWICE, 0);
     cuda_free(p, ddy);
     cuda_free(p, ddx);
     cuda_weight_free(p, &w);
@@ -507,10 +508,10 @@ static void wgrad_case(struct cuda_pair *p, int64_t n, int64_t K, int64_t N, int
     assert_ok(RT_OP(&p->gpu, linear_wgrad, &err, .dy = ddy, .x = dx, .lddy = lddy, .ldx = ldx, .dw = ddw, .db = ddb, .n = n, .K = K, .N = N));
     assert_ok(RT_OP(&p->ref, linear_wgrad, &err, .dy = dy, .x = x, .lddy = lddy, .ldx = ldx, .dw = dw, .db = bias ? db : NULL, .n = n, .K = K, .N = N));
     cuda_get_act(p, got, ddw, N * K);
-    cuda_close("linear_wgrad", got, dw, N, K, CUDA_BF16_ONCE, 0);
+    cuda_close("linear_wgrad", got, dw, N, K, BF16_TWICE, 0);
     if (bias) {
         cuda_get_act(p, got_b, ddb, N);
-        cuda_close("linear_wgrad, bias", got_b, db, 1, N, CUDA_BF16_ONCE, 0);
+        cuda_close("linear_wgrad, bias", got_b, db, 1, N, BF16_TWICE, 0);
     }
     cuda_free(p, ddy);
     cuda_free(p, dx);

@@ -1,4 +1,5 @@
-/* Products of the cuda backend: what its files call. Everything is row-major; sums are float32 and are rounded once, at the store.
+/* Products of the cuda backend: what its files call. Everything is row-major; sums are float32 and are rounded at the store (once, but for
+ * cuBLASLt's += and bias into BF16: it rounds the product before it adds).
  *
  * BF16 products go through cuBLASLt where it was found, else through a kernel of our own (gemm.cu). Products of e4m3 codes with block scales go
  * through cuBLASLt (12.9 or later) on compute capability 9.0; elsewhere both operands are dequantised to BF16 first. The algorithm depends on

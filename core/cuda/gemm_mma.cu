@@ -62,9 +62,11 @@ __device__ void ldmatrix(uint32_t (&r)[4], const bf16 *p)
 {
     const unsigned at = (unsigned)__cvta_generic_to_shared(p);
     if (TRANS)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
     else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
 }
 
 /* 16 rows of mn from mn0 and 16 of k from k0 as the fragment of operand a (m16k16), or of two neighbouring operands b (k16n8 each). */
@@ -160,13 +162,15 @@ bool wide(const void *p, int64_t ld, int64_t stride)
 
 enum rt_status rt_cuda_gemm_mma(struct rt_queue *q, const struct rt_cuda_gemm_args *g, struct rt_err *err)
 {
+    const int64_t lda = g->lda > 0 ? g->lda : g->a_t ? g->m : g->k, ldb = g->ldb > 0 ? g->ldb : g->b_t ? g->k : g->n, ldd = g->ldd > 0 ? g->ldd : g->n;
     const int64_t batch = g->batch > 0 ? g->batch : 1, tiles_m = (g->m + TM - 1) / TM, tiles_n = (g->n + TN - 1) / TN;
-    problem p = {(const bf16 *)g->a, (const bf16 *)g->b, g->d, g->bias, g->m, g->n, g->k, g->lda, g->ldb, g->ldd, g->a_stride, g->b_stride,
-                 g->d_stride, (unsigned)tiles_n, g->accumulate, g->d_f32, g->bias_f32, false, false};
+    problem p = {(const bf16 *)g->a, (const bf16 *)g->b, g->d, g->bias, g->m, g->n, g->k, lda, ldb, ldd, g->a_stride, g->b_stride, g->d_stride,
+                 (unsigned)tiles_n, g->accumulate, g->d_f32, g->bias_f32, false, false};
     if (tiles_m * tiles_n > INT32_MAX || batch > 65535)
-        return rt_fail(err, RT_UNSUPPORTED, "a product of %ld x %ld x %ld, %ld times, without cuBLASLt", (long)g->m, (long)g->n, (long)g->k, (long)batch);
-    p.a_wide = wide(g->a, g->lda, batch > 1 ? g->a_stride : 0);
-    p.b_wide = wide(g->b, g->ldb, batch > 1 ? g->b_stride : 0);
+        return rt_fail(err, RT_UNSUPPORTED, "a product of %ld x %ld x %ld, %ld times, without cuBLASLt", (long)g->m, (long)g->n, (long)g->k,
+                       (long)batch);
+    p.a_wide = wide(g->a, lda, batch > 1 ? g->a_stride : 0);
+    p.b_wide = wide(g->b, ldb, batch > 1 ? g->b_stride : 0);
     const dim3 grid((unsigned)(tiles_m * tiles_n), (unsigned)batch);
     if (g->a_t && !g->b_t)
         gemm_kernel<true, true><<<grid, THREADS, 0, q->stream>>>(p);
