@@ -175,14 +175,14 @@ static double mean_of(const struct rt_comparison *c, const struct rt_cmp_arm *a,
 
 static void describe_arm(const struct rt_comparison *c, struct rt_cmp_arm *a)
 {
-    static const char *const weight[] = {"ce", "kl", "feature"};
+    static const char *const weight[] = {"ce", "kl", "feature", "alm"};
     a->tokens = mean_of(c, a, NULL, "tokens");
     a->targets = mean_of(c, a, NULL, "targets");
     a->seconds = mean_of(c, a, NULL, "seconds");
     a->flops = mean_of(c, a, NULL, "flops");
     a->peak = mean_of(c, a, NULL, "peak_memory");
     a->tokens_per_second = mean_of(c, a, NULL, "tokens_per_second");
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++)
         a->weight[i] = mean_of(c, a, "weights", weight[i]);
     for (int i = 0; i < RT_CURVES; i++)
         a->final[i] = mean_of(c, a, "final", rt_cmp_curve_info[i].key);
@@ -250,7 +250,7 @@ static enum rt_status arms_json(struct rt_comparison *c, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *list, *o, *runs, *w;
-    static const char *const weight[] = {"ce", "kl", "feature"};
+    static const char *const weight[] = {"ce", "kl", "feature", "alm"};
     RT_TRY(rt_json_set_array(c->report, "arms", &list, err));
     for (int i = 0; i < c->n_arms; i++) {
         const struct rt_cmp_arm *a = &c->arm[i];
@@ -262,8 +262,9 @@ static enum rt_status arms_json(struct rt_comparison *c, struct rt_err *err)
         for (int k = 0; k < a->n_runs; k++)
             RT_TRY(rt_json_set_string(runs, NULL, c->run[a->run[k]].path, err));
         RT_TRY(rt_json_set_object(o, "weights", &w, err));
-        for (int k = 0; k < 3; k++)
-            RT_TRY(rt_json_set_double(w, weight[k], a->weight[k], err));
+        for (int k = 0; k < 4; k++) /* alm stands in run.json only where it is used */
+            if (k < 3 || !isnan(a->weight[k]))
+                RT_TRY(rt_json_set_double(w, weight[k], a->weight[k], err));
         RT_TRY(rt_json_set_double(o, "tokens", a->tokens, err));
         RT_TRY(rt_json_set_double(o, "targets", a->targets, err));
         RT_TRY(rt_json_set_double(o, "seconds", a->seconds, err));

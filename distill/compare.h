@@ -75,7 +75,7 @@ struct rt_cmp_arm {
     int run[RT_CMP_MAX_RUNS], n_runs;
     double tokens, targets, seconds, flops, peak, tokens_per_second; /* means over runs; NaN unknown */
     double final[RT_CURVES];         /* means of run.json "final" */
-    double weight[3];                /* ce, kl, feature; NaN unknown */
+    double weight[4];                /* ce, kl, feature, alm; NaN unknown */
 };
 struct rt_comparison {
     char title[4096];                /* the experiment's path, or "" */

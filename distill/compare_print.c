@@ -86,13 +86,16 @@ static void begin(struct table *t, const struct rt_comparison *c, const char *he
 
 static enum rt_status arms(const struct rt_comparison *c, struct table *t, struct rt_buf *out, struct rt_err *err)
 {
-    static const char *const weights[] = {"w_ce", "w_kl", "w_feat"};
+    static const char *const weights[] = {"w_ce", "w_kl", "w_feat", "w_alm"};
     char u[32];
+    bool alm = false;
+    for (int a = 0; a < c->n_arms; a++)
+        alm |= c->arm[a].weight[3] > 0;
     begin(t, c, "arm");
     column(t, "seeds");
     for (int a = 0; a < c->n_arms; a++)
         snprintf(cell(t, a), CELL, "%d", c->arm[a].n_runs);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < (alm ? 4 : 3); i++) {
         column(t, weights[i]);
         for (int a = 0; a < c->n_arms; a++)
             snprintf(cell(t, a), CELL, isnan(c->arm[a].weight[i]) ? "-" : "%g", c->arm[a].weight[i]);

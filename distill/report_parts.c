@@ -271,7 +271,7 @@ enum rt_status rt_report_costs(const struct rt_comparison *c, struct rt_buf *out
         RT_TRY(rt_buf_puts(out, "<td class=\"n\">", err));
         for (int k = 0; k < 3; k++)
             RT_TRY(rt_buf_printf(out, err, isnan(a->weight[k]) ? "%s-" : "%s%g", k > 0 ? ", " : "", a->weight[k]));
-        RT_TRY(rt_buf_puts(out, "</td>", err));
+        RT_TRY(a->weight[3] > 0 ? rt_buf_printf(out, err, ", spans %g</td>", a->weight[3]) : rt_buf_puts(out, "</td>", err));
         RT_TRY(rt_cell_number(out, maybe(u, a->tokens, rt_human_count), err));
         RT_TRY(rt_cell_number(out, maybe(u, a->seconds, rt_human_time), err));
         RT_TRY(rt_cell_number(out, maybe(u, a->tokens_per_second, rt_human_count), err));

@@ -112,7 +112,8 @@ static enum rt_status index_run(const uint8_t *data, size_t n, struct rt_err *er
 }
 
 /* ---- rows ---- */
-static void make_set(void)
+/* A set in the current place; spans: one of version 3, retargeted. */
+static void make_set(bool spans)
 {
     struct rt_row_identity id = {.vocab_size = 60, .n_ids = 50, .top_k = 3, .n_lse = 2, .lse_temperature = {1, 2}, .n_features = 1,
                                  .feature = {{RT_LAYER_FINAL, 4, RT_E4M3, true}}};
@@ -120,7 +121,8 @@ static void make_set(void)
     enum { N = 7 };
     uint32_t ids[N] = {4, 8, 15, 16, 23, 42, 7}, end[N] = {1, 2, 3, 4, 5, 6, 7}, pos[N], next[N], rank[N] = {0}, top[3 * N];
     uint8_t mask[N] = {1, 1, 1, 1, 1, 1, 1}, code[4 * N] = {0};
-    float logit[3 * N], lse[2 * N], logprob[N], scale[N];
+    float logit[3 * N], lse[2 * N], logprob[N], scale[N], span_logp[N] = {0, -1, 0, 0, -2.5f};
+    const uint32_t span[N] = {0, 2, 0, 0, 2};
     struct rt_shard_sink *s = NULL;
     struct rt_row_sink sink;
     struct rt_shard_resume resume;
@@ -145,6 +147,15 @@ static void make_set(void)
                         .n_rows = N - 1, .k = 3, .n_lse = 2, .position = pos, .topk_ids = top, .topk_logits = logit, .lse = lse, .next_id = next,
                         .next_logprob = logprob, .next_rank = rank, .n_features = 1, .feature = {code}, .feature_scale = {scale}};
     rt_rows_key(ids, N, r.key);
+    if (spans) {
+        strcpy(id.origin.mode, "alm");
+        id.origin.vocab_size = id.origin.n_ids = 40;
+        id.top_k = r.k = 0;
+        id.boundary = true;
+        r.span = span;
+        r.span_logp = span_logp;
+        r.feature_mask = mask;
+    }
     fuzz_must(rt_shard_sink_open(fuzz_place(), &id, &o, &s, &sink, &resume, &err), &err);
     for (r.occurrence = 0; r.occurrence < 3; r.occurrence++)
         fuzz_must(sink.put(sink.self, &r, &err), &err);
@@ -154,8 +165,11 @@ static void make_set(void)
 
 static void shard_begin(struct fuzz_seeds *s)
 {
+    fuzz_dir("fuzz-set-spans");
+    make_set(true);
+    fuzz_seed_file(s, fuzz_at("rows-000000.msgpack"));
     fuzz_dir("fuzz-set");
-    make_set();
+    make_set(false);
     fuzz_seed_file(s, fuzz_at("rows-000000.msgpack"));
     fuzz_seed_file(s, fuzz_at("rows-000001.msgpack"));
 }
@@ -183,7 +197,7 @@ static enum rt_status shard_run(const uint8_t *data, size_t n, struct rt_err *er
 static void manifest_begin(struct fuzz_seeds *s)
 {
     fuzz_dir("fuzz-manifest");
-    make_set();
+    make_set(false);
     fuzz_seed_file(s, fuzz_at("manifest.jsonl"));
 }
 
@@ -210,7 +224,7 @@ static enum rt_status manifest_run(const uint8_t *data, size_t n, struct rt_err 
 static void identity_begin(struct fuzz_seeds *s)
 {
     fuzz_dir("fuzz-identity");
-    make_set();
+    make_set(false);
     fuzz_seed_file(s, fuzz_at("identity.json"));
 }
 
