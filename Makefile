@@ -55,11 +55,11 @@ TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCH_BIN := $(BENCH_SRC:bench/%.c=$(B)/bench_%)
 
-.PHONY: all help deps demo test check check-asan fuzz oracle bench install uninstall clean
+.PHONY: all help deps demo demo-crossing test check check-asan fuzz oracle bench install uninstall clean
 all: deps $(B)/retort ## build the program (default)
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  variables: MODE=release|debug|asan  DEV=1  V=1  PORTABLE=1 (static libraries)  PREFIX=/usr/local'
 
 deps:
@@ -119,6 +119,9 @@ fuzz: ## every parser against damaged files under the sanitizers: SECONDS_EACH=6
 
 demo: all ## the main job on the embedded teacher: traces, logits, five students, the comparison
 	@sh examples/demo.sh $(B)/retort
+
+demo-crossing: all ## soft labels across tokenizers: hard, exact, strict and likelihoods of spans, SEEDS=3
+	@sh examples/crossing.sh $(B)/retort build/crossing $(or $(SEEDS),3)
 
 oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOKENIZER_CASES=FILE] [BACKENDS="ref cpu"]
 	@$(B)/retort-tests --oracle --cases "$(CASES)" --tokenizers "$(TOKENIZERS)" --tokenizer-cases "$(TOKENIZER_CASES)" \
