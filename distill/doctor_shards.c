@@ -75,7 +75,8 @@ static enum rt_status identity(struct rt_doctor *d, const struct rt_row_identity
     if (d->have_student && id->n_ids > d->sc.vocab_size)
         RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.vocabulary", "rows run over %" PRId64 " ids, the student's head has %" PRId64 " rows", id->n_ids, d->sc.vocab_size));
     else
-        RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.vocabulary", "%" PRId64 " ids of %" PRId64 " rows of the teacher's head", id->n_ids, id->vocab_size));
+        RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.vocabulary", "%" PRId64 " ids of %" PRId64 " rows of the %s's head", id->n_ids, id->vocab_size,
+                            id->origin.mode[0] != '\0' ? "student" : "teacher"));
     if (teacher[0] != '\0' && id->tokenizer_sha256[0] != '\0' && strcmp(teacher, id->tokenizer_sha256) != 0)
         RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.teacher_tokenizer", "shards have tokenizer %.12s, the teacher %.12s: retargeted, or of another teacher", id->tokenizer_sha256, teacher));
     if (d->teacher_sha256[0] != '\0' && strcmp(d->teacher_sha256, id->teacher_sha256) != 0)

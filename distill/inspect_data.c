@@ -6,6 +6,7 @@
 #include "distill/inspect.h"
 #include "distill/jsonl.h"
 #include "distill/model_dir.h"
+#include "distill/retarget_run.h"
 #include "formats/dataset.h"
 #include "formats/shard.h"
 
@@ -140,6 +141,24 @@ out:
     return st;
 }
 
+/* What retargeting made of the teacher's set: the sum of the shards' reports. */
+static enum rt_status retargeted(const struct rt_shard_set *set, struct rt_json *obj, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_retarget_counts counts = {0};
+    struct rt_json *o;
+    const struct rt_row_identity *id = rt_shard_set_identity(set);
+    if (id->origin.mode[0] == '\0' || rt_shard_set_info(set)->shards == 0)
+        return RT_OK;
+    RT_TRY(rt_retarget_counts_init(&counts, (uint32_t)id->n_ids, err));
+    RT_TRY(rt_retarget_set_counts(set, &counts, err));
+    RT_TRY(rt_json_set_object(obj, "retargeted", &o, err));
+    RT_TRY(rt_retarget_report_json(&counts, NULL, o, err));
+out:
+    rt_retarget_counts_free(&counts);
+    return st;
+}
+
 enum rt_status rt_inspect_shards(const char *path, const struct rt_inspect_options *o, struct rt_json *obj, struct rt_err *err)
 {
     enum rt_status st;
@@ -170,6 +189,7 @@ enum rt_status rt_inspect_shards(const char *path, const struct rt_inspect_optio
     RT_TRY(mass_json(identity, info, obj, err));
     RT_TRY(rt_json_set_object(obj, "identity", &id, err));
     RT_TRY(rt_row_identity_to_json(identity, id, err));
+    RT_TRY(retargeted(set, obj, err));
     if (rt_path_is_dir(path))
         RT_TRY(expert_load(path, obj, err));
 out:

@@ -117,10 +117,12 @@ static enum rt_status crossing_json(const struct rt_retarget_counts *c, const st
     const int n = top_crossing(c, top);
     RT_TRY(rt_json_set_array(v, "crossing_tokens", &list, err));
     for (int i = 0; i < n; i++) {
-        RT_TRY(token_text(student, top[i], &text, err));
         RT_TRY(rt_json_set_object(list, NULL, &o, err));
         RT_TRY(rt_json_set_int(o, "id", top[i], err));
-        RT_TRY(rt_json_set_string_n(o, "text", text.data, rt_utf8_prefix(text.data, text.len), err));
+        if (student != NULL) {
+            RT_TRY(token_text(student, top[i], &text, err));
+            RT_TRY(rt_json_set_string_n(o, "text", text.data, rt_utf8_prefix(text.data, text.len), err));
+        }
         RT_TRY(rt_json_set_int(o, "count", c->crossing[top[i]], err));
     }
 out:
@@ -174,18 +176,18 @@ enum rt_status rt_retarget_report_read(const struct rt_json *v, struct rt_retarg
     int64_t n;
     double d;
 #define RT_COUNT_GET(x) \
-    RT_TRY(rt_json_int(v, #x, 0, INT64_MAX / 2, &n, err)); \
+    RT_TRY(rt_json_int_or(v, #x, 0, INT64_MAX / 2, 0, &n, err)); \
     c->x += n;
     RT_COUNT_LIST(RT_COUNT_GET)
 #undef RT_COUNT_GET
     RT_TRY(rt_json_double(v, "evidence", &d, err));
     c->evidence += d;
     for (int i = 0; i < RT_REJECT_COUNT; i++) {
-        RT_TRY(rt_json_int(rt_json_get(v, "rejected"), reject_names[i].key, 0, INT64_MAX / 2, &n, err));
+        RT_TRY(rt_json_int_or(rt_json_get(v, "rejected"), reject_names[i].key, 0, INT64_MAX / 2, 0, &n, err));
         c->rejected[i] += n;
     }
     for (int i = 0; i < RT_MASK_COUNT; i++) {
-        RT_TRY(rt_json_int(rt_json_get(v, "masked"), mask_names[i].key, 0, INT64_MAX / 2, &n, err));
+        RT_TRY(rt_json_int_or(rt_json_get(v, "masked"), mask_names[i].key, 0, INT64_MAX / 2, 0, &n, err));
         c->masked[i] += n;
     }
     for (int i = 0; i < RT_PLACE_KINDS; i++) {

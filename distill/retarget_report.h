@@ -72,9 +72,9 @@ void rt_retarget_counts_free(struct rt_retarget_counts *c); /* zeroed is fine */
 void rt_retarget_counts_clear(struct rt_retarget_counts *c);
 void rt_retarget_counts_add(struct rt_retarget_counts *c, const struct rt_retarget_counts *more);
 
-/* As members of object v. crossing: the commonest RT_TOP_CROSSING with their text. */
+/* As members of object v. crossing: the commonest RT_TOP_CROSSING, with their text where student is not NULL. */
 enum rt_status rt_retarget_report_json(const struct rt_retarget_counts *c, const struct rt_tokenizer *student, struct rt_json *v, struct rt_err *err);
-/* += what rt_retarget_report_json wrote; crossing tokens beyond those listed are lost. FORMAT. */
+/* += what rt_retarget_report_json wrote (a count that is not there is 0); crossing tokens beyond those listed are lost. FORMAT. */
 enum rt_status rt_retarget_report_read(const struct rt_json *v, struct rt_retarget_counts *c, struct rt_err *err);
 /* The table. */
 enum rt_status rt_retarget_report_print(const struct rt_retarget_counts *c, const struct rt_tokenizer *student, struct rt_buf *out, struct rt_err *err);
