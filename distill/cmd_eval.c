@@ -83,7 +83,8 @@ static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, s
     enum rt_status st;
     struct rt_json *line = NULL;
     struct rt_buf rows = {0}, text = {0};
-    const int64_t memory = rt_command_memory(&v->common);
+    int64_t memory;
+    RT_TRY(rt_command_room(&v->common, d, &memory, err));
     const struct rt_eval_run_options o = {
         .data = data, .T = v->kd_temperature, .max_length = v->max_length, .micro_tokens = v->micro_tokens, .memory = memory, .log = ctx->log,
         .stop = ctx->stop, .stop_self = ctx->stop_self,

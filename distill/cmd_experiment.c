@@ -236,7 +236,7 @@ static enum rt_status answer(struct job *j, const struct rt_train_values *t, str
     struct rt_buf rows = {0};
     const struct rt_student_source source = {t->out, NULL, t->tokenizer, t->template_name};
     const struct values *v = j->v;
-    const int64_t memory = rt_command_memory(&t->common);
+    int64_t memory;
     int n_ops;
     int64_t step;
     const enum rt_op *ops = rt_student_decode_ops(&n_ops);
@@ -250,6 +250,7 @@ static enum rt_status answer(struct job *j, const struct rt_train_values *t, str
             RT_TRY(rt_loaded_student_open(&l, &source, NULL, err));
             RT_TRY(rt_command_device(&(struct rt_context){0}, &t->common, ops, n_ops, &d, err));
         }
+        RT_TRY(rt_command_room(&t->common, &d, &memory, err));
         const struct rt_eval_run_options o = {
             .data = j->answered[i], .T = t->kd_temperature, .memory = memory, .log = j->ctx->log, .stop = j->ctx->stop, .stop_self = j->ctx->stop_self,
             .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,

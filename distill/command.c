@@ -63,6 +63,19 @@ int64_t rt_command_memory(const struct rt_common *common)
     return common->memory > 0 ? common->memory : available_memory() / 4 * 3;
 }
 
+enum rt_status rt_command_room(const struct rt_common *common, const struct rt_device *d, int64_t *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_dev_memory m = {0};
+    *out = rt_command_memory(common);
+    if (!d->be->own_memory)
+        goto out;
+    RT_TRY(d->be->memory(d->dev, &m, err));
+    *out = common->gpu_memory > 0 ? common->gpu_memory : (int64_t)(m.free / 10 * 9);
+out:
+    return st;
+}
+
 enum rt_status rt_command_config(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err)
 {
     const struct rt_opt *const tables[] = {cmd->options, common_options};

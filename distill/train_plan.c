@@ -13,7 +13,7 @@
 
 /* Below this mass of the stored ids a tail treatment loses too much to stay silent. */
 static const double mass_renorm = 0.95, mass_bucket = 0.5;
-enum { MICRO_TOKENS = 4096 };
+enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768 };
 
 /* ---- data ---- */
 
@@ -272,9 +272,14 @@ out:
 
 /* ---- memory ---- */
 
+static size_t on_device(const struct rt_trainer_memory *m)
+{
+    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations;
+}
+
 static size_t total(const struct rt_trainer_memory *m)
 {
-    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->host;
+    return on_device(m) + m->host;
 }
 
 /* Micro-batches of an earlier part of the run are kept: sums depend on the cuts. */
@@ -294,29 +299,56 @@ out:
     return st;
 }
 
+/* *out = what operations of a GPU may take beside their arguments: a sixteenth of its memory (at 80 GB, logits of 8000 rows of 150,000 ids). It
+ * decides how they divide their work, so it depends on the machine alone, not on what happens to be free. */
+static enum rt_status operations_room(const struct rt_device *d, size_t *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const uint64_t least = (uint64_t)256 << 20, most = (uint64_t)5 << 30;
+    struct rt_dev_memory m = {0};
+    *out = 0;
+    if (!d->be->own_memory)
+        goto out;
+    RT_TRY(d->be->memory(d->dev, &m, err));
+    const uint64_t room = m.total / 16 / least * least;
+    *out = (size_t)(room < least ? least : room > most ? most : room);
+    d->be->set_scratch(d->dev, *out);
+out:
+    return st;
+}
+
+/* What has to fit into the limit: all of it where device and host share memory. */
+static size_t need(const struct rt_train_run *r)
+{
+    return r->device.be->own_memory ? on_device(&r->memory) : total(&r->memory);
+}
+
 static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
-    const int64_t longest = rt_train_longest(r);
-    const int64_t limit = rt_command_memory(&r->v->common);
+    const struct rt_backend *be = r->device.be;
+    const int64_t longest = rt_train_longest(r), usual = be->own_memory ? MICRO_TOKENS_GPU : MICRO_TOKENS;
     const size_t act = rt_device_act_size(&r->device);
-    int64_t n;
+    int64_t n, limit;
+    size_t operations;
     char a[32], b[32];
+    RT_TRY(rt_command_room(&r->v->common, &r->device, &limit, err));
     RT_TRY(earlier_micro(r, &n, err));
     const bool fixed = n > 0 || r->v->micro_tokens > 0;
+    RT_TRY(operations_room(&r->device, &operations, err));
     if (n == 0)
-        n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < MICRO_TOKENS ? r->v->batch_tokens : MICRO_TOKENS;
+        n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
     for (;; n /= 2) {
         r->o.micro_tokens = n > longest ? n : longest;
         rt_trainer_plan(&r->student.c, &r->student.p, &r->o, longest, act, &r->memory);
-        if (fixed || n <= longest || total(&r->memory) <= (size_t)limit)
+        r->memory.operations = operations;
+        if (fixed || n <= longest || need(r) <= (size_t)limit)
             break;
     }
-    const struct rt_trainer_memory *m = &r->memory;
-    if (total(m) > (size_t)limit)
+    if (need(r) > (size_t)limit)
         RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld), there are %s: "
-                "a smaller --max-length or --micro-tokens, or more --memory", rt_human_bytes(a, total(m)), (long)r->o.micro_tokens, (long)longest,
-                rt_human_bytes(b, (uint64_t)limit));
+                "a smaller --max-length or --micro-tokens, or more %s", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest,
+                rt_human_bytes(b, (uint64_t)limit), be->own_memory ? "--gpu-memory" : "--memory");
 out:
     return st;
 }
@@ -324,12 +356,12 @@ out:
 static void log_plan(const struct rt_train_run *r)
 {
     const struct rt_trainer_memory *m = &r->memory;
-    char a[32], b[32], c[32], d[32], e[32], f[32], g[32];
+    char a[32], b[32], c[32], d[32], e[32], f[32], g[32], h[32];
     rt_info(r->ctx->log, "plan: %ld steps, %s tokens, global batches of %ld tokens in micro-batches of %ld, order %.12s", (long)r->total_steps,
             rt_human_count(a, (double)r->total_tokens), (long)r->o.batch_tokens, (long)r->o.micro_tokens, r->order_sha256);
-    rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s batch", rt_human_bytes(a, m->weights),
-            rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations), rt_human_bytes(e, m->losses),
-            rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->host));
+    rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s operations, %s batch",
+            rt_human_bytes(a, m->weights), rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations),
+            rt_human_bytes(e, m->losses), rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->operations), rt_human_bytes(h, m->host));
     rt_info(r->ctx->log, "loss: (%g CE%s + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
             r->o.w.ce, r->o.ce_rest ? " of targets without a row" : "", r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);
     if (r->o.w.alm > 0)

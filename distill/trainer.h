@@ -24,9 +24,9 @@ struct rt_trainer_options {
     uint64_t seed;
 };
 
-/* Bytes of each kind, for a plan. */
+/* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */
 struct rt_trainer_memory {
-    size_t weights, grads, moments, activations, losses, projectors, host;
+    size_t weights, grads, moments, activations, losses, projectors, operations, host;
 };
 
 struct rt_trainer {
