@@ -16,7 +16,7 @@
 const struct fuzz_target *const fuzz_targets[] = {
     &fuzz_json, &fuzz_safetensors, &fuzz_index, &fuzz_shard, &fuzz_manifest, &fuzz_identity, &fuzz_tokenizer, &fuzz_encode, &fuzz_template,
     &fuzz_dataset, &fuzz_jsonl, &fuzz_teacher_config, &fuzz_student_config, &fuzz_checkpoint, &fuzz_run_config, &fuzz_arguments, &fuzz_verify,
-    &fuzz_inspect, &fuzz_record, &fuzz_metrics, NULL,
+    &fuzz_inspect, &fuzz_record, &fuzz_metrics, &fuzz_state, &fuzz_hold, &fuzz_retarget, NULL,
 };
 
 static char failure[1024]; /* of the case that runs */

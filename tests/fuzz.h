@@ -40,6 +40,8 @@ extern const struct fuzz_target fuzz_json, fuzz_safetensors, fuzz_index, fuzz_sh
     fuzz_student_config, fuzz_checkpoint, fuzz_run_config, fuzz_arguments; /* fuzz_files.c */
 extern const struct fuzz_target fuzz_tokenizer, fuzz_encode, fuzz_template, fuzz_dataset, fuzz_jsonl, fuzz_verify; /* fuzz_text.c */
 extern const struct fuzz_target fuzz_inspect, fuzz_record, fuzz_metrics; /* fuzz_commands.c */
+extern const struct fuzz_target fuzz_state, fuzz_hold; /* fuzz_state.c */
+extern const struct fuzz_target fuzz_retarget; /* fuzz_retarget.c */
 extern const struct fuzz_target *const fuzz_targets[]; /* all of them, NULL at the end */
 
 /* Beyond what the file justifies: a reader's fixed buffers (a megabyte of a checkpoint's file, the planes of a block); and tables by
