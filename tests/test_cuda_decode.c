@@ -5,6 +5,9 @@
 
 #include "core/mem.h"
 #include "core/rng.h"
+#ifdef RT_CUDA
+#include "core/cuda/mla_cached.h"
+#endif
 #include "tests/cuda_ops.h"
 
 /* Probabilities and results are rounded to bfloat16, independently: sqrt(2) times one rounding. */
@@ -76,10 +79,21 @@ static void one_mla(struct cuda_pair *p, const struct mla_case *c, const struct 
                                    .scale = 2.0f / sqrtf((float)width)};
     assert_ok(p->ref.be->mla_cached(p->ref.dev, p->ref.q, &a, &err));
     a.q_lat = gq, a.q_pe = gpe, a.cache = gcache, a.slot = slot, a.pos = pos, a.o = o;
+    assert_non_null(p->gpu.be->mla_cached);
     assert_ok(p->gpu.be->mla_cached(p->gpu.dev, p->gpu.q, &a, &err));
     cuda_get_act(p, got, o, lat);
     snprintf(what, sizeof what, "mla %d heads, %d + %d, %lld tokens, capacity %lld", c->nh, c->R, c->dr, (long long)n, (long long)at->capacity);
     cuda_close(what, got, want, n * c->nh, c->R, TWO_ROUNDINGS, 2 * TWO_ROUNDINGS);
+#ifdef RT_CUDA
+    /* the kernels that another GPU, or another size, would get */
+    for (int kernel = RT_CUDA_MLA_SYNC; kernel <= RT_CUDA_MLA_PLAIN; kernel++) {
+        if (kernel == RT_CUDA_MLA_SYNC && c->R != 128 && c->R != 512)
+            continue;
+        assert_ok(rt_cuda_mla_by(p->gpu.dev, p->gpu.q, &a, kernel, &err));
+        cuda_get_act(p, again, o, lat);
+        cuda_close(kernel == RT_CUDA_MLA_SYNC ? "  mma.sync" : "  plain", again, want, n * c->nh, c->R, TWO_ROUNDINGS, 2 * TWO_ROUNDINGS);
+    }
+#endif
     /* a token alone: the same bits */
     const int64_t row = (int64_t)c->nh * c->R;
     a.n = 1;
@@ -143,6 +157,7 @@ static void one_attn(struct cuda_pair *p, const struct attn_case *c, const struc
                                     .capacity = at->capacity, .nh = c->nh, .nkv = c->nkv, .d = c->d, .scale = 2.0f / sqrtf((float)c->d)};
     assert_ok(p->ref.be->attn_cached(p->ref.dev, p->ref.q, &a, &err));
     a.q = gq, a.k_cache = gk, a.v_cache = gv, a.slot = slot, a.pos = pos, a.o = o;
+    assert_non_null(p->gpu.be->attn_cached);
     assert_ok(p->gpu.be->attn_cached(p->gpu.dev, p->gpu.q, &a, &err));
     cuda_get_act(p, got, o, out);
     snprintf(what, sizeof what, "attention %d/%d heads of %d, %lld tokens, capacity %lld", c->nh, c->nkv, c->d, (long long)n, (long long)at->capacity);
@@ -205,6 +220,7 @@ static void one_head(struct cuda_pair *p, const struct head_case *c)
                                     .nh = c->nh, .head_rows = c->head_rows, .row0 = c->row0, .d = c->d, .R = c->R, .transpose = c->transpose};
     assert_ok(p->ref.be->head_matmul(p->ref.dev, p->ref.q, &a, &err));
     a.x = gx, a.w = w.gpu, a.y = y;
+    assert_non_null(p->gpu.be->head_matmul);
     assert_ok(p->gpu.be->head_matmul(p->gpu.dev, p->gpu.q, &a, &err));
     cuda_get_act(p, got, y, c->n * y_ld);
     float *dense_want = dense + c->n * c->nh * dy;

@@ -16,7 +16,7 @@ static enum rt_status plain(struct rt_queue *q, const struct rt_mla_cached_args 
 
 /* Tokens as many at a time as their parts fit into the scratch. */
 static enum rt_status tiled(struct rt_dev *dev, struct rt_queue *q, const struct rt_mla_cached_args *a, int64_t q_pe_ld, int64_t q_pe_head,
-                            struct rt_err *err)
+                            bool wgmma, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     void *temp = NULL;
@@ -33,7 +33,7 @@ static enum rt_status tiled(struct rt_dev *dev, struct rt_queue *q, const struct
         w.o = (uint16_t *)a->o + i * row;
         w.slot = a->slot + i;
         w.pos = a->pos + i;
-        RT_TRY(rt_cuda_mla_sync(q, &w, err));
+        RT_TRY(wgmma ? rt_cuda_mla_sm90(q, &w, err) : rt_cuda_mla_sync(q, &w, err));
         RT_TRY(rt_cuda_cached_merge(q, &w.parts, w.pos, w.o, w.n, a->nh, a->R, err));
     }
 out:
@@ -41,13 +41,22 @@ out:
     return st;
 }
 
-enum rt_status rt_cuda_mla_cached(struct rt_dev *dev, struct rt_queue *q, const struct rt_mla_cached_args *a, struct rt_err *err)
+enum rt_status rt_cuda_mla_by(struct rt_dev *dev, struct rt_queue *q, const struct rt_mla_cached_args *a, enum rt_cuda_mla_kernel kernel,
+                              struct rt_err *err)
 {
     const int64_t head = a->q_pe_head != 0 ? a->q_pe_head : a->dr, ld = a->q_pe_ld != 0 ? a->q_pe_ld : a->nh * head;
+    const bool fits = aligned(a->q_lat) && aligned(a->q_pe) && aligned(a->cache) && aligned(a->o) && head % 8 == 0 && ld % 8 == 0;
+    const bool wgmma = fits && kernel == RT_CUDA_MLA_FASTEST && rt_cuda_mla_sm90_takes(dev, a->R, a->dr);
     if (a->n < 1 || a->nh < 1)
         return RT_OK;
-    if (rt_cuda_mla_sync_takes(dev, a->R, a->dr) && aligned(a->q_lat) && aligned(a->q_pe) && aligned(a->cache) && aligned(a->o) && head % 8 == 0 &&
-        ld % 8 == 0)
-        return tiled(dev, q, a, ld, head, err);
+    if (wgmma || (fits && kernel != RT_CUDA_MLA_PLAIN && rt_cuda_mla_sync_takes(dev, a->R, a->dr)))
+        return tiled(dev, q, a, ld, head, wgmma, err);
+    if (kernel == RT_CUDA_MLA_SYNC)
+        return rt_fail(err, RT_UNSUPPORTED, "mla_cached: no tensor core kernel for a latent of %d and %d", a->R, a->dr);
     return plain(q, a, ld, head, err);
+}
+
+enum rt_status rt_cuda_mla_cached(struct rt_dev *dev, struct rt_queue *q, const struct rt_mla_cached_args *a, struct rt_err *err)
+{
+    return rt_cuda_mla_by(dev, q, a, RT_CUDA_MLA_FASTEST, err);
 }

@@ -23,6 +23,14 @@ struct rt_cuda_mla {
 /* mma.sync, sm_80 and later: R 512 and dr 64, or 128 and 16. false: these sizes, or this GPU's shared memory, are not provided for. */
 bool rt_cuda_mla_sync_takes(const struct rt_dev *dev, int R, int dr);
 enum rt_status rt_cuda_mla_sync(struct rt_queue *q, const struct rt_cuda_mla *a, struct rt_err *err);
+/* wgmma, compute capability 9.0: R 512 and dr 64. */
+bool rt_cuda_mla_sm90_takes(const struct rt_dev *dev, int R, int dr);
+enum rt_status rt_cuda_mla_sm90(struct rt_queue *q, const struct rt_cuda_mla *a, struct rt_err *err);
+
+/* mla_cached by the fastest kernel that takes these sizes, by mma.sync's, or by plain loops. UNSUPPORTED: not that one. */
+enum rt_cuda_mla_kernel { RT_CUDA_MLA_FASTEST, RT_CUDA_MLA_SYNC, RT_CUDA_MLA_PLAIN };
+enum rt_status rt_cuda_mla_by(struct rt_dev *dev, struct rt_queue *q, const struct rt_mla_cached_args *a, enum rt_cuda_mla_kernel kernel,
+                              struct rt_err *err);
 
 #ifdef __cplusplus
 }
