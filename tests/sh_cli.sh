@@ -51,6 +51,8 @@ want 2 "option --threads" "$retort" logits --threads two
 want 2 "option --gpus: '0'" "$retort" logits --gpus 0
 want 2 "option --numerics: .*w8a16\|w8a8" "$retort" logits --numerics fp4
 want 2 "option --memory" "$retort" logits --memory 8X
+want 2 "--save-state often: expected auto, layer, stop, never, or a number of minutes" "$retort" logits --teacher "$teacher" --data x --out y --save-state often
+want 2 "--features: layer 9 does not exist; .* 0 \(embeddings\) to 4, and final" "$retort" logits --teacher "$teacher" --data x --out y --features 2,9
 want 2 "option --teacher is required" "$retort" logits
 want 2 "option --threads" "$retort" logits --threads
 want 2 "found 0 arguments; usage: retort inspect" "$retort" inspect
@@ -91,6 +93,9 @@ want 1 'rows of another command; .*topk=4.*topk=5' "$retort" logits --teacher "$
     --max-length 64 --overlong split --rows-per-shard 100
 run_logits 0 '' "$d/text.jsonl" "$d/none" --dry-run
 grep -q '^tokens' "$d/out" || bad "--dry-run prints its plan on stdout"
+for word in windows passes read memory shards states operations time; do
+    grep -q "^$word " "$d/out" || bad "--dry-run does not say '$word'"
+done
 [ -e "$d/none" ] && bad "--dry-run made a directory"
 run_logits 0 '' "$d/text.jsonl" "$d/none" --dry-run --json
 python3 -c 'import json, sys; json.load(open(sys.argv[1]))' "$d/out" 2>/dev/null || command -v python3 >/dev/null || echo "SKIP --json is not parsed: no python3"
