@@ -1,4 +1,5 @@
 /* retort eval: loss, KL to the teacher, agreement, and answers that can be checked. */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -32,9 +33,10 @@ static const struct rt_opt options[] = {
     {0},
 };
 
+/* False where nothing was measured (null in JSON). */
 static bool get(const struct rt_json *line, const char *key, double *x)
 {
-    return rt_json_as_double(rt_json_get(line, key), x);
+    return rt_json_as_double(rt_json_get(line, key), x) && !isnan(*x);
 }
 
 static void print_interval(const struct rt_json *line, const char *label, const char *key, double scale, const char *unit)
