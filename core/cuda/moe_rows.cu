@@ -43,24 +43,30 @@ struct gather {
     int k, nv, blocks;   /* nv: units of a row */
 };
 
+/* v, or 0 where mask is 0: no branch, so that no store waits between the loads. */
+__device__ __forceinline__ uint4 masked(const uint4 &v, uint32_t mask) { return make_uint4(v.x & mask, v.y & mask, v.z & mask, v.w & mask); }
+__device__ __forceinline__ uint16_t masked(uint16_t v, uint32_t mask) { return (uint16_t)(v & mask); }
+
 template <class Unit>
 __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ struct gather p)
 {
     const int64_t row0 = (int64_t)blockIdx.x * ROWS;
     int64_t token[ROWS];
+    uint32_t live[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const int flat = __ldg(&p.row[row0 + r].x);
-        token[r] = flat >= 0 ? flat / p.k : -1;
+        token[r] = flat >= 0 ? flat / p.k : 0; /* padding reads token 0, so that all loads are one batch */
+        live[r] = flat >= 0 ? ~0u : 0u;
     }
     for (int c = (int)threadIdx.x; c < p.nv; c += (int)blockDim.x) {
         Unit v[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            v[r] = token[r] >= 0 ? __ldg((const Unit *)p.x + token[r] * p.nv + c) : Unit();
+            v[r] = __ldg((const Unit *)p.x + token[r] * p.nv + c);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            ((Unit *)p.to)[(row0 + r) * p.nv + c] = v[r];
+            ((Unit *)p.to)[(row0 + r) * p.nv + c] = masked(v[r], live[r]);
     }
     if (p.scale == NULL)
         return;
@@ -70,7 +76,10 @@ __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ str
         float v[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            v[r] = token[r] >= 0 ? __ldg(p.scale + (int64_t)b * p.scale_ld + token[r]) : 0.0f;
+            v[r] = __ldg(p.scale + (int64_t)b * p.scale_ld + token[r]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            v[r] = __uint_as_float(__float_as_uint(v[r]) & live[r]);
         *(float4 *)(to + (int64_t)b * g.z) = make_float4(v[0], v[1], v[2], v[3]);
     }
 }

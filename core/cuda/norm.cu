@@ -11,16 +11,23 @@
 
 namespace {
 
+enum { ONES = 0x3f803f80 }; /* two bf16 */
+
 struct norm {
     const bf16 *x, *add;
-    struct vec8::vector w; /* data NULL: ones */
+    struct vec8::vector w; /* data NULL: ones, and f32 false */
     bf16 *sum, *y;
     uint8_t *code;
     float *scale, *rstd;
     int64_t n, rows, ldx, ldy; /* rows: n, or rt_act_rows(n) where codes are asked for */
     int cols;
-    float eps;
+    float eps, per_col; /* 1 / cols */
 };
+
+__device__ __forceinline__ float rstd_of(const struct norm &p, float squares)
+{
+    return rsqrtf(squares * p.per_col + p.eps);
+}
 
 /* Sum of v over the threads of a row: blockDim.x of them, a multiple of 32. Every thread of the block calls it. */
 __device__ float row_sum(float v)
@@ -61,12 +68,18 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ stru
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const bool live = row < p.n;
     const int nv = p.cols / VEC;
-    uint4 s[EACH];
+    const bool narrow = p.w.data != NULL && !p.w.f32; /* a bf16 weight is there before the sum is */
+    uint4 s[EACH], packed[EACH];
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int c = (int)(threadIdx.x + i * blockDim.x);
         s[i] = live && c < nv ? load_sum(p, row, c) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int c = (int)(threadIdx.x + i * blockDim.x);
+        packed[i] = narrow && c < nv ? __ldg((const uint4 *)p.w.data + c) : make_uint4(ONES, ONES, ONES, ONES);
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
@@ -79,7 +92,7 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ stru
         if (p.sum != NULL && live && c < nv)
             *(uint4 *)(p.sum + row * p.cols + (int64_t)c * VEC) = s[i];
     }
-    const float rstd = __frcp_rn(__fsqrt_rn(row_sum(squares) / (float)p.cols + p.eps));
+    const float rstd = rstd_of(p, row_sum(squares));
     if (p.rstd != NULL && live && threadIdx.x == 0)
         p.rstd[row] = rstd;
     if (p.y == NULL && p.code == NULL)
@@ -89,11 +102,12 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ stru
         const int c = (int)(threadIdx.x + i * blockDim.x);
         float x[VEC], w[VEC];
         unpack(s[i], x);
-        if (p.w.data != NULL && c < nv)
-            vec8::load_vector<VEC>(p.w, (int64_t)c * VEC, w);
+        unpack(packed[i], w);
+        if (p.w.f32 && c < nv)
+            vec8::load<VEC>((const float *)p.w.data + (int64_t)c * VEC, w);
 #pragma unroll
         for (int j = 0; j < VEC; j++)
-            x[j] = p.w.data != NULL && c < nv ? x[j] * rstd * w[j] : x[j] * rstd;
+            x[j] *= rstd * w[j];
         const uint4 y = pack(x);
         if (p.y != NULL && live && c < nv)
             *(uint4 *)(p.y + row * p.ldy + (int64_t)c * VEC) = y;
@@ -125,7 +139,7 @@ __device__ float slow_y(const struct norm &p, int64_t row, int j, float rstd)
     float w = 1.0f;
     if (p.w.data != NULL)
         vec8::load_vector<1>(p.w, j, &w);
-    return round_bf16(s * rstd * w);
+    return round_bf16(s * (rstd * w));
 }
 
 __global__ void __launch_bounds__(SLOW_THREADS) norm_slow_kernel(const __grid_constant__ struct norm p)
@@ -141,7 +155,7 @@ __global__ void __launch_bounds__(SLOW_THREADS) norm_slow_kernel(const __grid_co
             if (p.sum != NULL)
                 p.sum[row * p.cols + j] = __float2bfloat16_rn(s);
         }
-    const float rstd = __frcp_rn(__fsqrt_rn(row_sum(squares) / (float)p.cols + p.eps));
+    const float rstd = rstd_of(p, row_sum(squares));
     if (p.rstd != NULL && live && threadIdx.x == 0)
         p.rstd[row] = rstd;
     for (int c = first; c < p.cols && (p.y != NULL || p.code != NULL); c += step) {
@@ -217,6 +231,7 @@ enum rt_status rt_cuda_norm_fwd(struct rt_dev *, struct rt_queue *q, const struc
     p.ldy = ld_or(a->ldy, a->cols);
     p.cols = (int)a->cols;
     p.eps = a->eps;
+    p.per_col = 1.0f / (float)a->cols;
     launch(p, q->stream);
     return rt_cuda_launched("norm_fwd", err);
 }
