@@ -225,9 +225,9 @@ static enum rt_status time_run(struct bench *b, const char *from, const char *to
     RT_TRY(rt_retarget_counts_init(&counts, rt_tokenizer_n_ids(b->student.tok), err));
     RT_TRY(rt_retarget_run_all(run, &counts, err));
     lap(&t, &wall, &cpu);
-    const double rate = (double)counts.teacher_rows / wall;
-    printf("  whole      %9.0f a second of wall time with %ld threads, %.0f a second of processor time; map of the vocabularies %.1f s\n"
-           "  50M teacher tokens: %.1f minutes with %ld threads\n", rate, (long)b->threads, (double)counts.teacher_rows / cpu, open, 50e6 / rate / 60, (long)b->threads);
+    const double rate = (double)counts.teacher_rows / cpu;
+    printf("  whole      %9.0f, from shards to shards (%.0f a second of wall time with %ld threads; %.1f s for the map of the vocabularies)\n"
+           "  50M teacher tokens: %.1f core-minutes\n", rate, (double)counts.teacher_rows / wall, (long)b->threads, open, 50e6 / rate / 60);
 out:
     rt_retarget_run_close(run);
     rt_retarget_counts_free(&counts);

@@ -19,6 +19,7 @@ struct slot {
     struct rt_retarget_out out;
     struct rt_retarget_counts counts; /* crossing NULL: added up by whoever adds the slot */
     enum rt_reject reject;
+    struct rt_shard_packed packed;
     enum rt_status st;
     struct rt_err err;
 };
@@ -55,6 +56,7 @@ static void slot_free(struct slot *s)
     rt_buf_free(&s->place);
     rt_retarget_text_free(&s->text);
     rt_retarget_out_free(&s->out);
+    rt_buf_free(&s->packed.bytes);
     *s = (struct slot){0};
 }
 
@@ -340,6 +342,14 @@ static enum rt_status count_key(struct rt_retarget_run *r, const uint8_t key[RT_
     return RT_OK;
 }
 
+static void pack_item(void *ctx, int64_t item, int worker)
+{
+    struct rt_retarget_run *r = ctx;
+    struct slot *s = &r->batch[item];
+    (void)worker;
+    s->st = rt_shard_sink_pack(r->shards, &s->made, item, &s->packed, &s->err);
+}
+
 /* The batch becomes a shard, with its report in the header. */
 static enum rt_status flush(struct rt_retarget_run *r, struct rt_err *err)
 {
@@ -350,10 +360,15 @@ static enum rt_status flush(struct rt_retarget_run *r, struct rt_err *err)
     RT_TRY(rt_retarget_report_json(&r->counts, r->o.student->tok, v, err));
     RT_TRY(rt_json_dump(v, 0, &text, err));
     RT_TRY(rt_shard_sink_report(r->shards, text.data, text.len, err));
-    for (int64_t i = 0; i < r->n_batch; i++) {
+    for (int64_t i = 0; i < r->n_batch; i++)
         RT_TRY(count_key(r, r->batch[i].made.key, &r->batch[i].made.occurrence, err));
-        RT_TRY(r->sink.put(r->sink.self, &r->batch[i].made, err));
-        slot_free(&r->batch[i]);
+    rt_pool_run(r->o.pool, r->n_batch, pack_item, r);
+    for (int64_t i = 0; i < r->n_batch; i++) {
+        struct slot *s = &r->batch[i];
+        if (s->st != RT_OK)
+            RT_TRY(rt_fail(err, s->st, "%s", s->err.msg));
+        RT_TRY(rt_shard_sink_put_packed(r->shards, &s->packed, err));
+        slot_free(s);
     }
     r->n_batch = r->batch_rows = 0;
     rt_retarget_counts_clear(&r->counts);

@@ -72,6 +72,20 @@ struct rt_seq_info {
     uint64_t offset, bytes;   /* of its blocks in the shard */
     uint32_t crc;             /* zlib crc32 of these bytes */
 };
+
+/* put in two halves: packing (checks, statistics, compression: nearly all of its time) by several threads, writing by one. The set is the
+ * same, byte for byte. */
+struct rt_shard_packed {
+    struct rt_buf bytes; /* owned */
+    struct rt_seq_info info;
+};
+/* rows as the sequence that will be put behind `ahead` others from now on; *out is filled anew. Callable from several threads at once while nobody
+ * puts. FORMAT as put. */
+enum rt_status rt_shard_sink_pack(const struct rt_shard_sink *s, const struct rt_rows *rows, int64_t ahead, struct rt_shard_packed *out,
+                                  struct rt_err *err);
+/* USAGE where other sequences were put in between. */
+enum rt_status rt_shard_sink_put_packed(struct rt_shard_sink *s, const struct rt_shard_packed *p, struct rt_err *err);
+
 struct rt_shard_info {
     int64_t shards, sequences, tokens, rows;
     uint64_t bytes;

@@ -171,32 +171,91 @@ out:
     return st;
 }
 
+static int64_t next_ordinal(const struct rt_shard_sink *s)
+{
+    return s->manifest.sequences + (s->open ? s->n_seq : 0);
+}
+
+/* Checks the rows; everything of info but where its bytes are. */
+static enum rt_status describe(const struct rt_shard_sink *s, const struct rt_rows *rows, int64_t ordinal, struct rt_seq_info *info, struct rt_err *err)
+{
+    enum rt_status st;
+    char where[64];
+    if (s->broken || s->manifest.finished)
+        return rt_fail(err, RT_REFUSED, "%s: %s", s->dir, s->broken ? "writing failed before" : "the set is complete: nothing can be added");
+    *info = (struct rt_seq_info){.ordinal = ordinal, .occurrence = rows->occurrence, .source_line = rows->source_line > 0 ? rows->source_line : 0,
+                                 .n_tokens = rows->n_tokens, .n_rows = rows->n_rows};
+    snprintf(where, sizeof where, "sequence %" PRId64 " (input line %" PRId64 ")", ordinal, rows->source_line);
+    RT_TRY(rt_rows_check(rows, &s->id, where, err));
+    memcpy(info->key, rows->key, sizeof info->key);
+    statistics(rows, &s->id, info);
+out:
+    return st;
+}
+
+/* The sequence is in the file: it counts, and may be the shard's last. */
+static enum rt_status count_in(struct rt_shard_sink *s, const struct rt_seq_info *info, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_buf_append(&s->seq, info, sizeof *info, err));
+    s->n_seq++;
+    s->tokens += info->n_tokens;
+    s->rows += info->n_rows;
+    if (s->rows >= s->opt.rows_per_shard)
+        RT_TRY(close_shard(s, err));
+out:
+    return st;
+}
+
 static enum rt_status put(void *self, const struct rt_rows *rows, struct rt_err *err)
 {
     struct rt_shard_sink *s = self;
     enum rt_status st;
-    char where[64];
-    struct rt_seq_info info = {0};
-    if (s->broken || s->manifest.finished)
-        return rt_fail(err, RT_REFUSED, "%s: %s", s->dir, s->broken ? "writing failed before" : "the set is complete: nothing can be added");
-    info.ordinal = s->manifest.sequences + (s->open ? s->n_seq : 0);
-    snprintf(where, sizeof where, "sequence %" PRId64 " (input line %" PRId64 ")", info.ordinal, rows->source_line);
-    RT_TRY(rt_rows_check(rows, &s->id, where, err));
+    struct rt_seq_info info;
+    RT_TRY(describe(s, rows, next_ordinal(s), &info, err));
     if (!s->open)
         RT_TRY(open_shard(s, err));
-    memcpy(info.key, rows->key, sizeof info.key);
-    info.occurrence = rows->occurrence;
-    info.source_line = rows->source_line > 0 ? rows->source_line : 0;
-    info.n_tokens = rows->n_tokens;
-    info.n_rows = rows->n_rows;
-    statistics(rows, &s->id, &info);
     RT_TRY(put_blocks(s, rows, &info, err));
-    RT_TRY(rt_buf_append(&s->seq, &info, sizeof info, err));
-    s->n_seq++;
-    s->tokens += rows->n_tokens;
-    s->rows += rows->n_rows;
-    if (s->rows >= s->opt.rows_per_shard)
-        RT_TRY(close_shard(s, err));
+    RT_TRY(count_in(s, &info, err));
+out:
+    s->broken |= st != RT_OK;
+    return st;
+}
+
+enum rt_status rt_shard_sink_pack(const struct rt_shard_sink *s, const struct rt_rows *rows, int64_t ahead, struct rt_shard_packed *out,
+                                  struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_codec codec = {0};
+    struct rt_block_cut from = {0, 0}, to;
+    struct rt_pack p = {&out->bytes, RT_OK, err};
+    out->bytes.len = 0;
+    RT_TRY(describe(s, rows, next_ordinal(s) + ahead, &out->info, err));
+    for (; from.token < rows->n_tokens; from = to) {
+        RT_TRY(rt_block_next(rows, &s->id, from, &to, err));
+        RT_TRY(rt_block_pack(&codec, s->opt.level, rows, &s->id, out->info.ordinal, from, to, &p, err));
+    }
+    uLong crc = crc32(0, NULL, 0);
+    for (size_t at = 0; at < out->bytes.len; at += 1u << 30)
+        crc = crc32(crc, (const Bytef *)out->bytes.data + at, (uInt)(out->bytes.len - at < 1u << 30 ? out->bytes.len - at : 1u << 30));
+    out->info.crc = (uint32_t)crc;
+    out->info.bytes = out->bytes.len;
+out:
+    rt_codec_free(&codec);
+    return st;
+}
+
+enum rt_status rt_shard_sink_put_packed(struct rt_shard_sink *s, const struct rt_shard_packed *p, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_seq_info info = p->info;
+    if (s->broken || s->manifest.finished || info.ordinal != next_ordinal(s))
+        return rt_fail(err, RT_USAGE, "%s: sequence %" PRId64 " was packed, %" PRId64 " is next", s->dir, info.ordinal, next_ordinal(s));
+    if (!s->open)
+        RT_TRY(open_shard(s, err));
+    info.offset = s->out.written;
+    RT_TRY(write_bytes(s, &p->bytes, err));
+    RT_TRY(count_in(s, &info, err));
 out:
     s->broken |= st != RT_OK;
     return st;
