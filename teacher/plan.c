@@ -52,7 +52,8 @@ static enum rt_status plan_host(const struct rt_teacher_options *o, const struct
         /* two of the largest part: one in use, one on its way */
         const uint64_t fixed = one + RT_TEACHER_FIXED_BYTES + 2 * largest;
         int64_t fits = memory > fixed ? (int64_t)((memory - fixed) / a_token) : 0;
-        if (fits < o->max_length && p->chunk > o->max_length && o->chunk == 0) { /* a smaller chunk may do */
+        const int64_t least = o->window > 0 ? o->window : o->max_length;
+        if (fits < least && p->chunk > o->max_length && o->chunk == 0) { /* a smaller chunk may do */
             p->chunk = o->max_length;
             const uint64_t small = rt_teacher_state_bytes(o, c, p->chunk, 1) + RT_TEACHER_FIXED_BYTES + 2 * largest;
             fits = memory > small ? (int64_t)((memory - small) / a_token) : 0;

@@ -182,7 +182,7 @@ if [ "$code" = 137 ]; then
 fi
 # features that do not fit into memory leave for files; a resume with more memory holds them: the plan stays, and the bytes are the same
 go=finish
-tight=70
+tight=60
 while [ $tight -lt 120 ]; do
     "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/none" --cache topk=4 --max-length 64 --overlong split --features 2:128,final \
         --window 1500 --quiet --dry-run --json --memory ${tight}M 2>/dev/null | grep -q '"features_spilled":true' && break
