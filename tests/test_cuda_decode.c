@@ -40,7 +40,7 @@ static void *cache_of(struct cuda_pair *p, float *x, int slots, int64_t capacity
 struct places {
     int64_t n, capacity;
     int slots;
-    int32_t slot[64], pos[64];
+    int32_t slot[256], pos[256];
 };
 
 /* Positions around the sizes of tiles and parts, in slots in turn; several tokens of one slot too. */
@@ -51,6 +51,17 @@ static struct places places_of(int64_t n, int64_t capacity, int slots)
     for (int64_t i = 0; i < n; i++) {
         r.slot[i] = (int32_t)((i * 5 + 2) % slots);
         r.pos[i] = (int32_t)(special[i % 16] < capacity ? special[i % 16] : capacity - 1);
+    }
+    return r;
+}
+
+/* 256 tokens of which a block takes several parts of the cache in turn. */
+static struct places crowd_of(int64_t capacity)
+{
+    struct places r = {.n = 256, .capacity = capacity, .slots = 2};
+    for (int64_t i = 0; i < r.n; i++) {
+        r.slot[i] = (int32_t)(i % 2);
+        r.pos[i] = (int32_t)(i % 50 == 7 ? capacity - 1 - i : i * 37 % capacity / 16);
     }
     return r;
 }
@@ -131,6 +142,8 @@ static void test_mla(void **state)
     memcpy(cut.pos, around, sizeof around);
     one_mla(&p, &(struct mla_case){.nh = 3, .R = 512, .dr = 64}, &cut);
     one_mla(&p, &(struct mla_case){.nh = 5, .R = 128, .dr = 16}, &cut);
+    const struct places crowd = crowd_of(12400);
+    one_mla(&p, &(struct mla_case){.nh = 1, .R = 128, .dr = 16}, &crowd);
     cuda_pair_close(&p);
 }
 
@@ -193,6 +206,8 @@ static void test_attn(void **state)
     one_attn(&p, &(struct attn_case){.nh = 4, .nkv = 2, .d = 8}, &few);
     one_attn(&p, &(struct attn_case){.nh = 6, .nkv = 2, .d = 96}, &few);
     one_attn(&p, &(struct attn_case){.nh = 2, .nkv = 1, .d = 64, .q_ld = 131}, &one);
+    const struct places crowd = crowd_of(12400);
+    one_attn(&p, &(struct attn_case){.nh = 10, .nkv = 10, .d = 64}, &crowd);
     cuda_pair_close(&p);
 }
 

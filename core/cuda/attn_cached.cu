@@ -122,7 +122,7 @@ __device__ __forceinline__ void step(float (&o)[D / 8][4], float (&top)[2], floa
 /* The warps' results in ascending order. shared: [WARPS][16][D + 4] sums, then [WARPS][16] maxima and sums. */
 template <int D>
 __device__ void merge_warps(const work &w, const float (&o)[D / 8][4], const float (&top)[2], float (&sum)[2], float *shared, int64_t token,
-                            int head0, int heads, bool cut)
+                            int split, int head0, int heads, bool cut)
 {
     enum { LD = D + 4 };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -151,7 +151,7 @@ __device__ void merge_warps(const work &w, const float (&o)[D / 8][4], const flo
             value += factor * shared[(j * 16 + h) * LD + d];
         }
         if (cut) {
-            const int64_t row = (token * w.parts.splits + blockIdx.y) * w.nh + head0 + h;
+            const int64_t row = (token * w.parts.splits + split) * w.nh + head0 + h;
             w.parts.o[row * D + d] = value / total;
             if (d == 0)
                 w.parts.lse[row] = m + log2f(total);
@@ -161,31 +161,19 @@ __device__ void merge_warps(const work &w, const float (&o)[D / 8][4], const flo
     }
 }
 
-/* grid: tokens * key heads * tiles of 16 query heads, splits */
+/* One part of a token's keys: key0 .. last. */
 template <int D>
-__global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_constant__ work w)
+__device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][4], int64_t base, int key0, int last, uint32_t mine, float (&o)[D / 8][4],
+                                     float (&top)[2], float (&sum)[2])
 {
-    extern __shared__ __align__(128) uint8_t shared[];
     enum { STAGE = 2 * KEYS * D * 2 };
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t token = blockIdx.x / (w.nkv * w.head_tiles);
-    const int which = blockIdx.x % (w.nkv * w.head_tiles), hk = which / w.head_tiles, first_head = which % w.head_tiles * 16;
-    const int pos = w.pos[token], key0 = blockIdx.y * SPLIT;
-    if (key0 > pos)
-        return;
-    const int last = min(pos, key0 + SPLIT - 1), steps = (last - key0) / KEYS + 1, heads = min(w.heads - first_head, 16);
-    const int head0 = hk * w.heads + first_head;
-    const int64_t base = w.slot[token] * w.capacity * w.width + (int64_t)hk * D;
-    const uint32_t mine = mma::shared_at(shared) + warp * STAGES * STAGE;
-    uint32_t q[D / 16][4];
-    float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (last - key0) / KEYS + 1;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
         if (warp + i * WARPS < steps)
             load_keys<D>(w, w.k + base, w.v + base, key0 + (warp + i * WARPS) * KEYS, last, mine + i * STAGE, lane);
         mma::copies_commit();
     }
-    load_queries<D>(q, w.q + token * w.q_ld + (int64_t)head0 * D, heads, lane);
     int at = 0;
     for (int i = warp; i < steps; i += WARPS) {
         const int next = i + (STAGES - 1) * WARPS, to = at == 0 ? STAGES - 1 : at - 1;
@@ -202,16 +190,38 @@ __global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_const
     }
     mma::copies_wait<0>();
     __syncthreads();
-    merge_warps<D>(w, o, top, sum, (float *)shared, token, head0, heads, pos >= SPLIT);
+}
+
+/* grid: tokens * key heads * tiles of 16 query heads, blocks that take the parts in turn */
+template <int D>
+__global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_constant__ work w)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int64_t token = blockIdx.x / (w.nkv * w.head_tiles);
+    const int which = blockIdx.x % (w.nkv * w.head_tiles), hk = which / w.head_tiles, first_head = which % w.head_tiles * 16;
+    const int pos = w.pos[token], heads = min(w.heads - first_head, 16), head0 = hk * w.heads + first_head;
+    const int64_t base = w.slot[token] * w.capacity * w.width + (int64_t)hk * D;
+    const uint32_t mine = mma::shared_at(shared) + threadIdx.x / 32 * STAGES * 2 * KEYS * D * 2;
+    uint32_t q[D / 16][4];
+    if ((int)blockIdx.y * SPLIT > pos)
+        return;
+    load_queries<D>(q, w.q + token * w.q_ld + (int64_t)head0 * D, heads, threadIdx.x % 32);
+    for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y) {
+        float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+        part<D>(w, q, base, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), mine, o, top, sum);
+        merge_warps<D>(w, o, top, sum, (float *)shared, token, split, head0, heads, pos >= SPLIT);
+        __syncthreads();
+    }
 }
 
 template <int D>
 enum rt_status start(struct rt_queue *q, const work &w, int64_t n, struct rt_err *err)
 {
     enum { STAGED = WARPS * STAGES * 2 * KEYS * D * 2, MERGED = WARPS * 16 * (D + 4 + 2) * 4, BYTES = STAGED > MERGED ? STAGED : MERGED };
+    const int64_t blocks = n * w.nkv * w.head_tiles;
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(attn_cached_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-    attn_cached_kernel<D><<<dim3((unsigned)(n * w.nkv * w.head_tiles), (unsigned)w.parts.splits), THREADS, BYTES, q->stream>>>(w);
+    attn_cached_kernel<D><<<dim3((unsigned)blocks, (unsigned)rt_cuda_cached_blocks(q->dev, &w.parts, blocks, 16)), THREADS, BYTES, q->stream>>>(w);
     st = rt_cuda_launched("attention over a cache", err);
 out:
     return st;

@@ -95,6 +95,12 @@ int64_t rt_cuda_cached_chunk(const struct rt_dev *dev, int64_t n, int nh, int dv
     return splits == 1 || fit >= n ? n : fit > 1 ? fit : 1;
 }
 
+int rt_cuda_cached_blocks(const struct rt_dev *dev, const struct rt_cached_parts *parts, int64_t rows, int waves)
+{
+    const int64_t blocks = ((int64_t)waves * dev->sm_count + rows - 1) / rows;
+    return blocks < parts->splits ? (int)blocks : parts->splits;
+}
+
 enum rt_status rt_cuda_cached_parts(struct rt_queue *q, int64_t n, int nh, int dv, struct rt_cached_parts *parts, void **temp, struct rt_err *err)
 {
     const int64_t rows = n * parts->splits * nh;

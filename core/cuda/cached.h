@@ -20,6 +20,9 @@ struct rt_cached_parts {
 enum rt_status rt_cuda_cached_parts(struct rt_queue *q, int64_t n, int nh, int dv, struct rt_cached_parts *parts, void **temp, struct rt_err *err);
 /* How many tokens at a time: so that the parts stay under a quarter of the scratch. */
 int64_t rt_cuda_cached_chunk(const struct rt_dev *dev, int64_t n, int nh, int dv, int splits);
+/* How many blocks share the parts of each of `rows` sums in turn: all parts have one of their own, unless there are so many rows that `waves` blocks
+ * a multiprocessor are busy anyway (most parts of a large cache hold nothing, and a block that finds nothing to do costs a microsecond). */
+int rt_cuda_cached_blocks(const struct rt_dev *dev, const struct rt_cached_parts *parts, int64_t rows, int waves);
 /* o [n, nh*dv] BF16 = of the tokens that have parts. */
 enum rt_status rt_cuda_cached_merge(struct rt_queue *q, const struct rt_cached_parts *parts, const int32_t *pos, void *o, int64_t n, int nh, int dv,
                                     struct rt_err *err);

@@ -19,6 +19,8 @@ enum {
     TILE = WIDTH / 64 * COLUMN, P_AT = 3 * TILE, STAT_AT = P_AT + COLUMN, BYTES = STAT_AT + 2 * HEADS * 4 + 1024 /* to align */
 };
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 /* Piece c of row r of a tile of 64 rows. */
 __device__ __forceinline__ uint32_t at_piece(int r, int c)
 {
@@ -46,8 +48,6 @@ __device__ __forceinline__ void load_keys(const bf16 *cache, int key, int last, 
         mma::copy16(to + at_piece(r, c), cache + (int64_t)min(key + r, last) * WIDTH + c * 8, true);
     }
 }
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /* What wgmma is told of an operand: where it lies, and the distances in bytes of its columns of 64 (lead; unused along rows) and of eight rows. */
 __device__ __forceinline__ uint64_t operand(uint32_t at, int lead)
@@ -142,8 +142,8 @@ __device__ __forceinline__ void probabilities(float (&s)[16], float (&o)[128], s
 }
 
 /* The rows' sums over both warpgroups, then o / sum to where it belongs. */
-__device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (&o)[128], softmax &x, float *sums, int64_t token, int head0, int row,
-                                      int group, bool cut)
+__device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (&o)[128], softmax &x, float *sums, int64_t token, int head0, int split,
+                                      int row, int group, bool cut)
 {
     const int t = threadIdx.x % 4;
     __syncthreads();
@@ -161,7 +161,7 @@ __device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (
         const float total = sums[row + 8 * r] + sums[HEADS + row + 8 * r], inverse = 1.0f / total;
         if (h >= a.nh)
             continue;
-        const int64_t line = cut ? (token * a.parts.splits + blockIdx.y) * a.nh + h : token * a.nh + h, at = line * R + group * (R / 2) + t * 2;
+        const int64_t line = cut ? (token * a.parts.splits + split) * a.nh + h : token * a.nh + h, at = line * R + group * (R / 2) + t * 2;
         if (cut && group == 0 && t == 0)
             a.parts.lse[line] = x.top[r] + log2f(total);
 #pragma unroll
@@ -175,25 +175,14 @@ __device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (
     }
 }
 
-#endif
-
-/* grid: tokens * tiles of 64 heads, parts */
-__global__ void __launch_bounds__(THREADS, 1) mla_sm90_kernel(const __grid_constant__ struct rt_cuda_mla a)
+/* One part of a token's keys: key0 .. last. */
+__device__ __forceinline__ void part(const struct rt_cuda_mla &a, uint32_t base, float *stat, const bf16 *cache, int key0, int last, int64_t token,
+                                     int head0, int split, bool cut)
 {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    extern __shared__ uint8_t raw[];
-    const uint32_t base = (mma::shared_at(raw) + 1023) & ~1023u;
-    float *stat = (float *)(void *)(raw + (base - mma::shared_at(raw)) + STAT_AT);
-    const int64_t token = blockIdx.x / a.head_tiles;
-    const int head0 = blockIdx.x % a.head_tiles * HEADS, pos = a.pos[token], key0 = blockIdx.y * RT_CUDA_MLA_SPLIT;
-    if (key0 > pos)
-        return;
-    const int last = min(pos, key0 + RT_CUDA_MLA_SPLIT - 1), steps = (last - key0) / KEYS + 1;
+    const int steps = (last - key0) / KEYS + 1;
     const int group = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    const bf16 *cache = (const bf16 *)a.cache + a.slot[token] * a.capacity * WIDTH;
     float o[128] = {};
     softmax x = {{-INFINITY, -INFINITY}, {0, 0}};
-    load_queries(a, token, head0, base);
     load_keys(cache, key0, last, base + TILE);
     mma::copies_commit();
     for (int i = 0; i < steps; i++) {
@@ -226,7 +215,28 @@ __global__ void __launch_bounds__(THREADS, 1) mla_sm90_kernel(const __grid_const
         products_commit();
         products_end(o);
     }
-    write(a, o, x, stat, token, head0, row, group, pos >= RT_CUDA_MLA_SPLIT);
+    write(a, o, x, stat, token, head0, split, row, group, cut);
+    __syncthreads();
+}
+
+#endif
+
+/* grid: tokens * tiles of 64 heads, blocks that take the parts in turn */
+__global__ void __launch_bounds__(THREADS, 1) mla_sm90_kernel(const __grid_constant__ struct rt_cuda_mla a)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    enum { SPLIT = RT_CUDA_MLA_SPLIT };
+    extern __shared__ uint8_t raw[];
+    const uint32_t base = (mma::shared_at(raw) + 1023) & ~1023u;
+    float *stat = (float *)(void *)(raw + (base - mma::shared_at(raw)) + STAT_AT);
+    const int64_t token = blockIdx.x / a.head_tiles;
+    const int head0 = blockIdx.x % a.head_tiles * HEADS, pos = a.pos[token];
+    const bf16 *cache = (const bf16 *)a.cache + a.slot[token] * a.capacity * WIDTH;
+    if ((int)blockIdx.y * SPLIT > pos)
+        return;
+    load_queries(a, token, head0, base);
+    for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y)
+        part(a, base, stat, cache, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), token, head0, split, pos >= SPLIT);
 #endif
 }
 
@@ -239,9 +249,10 @@ bool rt_cuda_mla_sm90_takes(const struct rt_dev *dev, int R_, int dr)
 
 enum rt_status rt_cuda_mla_sm90(struct rt_queue *q, const struct rt_cuda_mla *a, struct rt_err *err)
 {
+    const int64_t blocks = a->n * a->head_tiles;
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(mla_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-    mla_sm90_kernel<<<dim3((unsigned)(a->n * a->head_tiles), (unsigned)a->parts.splits), THREADS, BYTES, q->stream>>>(*a);
+    mla_sm90_kernel<<<dim3((unsigned)blocks, (unsigned)rt_cuda_cached_blocks(q->dev, &a->parts, blocks, 4)), THREADS, BYTES, q->stream>>>(*a);
     st = rt_cuda_launched("latent attention over a cache", err);
 out:
     return st;

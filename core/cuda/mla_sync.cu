@@ -214,7 +214,7 @@ __device__ __forceinline__ void row_sums(float (&sum)[M][2], const stats &t, int
 /* o / sum where the token has one part, else to its parts. */
 template <int R>
 __device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (&o)[2][R / 32][4], const stats &t, const float *top, int64_t token,
-                                      int head0, int head_row, int column, bool cut)
+                                      int head0, int split, int head_row, int column, bool cut)
 {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -225,7 +225,7 @@ __device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (
             if (h >= a.nh)
                 continue;
             const float total = t.sum[local], inverse = 1.0f / total;
-            const int64_t row = cut ? (token * a.parts.splits + blockIdx.y) * a.nh + h : token * a.nh + h;
+            const int64_t row = cut ? (token * a.parts.splits + split) * a.nh + h : token * a.nh + h;
             const int64_t at = row * R + column + lane % 4 * 2;
             if (cut && column == 0 && lane % 4 == 0)
                 a.parts.lse[row] = top[local] + log2f(total);
@@ -240,24 +240,16 @@ __device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (
         }
 }
 
-/* grid: tokens * tiles of 64 heads, parts */
+/* One part of a token's keys: key0 .. last. */
 template <int R, int DR, int KEYS>
-__global__ void __launch_bounds__(THREADS, 1) mla_kernel(const __grid_constant__ struct rt_cuda_mla a)
+__device__ __forceinline__ void part(const struct rt_cuda_mla &a, const stats &t, uint32_t q, const bf16 *cache, int key0, int last, int64_t token,
+                                     int head0, int split, bool cut)
 {
     typedef shape<R, DR, KEYS> S;
-    extern __shared__ __align__(128) uint8_t shared[];
-    const int64_t token = blockIdx.x / a.head_tiles;
-    const int head0 = blockIdx.x % a.head_tiles * HEADS, pos = a.pos[token], key0 = blockIdx.y * RT_CUDA_MLA_SPLIT;
-    if (key0 > pos)
-        return;
-    const int last = min(pos, key0 + RT_CUDA_MLA_SPLIT - 1), steps = (last - key0) / KEYS + 1, warp = threadIdx.x / 32;
+    const int steps = (last - key0) / KEYS + 1, warp = threadIdx.x / 32;
     const int key_warp = warp % S::key_warps, head_row = warp / S::key_warps * (S::m_tiles * 16);
-    const bf16 *cache = (const bf16 *)a.cache + a.slot[token] * a.capacity * S::width;
-    float *stat = (float *)(void *)(shared + S::stat_at);
-    const stats t = {(float *)(void *)(shared + S::max_at), stat, stat + 2 * HEADS, stat + 3 * HEADS};
-    const uint32_t q = mma::shared_at(shared), k = q + S::k_at, p = q + S::p_at;
+    const uint32_t k = q + S::k_at, p = q + S::p_at;
     float o[2][R / 32][4] = {}, sum[S::m_tiles][2] = {};
-    load_queries<R, DR>(a, token, head0, q);
     load_keys<S::width, KEYS>(cache, key0, last, k);
     mma::copies_commit();
     if (threadIdx.x < HEADS)
@@ -278,16 +270,37 @@ __global__ void __launch_bounds__(THREADS, 1) mla_kernel(const __grid_constant__
         output<R, S::width, KEYS>(o, t.factor, p, tile, warp / 4 * 32, warp % 4 * (R / 4));
     }
     row_sums<KEYS, S::m_tiles>(sum, t, head_row, key_warp);
-    write<R>(a, o, t, t.top + (steps & 1) * HEADS, token, head0, warp / 4 * 32, warp % 4 * (R / 4), pos >= RT_CUDA_MLA_SPLIT);
+    write<R>(a, o, t, t.top + (steps & 1) * HEADS, token, head0, split, warp / 4 * 32, warp % 4 * (R / 4), cut);
+    __syncthreads();
+}
+
+/* grid: tokens * tiles of 64 heads, blocks that take the parts in turn */
+template <int R, int DR, int KEYS>
+__global__ void __launch_bounds__(THREADS, 1) mla_kernel(const __grid_constant__ struct rt_cuda_mla a)
+{
+    typedef shape<R, DR, KEYS> S;
+    enum { SPLIT = RT_CUDA_MLA_SPLIT };
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int64_t token = blockIdx.x / a.head_tiles;
+    const int head0 = blockIdx.x % a.head_tiles * HEADS, pos = a.pos[token];
+    const bf16 *cache = (const bf16 *)a.cache + a.slot[token] * a.capacity * S::width;
+    float *stat = (float *)(void *)(shared + S::stat_at);
+    const stats t = {(float *)(void *)(shared + S::max_at), stat, stat + 2 * HEADS, stat + 3 * HEADS};
+    if ((int)blockIdx.y * SPLIT > pos)
+        return;
+    load_queries<R, DR>(a, token, head0, mma::shared_at(shared));
+    for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y)
+        part<R, DR, KEYS>(a, t, mma::shared_at(shared), cache, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), token, head0, split, pos >= SPLIT);
 }
 
 template <int R, int DR, int KEYS>
 enum rt_status start(struct rt_queue *q, const struct rt_cuda_mla *a, struct rt_err *err)
 {
     enum { BYTES = shape<R, DR, KEYS>::total };
+    const int64_t blocks = a->n * a->head_tiles;
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(mla_kernel<R, DR, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-    mla_kernel<R, DR, KEYS><<<dim3((unsigned)(a->n * a->head_tiles), (unsigned)a->parts.splits), THREADS, BYTES, q->stream>>>(*a);
+    mla_kernel<R, DR, KEYS><<<dim3((unsigned)blocks, (unsigned)rt_cuda_cached_blocks(q->dev, &a->parts, blocks, 4)), THREADS, BYTES, q->stream>>>(*a);
     st = rt_cuda_launched("latent attention over a cache", err);
 out:
     return st;
