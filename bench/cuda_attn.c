@@ -1,6 +1,6 @@
 /* Attention on the GPU: the own kernels and cuDNN, at the teacher's and the students' shapes.
  *
- *     bench_cuda_attn [own|cudnn]
+ *     bench_cuda_attn [own|hopper|cudnn]
  *
  * TFLOP/s count the causal half alone: 2 (dqk + dv) len^2 / 2 multiply-adds of two operations a head and sequence forward, 2.5 times that
  * backward (dqk = dv). Median of the calls' times between CUDA events. The limit is 990 TFLOP/s, what the chip's tensor cores do in bfloat16.
@@ -129,11 +129,13 @@ static enum rt_status one(const struct rt_device *d, const struct shape *s, cons
     }
     for (int path = RT_CUDA_ATTN_OWN; path <= RT_CUDA_ATTN_CUDNN; path++) {
         float ms = 0;
-        const char *name = path == RT_CUDA_ATTN_OWN ? "own" : "cudnn";
+        const char *name = path == RT_CUDA_ATTN_OWN ? "own" : path == RT_CUDA_ATTN_HOPPER ? "hopper" : "cudnn";
         if (only != NULL && strcmp(only, name) != 0)
             continue;
         bool ok = measure(d, (enum rt_cuda_attn_path)path, &f, NULL, &ms, err);
         line(s, "fwd", name, flop, ok, ms, err);
+        if (!ok) /* the backward reads the forward's statistics */
+            RT_TRY(rt_cuda_attn_fwd_by(RT_CUDA_ATTN_OWN, d->dev, d->q, &f, err));
         if (!s->backward)
             continue;
         if (x.dq == NULL) {

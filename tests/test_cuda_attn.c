@@ -91,6 +91,7 @@ static const double fwd_bound = CUDA_BF16_ONCE, bwd_bound = 4e-3;
 
 static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool backward)
 {
+    const enum rt_cuda_attn_path fwd_path = path == RT_CUDA_ATTN_HOPPER ? RT_CUDA_ATTN_OWN : path;
     struct rt_err err = {0};
     char what[96];
     const int64_t n = cu[n_seq];
@@ -103,7 +104,7 @@ static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const str
     struct rt_attn_fwd_args g = f;
     g.q = cuda_act(p, a.q, a.q_n), g.k = cuda_act(p, a.k, a.k_n), g.v = cuda_act(p, a.v, a.v_n);
     g.o = cuda_act(p, NULL, a.o_n), g.lse = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
-    assert_ok(rt_cuda_attn_fwd_by(path, p->gpu.dev, p->gpu.q, &g, &err));
+    assert_ok(rt_cuda_attn_fwd_by(fwd_path, p->gpu.dev, p->gpu.q, &g, &err));
     float *o = floats(a.o_n), *lse = floats(n * l->nh);
     cuda_get_act(p, o, g.o, a.o_n);
     cuda_get(p, lse, g.lse, (size_t)(n * l->nh) * 4);
@@ -222,6 +223,33 @@ static void test_own_unaligned(void **state)
     cuda_pair_close(&p);
 }
 
+static void test_hopper(void **state)
+{
+    enum { N = 300 };
+    struct cuda_pair p;
+    int32_t cu[N + 1];
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    if (((const struct rt_dev *)p.gpu.dev)->encode_map == NULL) {
+        cuda_pair_close(&p);
+        TEST_SKIP("not compute capability 9.0");
+    }
+    const struct layout l[] = {student(4, 2, 64), student(4, 2, 128), student(2, 2, 64), student(3, 1, 96), student(4, 1, 16), teacher(4, 32, 16, 32),
+                               teacher(2, 64, 32, 128)};
+    const int32_t longer[] = {0, 1000, 1001, 1514}, even[] = {0, 256, 512};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
+        run_case(&p, RT_CUDA_ATTN_HOPPER, &l[i], mixed, MIXED, true);
+        run_case(&p, RT_CUDA_ATTN_HOPPER, &l[i], even, 2, true);
+        run_case(&p, RT_CUDA_ATTN_HOPPER, &l[i], longer, 3, true);
+    }
+    cu[0] = 0;
+    for (int i = 0; i < N; i++)
+        cu[i + 1] = cu[i] + i * 7 % 11;
+    run_case(&p, RT_CUDA_ATTN_HOPPER, &l[0], cu, N, true);
+    cuda_pair_close(&p);
+}
+
 static bool has_cudnn(struct cuda_pair *p)
 {
     if (p->gpu.dev == NULL || ((const struct rt_dev *)p->gpu.dev)->dnn == NULL)
@@ -243,7 +271,7 @@ static void test_cudnn_uniform(void **state)
     const int32_t one[] = {0, 300}, four[] = {0, 256, 512, 768, 1024}, odd[] = {0, 197, 394};
     for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
         run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], one, 1, false);
-        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], four, 4, false);
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], four, 4, l[i].dqk == l[i].dv);
         run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], odd, 2, false);
     }
     cuda_pair_close(&p);
@@ -309,6 +337,7 @@ static void test_skip(void **state)
 #define test_own_small_heads test_skip
 #define test_own_many test_skip
 #define test_own_unaligned test_skip
+#define test_hopper test_skip
 #define test_cudnn_uniform test_skip
 #define test_cudnn_ragged test_skip
 #define test_table test_skip
@@ -318,6 +347,6 @@ static void test_skip(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_own_sizes),      cmocka_unit_test(test_own_small_heads), cmocka_unit_test(test_own_many),
     cmocka_unit_test(test_own_unaligned),  cmocka_unit_test(test_cudnn_uniform),   cmocka_unit_test(test_cudnn_ragged),
-    cmocka_unit_test(test_table),
+    cmocka_unit_test(test_table),          cmocka_unit_test(test_hopper),
 };
 RT_SUITE(cuda_attn, tests)

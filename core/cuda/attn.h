@@ -1,7 +1,8 @@
-/* Attention on the GPU, internal: two paths behind rt_cuda_attn_fwd and rt_cuda_attn_bwd (attn.c), each with the whole contract of
+/* Attention on the GPU, internal: the paths behind rt_cuda_attn_fwd and rt_cuda_attn_bwd (attn.c), each with the whole contract of
  * core/backend.h or an UNSUPPORTED that says why.
  *
  *   own     kernels of this backend (attn_fwd.cu, attn_bwd.cu): every shape up to 256 elements a head, any strides; the base.
+ *   hopper  those for compute capability 9.0 (attn_bwd_sm90.cu): up to 128 elements a head, aligned rows.
  *   cudnn   graphs of cuDNN (dnn.h): faster where it has the shape.
  */
 #ifndef RT_CORE_CUDA_ATTN_H
@@ -34,12 +35,14 @@ void rt_cuda_attn_dense(const struct rt_attn_shape *s, int64_t *q_ld, int64_t *q
 /* Arguments with all strides given and checked. */
 enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_err *err);
+/* The kernels for compute capability 9.0; *done false where the device or the shape is another. */
+enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err);
 
 /* Log-sum-exps between the caller's [nh, n] and cuDNN's layout: [n / rows, nh, rows] for sequences of `rows` rows, or [n, nh] with rows 0. */
 enum rt_status rt_cuda_attn_stats(struct rt_queue *q, float *lse, float *packed, int64_t n, int nh, int64_t rows, bool to_lse, struct rt_err *err);
 
-/* One path for all calls; AUTO is what rt_cuda_attn_* take. Tests and measurements name one. */
-enum rt_cuda_attn_path { RT_CUDA_ATTN_AUTO, RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_CUDNN };
+/* One path for a call, UNSUPPORTED where it has not got the shape; AUTO is what rt_cuda_attn_* take. Tests and measurements name one. */
+enum rt_cuda_attn_path { RT_CUDA_ATTN_AUTO, RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_HOPPER, RT_CUDA_ATTN_CUDNN };
 enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
                                    struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_bwd_args *a,

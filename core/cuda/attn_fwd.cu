@@ -42,7 +42,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[N8][4], float (&top)[2],
             m = fmaxf(m, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        shrink[half] = exp2f((top[half] - m) * scale_log2);
+        shrink[half] = exp2_fast((top[half] - m) * scale_log2);
         top[half] = m;
         const float base = m * scale_log2;
         float add = 0;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[N8][4], float (&top)[2],
         for (int j = 0; j < N8; j++)
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; e++) {
-                s[j][e] = exp2f(fmaf(s[j][e], scale_log2, -base));
+                s[j][e] = exp2_fast(fmaf(s[j][e], scale_log2, -base));
                 add += s[j][e];
             }
         sum[half] = sum[half] * shrink[half] + add;

@@ -65,6 +65,13 @@ __device__ __forceinline__ void tile_load(bf16 *dst, const head_rows &x, int row
     }
 }
 
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- fragments of mma.m16n8k16 ---- */
 
 /* A: 16 rows from row, 16 columns from col of a tile. */

@@ -1,0 +1,175 @@
+/* Pieces of the attention kernels of compute capability 9.0: bulk copies of one head's rows, and bfloat16 products of a warpgroup.
+ *
+ * A tile of shared memory is blocks of 64 columns, one behind the other, each rows of 128 bytes in the 128-byte swizzle: what a bulk copy with a box
+ * of 64 columns writes. The same block serves as an operand whose columns are summed over, and (read transposed) as one whose rows are.
+ */
+#ifndef RT_CORE_CUDA_ATTN_SM90_CUH
+#define RT_CORE_CUDA_ATTN_SM90_CUH
+
+#include <cuda.h>
+
+#include "core/cuda/attn_tile.cuh"
+#include "core/cuda/hopper.cuh"
+
+namespace {
+
+enum { ATTN_BLOCK = 64 }; /* columns of a block */
+
+/* Rows of all heads as [n, heads, d] for bulk copies of `rows` rows x 64 columns of one head; columns beyond d and rows beyond n come as 0. */
+inline enum rt_status attn_map(struct rt_queue *q, CUtensorMap *map, const void *data, int64_t n, int heads, int d, int64_t ld, int64_t head, int rows,
+                               struct rt_err *err)
+{
+    typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                            const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint64_t dims[3] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)n}, strides[2] = {(cuuint64_t)head * 2, (cuuint64_t)ld * 2};
+    const cuuint32_t box[3] = {ATTN_BLOCK, 1, (cuuint32_t)rows}, step[3] = {1, 1, 1};
+    const CUresult r = ((encode *)q->dev->encode_map)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)data, dims, strides, box, step,
+                                                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for %lld rows of %d heads of %d", (int)r,
+                                               (long long)n, heads, d);
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ void load_rows(uint32_t dst, const CUtensorMap *map, int col, int head, int row, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
+                 "r"(bar), "r"(col), "r"(head), "r"(row) : "memory");
+}
+/* ROWS rows x D columns of one head. */
+template <int D, int ROWS>
+__device__ __forceinline__ void load_tile(uint32_t dst, const CUtensorMap *map, int head, int64_t row, uint32_t bar)
+{
+#pragma unroll
+    for (int b = 0; b < D / ATTN_BLOCK; b++)
+        load_rows(dst + b * ROWS * 128, map, b * ATTN_BLOCK, head, (int)row, bar);
+}
+
+/* Waits for a phase; a wait that does not end is a defect, and better a trap than a GPU that hangs. */
+__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
+{
+    for (uint32_t tries = 0; tries < 1u << 24; tries++) {
+        uint32_t done;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+        if (done)
+            return;
+    }
+    __trap();
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+/* Arrives when this thread's cp.async so far are there. */
+__device__ __forceinline__ void barrier_arrive_copies(uint32_t bar)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void warpgroup_sync(int wg) { asm volatile("bar.sync %0, 128;" ::"r"(wg + 1) : "memory"); }
+
+/* Columns of the product contiguous (rows of the tile are summed over); blocks of 64 columns `block` bytes apart. */
+__device__ __forceinline__ uint64_t descriptor_t(uint32_t addr, uint32_t block)
+{
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(block >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* The compiler may not read (or change) accumulators on the wrong side of a wait. */
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define RT_R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define RT_D32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define RT_D64 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+    "%62, %63}"
+
+/* d [64 x N] (+)= a [64 x 16] b [N x 16]^T from shared memory, columns of both contiguous. Lane l of warp w holds row 16 w + l/4 (d[4 j + 0, 1])
+ * and row + 8 (d[4 j + 2, 3]), columns 8 j + 2 (l % 4) and the next. */
+__device__ __forceinline__ void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RT_D32 ", %32, %33, p, 1, 1, 0, 0;\n}"
+                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void mma_ss(float (&d)[64], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RT_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
+                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24), RT_R8(d, 32), RT_R8(d, 40), RT_R8(d, 48), RT_R8(d, 56)
+                 : "l"(a), "l"(b), "r"(add));
+}
+/* d [64 x N] += a [64 x 16] b [16 x N]: a in registers, as a product leaves it and pack makes it; b read transposed. */
+__device__ __forceinline__ void mma_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RT_D32 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RT_D64 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24), RT_R8(d, 32), RT_R8(d, 40), RT_R8(d, 48), RT_R8(d, 56)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef RT_R8
+#undef RT_D32
+#undef RT_D64
+
+/* s = X Y^T over D: X 64 rows at x of a tile of x_rows rows, Y a tile of y_rows rows (the columns of s). Enqueued, not committed. */
+template <int D, int X_ROWS, int Y_ROWS>
+__device__ __forceinline__ void scores(float (&s)[Y_ROWS / 2], uint32_t x, uint32_t y)
+{
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        mma_ss(s, hopper::descriptor(x + k / 4 * X_ROWS * 128 + k % 4 * 32), hopper::descriptor(y + k / 4 * Y_ROWS * 128 + k % 4 * 32), k > 0);
+}
+/* acc += P Y: P [64 x ROWS] packed, Y a tile of ROWS rows. */
+template <int D, int ROWS>
+__device__ __forceinline__ void weighted_sum(float (&acc)[D / 2], const uint32_t (&p)[ROWS / 16][4], uint32_t y)
+{
+#pragma unroll
+    for (int k = 0; k < ROWS / 16; k++)
+        mma_rs(acc, p[k], descriptor_t(y + k * 16 * 128, ROWS * 128));
+}
+template <int N>
+__device__ __forceinline__ void pack_all(uint32_t (&p)[N / 8][4], const float (&s)[N])
+{
+#pragma unroll
+    for (int k = 0; k < N / 8; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            p[k][i] = pack(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+}
+
+/* The 64 rows of a warpgroup's accumulators, times factor of a thread's two rows, to global memory through the warpgroup's own rows of a tile whose
+ * products are done. */
+template <int D, int ROWS>
+__device__ __forceinline__ void rows_out(bf16 *tile_rows, const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int rows, int wg)
+{
+    const int t = threadIdx.x % 128, lane = t % 32, warp = t / 32;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = 16 * warp + 8 * half + lane / 4, c = j % 8;
+            *(uint32_t *)(tile_rows + (j / 8 * ROWS + r) * 64 + (c ^ (r & 7)) * 8 + lane % 4 * 2) =
+                pack(acc[4 * j + 2 * half] * factor[half], acc[4 * j + 2 * half + 1] * factor[half]);
+        }
+    warpgroup_sync(wg);
+    for (int i = t; i < 64 * (D / 8); i += 128) {
+        const int r = i / (D / 8), c = i % (D / 8);
+        if (r < rows && c * 8 < d)
+            *(uint4 *)(dst + r * ld + c * 8) = *(const uint4 *)(tile_rows + (c / 8 * ROWS + r) * 64 + (c % 8 ^ (r & 7)) * 8);
+    }
+}
+
+#endif
+
+}
+
+#endif
