@@ -20,78 +20,24 @@
 #include <string.h>
 
 #include "distill/jsonl.h"
-#include "distill/retarget_align.h"
+#include "distill/overlap.h"
 #include "distill/retarget_vocab.h"
 #include "formats/unicode.h"
 
-enum { TOP = 5 };
-
-struct file_counts {
-    int64_t texts, left_out, bytes, teacher, student, kind[RT_PLACE_KINDS], boundary, blank, digits, digits_whole, longest;
-};
-
-struct overlap {
+struct bench {
     struct rt_model_dir teacher, student;
     struct rt_vocab_map map;
-    struct rt_encoding t, s;
-    struct rt_buf place;
-    uint32_t *crossing; /* [n_student] of the file */
-    struct file_counts c;
+    struct rt_overlap o;
 };
 
-static enum rt_status add_text(struct overlap *o, const char *text, size_t len, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    struct file_counts *c = &o->c;
-    bool nfc = false;
-    int64_t i, j = 0, chunk_t = 0, chunk_s = 0;
-    o->t.n = o->s.n = 0;
-    if (rt_utf8_prefix(text, len) == len)
-        RT_TRY(rt_is_nfc(text, len, &nfc, err));
-    if (!nfc || len == 0) { /* as `retarget` does */
-        c->left_out++;
-        return RT_OK;
-    }
-    RT_TRY(rt_tokenizer_encode(o->teacher.tok, text, len, &o->t, err));
-    RT_TRY(rt_tokenizer_encode(o->student.tok, text, len, &o->s, err));
-    if (o->t.byte_end[o->t.n - 1] != len || o->s.byte_end[o->s.n - 1] != len) {
-        c->left_out++;
-        return RT_OK;
-    }
-    RT_TRY(rt_buf_reserve(&o->place, o->s.n * sizeof(struct rt_place), err));
-    struct rt_place *place = (struct rt_place *)(void *)o->place.data;
-    const struct rt_side t = {.ids = o->t.ids, .end = o->t.byte_end, .n = (int64_t)o->t.n}, s = {.ids = o->s.ids, .end = o->s.byte_end, .n = (int64_t)o->s.n};
-    rt_align(&t, &s, place);
-    c->texts++;
-    c->bytes += (int64_t)len;
-    c->teacher += t.n;
-    c->student += s.n;
-    for (i = 0; i < s.n; i++) {
-        const uint32_t id = s.ids[i];
-        c->kind[place[i].kind]++;
-        c->boundary += place[i].teacher >= 0 && place[i].offset == 0;
-        c->blank += o->map.blank[id];
-        c->digits += o->map.digits[id];
-        c->digits_whole += o->map.digits[id] && place[i].kind == RT_PLACE_WHOLE;
-        o->crossing[id] += place[i].kind == RT_PLACE_CROSSING;
-        for (chunk_s++; j < t.n && t.end[j] <= s.end[i]; j++)
-            chunk_t++;
-        c->longest = chunk_s > c->longest ? chunk_s : chunk_t > c->longest ? chunk_t : c->longest;
-        if (place[i].ends)
-            chunk_s = chunk_t = 0;
-    }
-out:
-    return st;
-}
-
-static enum rt_status add_member(struct overlap *o, const struct rt_json *v, const char *key, struct rt_err *err)
+static enum rt_status add_member(struct rt_overlap *o, const struct rt_json *v, const char *key, struct rt_err *err)
 {
     size_t len;
     const char *text = rt_json_as_string(rt_json_get(v, key), &len);
-    return text != NULL ? add_text(o, text, len, err) : RT_OK;
+    return text != NULL ? rt_overlap_add(o, text, len, err) : RT_OK;
 }
 
-static enum rt_status add_line(struct overlap *o, const struct rt_json *v, struct rt_err *err)
+static enum rt_status add_line(struct rt_overlap *o, const struct rt_json *v, struct rt_err *err)
 {
     enum rt_status st;
     const struct rt_json *messages = rt_json_get(v, "messages");
@@ -111,24 +57,14 @@ static double percent(int64_t a, int64_t b)
     return b > 0 ? 100.0 * (double)a / (double)b : 0;
 }
 
-static void print_crossing(const struct overlap *o)
+static void print_crossing(const struct rt_overlap *o)
 {
-    uint32_t best[TOP];
-    int n = 0;
-    for (uint32_t id = 0; id < o->map.n_student; id++) {
-        int at = n;
-        if (o->crossing[id] == 0 || (n == TOP && o->crossing[id] <= o->crossing[best[n - 1]]))
-            continue;
-        while (at > 0 && o->crossing[best[at - 1]] < o->crossing[id])
-            at--;
-        n += n < TOP;
-        memmove(&best[at + 1], &best[at], (size_t)(n - 1 - at) * sizeof *best);
-        best[at] = id;
-    }
+    uint32_t best[RT_OVERLAP_TOP];
+    const int n = rt_overlap_top(o, best);
     for (int i = 0; i < n; i++) {
         const char *bytes = "";
         size_t len = 0;
-        rt_tokenizer_bytes(o->student.tok, best[i], &bytes, &len);
+        rt_tokenizer_bytes(o->student, best[i], &bytes, &len);
         const bool valid = rt_utf8_prefix(bytes, len) == len;
         printf("%s`", i > 0 ? " " : "");
         for (size_t b = 0; b < len; b++)
@@ -140,15 +76,14 @@ static void print_crossing(const struct overlap *o)
     }
 }
 
-static enum rt_status add_file(struct overlap *o, const char *path, struct rt_err *err)
+static enum rt_status add_file(struct rt_overlap *o, const char *path, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_jsonl f = {0};
     const struct rt_json *v;
     const char *name = strrchr(path, '/') != NULL ? strrchr(path, '/') + 1 : path;
-    struct file_counts *c = &o->c;
-    *c = (struct file_counts){0};
-    memset(o->crossing, 0, o->map.n_student * sizeof *o->crossing);
+    const struct rt_overlap_counts *c = &o->c;
+    rt_overlap_clear(o);
     RT_TRY(rt_jsonl_open(path, &f, err));
     for (;;) {
         RT_TRY(rt_jsonl_next(&f, &v, err));
@@ -156,9 +91,9 @@ static enum rt_status add_file(struct overlap *o, const char *path, struct rt_er
             break;
         RT_TRY(add_line(o, v, err));
     }
-    const int64_t exact = c->kind[RT_PLACE_WHOLE] + c->kind[RT_PLACE_HEAD] + c->kind[RT_PLACE_INSIDE], n = c->student;
+    const int64_t n = c->student;
     printf("| %.*s | %ld (%ld) | %.2f | %.1f %% | %.1f %% | **%.1f %%** | %.1f %% | %.1f %% | %.1f %% of %ld | %ld | %.2f / %.2f | ", (int)strcspn(name, "."), name,
-           (long)c->texts, (long)c->left_out, (double)c->bytes / 1e6, percent(c->kind[RT_PLACE_WHOLE], n), percent(c->boundary, n), percent(exact, n),
+           (long)c->texts, (long)c->left_out, (double)c->bytes / 1e6, percent(c->kind[RT_PLACE_WHOLE], n), percent(c->boundary, n), percent(rt_overlap_exact(c), n),
            percent(c->kind[RT_PLACE_CROSSING], n), percent(c->blank, n), percent(c->digits_whole, c->digits), (long)c->digits, (long)c->longest,
            (double)c->bytes / (double)(c->teacher > 0 ? c->teacher : 1), (double)c->bytes / (double)(n > 0 ? n : 1));
     print_crossing(o);
@@ -168,7 +103,7 @@ out:
     return st;
 }
 
-static void print_vocabularies(const struct overlap *o)
+static void print_vocabularies(const struct bench *o)
 {
     int64_t teacher = 0, shared = 0, student = 0, mapped = 0;
     const char *bytes;
@@ -186,7 +121,7 @@ static void print_vocabularies(const struct overlap *o)
            "student token\n\n", (long)teacher, (long)student, (long)shared, percent(shared, teacher), percent(shared, student), (long)mapped);
 }
 
-static enum rt_status run(struct overlap *o, int argc, char **argv, struct rt_err *err)
+static enum rt_status run(struct bench *o, int argc, char **argv, struct rt_err *err)
 {
     enum rt_status st;
     RT_TRY(rt_model_dir_open(argv[1], NULL, NULL, &o->teacher, err));
@@ -194,19 +129,19 @@ static enum rt_status run(struct overlap *o, int argc, char **argv, struct rt_er
     if (o->teacher.tok == NULL || o->student.tok == NULL)
         RT_FAIL(err, USAGE, "%s: has no tokenizer.json", o->teacher.tok == NULL ? argv[1] : argv[2]);
     RT_TRY(rt_vocab_map_create(&o->teacher, &o->student, &o->map, err));
-    RT_TRY(rt_alloc(o->map.n_student, sizeof *o->crossing, "crossing tokens", &o->crossing, err));
+    RT_TRY(rt_overlap_open(&o->o, o->teacher.tok, o->student.tok, err));
     print_vocabularies(o);
     printf("| text | texts (left out) | MB | 1:1 | on a start | exact | crossing | blank | digits 1:1 | longest | B/token | commonest crossing |\n"
            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     for (int i = 3; i < argc; i++)
-        RT_TRY(add_file(o, argv[i], err));
+        RT_TRY(add_file(&o->o, argv[i], err));
 out:
     return st;
 }
 
 int main(int argc, char **argv)
 {
-    struct overlap o = {0};
+    struct bench o = {0};
     struct rt_err err = {0};
     if (argc < 4) {
         fprintf(stderr, "usage: %s TEACHER STUDENT FILE.jsonl ...\n", argv[0]);
@@ -215,10 +150,7 @@ int main(int argc, char **argv)
     const enum rt_status st = run(&o, argc, argv, &err);
     if (st != RT_OK)
         fprintf(stderr, "bench_retarget_overlap: %s\n", err.msg);
-    rt_free(o.crossing);
-    rt_buf_free(&o.place);
-    rt_encoding_free(&o.t);
-    rt_encoding_free(&o.s);
+    rt_overlap_close(&o.o);
     rt_vocab_map_free(&o.map);
     rt_model_dir_close(&o.teacher);
     rt_model_dir_close(&o.student);

@@ -64,6 +64,8 @@ void rt_doctor_close(struct rt_doctor *d); /* device stays the caller's */
 enum rt_status rt_doctor_models(struct rt_doctor *d, struct rt_err *err);
 /* doctor_data.c: lines, lengths, targets, end tokens, BOS, NFC. */
 enum rt_status rt_doctor_data(struct rt_doctor *d, struct rt_err *err);
+/* doctor_crossing.c: two tokenizers: how much of the data's targets would have rows after `retarget`. */
+enum rt_status rt_doctor_crossing(struct rt_doctor *d, struct rt_err *err);
 /* doctor_shards.c: integrity, identity, temperatures, mass, lengths, shift and mask canaries. */
 enum rt_status rt_doctor_shards(struct rt_doctor *d, struct rt_err *err);
 /* doctor_forward.c: do the models predict the next token rather than another? */

@@ -226,6 +226,7 @@ enum rt_status rt_doctor_data(struct rt_doctor *d, struct rt_err *err)
         RT_TRY(by_model(d, "student", &d->sm, d->sc.max_position, d->sc.vocab_size, err));
     if (d->have_teacher && (!same || !d->have_student || d->tc.max_position < d->sc.max_position))
         RT_TRY(by_model(d, "teacher", &d->tm, d->tc.max_position, d->tc.vocab_size, err));
+    RT_TRY(rt_doctor_crossing(d, err));
 out:
     return st;
 }
