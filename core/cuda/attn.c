@@ -88,8 +88,11 @@ enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
         goto out;
-    if (path == RT_CUDA_ATTN_HOPPER)
-        RT_FAIL(err, UNSUPPORTED, "attn_fwd: no kernel of compute capability 9.0");
+    if (path == RT_CUDA_ATTN_HOPPER) {
+        RT_TRY(rt_cuda_attn_fwd_hopper(q, &b, &done, err));
+        if (!done)
+            RT_FAIL(err, UNSUPPORTED, "attn_fwd: no kernel of compute capability 9.0 for heads of %d and %d elements", b.s.dqk, b.s.dv);
+    }
     if (path == RT_CUDA_ATTN_AUTO || path == RT_CUDA_ATTN_CUDNN)
         RT_TRY(rt_cuda_dnn_attn_fwd(dev, q, &b, path == RT_CUDA_ATTN_CUDNN, &done, err));
     if (!done)

@@ -2,7 +2,7 @@
  * core/backend.h or an UNSUPPORTED that says why.
  *
  *   own     kernels of this backend (attn_fwd.cu, attn_bwd.cu): every shape up to 256 elements a head, any strides; the base.
- *   hopper  those for compute capability 9.0 (attn_bwd_sm90.cu): up to 128 elements a head, aligned rows.
+ *   hopper  those for compute capability 9.0 (attn_fwd_sm90.cu, attn_bwd_sm90.cu): up to 192/128 elements a head forward, 128 backward; aligned rows.
  *   cudnn   graphs of cuDNN (dnn.h): faster where it has the shape.
  */
 #ifndef RT_CORE_CUDA_ATTN_H
@@ -36,6 +36,7 @@ void rt_cuda_attn_dense(const struct rt_attn_shape *s, int64_t *q_ld, int64_t *q
 enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_err *err);
 /* The kernels for compute capability 9.0; *done false where the device or the shape is another. */
+enum rt_status rt_cuda_attn_fwd_hopper(struct rt_queue *q, const struct rt_attn_fwd_args *a, bool *done, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err);
 
 /* Log-sum-exps between the caller's [nh, n] and cuDNN's layout: [n / rows, nh, rows] for sequences of `rows` rows, or [n, nh] with rows 0. */
