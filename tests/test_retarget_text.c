@@ -239,6 +239,26 @@ static void a_crossing_token_keeps_its_label(void **state)
     done(&b);
 }
 
+/* What follows may change how the student cuts a token: the one that it says there wins what the teacher said, whatever it would say alone. */
+static void the_realised_token_wins(void **state)
+{
+    (void)state;
+    static const char *const t[] = {"a b"}, *const s[] = {"b c", "a b"};
+    struct both b;
+    toy(&b, t, 1, s, 2, "xabc"); /* teacher x ab c, student x a bc; alone, ab is one token of both */
+    assert_int_equal(b.m.map.first[b.m.map.at[256]], 257);
+    assert_string_equal(rf_token(&b.m, 1), "a");
+    assert_int_equal(b.m.place[1].kind, RT_PLACE_HEAD);
+    assert_int_equal(b.m.place[2].kind, RT_PLACE_CROSSING);
+    double sum = 0;
+    for (uint32_t w = 0; w < 258; w++)
+        sum += exp(rf_hash_logit(NULL, 0, 'x', w, 256)); /* 256 bytes, ab, <end> */
+    const double said = exp(rf_hash_logit(NULL, 0, 'x', 256, 256)), a = exp(rf_hash_logit(NULL, 0, 'x', 'a', 256));
+    assert_true(fabs(rf_prob(&b.m, rf_row_of(&b.m, 1), 'a') - (said + a) / sum) < 1e-6);
+    assert_true(rf_prob(&b.m, rf_row_of(&b.m, 1), 257) == 0);
+    done(&b);
+}
+
 /* ---- rejected ---- */
 static void not_nfc(void **state)
 {
@@ -471,6 +491,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(split_characters_and_spaces),
     cmocka_unit_test(digits_inside_a_number),
     cmocka_unit_test(a_crossing_token_keeps_its_label),
+    cmocka_unit_test(the_realised_token_wins),
     cmocka_unit_test(not_nfc),
     cmocka_unit_test(bytes_that_do_not_agree),
     cmocka_unit_test(not_utf8),
