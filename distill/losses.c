@@ -130,7 +130,6 @@ static enum rt_status run_head(struct rt_losses *l, struct rt_student *s, const 
         RT_TRY(rt_device_zero(d, l->d_final, (size_t)p->n * (size_t)l->H * l->act, err));
     if (p->rows == 0)
         goto out;
-    const size_t n = (size_t)p->rows;
     RT_TRY(upload_rows(l, p, err));
     RT_TRY(RT_OP(d, gather, err, .x = rt_student_hidden(s, RT_LAYER_FINAL), .index = l->index, .out = l->x, .n = p->rows, .cols = l->H));
     RT_TRY(RT_OP(d, head_loss, err, .x = l->x, .w = head.w, .dx = backward ? l->dx : NULL, .dw = backward ? head.dw : NULL, .n = p->rows,
@@ -140,10 +139,20 @@ static enum rt_status run_head(struct rt_losses *l, struct rt_student *s, const 
                  .hit = l->dev_hit));
     if (backward)
         RT_TRY(RT_OP(d, scatter, err, .y = l->dx, .index = l->index, .x = l->d_final, .n = p->rows, .cols = l->H));
+out:
+    return st;
+}
+
+/* What run_head found for the rows. It waits, so the rest of the work is enqueued before. */
+static enum rt_status fetch_rows(struct rt_losses *l, const struct rt_micro *p, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const size_t n = (size_t)p->rows;
     double *const host[] = {l->ce, l->kl, l->teacher_mass, l->student_mass};
-    for (int i = 0; i < 4; i++)
-        RT_TRY(rt_device_download(d, host[i], l->dev_row[i], n * sizeof(double), err));
-    RT_TRY(rt_device_download(d, l->hit, l->dev_hit, n, err));
+    for (int i = 0; i < 4 && n > 0; i++)
+        RT_TRY(rt_device_download(l->d, host[i], l->dev_row[i], n * sizeof(double), err));
+    if (n > 0)
+        RT_TRY(rt_device_download(l->d, l->hit, l->dev_hit, n, err));
 out:
     return st;
 }
@@ -220,7 +229,6 @@ enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct r
     struct rt_student_extra extra[RT_MAX_FEATURES];
     int n_extra = 0;
     RT_TRY(run_head(l, s, p, w, items, backward, err));
-    add_rows(l, p, sums);
     if (l->spans != NULL && w->alm > 0)
         RT_TRY(run_spans(l, s, p, w, items, backward, sums, err));
     if (proj != NULL && p->feature_rows > 0 && l->pairs > 0) {
@@ -234,6 +242,8 @@ enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct r
     }
     if (backward)
         RT_TRY(rt_student_backward(s, l->d_final, extra, n_extra, err));
+    RT_TRY(fetch_rows(l, p, err));
+    add_rows(l, p, sums);
 out:
     return st;
 }
