@@ -89,73 +89,100 @@ static void untouched(const char *what, const float *x, int64_t n, int heads, in
  * more such factor (dS, from P and dP). */
 static const double fwd_bound = CUDA_BF16_ONCE, bwd_bound = 4e-3;
 
-static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool backward)
+/* One call on both sides. */
+struct pass {
+    struct cuda_pair *p;
+    enum rt_cuda_attn_path path;
+    const struct layout *l;
+    struct rt_attn_shape s;
+    struct arrays a;
+    void *q, *k, *v; /* on the GPU */
+};
+
+static void check_lse(const float *got, const float *want, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) /* float32 sums of up to 2^12 terms; exp2 in hardware: 2 ulp */
+        if (!(fabsf(got[i] - want[i]) <= 1e-4f * (1 + fabsf(want[i]))))
+            fail_msg("lse %lld: %g, expected %g", (long long)i, (double)got[i], (double)want[i]);
+}
+
+static void forward(struct pass *x)
 {
     struct rt_err err = {0};
     char what[96];
-    const int64_t n = cu[n_seq];
-    const float scale = (float)(1 / sqrt(l->dqk));
-    struct arrays a = arrays_make(l, n, 2.0f);
-    const struct rt_attn_shape s = {.cu_seqlens = cu, .n = n, .n_seq = n_seq, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv, .scale = scale};
-    const struct rt_attn_fwd_args f = {.s = s, .q = a.q, .k = a.k, .v = a.v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
-                                       .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .o = a.o, .lse = a.lse};
-    assert_ok(p->ref.be->attn_fwd(p->ref.dev, p->ref.q, &f, &err));
-    struct rt_attn_fwd_args g = f;
-    g.q = cuda_act(p, a.q, a.q_n), g.k = cuda_act(p, a.k, a.k_n), g.v = cuda_act(p, a.v, a.v_n);
-    g.o = cuda_act(p, NULL, a.o_n), g.lse = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
-    assert_ok(rt_cuda_attn_fwd_by(path, p->gpu.dev, p->gpu.q, &g, &err));
-    float *o = floats(a.o_n), *lse = floats(n * l->nh);
-    cuda_get_act(p, o, g.o, a.o_n);
-    cuda_get(p, lse, g.lse, (size_t)(n * l->nh) * 4);
-    snprintf(what, sizeof what, "%d/%d x %d/%d, %lld rows: o", l->nh, l->nkv, l->dqk, l->dv, (long long)n);
-    cuda_close(what, o, a.o, n, l->nh * l->dv, fwd_bound, 4 * fwd_bound);
-    for (int64_t i = 0; i < n * l->nh; i++) /* float32 sums of up to 2^12 terms; exp2 in hardware: 2 ulp */
-        if (!(fabsf(lse[i] - a.lse[i]) <= 1e-4f * (1 + fabsf(a.lse[i]))))
-            fail_msg("lse %lld: %g, expected %g", (long long)i, (double)lse[i], (double)a.lse[i]);
-    if (backward) {
-        const int64_t sizes[3] = {a.q_n, a.k_n, a.v_n};
-        float *host[3], *const ref[3] = {a.dq, a.dk, a.dv};
-        void *dev[3];
-        struct rt_attn_bwd_args b = {.s = s, .q = a.q, .k = a.k, .v = a.v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
-                                     .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .lse = a.lse, .dout = a.dout, .dq = a.dq, .dk = a.dk,
-                                     .dv = a.dv, .delta = a.delta};
-        cuda_round(a.o, a.o_n); /* both sides are given the output as the GPU stores it */
-        b.o = a.o;
-        assert_ok(p->ref.be->attn_bwd(p->ref.dev, p->ref.q, &b, &err));
-        for (int i = 0; i < 3; i++) {
-            host[i] = floats(sizes[i]);
-            dev[i] = cuda_act(p, host[i], sizes[i]);
-        }
-        void *od = cuda_act(p, a.o, a.o_n), *dod = cuda_act(p, a.dout, a.o_n), *lsed = cuda_bytes(p, a.lse, (size_t)(n * l->nh) * 4);
-        struct rt_attn_bwd_args c = b;
-        c.q = g.q, c.k = g.k, c.v = g.v, c.o = od, c.dout = dod, c.lse = lsed, c.dq = dev[0], c.dk = dev[1], c.dv = dev[2];
-        c.delta = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
-        assert_ok(rt_cuda_attn_bwd_by(path, p->gpu.dev, p->gpu.q, &c, &err));
-        for (int i = 0; i < 3; i++)
-            cuda_get_act(p, host[i], dev[i], sizes[i]);
-        untouched("dq", host[0], n, l->nh, l->dqk, l->q_ld, l->q_head);
-        untouched("dk", host[1], n, l->nkv, l->dqk, l->k_ld, l->k_head);
-        untouched("dv", host[2], n, l->nkv, l->dv, l->v_ld, l->v_head);
-        close_heads("  dq", host[0], ref[0], n, l->nh, l->dqk, l->q_ld, l->q_head, bwd_bound);
-        close_heads("  dk", host[1], ref[1], n, l->nkv, l->dqk, l->k_ld, l->k_head, bwd_bound);
-        close_heads("  dv", host[2], ref[2], n, l->nkv, l->dv, l->v_ld, l->v_head, bwd_bound);
-        /* the same call again: the same bytes */
-        float *again = floats(a.q_n);
-        assert_ok(rt_cuda_attn_bwd_by(path, p->gpu.dev, p->gpu.q, &c, &err));
-        cuda_get_act(p, again, dev[0], a.q_n);
-        assert_memory_equal(again, host[0], (size_t)a.q_n * sizeof *again);
-        rt_free(again);
-        for (int i = 0; i < 3; i++) {
-            cuda_free(p, dev[i]);
-            rt_free(host[i]);
-        }
-        cuda_free(p, od), cuda_free(p, dod), cuda_free(p, lsed), cuda_free(p, c.delta);
-    }
-    cuda_free(p, (void *)(uintptr_t)g.q), cuda_free(p, (void *)(uintptr_t)g.k), cuda_free(p, (void *)(uintptr_t)g.v);
-    cuda_free(p, g.o), cuda_free(p, g.lse);
+    const struct layout *l = x->l;
+    struct arrays *a = &x->a;
+    const int64_t stats = a->n * l->nh;
+    struct rt_attn_fwd_args f = {.s = x->s, .q = a->q, .k = a->k, .v = a->v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
+                                 .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .o = a->o, .lse = a->lse};
+    assert_ok(x->p->ref.be->attn_fwd(x->p->ref.dev, x->p->ref.q, &f, &err));
+    f.q = x->q, f.k = x->k, f.v = x->v, f.o = cuda_act(x->p, NULL, a->o_n), f.lse = cuda_bytes(x->p, NULL, (size_t)stats * 4);
+    assert_ok(rt_cuda_attn_fwd_by(x->path, x->p->gpu.dev, x->p->gpu.q, &f, &err));
+    float *o = floats(a->o_n), *lse = floats(stats);
+    cuda_get_act(x->p, o, f.o, a->o_n);
+    cuda_get(x->p, lse, f.lse, (size_t)stats * 4);
+    snprintf(what, sizeof what, "%d/%d x %d/%d, %lld rows: o", l->nh, l->nkv, l->dqk, l->dv, (long long)a->n);
+    cuda_close(what, o, a->o, a->n, l->nh * l->dv, fwd_bound, 4 * fwd_bound);
+    check_lse(lse, a->lse, stats);
+    cuda_free(x->p, f.o);
+    cuda_free(x->p, f.lse);
     rt_free(o);
     rt_free(lse);
-    arrays_free(&a);
+}
+
+/* After forward: both sides are given ref's output (as the GPU stores it) and log-sum-exps. */
+static void backward(struct pass *x)
+{
+    struct rt_err err = {0};
+    const struct layout *l = x->l;
+    struct arrays *a = &x->a;
+    const int64_t sizes[3] = {a->q_n, a->k_n, a->v_n}, stats = a->n * l->nh;
+    float *host[3], *again = floats(a->q_n);
+    void *dev[3];
+    struct rt_attn_bwd_args b = {.s = x->s, .q = a->q, .k = a->k, .v = a->v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
+                                 .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .o = a->o, .lse = a->lse, .dout = a->dout, .dq = a->dq,
+                                 .dk = a->dk, .dv = a->dv, .delta = a->delta};
+    cuda_round(a->o, a->o_n);
+    assert_ok(x->p->ref.be->attn_bwd(x->p->ref.dev, x->p->ref.q, &b, &err));
+    for (int i = 0; i < 3; i++) {
+        host[i] = floats(sizes[i]);
+        dev[i] = cuda_act(x->p, host[i], sizes[i]);
+    }
+    void *o = cuda_act(x->p, a->o, a->o_n), *dout = cuda_act(x->p, a->dout, a->o_n), *lse = cuda_bytes(x->p, a->lse, (size_t)stats * 4);
+    b.q = x->q, b.k = x->k, b.v = x->v, b.o = o, b.dout = dout, b.lse = lse, b.dq = dev[0], b.dk = dev[1], b.dv = dev[2];
+    b.delta = cuda_bytes(x->p, NULL, (size_t)stats * 4);
+    assert_ok(rt_cuda_attn_bwd_by(x->path, x->p->gpu.dev, x->p->gpu.q, &b, &err));
+    for (int i = 0; i < 3; i++)
+        cuda_get_act(x->p, host[i], dev[i], sizes[i]);
+    untouched("dq", host[0], a->n, l->nh, l->dqk, l->q_ld, l->q_head);
+    untouched("dk", host[1], a->n, l->nkv, l->dqk, l->k_ld, l->k_head);
+    untouched("dv", host[2], a->n, l->nkv, l->dv, l->v_ld, l->v_head);
+    close_heads("  dq", host[0], a->dq, a->n, l->nh, l->dqk, l->q_ld, l->q_head, bwd_bound);
+    close_heads("  dk", host[1], a->dk, a->n, l->nkv, l->dqk, l->k_ld, l->k_head, bwd_bound);
+    close_heads("  dv", host[2], a->dv, a->n, l->nkv, l->dv, l->v_ld, l->v_head, bwd_bound);
+    /* the same call again: the same bytes */
+    assert_ok(rt_cuda_attn_bwd_by(x->path, x->p->gpu.dev, x->p->gpu.q, &b, &err));
+    cuda_get_act(x->p, again, dev[0], a->q_n);
+    assert_memory_equal(again, host[0], (size_t)a->q_n * sizeof *again);
+    for (int i = 0; i < 3; i++) {
+        cuda_free(x->p, dev[i]);
+        rt_free(host[i]);
+    }
+    cuda_free(x->p, o), cuda_free(x->p, dout), cuda_free(x->p, lse), cuda_free(x->p, b.delta);
+    rt_free(again);
+}
+
+static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool with_backward)
+{
+    struct pass x = {.p = p, .path = path, .l = l, .a = arrays_make(l, cu[n_seq], 2.0f)};
+    x.s = (struct rt_attn_shape){.cu_seqlens = cu, .n = cu[n_seq], .n_seq = n_seq, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv,
+                                 .scale = (float)(1 / sqrt(l->dqk))};
+    x.q = cuda_act(p, x.a.q, x.a.q_n), x.k = cuda_act(p, x.a.k, x.a.k_n), x.v = cuda_act(p, x.a.v, x.a.v_n);
+    forward(&x);
+    if (with_backward)
+        backward(&x);
+    cuda_free(p, x.q), cuda_free(p, x.k), cuda_free(p, x.v);
+    arrays_free(&x.a);
 }
 
 static const int32_t mixed[] = {0, 1, 8, 8, 72, 137, 437, 437}; /* lengths 1, 7, 0, 64, 65, 300, 0 */
@@ -230,7 +257,7 @@ static void test_hopper(void **state)
     (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
-    if (((const struct rt_dev *)p.gpu.dev)->encode_map == NULL) {
+    if (p.gpu.dev->encode_map == NULL) {
         cuda_pair_close(&p);
         TEST_SKIP("not compute capability 9.0");
     }
@@ -250,11 +277,9 @@ static void test_hopper(void **state)
     cuda_pair_close(&p);
 }
 
-static bool has_cudnn(struct cuda_pair *p)
+static bool has_cudnn(const struct cuda_pair *p)
 {
-    if (p->gpu.dev == NULL || ((const struct rt_dev *)p->gpu.dev)->dnn == NULL)
-        return false;
-    return true;
+    return p->gpu.dev->dnn != NULL;
 }
 
 static void test_cudnn_uniform(void **state)
