@@ -107,6 +107,19 @@ __host__ __device__ static inline int64_t smaller(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+/* Blocks that an SM holds at once: a grid of that many a SM runs in one wave, with one row of partial sums a block. */
+static inline int resident(const void *kernel, int threads, size_t shared)
+{
+    int n = 0;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, threads, shared) == cudaSuccess && n > 0 ? n : 1;
+}
+
+static inline unsigned blocks_for(const struct rt_dev *dev, int64_t work, int per_block, int most_per_sm)
+{
+    const int64_t blocks = (work + per_block - 1) / per_block;
+    return (unsigned)smaller(blocks, (int64_t)dev->sm_count * most_per_sm);
+}
+
 }
 
 #endif
