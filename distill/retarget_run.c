@@ -64,7 +64,7 @@ void rt_retarget_run_close(struct rt_retarget_run *r)
 {
     if (r == NULL)
         return;
-    for (int i = 0; r->set != NULL && i < r->threads; i++)
+    for (int i = r->threads; r->set != NULL && i-- > 0;) /* the first one holds the index of all */
         rt_shard_set_free(r->set[i]);
     for (int64_t i = 0; i < r->n_window; i++)
         slot_free(&r->window[i]);
@@ -150,8 +150,9 @@ enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct 
     r->threads = rt_pool_threads(o->pool);
     RT_TRY(rt_alloc((size_t)r->threads, sizeof *r->set, "retargeting", &r->set, err));
     RT_TRY(rt_alloc(WINDOW_SEQUENCES, sizeof *r->window, "retargeting", &r->window, err));
-    for (int i = 0; i < r->threads; i++)
-        RT_TRY(rt_shard_set_open(o->shards, &r->set[i], err));
+    RT_TRY(rt_shard_set_open(o->shards, &r->set[0], err));
+    for (int i = 1; i < r->threads; i++)
+        RT_TRY(rt_shard_set_again(r->set[0], &r->set[i], err));
     RT_TRY(check_input(r, err));
     if ((int64_t)rt_tokenizer_n_ids(s->tok) > o->student_vocab)
         RT_FAIL(err, FORMAT, "%s: tokenizer.json has ids up to %u, the model's vocabulary has %ld rows", s->path, rt_tokenizer_n_ids(s->tok) - 1,

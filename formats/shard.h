@@ -101,6 +101,8 @@ struct rt_shard_info {
  * index, and that all shards have one identity. FORMAT, IO, REFUSED. */
 struct rt_shard_set;
 enum rt_status rt_shard_set_open(const char *path, struct rt_shard_set **out, struct rt_err *err);
+/* The same set for another thread: files and buffers of its own, the index of s, which must outlive it. */
+enum rt_status rt_shard_set_again(const struct rt_shard_set *s, struct rt_shard_set **out, struct rt_err *err);
 void rt_shard_set_free(struct rt_shard_set *s); /* NULL is fine */
 const struct rt_row_identity *rt_shard_set_identity(const struct rt_shard_set *s);
 const struct rt_shard_info *rt_shard_set_info(const struct rt_shard_set *s);
@@ -109,7 +111,7 @@ const char *rt_shard_set_file(const struct rt_shard_set *s, int shard);         
 /* The report in a shard's header: JSON text, "" where there is none. Terminated. */
 const char *rt_shard_set_report(const struct rt_shard_set *s, int shard);
 /* Reads and decodes sequence i; checksums first, then every rule of rt_rows_check. *out is valid until the next get. A set
- * serves one thread; open it again for another. */
+ * serves one thread; rt_shard_set_again for another. */
 enum rt_status rt_shard_set_get(struct rt_shard_set *s, int64_t i, struct rt_rows *out, struct rt_err *err);
 /* The set as a source; borrows s. */
 struct rt_row_source rt_shard_set_source(struct rt_shard_set *s);

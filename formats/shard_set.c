@@ -27,6 +27,7 @@ struct rt_shard_set {
     struct rt_shard_info info;
     struct rt_buf shards; /* of struct shard */
     struct rt_buf seq;    /* of struct rt_seq_info */
+    bool borrowed;        /* seq is another set's */
     int open[OPEN_FILES]; /* shards whose file is open, a ring; -1: none */
     int next_open;
     struct rt_block_store store;
@@ -50,7 +51,8 @@ void rt_shard_set_free(struct rt_shard_set *s)
         rt_buf_free(&shard_at(s, i)->report);
     }
     rt_buf_free(&s->shards);
-    rt_buf_free(&s->seq);
+    if (!s->borrowed)
+        rt_buf_free(&s->seq);
     rt_buf_free(&s->bytes);
     rt_block_store_free(&s->store);
     rt_free(s);
@@ -258,6 +260,34 @@ enum rt_status rt_shard_set_open(const char *path, struct rt_shard_set **out, st
     s = NULL;
 out:
     rt_shard_set_free(s);
+    return st;
+}
+
+enum rt_status rt_shard_set_again(const struct rt_shard_set *s, struct rt_shard_set **out, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_shard_set *t = NULL;
+    RT_TRY(rt_alloc(1, sizeof *t, "a set of row shards", &t, err));
+    t->borrowed = true;
+    t->id = s->id;
+    t->info = s->info;
+    t->seq = s->seq;
+    t->held = -1;
+    for (int i = 0; i < OPEN_FILES; i++)
+        t->open[i] = -1;
+    for (int i = 0; i < (int)s->info.shards; i++) {
+        const struct shard *from = shard_at(s, i);
+        struct shard sh = {.size = from->size, .fd = -1};
+        memcpy(sh.sha256, from->sha256, sizeof sh.sha256);
+        RT_TRY(rt_buf_append(&t->shards, &sh, sizeof sh, err));
+        RT_TRY(rt_alloc(strlen(from->path) + 1, 1, "a path", &shard_at(t, i)->path, err));
+        strcpy(shard_at(t, i)->path, from->path);
+        RT_TRY(rt_buf_puts(&shard_at(t, i)->report, from->report.data, err));
+    }
+    *out = t;
+    t = NULL;
+out:
+    rt_shard_set_free(t);
     return st;
 }
 
