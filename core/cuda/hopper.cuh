@@ -24,19 +24,21 @@ __device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-/* Arrives on the barrier at the same place in block `rank` of the cluster. */
+/* Arrives on the barrier at the same place in block `rank` of the cluster. Orders what the async proxy read before it (a tile that may be
+ * overwritten), not the thread's own accesses: release at the scope of the cluster would wait for all of those. */
 __device__ __forceinline__ void barrier_arrive_at(uint32_t bar, uint32_t rank)
 {
     uint32_t remote;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(bar), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
+/* What bulk copies brought is visible; scope as above. */
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
 {
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "again:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
                  "@p bra done;\n"
                  "bra again;\n"
                  "done:\n"
