@@ -167,6 +167,8 @@ int main(int argc, char **argv)
     }
     enum rt_status st = rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err);
     if (st == RT_OK)
+        d.be->set_scratch(d.dev, (uint64_t)4 << 30);
+    if (st == RT_OK)
         printf("%s%s%s\n", d.be->describe(d.dev), d.dev->dnn == NULL ? "; " : "", d.dev->dnn == NULL ? d.dev->dnn_why : "");
     for (size_t i = 0; st == RT_OK && i < sizeof shapes / sizeof *shapes; i++)
         st = one(&d, &shapes[i], only, &err);

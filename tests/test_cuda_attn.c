@@ -299,6 +299,9 @@ static void test_cudnn_uniform(void **state)
         run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], four, 4, l[i].dqk == l[i].dv);
         run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], odd, 2, false);
     }
+    /* a backward in parts: what it may keep is dS of one sequence and one key head */
+    p.gpu.be->set_scratch(p.gpu.dev, 2 * 2 * 256 * 256);
+    run_case(&p, RT_CUDA_ATTN_CUDNN, &l[0], four, 4, true);
     cuda_pair_close(&p);
 }
 
@@ -315,7 +318,7 @@ static void test_cudnn_ragged(void **state)
     const struct layout l[] = {student(4, 2, 64), student(4, 2, 128), teacher(3, 128, 64, 128)};
     const int32_t longer[] = {0, 1000, 1001, 1514};
     for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
-        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], mixed, MIXED, false);
+        run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], mixed, MIXED, l[i].dqk == l[i].dv);
         run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], longer, 3, false);
         run_case(&p, RT_CUDA_ATTN_CUDNN, &l[i], mixed, MIXED, false); /* a kept plan */
     }

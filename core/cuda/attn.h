@@ -39,8 +39,15 @@ enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd
 enum rt_status rt_cuda_attn_fwd_hopper(struct rt_queue *q, const struct rt_attn_fwd_args *a, bool *done, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err);
 
-/* Log-sum-exps between the caller's [nh, n] and cuDNN's layout: [n / rows, nh, rows] for sequences of `rows` rows, or [n, nh] with rows 0. */
-enum rt_status rt_cuda_attn_stats(struct rt_queue *q, float *lse, float *packed, int64_t n, int nh, int64_t rows, bool to_lse, struct rt_err *err);
+/* Log-sum-exps of `heads` heads and n rows between the caller's array, heads lse_ld apart, and cuDNN's layout: [n / rows, heads, rows] for sequences of
+ * `rows` rows, or [n, heads] with rows 0. */
+struct rt_cuda_stats {
+    float *lse, *packed;
+    int64_t lse_ld, n, rows;
+    int heads;
+    bool to_lse;
+};
+enum rt_status rt_cuda_attn_stats(struct rt_queue *q, const struct rt_cuda_stats *s, struct rt_err *err);
 
 /* One path for a call, UNSUPPORTED where it has not got the shape; AUTO is what rt_cuda_attn_* take. Tests and measurements name one. */
 enum rt_cuda_attn_path { RT_CUDA_ATTN_AUTO, RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_HOPPER, RT_CUDA_ATTN_CUDNN };

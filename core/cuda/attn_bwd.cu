@@ -239,24 +239,24 @@ out:
 
 namespace {
 
-__global__ __launch_bounds__(256) void attn_stats_kernel(float *lse, float *packed, int64_t n, int nh, int64_t rows, bool to_lse)
+__global__ __launch_bounds__(256) void attn_stats_kernel(rt_cuda_stats s)
 {
     const int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n * nh; i += step) {
-        const int64_t h = i / n, t = i % n, at = rows == 0 ? t * nh + h : (t / rows * nh + h) * rows + t % rows;
-        if (to_lse)
-            lse[i] = packed[at];
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < s.n * s.heads; i += step) {
+        const int64_t h = i / s.n, t = i % s.n, at = s.rows == 0 ? t * s.heads + h : (t / s.rows * s.heads + h) * s.rows + t % s.rows;
+        if (s.to_lse)
+            s.lse[h * s.lse_ld + t] = s.packed[at];
         else
-            packed[at] = lse[i];
+            s.packed[at] = s.lse[h * s.lse_ld + t];
     }
 }
 
 }
 
-enum rt_status rt_cuda_attn_stats(struct rt_queue *q, float *lse, float *packed, int64_t n, int nh, int64_t rows, bool to_lse, struct rt_err *err)
+enum rt_status rt_cuda_attn_stats(struct rt_queue *q, const struct rt_cuda_stats *s, struct rt_err *err)
 {
-    const int64_t blocks = (n * nh + 255) / 256, most = 16 * (int64_t)q->dev->sm_count;
-    attn_stats_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, q->stream>>>(lse, packed, n, nh, rows, to_lse);
+    const int64_t blocks = (s->n * s->heads + 255) / 256, most = 16 * (int64_t)q->dev->sm_count;
+    attn_stats_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, q->stream>>>(*s);
     return rt_cuda_launched("attn_stats", err);
 }
 

@@ -169,18 +169,13 @@ static int64_t round_up(int64_t x, int64_t least)
     return r;
 }
 
-static bool aligned(const void *p, int64_t ld, int64_t head)
-{
-    return (uintptr_t)p % 16 == 0 && ld % 8 == 0 && head % 8 == 0;
-}
-
-/* A call: its plan's shape, and what a run of the plan needs. */
+/* A call: the shape of its plan, and what runs of the plan need. */
 struct call {
     struct rt_dev *dev;
     struct rt_queue *q;
     const struct rt_attn_shape *s;
-    struct lengths len;
     struct rt_dnn_attn key;
+    struct entry *entry;
     char *lists; /* device: offsets and lengths, or NULL */
 };
 
@@ -236,8 +231,9 @@ static void put(struct pack *p, enum rt_dnn_uid uid, const void *data)
 }
 
 /* Runs the plan with the tensors in p, to which lists and scalars are added. */
-static enum rt_status run(struct call *c, struct entry *e, struct pack *p, struct rt_err *err)
+static enum rt_status run(struct call *c, struct pack *p, struct rt_err *err)
 {
+    const struct rt_dnn_plan *plan = &c->entry->plan;
     const struct rt_dnn_api *api = &c->dev->dnn->api;
     const int64_t step = (c->key.batch + 1) * (int64_t)sizeof(int64_t);
     const float one = 1, never = -INFINITY, scale = c->s->scale;
@@ -256,10 +252,10 @@ static enum rt_status run(struct call *c, struct entry *e, struct pack *p, struc
     put(p, RT_DNN_NEVER, &never);
     if (c->key.backward)
         put(p, RT_DNN_ONE, &one);
-    RT_TRY(rt_cuda_temp(c->q, (size_t)e->plan.workspace, &workspace, err));
+    RT_TRY(rt_cuda_temp(c->q, (size_t)plan->workspace, &workspace, err));
     if (api->cudnnSetStream(api->handle, c->q->stream) != CUDNN_STATUS_SUCCESS)
         RT_FAIL(err, DEVICE, "cuDNN does not take the stream");
-    st = rt_dnn_plan_run(api, &e->plan, p->n, p->uid, p->data, workspace, err);
+    st = rt_dnn_plan_run(api, plan, p->n, p->uid, p->data, workspace, err);
 out:
     rt_cuda_temp_free(c->q, workspace);
     return st;
@@ -273,53 +269,73 @@ static enum rt_status ensure_handle(struct rt_cuda_dnn *dnn, struct rt_err *err)
     return s == CUDNN_STATUS_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "cuDNN does not start: %s", dnn->api.cudnnGetErrorString(s));
 }
 
-static enum rt_status refuse(struct rt_dev *dev, const char *op, const char *why, bool must, struct rt_err *err)
+static enum rt_status refuse(const char *op, const char *why, bool must, struct rt_err *err)
 {
-    if (dev->dnn != NULL && why != dev->dnn_why)
-        snprintf(dev->dnn_why, sizeof dev->dnn_why, "%s", why);
     return must ? rt_fail(err, RT_UNSUPPORTED, "%s: cuDNN: %s", op, why) : RT_OK;
 }
 
-static const char *unfit(const struct rt_attn_shape *s, const struct lengths *l, bool must)
+/* c->entry = the plan, or NULL where there is none (an error with `must`); and the lists. The lock is held. */
+static enum rt_status prepare(struct call *c, const char *op, bool must, struct rt_err *err)
 {
+    struct entry *e;
+    enum rt_status st;
+    RT_TRY(ensure_handle(c->dev->dnn, err));
+    RT_TRY(entry_of(c->dev->dnn, &c->key, &e, err));
+    if (e->why[0] != '\0') {
+        snprintf(c->dev->dnn_why, sizeof c->dev->dnn_why, "%s", e->why);
+        return refuse(op, e->why, must, err);
+    }
+    c->entry = e;
+    if (c->key.ragged)
+        RT_TRY(upload_lists(c, err));
+out:
+    return st;
+}
+
+static const char *unfit(const struct rt_dev *dev, const struct rt_attn_shape *s, const struct lengths *l, const int64_t ld[6], bool must)
+{
+    if (dev->dnn == NULL)
+        return dev->dnn_why;
     if (!must && l->flop < worth)
         return "a small call";
     if (s->dqk % 8 != 0 || s->dv % 8 != 0 || s->dqk > 256 || s->dv > 256)
         return "heads that are no multiple of 8 elements, or have more than 256";
+    for (int i = 0; i < 6; i++)
+        if (ld[i] % 8 != 0)
+            return "rows that are not 16-byte aligned";
     return NULL;
+}
+
+static bool aligned(const void *const *p, int n)
+{
+    bool yes = true;
+    for (int i = 0; i < n; i++)
+        yes = yes && (uintptr_t)p[i] % 16 == 0;
+    return yes;
 }
 
 enum rt_status rt_cuda_dnn_attn_fwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a, bool must, bool *done,
                                     struct rt_err *err)
 {
-    struct rt_cuda_dnn *dnn = dev->dnn;
-    struct call c = {.dev = dev, .q = q, .s = &a->s, .len = lengths_of(&a->s)};
+    const int64_t ld[6] = {a->q_ld, a->q_head, a->k_ld, a->k_head, a->v_ld, a->v_head};
+    const void *const pointers[] = {a->q, a->k, a->v, a->o};
+    const struct lengths l = lengths_of(&a->s);
+    struct call c = {.dev = dev, .q = q, .s = &a->s, .key = key_of(&a->s, &l, ld)};
     struct pack p = {0};
-    struct entry *e;
     float *stats = NULL;
     enum rt_status st;
+    const char *why = unfit(dev, &a->s, &l, ld, must);
     *done = false;
-    if (dnn == NULL)
-        return refuse(dev, "attn_fwd", dev->dnn_why, must, err);
-    const char *why = unfit(&a->s, &c.len, must);
-    if (why == NULL && !(aligned(a->q, a->q_ld, a->q_head) && aligned(a->k, a->k_ld, a->k_head) && aligned(a->v, a->v_ld, a->v_head) &&
-                         aligned(a->o, 0, 0)))
+    if (why == NULL && !aligned(pointers, 4))
         why = "rows that are not 16-byte aligned";
     if (why != NULL)
-        return must ? refuse(dev, "attn_fwd", why, must, err) : RT_OK;
-    const int64_t ld[6] = {a->q_ld, a->q_head, a->k_ld, a->k_head, a->v_ld, a->v_head};
-    c.key = key_of(&a->s, &c.len, ld);
+        return refuse("attn_fwd", why, must, err);
     c.key.stats = a->lse != NULL;
-    pthread_mutex_lock(&dnn->lock);
-    RT_TRY(ensure_handle(dnn, err));
-    RT_TRY(entry_of(dnn, &c.key, &e, err));
-    if (e->why[0] != '\0') {
-        st = refuse(dev, "attn_fwd", e->why, must, err);
-        goto out;
-    }
-    if (c.key.ragged)
-        RT_TRY(upload_lists(&c, err));
     const bool direct = !c.key.ragged && c.key.batch == 1; /* [1, heads, rows] is what the caller wants */
+    pthread_mutex_lock(&dev->dnn->lock);
+    RT_TRY(prepare(&c, "attn_fwd", must, err));
+    if (c.entry == NULL)
+        goto out;
     if (c.key.stats && !direct)
         RT_TRY(rt_cuda_temp(q, (size_t)(a->s.n * a->s.nh) * sizeof *stats, &stats, err));
     put(&p, RT_DNN_Q, a->q);
@@ -328,66 +344,95 @@ enum rt_status rt_cuda_dnn_attn_fwd(struct rt_dev *dev, struct rt_queue *q, cons
     put(&p, RT_DNN_O, a->o);
     if (c.key.stats)
         put(&p, RT_DNN_LSE, direct ? a->lse : stats);
-    RT_TRY(run(&c, e, &p, err));
+    RT_TRY(run(&c, &p, err));
     if (stats != NULL)
-        RT_TRY(rt_cuda_attn_stats(q, a->lse, stats, a->s.n, a->s.nh, c.key.ragged ? 0 : c.key.rows, true, err));
+        RT_TRY(rt_cuda_attn_stats(q, &(struct rt_cuda_stats){.lse = a->lse, .packed = stats, .lse_ld = a->s.n, .n = a->s.n, .heads = a->s.nh,
+                                                             .rows = c.key.ragged ? 0 : c.key.rows, .to_lse = true}, err));
     *done = true;
 out:
     rt_cuda_temp_free(q, stats);
     rt_cuda_temp_free(q, c.lists);
-    pthread_mutex_unlock(&dnn->lock);
+    pthread_mutex_unlock(&dev->dnn->lock);
     return st;
+}
+
+/* Cuts k so that what the deterministic engines keep, dS of all its heads, stays under `bytes`: fewer batch entries, then fewer key heads, the same
+ * number in every run. false: not even one will do. */
+static bool divide(struct rt_dnn_attn *k, double bytes)
+{
+    const int64_t group = k->heads / k->kv_heads;
+    const double each = 2.0 * (double)group * (double)k->rows * (double)k->rows;
+    while ((double)(k->batch * k->kv_heads) * each > bytes) {
+        int64_t *cut = !k->ragged && k->batch > 1 ? &k->batch : &k->kv_heads, less = *cut - 1;
+        while (less > 0 && *cut % less != 0)
+            less--;
+        if (less <= 0)
+            return false;
+        *cut = less;
+    }
+    k->heads = k->kv_heads * group;
+    return true;
+}
+
+/* One run of the plan: batch entries from b0, key heads from hk0. */
+static enum rt_status backward_part(struct call *c, const struct rt_attn_bwd_args *a, float *stats, int64_t b0, int64_t hk0, struct rt_err *err)
+{
+    const struct rt_dnn_attn *k = &c->key;
+    const int64_t row = b0 * k->rows, h0 = hk0 * (k->heads / k->kv_heads);
+    const int64_t q = row * k->q_ld + h0 * k->q_head, kk = row * k->k_ld + hk0 * k->k_head, v = row * k->v_ld + hk0 * k->v_head,
+                  o = row * k->o_ld + h0 * k->dv;
+    typedef uint16_t act;
+    const struct {
+        enum rt_dnn_uid uid;
+        const void *data;
+    } tensors[] = {{RT_DNN_Q, (const act *)a->q + q},        {RT_DNN_K, (const act *)a->k + kk}, {RT_DNN_V, (const act *)a->v + v},
+                   {RT_DNN_O, (const act *)a->o + o},        {RT_DNN_LSE, stats},                {RT_DNN_DO, (const act *)a->dout + o},
+                   {RT_DNN_DQ, (act *)a->dq + q},            {RT_DNN_DK, (act *)a->dk + kk},     {RT_DNN_DV, (act *)a->dv + v},
+                   {RT_DNN_DELTA, a->delta}};
+    struct pack p = {0};
+    const enum rt_status st =
+        rt_cuda_attn_stats(c->q, &(struct rt_cuda_stats){.lse = (float *)(uintptr_t)(a->lse + h0 * c->s->n + row), .packed = stats, .lse_ld = c->s->n,
+                                                         .n = k->ragged ? c->s->n : k->batch * k->rows, .heads = (int)k->heads,
+                                                         .rows = k->ragged ? 0 : k->rows}, err);
+    if (st != RT_OK)
+        return st;
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
+        put(&p, tensors[i].uid, tensors[i].data);
+    return run(c, &p, err);
 }
 
 enum rt_status rt_cuda_dnn_attn_bwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_bwd_args *a, bool must, bool *done,
                                     struct rt_err *err)
 {
-    struct rt_cuda_dnn *dnn = dev->dnn;
-    struct call c = {.dev = dev, .q = q, .s = &a->s, .len = lengths_of(&a->s)};
-    struct pack p = {0};
-    struct entry *e;
+    const int64_t ld[6] = {a->q_ld, a->q_head, a->k_ld, a->k_head, a->v_ld, a->v_head};
+    const void *const pointers[] = {a->q, a->k, a->v, a->o, a->dout, a->dq, a->dk, a->dv};
+    const struct lengths l = lengths_of(&a->s);
+    struct call c = {.dev = dev, .q = q, .s = &a->s, .key = key_of(&a->s, &l, ld)};
+    const int64_t batch = c.key.batch;
     float *stats = NULL;
     enum rt_status st;
+    const char *why = unfit(dev, &a->s, &l, ld, must);
     *done = false;
-    if (dnn == NULL)
-        return refuse(dev, "attn_bwd", dev->dnn_why, must, err);
-    const char *why = unfit(&a->s, &c.len, must);
-    if (why == NULL && !(aligned(a->q, a->q_ld, a->q_head) && aligned(a->k, a->k_ld, a->k_head) && aligned(a->v, a->v_ld, a->v_head) &&
-                         aligned(a->o, 0, 0) && aligned(a->dout, 0, 0) && aligned(a->dq, 0, 0) && aligned(a->dk, 0, 0) && aligned(a->dv, 0, 0)))
+    if (why == NULL && !aligned(pointers, 8))
         why = "rows that are not 16-byte aligned";
-    const int64_t ld[6] = {a->q_ld, a->q_head, a->k_ld, a->k_head, a->v_ld, a->v_head};
-    c.key = key_of(&a->s, &c.len, ld);
-    c.key.stats = c.key.backward = true;
-    /* what a fixed order costs: the engine keeps dS of the whole call */
-    if (why == NULL && 2.0 * (double)c.key.batch * (double)c.key.heads * (double)c.key.rows * (double)c.key.rows > (double)dev->scratch * (must ? 8 : 1))
-        why = "its deterministic backward would need more than the scratch memory";
+    if (why == NULL && !divide(&c.key, (double)dev->scratch))
+        why = "a deterministic backward would need more than the scratch memory";
     if (why != NULL)
-        return must ? refuse(dev, "attn_bwd", why, must, err) : RT_OK;
-    pthread_mutex_lock(&dnn->lock);
-    RT_TRY(ensure_handle(dnn, err));
-    RT_TRY(entry_of(dnn, &c.key, &e, err));
-    if (e->why[0] != '\0') {
-        st = refuse(dev, "attn_bwd", e->why, must, err);
+        return refuse("attn_bwd", why, must, err);
+    c.key.stats = c.key.backward = true;
+    pthread_mutex_lock(&dev->dnn->lock);
+    RT_TRY(prepare(&c, "attn_bwd", must, err));
+    if (c.entry == NULL)
         goto out;
-    }
-    if (c.key.ragged)
-        RT_TRY(upload_lists(&c, err));
-    const bool direct = !c.key.ragged && c.key.batch == 1;
-    if (!direct) {
-        RT_TRY(rt_cuda_temp(q, (size_t)(a->s.n * a->s.nh) * sizeof *stats, &stats, err));
-        RT_TRY(rt_cuda_attn_stats(q, (float *)(uintptr_t)a->lse, stats, a->s.n, a->s.nh, c.key.ragged ? 0 : c.key.rows, false, err));
-    }
-    const struct { enum rt_dnn_uid uid; const void *data; } tensors[] = {
-        {RT_DNN_Q, a->q},   {RT_DNN_K, a->k},   {RT_DNN_V, a->v},   {RT_DNN_O, a->o},       {RT_DNN_LSE, direct ? a->lse : stats}, {RT_DNN_DO, a->dout},
-        {RT_DNN_DQ, a->dq}, {RT_DNN_DK, a->dk}, {RT_DNN_DV, a->dv}, {RT_DNN_DELTA, a->delta}};
-    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
-        put(&p, tensors[i].uid, tensors[i].data);
-    RT_TRY(run(&c, e, &p, err));
+    RT_TRY(rt_cuda_temp(q, (size_t)(a->s.n * a->s.nh) * sizeof *stats, &stats, err));
+    for (int64_t b = 0; b < batch; b += c.key.batch) /* ragged: all entries in one run */
+        for (int64_t hk = 0; hk < a->s.nkv; hk += c.key.kv_heads)
+            RT_TRY(backward_part(&c, a, stats, b, hk, err));
     *done = true;
 out:
     rt_cuda_temp_free(q, stats);
     rt_cuda_temp_free(q, c.lists);
-    pthread_mutex_unlock(&dnn->lock);
+    pthread_mutex_unlock(&dev->dnn->lock);
     return st;
 }
 
