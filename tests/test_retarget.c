@@ -122,11 +122,23 @@ static void open_toy(struct toy *t, uint64_t seed)
     assert_true(t->n > 4);
 }
 
+/* KL of a row against a student that says `q`. */
+static double kl_against(const struct rf_made *m, int64_t row, const double *q)
+{
+    double kl = 0;
+    for (uint32_t u = 0; u < m->map.n_student; u++) {
+        const double t = rf_prob(m, row, u);
+        kl += t > 0 ? t * log(t / fmax(q[u], 1e-9)) : 0;
+    }
+    return kl;
+}
+
 /* Cases 1 and 2: every row equals the marginal to 1e-6 (float32 logits of at most 6: the rounding of a logit and of lse is 5e-7). */
 static void equals_brute_force(void **state)
 {
     (void)state;
     int64_t head = 0, inside = 0;
+    double kl = 0, shifted = 0;
     for (uint64_t seed = 1; seed <= 8; seed++) {
         struct toy t;
         open_toy(&t, seed);
@@ -139,7 +151,8 @@ static void equals_brute_force(void **state)
         struct rf_rows r = rf_rows(&t.teacher, ids, mask, 40, 100000, markov, t.teacher.tok);
         struct rf_made m = rf_make(&t.teacher, &t.student, &r, RT_RETARGET_EXACT);
         assert_int_equal(m.reject, RT_REJECT_NONE);
-        double want[512];
+        double want[512], before[512];
+        bool have = false;
         assert_true(m.map.n_student <= 512);
         for (int64_t i = 1; i < m.text.student.n; i++) {
             const struct rt_place *p = &m.place[i];
@@ -156,6 +169,10 @@ static void equals_brute_force(void **state)
             }
             assert_near(sum, 1, 1e-6); /* the teacher's whole vocabulary is stored: nothing is left */
             assert_true(want[m.text.enc.ids[i]] > 0);
+            kl += kl_against(&m, row, want); /* of a student that is right everywhere, and of one whose rows are one too late */
+            shifted += have ? kl_against(&m, row, before) : 0;
+            memcpy(before, want, sizeof before);
+            have = true;
             head += p->kind != RT_PLACE_INSIDE;
             inside += p->kind == RT_PLACE_INSIDE;
         }
@@ -166,6 +183,8 @@ static void equals_brute_force(void **state)
         rt_model_dir_close(&t.student);
     }
     assert_true(head > 100 && inside > 50);
+    assert_true(kl < 1e-5 * (double)(head + inside)); /* a row's ids are wrong by 1e-6 at most, its logarithms by not much more */
+    assert_true(shifted > 0.5 * (double)(head + inside));
 }
 
 /* With k entries stored: case 1 keeps what maps, tail exact; case 2's residual is an upper bound of what the whole vocabulary gives. */
