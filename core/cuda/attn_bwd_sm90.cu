@@ -1,7 +1,8 @@
 /* Attention backward for compute capability 9.0: the two passes of attn_bwd.cu (there: what they compute) on asynchronous products.
  *
- * A block has two warpgroups that multiply, 64 rows of X each, and a warp that keeps a ring of tiles of Y filled by bulk copies. Neither
- * waits for the other: one multiplies while the other takes exponentials. (Products in flight across the loop's end would be serialised by the compiler.) Rows of a tile beyond the sequence are rows of its neighbour: their weights are 0.
+ * A block has two warpgroups that multiply, 64 rows of X each, and a warp that keeps a ring of tiles of Y filled by bulk copies. Neither warpgroup waits
+ * for the other: one multiplies while the other takes exponentials. Nothing is in flight across a loop's end: the compiler would serialise it. Rows of a
+ * tile beyond the sequence are rows of its neighbour: their weights are 0.
  */
 #include "core/cuda/attn_sm90.cuh"
 #include "core/cuda/attn_bwd.h"
@@ -119,27 +120,87 @@ __device__ __forceinline__ void to_ds(float (&dp)[N], const float (&p)[N], const
     }
 }
 
-template <int D, int COLS, int STAGES, bool ByKey>
-__device__ __forceinline__ void consume(const params &p, const struct work &w, char *pool, uint32_t base)
+/* The queries' pass. While the exponentials of a tile are taken, its dP and the sum over the tile before are under way; a stage is free one tile later. */
+template <int D, int COLS, int STAGES>
+__device__ __forceinline__ void consume_keys(const params &p, const struct work &w, char *pool, uint32_t base)
+{
+    typedef layout<D, COLS, STAGES> L;
+    const int wg = threadIdx.x / 128, lane = threadIdx.x % 32, row0 = w.at.row + 64 * wg, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const uint32_t full = base + L::bar_from, empty = full + STAGES * 8, x1 = base + wg * 64 * 128, x2 = x1 + L::x, y = base + L::y_from;
+    static_assert(COLS >= 64 && STAGES >= 2, "");
+    const int steps = min(w.steps, (row0 + 64 + COLS - 1) / COLS); /* a later tile is masked for all rows of this warpgroup */
+    float acc[D / 2] = {}, s[COLS / 2], ds[COLS / 2], lse[2] = {0, 0}, delta[2] = {0, 0};
+    uint32_t a[COLS / 16][4];
+    for (int half = 0; half < 2; half++)
+        if (row + 8 * half < w.at.len) {
+            lse[half] = p.lse2[w.hq * p.n + w.at.first + row + 8 * half];
+            delta[half] = p.delta[w.hq * p.n + w.at.first + row + 8 * half];
+        }
+    barrier_wait(empty + STAGES * 8, 0);
+    barrier_wait(full, 0);
+    hopper::mma_fence();
+    scores<D, ROWS, COLS>(s, x1, y);
+    hopper::mma_commit();
+    scores<D, ROWS, COLS>(ds, x2, y + L::y);
+    hopper::mma_commit();
+    hopper::mma_wait<1>();
+    pin(s);
+    to_weights<COLS / 2, false>(s, NULL, lse, row, 0, w.at.len, COLS > row0, p.scale_log2, lane);
+    hopper::mma_wait<0>();
+    pin(ds);
+    to_ds<COLS / 2, false>(ds, s, NULL, delta, lane);
+    pack_all<COLS / 2>(a, ds);
+    for (int step = 1; step < steps; step++) {
+        const uint32_t now = y + step % STAGES * L::stage;
+        barrier_wait(full + step % STAGES * 8, step / STAGES & 1);
+        hopper::mma_fence();
+        scores<D, ROWS, COLS>(s, x1, now);
+        hopper::mma_commit();
+        scores<D, ROWS, COLS>(ds, x2, now + L::y);
+        hopper::mma_commit();
+        weighted_sum<D, COLS>(acc, a, y + (step - 1) % STAGES * L::stage);
+        hopper::mma_commit();
+        hopper::mma_wait<2>();
+        pin(s);
+        to_weights<COLS / 2, false>(s, NULL, lse, row, step * COLS, w.at.len, (step + 1) * COLS > row0, p.scale_log2, lane);
+        hopper::mma_wait<1>();
+        pin(ds);
+        to_ds<COLS / 2, false>(ds, s, NULL, delta, lane);
+        hopper::mma_wait<0>();
+        pin(acc);
+        if (threadIdx.x % 128 == 0)
+            barrier_arrive(empty + (step - 1) % STAGES * 8);
+        pack_all<COLS / 2>(a, ds);
+    }
+    hopper::mma_fence();
+    weighted_sum<D, COLS>(acc, a, y + (steps - 1) % STAGES * L::stage);
+    hopper::mma_commit();
+    hopper::mma_wait<0>();
+    pin(acc);
+    /* The last stages are not freed: nothing is loaded over the last two tiles, and a warpgroup leaves out one at most. */
+    const float factor[2] = {p.scale, p.scale};
+    rows_out<D, ROWS>((bf16 *)pool + wg * 64 * 64, acc, factor, p.g.dq + w.hq * p.g.q_head + (w.at.first + row0) * p.g.q_ld, p.g.q_ld, p.dqk,
+                      w.at.len - row0, wg);
+}
+
+/* The keys' pass: the sum over P runs while dS is made. (Products in flight across the loop's end need more registers than there are.) */
+template <int D, int COLS, int STAGES>
+__device__ __forceinline__ void consume_queries(const params &p, const struct work &w, char *pool, uint32_t base)
 {
     typedef layout<D, COLS, STAGES> L;
     const int wg = threadIdx.x / 128, lane = threadIdx.x % 32, row0 = w.at.row + 64 * wg, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     const uint32_t full = base + L::bar_from, empty = full + STAGES * 8, x1 = base + wg * 64 * 128, x2 = x1 + L::x;
-    float acc1[D / 2] = {}, acc2[ByKey ? D / 2 : 1] = {}, lse[2] = {0, 0}, delta[2] = {0, 0};
-    if (!ByKey)
-        for (int half = 0; half < 2; half++)
-            if (row + 8 * half < w.at.len) {
-                lse[half] = p.lse2[w.hq * p.n + w.at.first + row + 8 * half];
-                delta[half] = p.delta[w.hq * p.n + w.at.first + row + 8 * half];
-            }
+    const float none[2] = {0, 0}, f1[2] = {p.scale, p.scale}, f2[2] = {1, 1};
+    float dk[D / 2] = {}, dv[D / 2] = {};
     barrier_wait(empty + STAGES * 8, 0);
     for (int step = 0; step < w.steps; step++) {
         const int stage = step % STAGES, col = w.from + step % w.per_head * COLS;
         const uint32_t y1 = base + L::y_from + stage * L::stage, y2 = y1 + L::y;
         const float *stat = (const float *)(pool + L::stat_from) + stage * 2 * COLS;
         barrier_wait(full + stage * 8, step / STAGES & 1);
-        if (ByKey ? col + COLS > row0 : col < row0 + 64) { /* else masked for all rows of this warpgroup */
+        if (col + COLS > row0) { /* else masked for all rows of this warpgroup */
             float s[COLS / 2], ds[COLS / 2];
+            uint32_t a[COLS / 16][4], b[COLS / 16][4];
             hopper::mma_fence();
             scores<D, ROWS, COLS>(s, x1, y1);
             hopper::mma_commit();
@@ -147,35 +208,29 @@ __device__ __forceinline__ void consume(const params &p, const struct work &w, c
             hopper::mma_commit();
             hopper::mma_wait<1>();
             pin(s);
-            to_weights<COLS / 2, ByKey>(s, stat, lse, row, col, w.at.len, ByKey ? col < row0 + 64 || col + COLS > w.at.len : col + COLS > row0,
-                                        p.scale_log2, lane);
-            hopper::mma_wait<0>();
-            pin(ds);
-            to_ds<COLS / 2, ByKey>(ds, s, ByKey ? stat + COLS : stat, delta, lane);
-            uint32_t a[COLS / 16][4], b[COLS / 16][4];
-            pack_all<COLS / 2>(a, ds);
-            if constexpr (ByKey)
-                pack_all<COLS / 2>(b, s);
+            to_weights<COLS / 2, true>(s, stat, none, row, col, w.at.len, col < row0 + 64 || col + COLS > w.at.len, p.scale_log2, lane);
+            pack_all<COLS / 2>(b, s);
             hopper::mma_fence();
-            if constexpr (ByKey)
-                weighted_sum<D, COLS>(acc2, b, y2);
-            weighted_sum<D, COLS>(acc1, a, y1);
+            weighted_sum<D, COLS>(dv, b, y2);
+            hopper::mma_commit();
+            hopper::mma_wait<1>();
+            pin(ds);
+            to_ds<COLS / 2, true>(ds, s, stat + COLS, none, lane);
+            pack_all<COLS / 2>(a, ds);
+            hopper::mma_fence();
+            weighted_sum<D, COLS>(dk, a, y1);
             hopper::mma_commit();
             hopper::mma_wait<0>();
-            pin(acc1);
-            pin(acc2);
+            pin(dk);
+            pin(dv);
         }
         if (threadIdx.x % 128 == 0)
             barrier_arrive(empty + stage * 8);
     }
-    const float f1[2] = {p.scale, p.scale}, f2[2] = {1, 1};
     const int64_t first = w.at.first + row0;
     bf16 *own = (bf16 *)pool + wg * 64 * 64;
-    rows_out<D, ROWS>(own, acc1, f1, ByKey ? p.g.dk + w.hk * p.g.k_head + first * p.g.k_ld : p.g.dq + w.hq * p.g.q_head + first * p.g.q_ld,
-                      ByKey ? p.g.k_ld : p.g.q_ld, p.dqk, w.at.len - row0, wg);
-    if constexpr (ByKey) {
-        rows_out<D, ROWS>(own + L::x / 2, acc2, f2, p.g.dv + w.hk * p.g.v_head + first * p.g.v_ld, p.g.v_ld, p.dv, w.at.len - row0, wg);
-    }
+    rows_out<D, ROWS>(own, dk, f1, p.g.dk + w.hk * p.g.k_head + first * p.g.k_ld, p.g.k_ld, p.dqk, w.at.len - row0, wg);
+    rows_out<D, ROWS>(own + L::x / 2, dv, f2, p.g.dv + w.hk * p.g.v_head + first * p.g.v_ld, p.g.v_ld, p.dv, w.at.len - row0, wg);
 }
 
 #endif
@@ -205,7 +260,10 @@ __global__ __launch_bounds__(THREADS, 1) void attn_bwd_sm90_kernel(const __grid_
             produce<D, COLS, STAGES, ByKey>(p, m, w, base);
     } else {
         hopper::registers_more<240>();
-        consume<D, COLS, STAGES, ByKey>(p, w, pool, base);
+        if constexpr (ByKey)
+            consume_queries<D, COLS, STAGES>(p, w, pool, base);
+        else
+            consume_keys<D, COLS, STAGES>(p, w, pool, base);
     }
 #endif
 }
@@ -256,9 +314,9 @@ enum rt_status rt_cuda_attn_bwd_sm90(struct rt_queue *q, const struct rt_attn_bw
     p.scale = s->scale, p.scale_log2 = (float)(s->scale * 1.4426950408889634);
     if (s->dqk <= 64 && s->dv <= 64) {
         RT_TRY((launch<64, 128, 4, false>(q, a, p, err)));
-        RT_TRY((launch<64, 128, 4, true>(q, a, p, err)));
+        RT_TRY((launch<64, 64, 6, true>(q, a, p, err)));
     } else {
-        RT_TRY((launch<128, 128, 2, false>(q, a, p, err)));
+        RT_TRY((launch<128, 96, 3, false>(q, a, p, err)));
         RT_TRY((launch<128, 64, 4, true>(q, a, p, err)));
     }
 out:
