@@ -32,9 +32,9 @@ static enum rt_status plan_memory(struct rt_logits_job *j, const struct rt_teach
 {
     struct rt_teacher_options o = j->to;
     j->so.keep.spill = spill;
+    j->so.keep.dir = j->keep ? j->v->out : NULL; /* each window's own, later */
     o.token_bytes = rt_score_token_bytes(&j->so) + 24; /* ids, masks, text of the window */
-    if (spill) /* the longest sequence's are read back whole */
-        o.memory -= feature_bytes(j) * j->survey.longest;
+    o.memory -= (int64_t)rt_score_fixed_bytes(&j->so, &j->config, j->survey.longest);
     const enum rt_status st = rt_teacher_plan_sizes(&o, sizes, out, err);
     j->to.token_bytes = o.token_bytes;
     j->to.memory = o.memory;
@@ -93,8 +93,8 @@ static enum rt_status check_disk(struct rt_logits_job *j, struct rt_err *err)
     RT_TRY(rt_disk_free(j->v->out, &disk, err));
     const uint64_t left = p->shard_bytes > p->published ? p->shard_bytes - p->published : 0;
     if (disk < left + p->state_bytes)
-        RT_FAIL(err, REFUSED, "%s: about %s of shards and %s for windows under way (--save-state, features), but %s are free there", j->v->out,
-                rt_human_bytes(shards, left), rt_human_bytes(states, p->state_bytes), rt_human_bytes(have, disk));
+        RT_FAIL(err, REFUSED, "%s: about %s of shards and %s for windows under way%s, but %s are free there", j->v->out, rt_human_bytes(shards, left),
+                rt_human_bytes(states, p->state_bytes), j->keep ? " (--save-state never keeps no states)" : "", rt_human_bytes(have, disk));
 out:
     return st;
 }

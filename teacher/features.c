@@ -9,7 +9,7 @@
 #include "core/io.h"
 #include "core/rng.h"
 
-enum { PIECE = 1 << 21, GRAIN = 256 }; /* elements of a feature on their way at a time; rows that a thread encodes */
+enum { PIECE = 1 << 19, GRAIN = 64 }; /* elements of a feature on their way at a time; rows that a thread encodes */
 
 enum rt_status rt_projection_matrix(uint64_t seed, int layer, int64_t dim, int64_t H, float *out, struct rt_err *err)
 {
@@ -69,11 +69,26 @@ out:
     return st;
 }
 
-/* Rows of feature i that are taken together. */
-static int64_t rows_of(const struct rt_features *f, int i)
+/* Rows of a feature that are taken together. */
+static int64_t rows_of(const struct rt_feature_spec *s)
 {
-    const int64_t n = PIECE / f->o->feature[i].dim;
-    return n > 1 ? n : 1;
+    return s->dim < PIECE ? PIECE / s->dim : 1;
+}
+
+uint64_t rt_score_fixed_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, int64_t longest)
+{
+    uint64_t b = o->keep.dir != NULL || o->keep.spill ? 3 * (uint64_t)RT_STATE_BLOCK : 0; /* a writer, what goes to it, headers */
+    for (int i = 0; i < o->n_features; i++) {
+        const struct rt_feature_spec *s = &o->feature[i];
+        const uint64_t rows = (uint64_t)(longest > rows_of(s) ? longest : rows_of(s)) * (uint64_t)s->dim;
+        if (i == 0)
+            b += 2 * (uint64_t)(s->dim > PIECE ? s->dim : PIECE) * sizeof(float);
+        if (o->keep.spill)
+            b += rows * rt_dtype_size(s->dtype) + RT_STATE_BLOCK;
+        if (s->projected) /* the matrix, here and on its way to the device */
+            b += 3 * (uint64_t)s->dim * (uint64_t)c->hidden * sizeof(float);
+    }
+    return b;
 }
 
 /* Whole states in the device's own type need no conversion on the way. */
@@ -95,9 +110,9 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
             RT_FAIL(err, USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, t->c.layers);
         if (s->dim < 1 || s->dim > t->c.hidden || (!s->projected && s->dim != t->c.hidden))
             RT_FAIL(err, USAGE, "--features: %d dimensions of a state of %d", s->dim, t->c.hidden);
-        const int64_t held = !f->spill ? n : longest > rows_of(f, i) ? longest : rows_of(f, i);
+        const int64_t held = !f->spill ? n : longest > rows_of(s) ? longest : rows_of(s);
         RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1) * (size_t)s->dim, rt_dtype_size(s->dtype), "features", &f->data[i], err));
-        const int64_t elements = as_it_is(f, i) ? 0 : rows_of(f, i) * s->dim;
+        const int64_t elements = as_it_is(f, i) ? 0 : rows_of(s) * s->dim;
         most = elements > most ? elements : most;
         if (!s->projected)
             continue;
@@ -312,7 +327,7 @@ out:
 
 static enum rt_status take_one(struct rt_features *f, int i, const void *x, int64_t n, struct rt_err *err)
 {
-    const int64_t most = rows_of(f, i);
+    const int64_t most = rows_of(&f->o->feature[i]);
     enum rt_status st = RT_OK;
     if (f->spill)
         RT_TRY(begin_file(f, i, err));
