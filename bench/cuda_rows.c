@@ -15,6 +15,7 @@
 #include "core/rng.h"
 
 #ifdef RT_CUDA
+#include "core/cuda/gemm.h"
 #include "core/cuda/moe_rows.h"
 
 enum { N = 65536, H = 7168, K = 8, E = 256, GROUP = 64, REPEATS = 15, HEADS = 128, MANY = 262144 };
@@ -111,6 +112,21 @@ static enum rt_status sumsq(struct bench *b)
     double out;
     return RT_OP(&b->d, sumsq, &b->err, .x = b->a, .n = (int64_t)MANY * H, .out = &out);
 }
+
+/* The router's product without the choice: over all rows at once, and over as many as route takes at a time. */
+static enum rt_status product(struct bench *b, int64_t rows)
+{
+    enum rt_status st = RT_OK;
+    for (int64_t t = 0; t < N && st == RT_OK; t += rows) {
+        const struct rt_cuda_gemm_args g = {.a = b->a + 2 * t * H, .b = b->router->data, .d = b->b, .m = t + rows < N ? rows : N - t, .n = E, .k = H,
+                                            .b_t = true, .d_f32 = true};
+        st = rt_cuda_gemm(b->d.q, &g, &b->err);
+    }
+    return st;
+}
+static enum rt_status product_all(struct bench *b) { return product(b, N); }
+static enum rt_status product_wave(struct bench *b) { return product(b, 128 * b->d.dev->sm_count); }
+static enum rt_status product_waves(struct bench *b) { return product(b, 256 * b->d.dev->sm_count); }
 
 static enum rt_status group_make(struct bench *b)
 {
@@ -248,6 +264,9 @@ int main(void)
     measure(&b, "axpy 65536 x 7168", n * 3 * row, axpy, false);
     measure(&b, "sumsq 262144 x 7168, waits", many * row, sumsq, true);
     measure(&b, "route 8 of 256", n * (row + 8 * K), route, false);
+    measure(&b, "  its product, all rows at once", n * (row + 4 * E), product_all, false);
+    measure(&b, "  its product, 128 rows a multiprocessor at a time", n * (row + 4 * E), product_wave, false);
+    measure(&b, "  its product, 256 rows a multiprocessor at a time", n * (row + 4 * E), product_waves, false);
     measure(&b, "moe_sort 65536 x 8, waits", n * K * 12, sort, true);
     measure(&b, "moe_sort 1048576 x 8, waits", 16 * n * K * 12, sort_many, true);
     need(&b, RT_OP(&b.d, moe_sort, &b.err, .ids = b.ids, .perm = b.perm, .offset = b.offset, .n = N, .k = K, .E = E));

@@ -55,7 +55,8 @@ void cuda_quantised_free(struct cuda_pair *p, struct cuda_quantised *q);
 /* |got - want|2 / |want|2 <= bound, also of the worst row of `cols` where row_bound > 0 (rows of norm 0 must be 0). Prints the figure. */
 void cuda_close(const char *what, const float *got, const float *want, int64_t rows, int64_t cols, double bound, double row_bound);
 
-/* Rounding once to bfloat16: 2^-9 at most for each element, 2^-9/sqrt(3) = 1.1e-3 in the mean square; with the sums' own order. */
+/* Rounding once to bfloat16: 2^-8 at most for each element, 1.66e-3 in the mean square over many of them; with the sums' own order. A row that is
+ * made up of a few numbers may come near 2^-8. */
 #define CUDA_BF16_ONCE 2.5e-3
 
 #endif

@@ -78,7 +78,7 @@ static int64_t compare_routes(const struct route *c, const int32_t *ids, const f
     }
     print_message("    route %d of %d, %d of %d groups, H %d: %d of %d rows differ, weights %.1e\n", c->k, c->E, c->topk_group, c->n_group, c->H,
                   (int)differ, (int)c->n, worst);
-    assert_true(worst <= 1e-4); /* float32 sums of H products on tensor cores, which cut instead of rounding: H/16 times 2^-24 of z, to 6 */
+    assert_true(worst <= 2e-5); /* float32 sums of H products, z to 6, then exp: 4e-6 was seen */
     return differ;
 }
 
@@ -102,8 +102,8 @@ static void route_case(struct cuda_pair *p, const struct route *c)
     cuda_get(p, ids, di, (size_t)size * sizeof *ids);
     cuda_get(p, weight, dw, (size_t)size * sizeof *weight);
     const int64_t differ = compare_routes(c, ids, weight, want_ids, want);
-    /* neighbours among 256 choices lie 4e-3 apart; an error of 1e-5 turns one of a token's dozen decisions once in 30 tokens */
-    assert_true(differ <= (c->ties ? 0 : 1 + n / 30));
+    /* neighbours among 256 choices lie 4e-3 apart; an error of 1e-6 turns one of a token's dozen decisions once in 300 tokens */
+    assert_true(differ <= (c->ties ? 0 : 1 + n / 300));
     cuda_weight_free(p, &w);
     cuda_weight_free(p, &bias);
     cuda_free(p, dx);

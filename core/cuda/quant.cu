@@ -1,6 +1,6 @@
 /* Element-wise rows with an e4m3 form: quant, swiglu_fwd, and the gating of a group of experts (moe_rows.h).
  *
- * A block takes 4 rows, each thread the same vector of all four: four or eight loads in flight, and the four scales of a column block are one
+ * A block takes up to 256 vectors of 4 rows, each thread the same vector of all four: four or eight loads in flight, and the four scales of a column block are one
  * store of 16 bytes (rows of scales lie a multiple of 4 apart). Rows behind the last are written as zeros without reading. Codes are made of
  * the bf16-rounded value (quant.cuh).
  */
@@ -19,7 +19,7 @@ struct gate {
     float *scale;
     const int4 *group;     /* rows of a group (struct rt_cuda_moe_group), or NULL */
     int64_t n, rows, ld;   /* h has n rows; codes have `rows`, a multiple of 4 */
-    int cols;
+    int cols, turns;       /* turns: blocks that share 4 rows */
 };
 
 /* Where a row's scales begin, and how far apart they are. */
@@ -66,42 +66,40 @@ __device__ __forceinline__ void load_rows(const struct gate &p, int64_t row0, in
 template <bool GLU, bool Q>
 __global__ void __launch_bounds__(256) tile_kernel(const __grid_constant__ struct gate p)
 {
-    const int64_t row0 = (int64_t)blockIdx.x * ROWS;
-    const int nv = p.cols / VEC;
+    const unsigned tile = blockIdx.x / (unsigned)p.turns, turn = blockIdx.x - tile * (unsigned)p.turns;
+    const int64_t row0 = (int64_t)tile * ROWS;
+    const int nv = p.cols / VEC, c = (int)(turn * blockDim.x + threadIdx.x);
     unsigned live = 0;
+    uint4 x[ROWS], u[GLU ? ROWS : 1];
+    float scale[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
         live |= (row0 + r < p.rows && place_of(p, row0 + r).live ? 1u : 0u) << r;
     const struct place at = place_of(p, row0);
-    for (int c0 = 0; c0 < nv; c0 += (int)blockDim.x) { /* every thread makes every turn: a block's amax is of all its lanes */
-        const int c = c0 + (int)threadIdx.x;
-        uint4 x[ROWS], u[GLU ? ROWS : 1];
-        float scale[ROWS];
-        load_rows<GLU>(p, row0, c, c < nv ? live : 0, x, u);
+    load_rows<GLU>(p, row0, c, c < nv ? live : 0, x, u);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float v[VEC], w[VEC];
-            if (GLU) {
-                unpack(x[r], v);
-                unpack(u[r], w);
-#pragma unroll
-                for (int j = 0; j < VEC; j++)
-                    v[j] = gated(v[j], w[j]);
-                x[r] = pack(v);
-                if (p.h != NULL && c < nv && row0 + r < p.n)
-                    *(uint4 *)(p.h + (row0 + r) * p.cols + (int64_t)c * VEC) = x[r];
-            }
-            if (!Q)
-                continue;
+    for (int r = 0; r < ROWS; r++) {
+        float v[VEC], w[VEC];
+        if (GLU) {
             unpack(x[r], v);
-            const struct qscale q = quant_scale(block_amax(vector_amax(v)));
-            scale[r] = live >> r & 1 ? q.s : 0.0f;
-            if (c < nv)
-                *(uint2 *)(p.code + (row0 + r) * p.cols + (int64_t)c * VEC) = code8(v, q); /* of zeros: zeros */
+            unpack(u[r], w);
+#pragma unroll
+            for (int j = 0; j < VEC; j++)
+                v[j] = gated(v[j], w[j]);
+            x[r] = pack(v);
+            if (p.h != NULL && c < nv && row0 + r < p.n)
+                *(uint4 *)(p.h + (row0 + r) * p.cols + (int64_t)c * VEC) = x[r];
         }
-        if (Q && c < nv && c % QLANES == 0)
-            *(float4 *)(at.scale + (int64_t)(c / QLANES) * at.ld) = make_float4(scale[0], scale[1], scale[2], scale[3]);
+        if (!Q)
+            continue;
+        unpack(x[r], v);
+        const struct qscale q = quant_scale(block_amax(vector_amax(v)));
+        scale[r] = live >> r & 1 ? q.s : 0.0f;
+        if (c < nv)
+            *(uint2 *)(p.code + (row0 + r) * p.cols + (int64_t)c * VEC) = code8(v, q); /* of zeros: zeros */
     }
+    if (Q && c < nv && c % QLANES == 0)
+        *(float4 *)(at.scale + (int64_t)(c / QLANES) * at.ld) = make_float4(scale[0], scale[1], scale[2], scale[3]);
 }
 
 /* Any width and alignment: a warp for each row and chunk of 128 columns, four single elements a thread. */
@@ -137,20 +135,25 @@ __global__ void __launch_bounds__(32 * SLOW_WARPS) chunk_kernel(const __grid_con
 }
 
 template <bool GLU>
-void launch(const struct gate &p, cudaStream_t stream)
+enum rt_status launch(struct gate p, const char *op, cudaStream_t stream, struct rt_err *err)
 {
     const bool vectors = p.cols % VEC == 0 && p.ld % VEC == 0 && aligned16(p.x) && aligned16(p.up) && aligned16(p.h) && aligned16(p.code) &&
                          aligned16(p.scale);
     if (!vectors) {
         chunk_kernel<GLU><<<(unsigned)((p.rows + SLOW_WARPS - 1) / SLOW_WARPS), dim3(32, SLOW_WARPS), 0, stream>>>(p);
-        return;
+        return rt_cuda_launched(op, err);
     }
-    const int nv = p.cols / VEC, turns = (nv + 255) / 256;
-    const unsigned threads = (unsigned)(((nv + turns - 1) / turns + 31) / 32 * 32), grid = (unsigned)((p.rows + ROWS - 1) / ROWS);
+    const int nv = p.cols / VEC;
+    p.turns = (nv + 255) / 256;
+    const unsigned threads = (unsigned)(((nv + p.turns - 1) / p.turns + 31) / 32 * 32);
+    const int64_t grid = (p.rows + ROWS - 1) / ROWS * p.turns;
+    if (grid > INT32_MAX)
+        return rt_fail(err, RT_SHAPE, "%s: %lld rows of %d columns", op, (long long)p.rows, p.cols);
     if (!GLU || p.code != NULL)
-        tile_kernel<GLU, true><<<grid, threads, 0, stream>>>(p);
+        tile_kernel<GLU, true><<<(unsigned)grid, threads, 0, stream>>>(p);
     else
-        tile_kernel<true, false><<<grid, threads, 0, stream>>>(p);
+        tile_kernel<true, false><<<(unsigned)grid, threads, 0, stream>>>(p);
+    return rt_cuda_launched(op, err);
 }
 
 enum rt_status check(const char *op, int64_t n, int64_t cols, bool quantised, struct rt_err *err)
@@ -177,8 +180,7 @@ enum rt_status rt_cuda_quant(struct rt_dev *, struct rt_queue *q, const struct r
     p.rows = rt_act_rows(a->n);
     p.ld = ld_or(a->ldx, a->cols);
     p.cols = (int)a->cols;
-    launch<false>(p, q->stream);
-    return rt_cuda_launched("quant", err);
+    return launch<false>(p, "quant", q->stream, err);
 }
 
 enum rt_status rt_cuda_swiglu_fwd(struct rt_dev *, struct rt_queue *q, const struct rt_swiglu_fwd_args *a, struct rt_err *err)
@@ -197,8 +199,7 @@ enum rt_status rt_cuda_swiglu_fwd(struct rt_dev *, struct rt_queue *q, const str
     p.rows = quantised ? rt_act_rows(a->n) : a->n;
     p.ld = ld_or(a->ld, a->I);
     p.cols = (int)a->I;
-    launch<true>(p, q->stream);
-    return rt_cuda_launched("swiglu_fwd", err);
+    return launch<true>(p, "swiglu_fwd", q->stream, err);
 }
 
 enum rt_status rt_cuda_moe_swiglu(struct rt_queue *q, const struct rt_cuda_moe_group *g, const void *gate, const void *up, int64_t ld,
@@ -220,6 +221,5 @@ enum rt_status rt_cuda_moe_swiglu(struct rt_queue *q, const struct rt_cuda_moe_g
     p.n = p.rows = g->rows;
     p.ld = ld_or(ld, I);
     p.cols = I;
-    launch<true>(p, q->stream);
-    return rt_cuda_launched("swiglu of a group of experts", err);
+    return launch<true>(p, "swiglu of a group of experts", q->stream, err);
 }

@@ -6,6 +6,7 @@
  * Lane l holds the experts l*per .. l*per + per-1, so that among equal choices the lowest lane's, and there the first, is the smaller id. A choice
  * is compared as an integer of the same order (choice_key); 0 is a place without an expert, or one already taken.
  */
+#include "core/cuda/convert.h"
 #include "core/cuda/cuda.h"
 #include "core/cuda/gemm.h"
 #include "core/cuda/rows.cuh"
@@ -16,7 +17,7 @@ enum { WARPS = 4, MOST_EXPERTS = 1024, MOST_GROUPS = 32, CHUNK_ROWS = 128 }; /* 
 
 struct choose {
     const float *z;
-    struct vec8::vector bias; /* data NULL: none */
+    const float *bias; /* [E] */
     int32_t *ids;
     float *weight;
     int64_t n;
@@ -27,35 +28,44 @@ struct choose {
 
 __device__ __forceinline__ uint32_t choice_key(float v)
 {
-    const uint32_t u = __float_as_uint(v);
-    return max(u >> 31 ? ~u : u | 0x80000000u, 1u);
+    const int32_t u = __float_as_int(v);
+    return max((uint32_t)u ^ ((uint32_t)(u >> 31) | 0x80000000u), 1u);
 }
 
-/* score = sigmoid(z), or exp(z - top) / total */
-__device__ __forceinline__ float score_of(const struct choose &p, float z, float top, float total)
+/* 1 / v to within an ulp; 0 of infinity. */
+__device__ __forceinline__ float reciprocal(float v)
 {
-    return p.sigmoid ? __fdividef(1.0f, 1.0f + expf(-z)) : __fdividef(expf(z - top), total);
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
 }
 
+/* score = sigmoid(z), or exp(z - top) * share with share = 1 / sum exp(z - top). Errors of an ulp or two, less than those of z. */
+__device__ __forceinline__ float score_of(const struct choose &p, float z, float top, float share)
+{
+    return p.sigmoid ? reciprocal(1.0f + __expf(-z)) : __expf(z - top) * share;
+}
+
+/* x[i] = row[lane * per + i] for those that exist, else `other`. */
 template <int PER>
-__device__ __forceinline__ void load_scores(const struct choose &p, const float *z, float (&x)[PER])
+__device__ __forceinline__ void load_lane(const struct choose &p, const float *row, float other, float (&x)[PER])
 {
-    const int lane = (int)threadIdx.x, first = lane * p.per;
+    const int first = (int)threadIdx.x * p.per;
     if (PER % 4 == 0 && p.per == PER && p.E == 32 * PER) { /* rows are then multiples of 16 bytes */
 #pragma unroll
         for (int i = 0; i + 3 < PER; i += 4) {
-            const float4 v = *(const float4 *)(z + first + i);
+            const float4 v = *(const float4 *)(row + first + i);
             x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
         }
         return;
     }
 #pragma unroll
     for (int i = 0; i < PER; i++)
-        x[i] = i < p.per && first + i < p.E ? z[first + i] : -INFINITY;
+        x[i] = i < p.per && first + i < p.E ? row[first + i] : other;
 }
 
 template <int PER>
-__device__ __forceinline__ void softmax_terms(const float (&z)[PER], float &top, float &total)
+__device__ __forceinline__ void softmax_terms(const float (&z)[PER], float &top, float &share)
 {
     float most = -INFINITY, sum = 0;
 #pragma unroll
@@ -64,8 +74,8 @@ __device__ __forceinline__ void softmax_terms(const float (&z)[PER], float &top,
     top = warp_max(most);
 #pragma unroll
     for (int i = 0; i < PER; i++)
-        sum += expf(z[i] - top);
-    total = warp_sum(sum);
+        sum += __expf(z[i] - top);
+    share = 1.0f / warp_sum(sum);
 }
 
 __device__ __forceinline__ void take_best(float v, float &best, float &second)
@@ -120,16 +130,15 @@ __device__ __forceinline__ int take_greatest(uint32_t (&key)[PER], uint32_t &mos
     const uint32_t top = __reduce_max_sync(0xffffffffu, most);
     const int holder = __ffs((int)__ballot_sync(0xffffffffu, most == top)) - 1;
     int at = 0;
-    if (lane == holder) {
+    bool open = lane == holder; /* the first of equals is still to come */
+    most = 0;
 #pragma unroll
-        for (int i = PER - 1; i >= 0; i--)
-            at = key[i] == top ? i : at;
-        most = 0;
-#pragma unroll
-        for (int i = 0; i < PER; i++) {
-            key[i] = i == at ? 0 : key[i];
-            most = max(most, key[i]);
-        }
+    for (int i = 0; i < PER; i++) {
+        const bool hit = open && key[i] == top;
+        open = open && key[i] != top;
+        at = hit ? i : at;
+        key[i] = hit ? 0 : key[i];
+        most = max(most, key[i]);
     }
     return holder * per + __shfl_sync(0xffffffffu, at, holder);
 }
@@ -143,21 +152,15 @@ __global__ void __launch_bounds__(32 * WARPS) choose_kernel(const __grid_constan
     if (t >= p.n)
         return;
     const float *z = p.z + t * p.E;
-    float x[PER], top = 0, total = 1;
+    float x[PER], bias[PER], top = 0, share = 1;
     uint32_t key[PER], most = 0;
-    load_scores(p, z, x);
+    load_lane(p, z, -INFINITY, x);
+    load_lane(p, p.bias, 0.0f, bias);
     if (!p.sigmoid)
-        softmax_terms(x, top, total);
+        softmax_terms(x, top, share);
 #pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int e = lane * p.per + i;
-        x[i] = score_of(p, x[i], top, total);
-        if (p.bias.data != NULL && i < p.per && e < p.E) {
-            float b;
-            vec8::load_vector<1>(p.bias, e, &b);
-            x[i] += b;
-        }
-    }
+    for (int i = 0; i < PER; i++)
+        x[i] = score_of(p, x[i], top, share) + bias[i];
     const unsigned kept = p.n_group > 1 ? kept_groups(p, x, rows[threadIdx.y]) : 1;
     const int size = p.n_group > 1 ? p.E / p.n_group : p.E;
     int group = lane * p.per / size, left = (group + 1) * size - lane * p.per; /* experts up to the next group */
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(32 * WARPS) choose_kernel(const __grid_constan
         const int taken = take_greatest(key, most, p.per);
         id = lane == j ? taken : id;
     }
-    const float score = lane < p.k ? score_of(p, z[id], top, total) : 0.0f;
+    const float score = lane < p.k ? score_of(p, z[id], top, share) : 0.0f;
     float sum = 0;
     for (int j = 0; j < p.k; j++)
         sum += __shfl_sync(0xffffffffu, score, j);
@@ -220,6 +223,25 @@ enum rt_status check(const struct rt_route_args *a, struct rt_err *err)
     return rt_cuda_weight_check(a->w, "route", a->E, a->H, false, err);
 }
 
+/* *bias = the bias as float32: as it lies there, or a temporary of its converted elements, or of zeros. */
+enum rt_status bias_f32(struct rt_queue *q, const struct rt_route_args *a, const float **bias, float **temp, struct rt_err *err)
+{
+    const size_t bytes = (size_t)a->E * sizeof **temp;
+    enum rt_status st = RT_OK;
+    if (a->bias != NULL && a->bias->dtype == RT_F32 && aligned16(a->bias->data)) {
+        *bias = (const float *)a->bias->data;
+        goto out;
+    }
+    RT_TRY(rt_cuda_temp(q, bytes, temp, err));
+    *bias = *temp;
+    if (a->bias == NULL)
+        RT_CUDA_TRY(cudaMemsetAsync(*temp, 0, bytes, q->stream));
+    else
+        RT_TRY(rt_cuda_convert_dtype(q, a->bias->data, a->bias->dtype, *temp, RT_F32, a->E, err));
+out:
+    return st;
+}
+
 }
 
 enum rt_status rt_cuda_route(struct rt_dev *dev, struct rt_queue *q, const struct rt_route_args *a, struct rt_err *err)
@@ -227,7 +249,7 @@ enum rt_status rt_cuda_route(struct rt_dev *dev, struct rt_queue *q, const struc
     const int64_t chunk = (int64_t)CHUNK_ROWS * dev->sm_count < a->n ? (int64_t)CHUNK_ROWS * dev->sm_count : a->n;
     struct rt_cuda_gemm_args g = {};
     struct choose p = {};
-    float *z = NULL;
+    float *z = NULL, *bias = NULL;
     const void *w;
     void *w_temp = NULL;
     enum rt_status st;
@@ -236,7 +258,7 @@ enum rt_status rt_cuda_route(struct rt_dev *dev, struct rt_queue *q, const struc
         goto out;
     RT_TRY(rt_cuda_weight_bf16(q, a->w, &w, &w_temp, err));
     RT_TRY(rt_cuda_temp(q, (size_t)chunk * (size_t)a->E * sizeof *z, &z, err));
-    p.bias = vec8::vector_of(a->bias);
+    RT_TRY(bias_f32(q, a, &p.bias, &bias, err));
     p.E = a->E;
     p.k = a->k;
     p.per = (a->E + 31) / 32;
@@ -263,6 +285,7 @@ enum rt_status rt_cuda_route(struct rt_dev *dev, struct rt_queue *q, const struc
     }
 out:
     rt_cuda_temp_free(q, z);
+    rt_cuda_temp_free(q, bias);
     rt_cuda_temp_free(q, w_temp);
     return st;
 }

@@ -39,6 +39,7 @@ static inline struct row_shape row_shape_of(int64_t nv, int most_lanes)
 {
     struct row_shape best = {0, 0, 0};
     int64_t least = INT64_MAX;
+    nv = nv < 1 ? 1 : nv;
     for (int each = 1; each <= 4; each++) {
         const int64_t lanes = ((nv + each - 1) / each + 31) / 32 * 32;
         if (lanes > most_lanes || lanes * each > least)
