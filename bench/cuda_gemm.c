@@ -414,6 +414,16 @@ static enum rt_status head(const struct rt_device *d, int k, struct rt_err *err)
     a.next_rank = (uint32_t *)(void *)(a.next_logprob + N);
     RT_TRY(measure(d, call_head, &a, &ms, err));
     printf("  head_topk, k %-21d %7d x %6d x %6d  %8.3f ms  %6.0f TFLOP/s  %.2f us a row\n", k, N, V, H, ms, 2.0 * N * V * H / ms * 1e-9, ms * 1e3 / N);
+    struct rt_head_topk_args part = a;
+    part.k = 0;
+    part.topk_ids = NULL;
+    RT_TRY(measure(d, call_head, &part, &ms, err));
+    report("sums and rank alone", N, V, H, 2.0 * N * V * H, ms, 990);
+    part = a;
+    part.n_lse = 0;
+    part.next = NULL;
+    RT_TRY(measure(d, call_head, &part, &ms, err));
+    report("the best alone", N, V, H, 2.0 * N * V * H, ms, 990);
     struct rt_linear_fwd_args l = {.x = {x, NULL}, .w = w.w, .y = z, .n = N, .K = H, .N = V, .y_f32 = true};
     RT_TRY(measure(d, call_forward, &l, &ms, err));
     report("its product alone", N, V, H, 2.0 * N * V * H, ms, 990);

@@ -5,6 +5,7 @@
 #include "core/cuda/gemm_kernels.h"
 #include "core/cuda/group8.h"
 #include "core/cuda/lt.h"
+#include "core/cuda/skinny.h"
 
 enum { BLOCK = 128 };
 
@@ -122,27 +123,21 @@ static enum rt_status call(struct rt_queue *q, const struct rt_cuda_gemm8_args *
     return rt_cuda_lt_matmul(q, &c, done, err);
 }
 
-/* The last n % 4 rows, as a product of 4 in memory of its own. */
-static enum rt_status tail(struct rt_queue *q, const struct rt_cuda_gemm8_args *g, const float *w_scale, int64_t first, bool *done, struct rt_err *err)
+/* The last n % 4 rows, by the products of few rows. */
+static enum rt_status tail(struct rt_queue *q, const struct rt_cuda_gemm8_args *g, int64_t first, bool *done, struct rt_err *err)
 {
-    const int64_t left = g->n - first, blocks = g->K / BLOCK;
-    const size_t size = g->y_f32 ? 4 : 2, codes = (size_t)g->K * 4, scales = (size_t)blocks * 4 * sizeof(float), row = (size_t)g->N * size;
-    char *y = (char *)g->y + (size_t)(first * g->ldy) * size, *temp = NULL, *ty;
-    float *ts;
+    const int64_t blocks = g->K / BLOCK;
+    char *y = (char *)g->y + (size_t)(first * g->ldy) * (g->y_f32 ? 4 : 2);
+    struct rt_linear_fwd_args a = {.x = {(char *)g->x.data + first * g->K, NULL}, .w = g->w, .y = y, .ldy = g->ldy, .n = g->n - first, .K = g->K,
+                                   .N = g->N, .accumulate = g->accumulate, .y_f32 = g->y_f32};
     enum rt_status st;
-    RT_TRY(rt_cuda_temp(q, codes + scales + row * 4, &temp, err));
-    ts = (float *)(void *)(temp + codes);
-    ty = temp + codes + scales;
-    RT_CUDA_TRY(cudaMemcpyAsync(temp, (const char *)g->x.data + first * g->K, (size_t)(left * g->K), cudaMemcpyDeviceToDevice, q->stream));
-    RT_CUDA_TRY(cudaMemsetAsync(temp + left * g->K, 0, (size_t)((4 - left) * g->K), q->stream));
-    RT_TRY(rt_cuda_copy_scales(q, g->x.scale + first, g->x_scale_ld, ts, 4, left, blocks, err));
-    if (g->accumulate) /* the rows added start from anything: no one reads them */
-        RT_CUDA_TRY(cudaMemcpy2DAsync(ty, row, y, (size_t)g->ldy * size, row, (size_t)left, cudaMemcpyDeviceToDevice, q->stream));
-    RT_TRY(call(q, g, w_scale, temp, ts, 4, ty, g->N, done, err));
+    RT_TRY(rt_cuda_temp(q, (size_t)blocks * 4 * sizeof(float), &a.x.scale, err));
+    RT_TRY(rt_cuda_copy_scales(q, g->x.scale + first, g->x_scale_ld, a.x.scale, 4, a.n, blocks, err));
+    *done = rt_cuda_skinny_linear_fits(&a);
     if (*done)
-        RT_CUDA_TRY(cudaMemcpy2DAsync(y, (size_t)g->ldy * size, ty, row, row, (size_t)left, cudaMemcpyDeviceToDevice, q->stream));
+        RT_TRY(rt_cuda_skinny_linear(q->dev, q, &a, err));
 out:
-    rt_cuda_temp_free(q, temp);
+    rt_cuda_temp_free(q, a.x.scale);
     return st;
 }
 
@@ -173,7 +168,7 @@ static enum rt_status product_scaled(struct rt_queue *q, const struct rt_cuda_ge
         *rows = done ? whole : 0;
     }
     if (done && whole < g->n) {
-        RT_TRY(tail(q, g, w_scale, whole, &done, err));
+        RT_TRY(tail(q, g, whole, &done, err));
         *rows = done ? g->n : whole;
     }
 out:

@@ -14,8 +14,8 @@
 namespace {
 
 enum {
-    THREADS = 512, SUMS = 9 /* temperatures and 1 */, CANDIDATES = 4096, MOST_ROWS = 2048,
-    LARGEST_K = 2048
+    THREADS = 512, FAR = 4 /* vectors that a thread reads ahead */, SUMS = 9 /* temperatures and 1 */,
+    CANDIDATES = 4096, MOST_ROWS = 2048, LARGEST_K = 2048
 };
 
 struct outputs {
@@ -115,26 +115,62 @@ struct shared {
     uint64_t candidate[CANDIDATES];
 };
 
-/* First reading: p, *rank of this thread's part. */
+/* Calls f(v, e) for this thread's share of the row: FAR vectors of four logits at a time, those of ids v + 4 THREADS u + j. Ids that do not exist
+ * count as -inf, which adds nothing anywhere. */
+template <class F>
+__device__ void for_share(const float *z, int n_ids, F f)
+{
+    const int whole = n_ids / 4 * 4;
+    for (int v = threadIdx.x * 4; v < n_ids; v += THREADS * 4 * FAR) {
+        float e[FAR][4];
+#pragma unroll
+        for (int u = 0; u < FAR; u++) {
+            const int at = v + THREADS * 4 * u;
+            const float4 q = at < n_ids ? load4(z, at) : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+            e[u][0] = q.x;
+            e[u][1] = q.y;
+            e[u][2] = q.z;
+            e[u][3] = q.w;
+            if (at == whole) /* the last vector is not whole */
+#pragma unroll
+                for (int j = 1; j < 4; j++)
+                    e[u][j] = at + j < n_ids ? e[u][j] : -INFINITY;
+        }
+        f(v, e);
+    }
+}
+
+__device__ float greatest(const float (&e)[FAR][4])
+{
+    float max = -INFINITY;
+#pragma unroll
+    for (int u = 0; u < FAR; u++)
+        max = fmaxf(max, fmaxf(fmaxf(e[u][0], e[u][1]), fmaxf(e[u][2], e[u][3])));
+    return max;
+}
+
+/* First reading: p, and how many logits of this thread's share come before `next`. */
 template <int S>
 __device__ void read_row(const float *z, const outputs &o, int next, bool exists, part<S> &p, uint32_t &rank)
 {
-    const float at = exists ? z[next] : INFINITY; /* nothing is greater, and no id is below -1 */
-    for (int v = threadIdx.x * 4; v < o.n_ids; v += THREADS * 4) {
-        const float4 f = load4(z, v);
-        float e[4] = {f.x, f.y, f.z, f.w};
-#pragma unroll
-        for (int j = 1; j < 4; j++)
-            e[j] = v + j < o.n_ids ? e[j] : -INFINITY; /* adds 0 to each sum */
-        const float max = fmaxf(fmaxf(e[0], e[1]), fmaxf(e[2], e[3]));
+    /* a logit comes before by being greater; with a smaller id, by being greater than the float below */
+    const float at = exists ? z[next] : INFINITY, below = exists ? nextafterf(at, -INFINITY) : INFINITY;
+    for_share(z, o.n_ids, [&](int v, const float (&e)[FAR][4]) {
+        const float max = greatest(e);
         if (max > p.max)
             raise(p, o, max);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            rank += e[j] > at || (e[j] == at && v + j < next);
-            add(p, o, e[j]);
+        for (int u = 0; u < FAR; u++) {
+            const float least = v + THREADS * 4 * u + 3 < next ? below : at;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                rank += e[u][j] > least;
+                add(p, o, e[u][j]);
+            }
         }
-    }
+    });
+    if (exists && threadIdx.x < next % 4) /* in the vector of next: equal logits of smaller ids */
+        rank += z[next / 4 * 4 + threadIdx.x] == at;
 }
 
 /* Merges the threads' parts into p and rank of thread 0. */
@@ -188,22 +224,25 @@ __device__ void write_sums(const outputs &o, const part<S> &p, uint32_t rank, in
 /* Logits of keys >= bound into s.candidate; s.count of them, of which the first CANDIDATES are kept. */
 __device__ void collect(shared &s, const float *z, const outputs &o, uint32_t bound)
 {
+    const float least = logit_of(bound);
     if (threadIdx.x == 0)
         s.count = 0;
     __syncthreads();
-    for (int v = threadIdx.x * 4; v < o.n_ids; v += THREADS * 4) {
-        const float4 f = load4(z, v);
-        const float e[4] = {f.x, f.y, f.z, f.w};
+    for_share(z, o.n_ids, [&](int v, const float (&e)[FAR][4]) {
+        if (greatest(e) < least)
+            return;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint32_t key = key_of(e[j]);
-            if (v + j < o.n_ids && key >= bound) {
-                const int at = atomicAdd(&s.count, 1);
-                if (at < CANDIDATES)
-                    s.candidate[at] = (uint64_t)key << 32 | (uint32_t)~(uint32_t)(v + j);
+        for (int u = 0; u < FAR; u++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int id = v + THREADS * 4 * u + j;
+                if (id < o.n_ids && e[u][j] >= least) {
+                    const int at = atomicAdd(&s.count, 1);
+                    if (at < CANDIDATES)
+                        s.candidate[at] = (uint64_t)key_of(e[u][j]) << 32 | (uint32_t)~(uint32_t)id;
+                }
             }
-        }
-    }
+    });
     __syncthreads();
 }
 
@@ -246,6 +285,8 @@ __device__ void collect_exact(shared &s, const float *z, const outputs &o)
 {
     exact_bound(s, z, o);
     const uint32_t bound = s.prefix;
+    for (int i = threadIdx.x; i < o.k; i += THREADS)
+        s.candidate[i] = 0; /* where logits are NaN, not all places are taken */
     if (bound != ~0u)
         collect(s, z, o, bound + 1);
     else if (threadIdx.x == 0)
@@ -298,7 +339,7 @@ __device__ void top_k(shared &s, const float *z, const outputs &o, int64_t row, 
 
 /* One row a block; row0: of the first row among the outputs. S sums: those wanted, or more. */
 template <int S>
-__global__ void __launch_bounds__(THREADS) head_rows(const float *__restrict__ logits, int64_t ld, int64_t row0, outputs o)
+__global__ void __launch_bounds__(THREADS, 2) head_rows(const float *__restrict__ logits, int64_t ld, int64_t row0, outputs o)
 {
     extern __shared__ __align__(16) unsigned char memory[];
     shared &s = *reinterpret_cast<shared *>(memory);
