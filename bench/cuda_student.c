@@ -35,7 +35,8 @@ struct bench {
     int64_t H, I, V, n;
     int heads, head_dim, k;
     enum rt_dtype moment;
-    bool norm, f32, forward_only;
+    enum rt_dtype logits;
+    bool norm, forward_only;
     double T;
     struct rt_err err;
 };
@@ -144,7 +145,7 @@ static struct rt_head_loss_args loss_args(const struct bench *b)
 static enum rt_status head_loss(struct bench *b)
 {
     const struct rt_head_loss_args a = loss_args(b);
-    return rt_cuda_head_loss_as(b->d.dev, b->d.q, &a, b->f32, &b->err);
+    return rt_cuda_head_loss_as(b->d.dev, b->d.q, &a, b->logits, &b->err);
 }
 
 /* The row kernel alone, on what happens to lie there: 1024 rows. */
@@ -152,7 +153,7 @@ static enum rt_status loss_rows(struct bench *b)
 {
     const struct rt_head_loss_args a = loss_args(b);
     const int64_t ldz = (b->V + 7) / 8 * 8;
-    const struct rt_cuda_logits t = {.z = b->b, .dz = b->f32 ? b->a + GIB : b->b, .ldz = ldz, .row0 = 0, .rows = 1024, .f32 = b->f32};
+    const struct rt_cuda_logits t = {.z = b->b, .dz = b->logits == RT_F32 ? b->a + GIB : b->b, .ldz = ldz, .row0 = 0, .rows = 1024, .type = b->logits};
     return rt_cuda_loss_rows(b->d.q, &a, &t, &b->err);
 }
 
@@ -269,18 +270,19 @@ static void losses_of(struct bench *b, int64_t H)
     b->H = H;
     b->V = 151936;
     weight(b, b->V, H);
-    for (int f32 = 0; f32 < 2; f32++) {
-        b->f32 = f32;
+    for (int t = 0; t < 3; t++) {
+        const enum rt_dtype types[] = {RT_BF16, RT_F16, RT_F32};
+        b->logits = types[t];
         for (int i = 0; i < 4; i++) {
             b->k = i > 0 ? K : 0;
             b->T = i == 2 ? 2 : 1;
             b->forward_only = i == 3;
-            snprintf(what, sizeof what, "head %ld, %s logits, %s%s", (long)H, f32 ? "F32" : "BF16", i == 0 ? "CE" : i == 2 ? "CE + KL T 2" : "CE + KL",
+            snprintf(what, sizeof what, "head %ld, %s logits, %s%s", (long)H, rt_dtype_name(b->logits), i == 0 ? "CE" : i == 2 ? "CE + KL T 2" : "CE + KL",
                      i == 3 ? ", forward" : "");
             measure_loss(b, what);
             if (i < 3) {
                 snprintf(what, sizeof what, "  its row kernel on 1024 rows");
-                measure(b, what, (f32 ? 10.0 : 6.0) * 1024 * (double)b->V, loss_rows);
+                measure(b, what, (b->logits == RT_F32 ? 10.0 : 6.0) * 1024 * (double)b->V, loss_rows);
             }
         }
     }

@@ -40,7 +40,8 @@ struct loss_case {
     enum rt_tail tail;
     float spread;     /* standard deviation of the logits */
     int64_t scratch;  /* bytes; 0: as the device has it */
-    bool bf16, only_ce;
+    enum rt_dtype logits; /* from 1024 rows on the operation chooses: F16, and F32 for a forward alone */
+    bool only_ce;
 };
 
 struct loss_data {
@@ -98,11 +99,17 @@ struct rows_out {
 static enum rt_status run_loss(struct rt_device *dev, const struct loss_case *c, const struct rt_head_loss_args *a, struct rt_err *err)
 {
 #ifdef RT_CUDA
-    if (c->bf16 && dev->be == &rt_backend_cuda)
-        return rt_cuda_head_loss_as(dev->dev, dev->q, a, false, err);
+    if (c->logits != RT_F32 && c->n < 1024 && dev->be == &rt_backend_cuda)
+        return rt_cuda_head_loss_as(dev->dev, dev->q, a, c->logits, err);
 #endif
     (void)c;
     return dev->be->head_loss(dev->dev, dev->q, a, err);
+}
+
+/* float32 logits: a sum over H in another order, 2^x to 2^-22. Others: half a unit of the last bit, 2^-9 (F16: 2^-12) of |z| up to 5 spreads. */
+static double logit_error(const struct loss_case *c)
+{
+    return c->logits == RT_F32 ? 0 : (c->logits == RT_BF16 ? 0x1p-9 : 0x1p-12) * c->spread;
 }
 
 static void compare_loss(struct cuda_pair *p, const struct loss_case *c, const struct rows_out *want, const struct rows_out *gpu, float *got, float *got_dw)
@@ -110,8 +117,7 @@ static void compare_loss(struct cuda_pair *p, const struct loss_case *c, const s
     const size_t n = (size_t)c->n;
     double *row = memory(n, sizeof *row);
     uint8_t *hit = memory(n, 1);
-    /* float32 logits: a sum over H in another order, 2^x to 2^-22. BF16 logits: half a unit of the last bit, 2^-9 of |z| up to 4 spreads. */
-    const double bound = c->bf16 ? 0x1p-9 * 5 * c->spread : 2e-5, grad = c->bf16 ? 0x1p-9 * 3 * c->spread : 2 * CUDA_BF16_ONCE;
+    const double bound = 5 * logit_error(c) + 2e-5, grad = 3 * logit_error(c) + 2 * CUDA_BF16_ONCE;
     const struct { const char *name; const double *dev, *want; } each[] = {
         {"  ce", gpu->ce, want->ce}, {"  kl", gpu->kl, want->kl}, {"  teacher mass", gpu->tm, want->tm}, {"  student mass", gpu->sm, want->sm}};
     for (int i = 0; i < 4; i++) {
@@ -119,7 +125,7 @@ static void compare_loss(struct cuda_pair *p, const struct loss_case *c, const s
         close_rows(each[i].name, row, each[i].want, c->n, i == 1 ? bound * c->T * c->T + 1e-5 : bound);
     }
     cuda_get(p, hit, gpu->hit, n);
-    for (size_t i = 0; i < n && !c->bf16; i++)
+    for (size_t i = 0; i < n && c->logits == RT_F32; i++)
         if (hit[i] != want->hit[i])
             fail_msg("row %zu: hit %d, expected %d", i, hit[i], want->hit[i]);
     cuda_get_act(p, got, gpu->dx, c->n * c->H);
@@ -153,7 +159,7 @@ static void one_loss(struct cuda_pair *p, const struct loss_case *c)
                                                DEV(p, uint8_t, c->n), cuda_act(p, NULL, c->n * c->H), NULL};
     float *got = memory((size_t)(c->n * c->H), sizeof *got), *got_dw = memory((size_t)(c->V * c->H), sizeof *got_dw);
     print_message("  %ld x %ld x %ld, k %d, T %g, %s, spread %g%s\n", (long)c->n, (long)c->H, (long)c->V, c->k, c->T,
-                  c->tail == RT_TAIL_BUCKET ? "bucket" : "renorm", c->spread, c->bf16 ? ", BF16 logits" : "");
+                  c->tail == RT_TAIL_BUCKET ? "bucket" : "renorm", c->spread, c->logits == RT_BF16 ? ", BF16 logits" : c->logits == RT_F16 ? ", F16 logits" : "");
     cuda_random(want.dw, c->V * c->H, 3, 1e-3f);
     gpu.dw = cuda_act(p, want.dw, c->V * c->H);
     struct rt_head_loss_args a = {.x = d.x, .w = d.w.ref, .dx = want.dx, .dw = want.dw, .n = c->n, .H = c->H, .V = c->V, .label = d.label, .k = c->k,
@@ -175,7 +181,7 @@ static void one_loss(struct cuda_pair *p, const struct loss_case *c)
     assert_ok(run_loss(&p->gpu, c, &a, &err));
     cuda_get(p, a_ce, gpu.ce, (size_t)c->n * 8);
     cuda_get(p, b_ce, ce, (size_t)c->n * 8);
-    close_rows("  ce of a forward alone", b_ce, a_ce, c->n, 1e-6); /* another height of tile may take another order */
+    close_rows("  ce of a forward alone", b_ce, a_ce, c->n, 5 * logit_error(c) + 1e-6); /* another height of tile may take another order */
     void *const dev[] = {x, label, ids, logp, mask, gpu.ce, gpu.kl, gpu.tm, gpu.sm, gpu.hit, gpu.dx, gpu.dw, ce};
     for (size_t i = 0; i < sizeof dev / sizeof dev[0]; i++)
         cuda_free(p, dev[i]);
@@ -189,17 +195,20 @@ static void one_loss(struct cuda_pair *p, const struct loss_case *c)
 static void test_head_loss(void **state)
 {
     static const struct loss_case cases[] = {
-        {17, 32, 61, 3, 2, RT_TAIL_BUCKET, 1.0f, 0, false, false},
-        {17, 32, 61, 3, 1, RT_TAIL_RENORM, 1.0f, 0, false, false},
-        {130, 64, 1003, 64, 1, RT_TAIL_BUCKET, 4.0f, 0, false, false},
-        {130, 64, 1003, 64, 0.5, RT_TAIL_RENORM, 4.0f, 0, false, false},
-        {64, 40, 5000, 0, 1, RT_TAIL_BUCKET, 2.0f, 0, false, false},
-        {64, 48, 8192, 16, 4, RT_TAIL_BUCKET, 6.0f, 0, false, true},
-        {48, 64, 32003, 64, 1, RT_TAIL_BUCKET, 8.0f, 0, false, false},
-        {300, 64, 1000, 5, 1, RT_TAIL_BUCKET, 3.0f, 400000, false, false}, /* tiles and chunks, dw in bfloat16 */
-        {300, 8, 1000, 5, 1, RT_TAIL_BUCKET, 3.0f, 400000, false, false},  /* dw summed in float32 */
-        {300, 8, 1000, 5, 1, RT_TAIL_BUCKET, 3.0f, 400000, true, false},
-        {130, 64, 1003, 64, 2, RT_TAIL_BUCKET, 4.0f, 0, true, false},
+        {17, 32, 61, 3, 2, RT_TAIL_BUCKET, 1.0f, 0, RT_F32, false},
+        {17, 32, 61, 3, 1, RT_TAIL_RENORM, 1.0f, 0, RT_F32, false},
+        {130, 64, 1003, 64, 1, RT_TAIL_BUCKET, 4.0f, 0, RT_F32, false},
+        {130, 64, 1003, 64, 0.5, RT_TAIL_RENORM, 4.0f, 0, RT_F32, false},
+        {64, 40, 5000, 0, 1, RT_TAIL_BUCKET, 2.0f, 0, RT_F32, false},
+        {64, 48, 8192, 16, 4, RT_TAIL_BUCKET, 6.0f, 0, RT_F32, true},
+        {48, 64, 32003, 64, 1, RT_TAIL_BUCKET, 8.0f, 0, RT_F32, false},
+        {300, 64, 1000, 5, 1, RT_TAIL_BUCKET, 3.0f, 400000, RT_F32, false}, /* tiles and chunks, dw in bfloat16 */
+        {300, 8, 1000, 5, 1, RT_TAIL_BUCKET, 3.0f, 400000, RT_F32, false},  /* dw summed in float32 */
+        {300, 8, 1000, 5, 1, RT_TAIL_BUCKET, 3.0f, 400000, RT_BF16, false},
+        {130, 64, 1003, 64, 2, RT_TAIL_BUCKET, 4.0f, 0, RT_BF16, false},
+        {130, 64, 1003, 64, 2, RT_TAIL_BUCKET, 4.0f, 0, RT_F16, false},
+        {300, 8, 1000, 5, 1, RT_TAIL_RENORM, 8.0f, 400000, RT_F16, false},
+        {1100, 32, 331, 5, 1, RT_TAIL_BUCKET, 3.0f, 0, RT_F16, false}, /* rows enough for the operation to take F16 by itself */
     };
     struct cuda_pair p;
     (void)state;

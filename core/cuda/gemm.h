@@ -17,13 +17,14 @@ extern "C" {
 /* d[m,n] = op(a)[m,k] op(b)[k,n] (+ bias[n]), or += with accumulate.
  *   a: [m,k] with row distance lda; a_t: stored as [k,m].     b: [k,n] with row distance ldb; b_t: stored as [n,k] (a weight).
  *   a, b BF16; d BF16, or float32 with d_f32; bias BF16, or float32 with bias_f32; NULL: none.
+ *   f16: a, b, and d without d_f32, are FP16; no bias. The library alone does that: else UNSUPPORTED (dev->lt NULL says so beforehand).
  *   lda, ldb, ldd 0: dense. batch 0 counts as 1: `batch` products at distances *_stride (elements; bias is the same for all).
  *   k == 0: the product is 0. m, n or batch of nothing: nothing happens. 16-byte aligned operands and row distances run fastest; 2 is enough. */
 struct rt_cuda_gemm_args {
     const void *a, *b, *bias;
     void *d;
     int64_t m, n, k, lda, ldb, ldd;
-    bool a_t, b_t, accumulate, d_f32, bias_f32;
+    bool a_t, b_t, accumulate, d_f32, bias_f32, f16;
     int64_t batch, a_stride, b_stride, d_stride;
 };
 enum rt_status rt_cuda_gemm(struct rt_queue *q, const struct rt_cuda_gemm_args *g, struct rt_err *err);

@@ -277,6 +277,30 @@ __global__ void __launch_bounds__(256) add_f32_kernel(const float *__restrict__ 
     }
 }
 
+/* A number beyond what FP16 holds is its greatest; NaN stays. */
+__global__ void __launch_bounds__(256) f16_kernel(const bf16 *__restrict__ x, __half *__restrict__ out, int64_t n)
+{
+    const int64_t step = (int64_t)gridDim.x * 256 * 8;
+    for (int64_t at = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8; at < n; at += step) {
+        float v[8];
+        if (at + 8 > n || ((uintptr_t)x | (uintptr_t)out) % 16 != 0) {
+            for (int64_t i = at; i < at + 8 && i < n; i++) {
+                const float f = __bfloat162float(x[i]);
+                out[i] = __float2half_rn(f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f);
+            }
+            continue;
+        }
+        vec8::load<8>(x + at, v);
+        __half2 h[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float a = v[2 * i], b = v[2 * i + 1];
+            h[i] = __floats2half2_rn(a > 65504.0f ? 65504.0f : a < -65504.0f ? -65504.0f : a, b > 65504.0f ? 65504.0f : b < -65504.0f ? -65504.0f : b);
+        }
+        *(uint4 *)(void *)(out + at) = *(const uint4 *)(const void *)h;
+    }
+}
+
 /* dw may begin anywhere: element by element where it is not 16-byte aligned. */
 __global__ void __launch_bounds__(256) add_f32_any_kernel(const float *__restrict__ sum, bf16 *__restrict__ dw, int64_t n)
 {
@@ -286,23 +310,26 @@ __global__ void __launch_bounds__(256) add_f32_any_kernel(const float *__restric
 
 }
 
+template <class Z> static void launch_loss(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t)
+{
+    const size_t shared = (size_t)(a->k > 0 ? a->k : 0) * sizeof(float);
+    if (a->T != 1)
+        loss_kernel<Z, true><<<(unsigned)t->rows, THREADS, shared, q->stream>>>(*a, *t);
+    else
+        loss_kernel<Z, false><<<(unsigned)t->rows, THREADS, shared, q->stream>>>(*a, *t);
+}
+
 enum rt_status rt_cuda_loss_rows(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
 {
     if (t->rows <= 0)
         return RT_OK;
     if (a->k > RT_CUDA_LOSS_IDS)
         return rt_fail(err, RT_UNSUPPORTED, "head_loss: %d teacher ids a row, expected up to %d", a->k, (int)RT_CUDA_LOSS_IDS);
-    const size_t shared = (size_t)(a->k > 0 ? a->k : 0) * sizeof(float);
-    const unsigned rows = (unsigned)t->rows;
-    const bool two = a->T != 1;
-    if (t->f32 && two)
-        loss_kernel<float, true><<<rows, THREADS, shared, q->stream>>>(*a, *t);
-    else if (t->f32)
-        loss_kernel<float, false><<<rows, THREADS, shared, q->stream>>>(*a, *t);
-    else if (two)
-        loss_kernel<bf16, true><<<rows, THREADS, shared, q->stream>>>(*a, *t);
-    else
-        loss_kernel<bf16, false><<<rows, THREADS, shared, q->stream>>>(*a, *t);
+    switch (t->type) {
+    case RT_F32: launch_loss<float>(q, a, t); break;
+    case RT_F16: launch_loss<__half>(q, a, t); break;
+    default: launch_loss<bf16>(q, a, t); break;
+    }
     return rt_cuda_launched("loss", err);
 }
 
@@ -323,6 +350,14 @@ enum rt_status rt_cuda_add_f32(struct rt_queue *q, const float *sum, void *dw, i
     else
         add_f32_any_kernel<<<blocks, 256, 0, q->stream>>>(sum, (bf16 *)dw, n);
     return rt_cuda_launched("add_f32", err);
+}
+
+enum rt_status rt_cuda_bf16_to_f16(struct rt_queue *q, const void *x, void *out, int64_t n, struct rt_err *err)
+{
+    if (n <= 0)
+        return RT_OK;
+    f16_kernel<<<(unsigned)vec8::smaller((n + 2047) / 2048, 16 * (int64_t)q->dev->sm_count), 256, 0, q->stream>>>((const bf16 *)x, (__half *)out, n);
+    return rt_cuda_launched("bf16_to_f16", err);
 }
 
 /* ---- feature loss ---- */

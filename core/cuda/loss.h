@@ -8,13 +8,13 @@
 extern "C" {
 #endif
 
-/* Logits z of rows [row0, row0 + rows): row i of the tile at z + i * ldz, ldz a multiple of 8, z 16-byte aligned; float32, or BF16. Elements V ..
+/* Logits z of rows [row0, row0 + rows): row i of the tile at z + i * ldz, ldz a multiple of 8, z 16-byte aligned; of type F32, F16 or BF16. Elements V ..
  * ldz-1 of a row are never used. z is overwritten. dz NULL: no gradient; else [rows] rows of BF16 at distance ldz, dL/dz = ; it may be z itself
- * where z is BF16. */
+ * where z has two bytes an element. Likelihoods take F32 alone. */
 struct rt_cuda_logits {
     void *z, *dz;
     int64_t ldz, row0, rows;
-    bool f32;
+    enum rt_dtype type;
 };
 
 /* Outputs of the rows and dz, as the contract of head_loss says. k up to RT_CUDA_LOSS_IDS. */
@@ -25,8 +25,11 @@ enum rt_status rt_cuda_likelihood_rows(struct rt_queue *q, const struct rt_head_
 /* dw [n] BF16 += sum [n], rounded once. */
 enum rt_status rt_cuda_add_f32(struct rt_queue *q, const float *sum, void *dw, int64_t n, struct rt_err *err);
 
-/* head_loss with logits kept as float32, or as BF16 (what they are rounded to before anything is made of them): for tests and measurements. */
-enum rt_status rt_cuda_head_loss_as(struct rt_dev *dev, struct rt_queue *q, const struct rt_head_loss_args *a, bool f32, struct rt_err *err);
+/* out [n] FP16 = x [n] BF16, saturated. */
+enum rt_status rt_cuda_bf16_to_f16(struct rt_queue *q, const void *x, void *out, int64_t n, struct rt_err *err);
+
+/* head_loss with logits rounded to F32, F16 (UNSUPPORTED without cuBLASLt) or BF16 before anything is made of them: for tests and measurements. */
+enum rt_status rt_cuda_head_loss_as(struct rt_dev *dev, struct rt_queue *q, const struct rt_head_loss_args *a, enum rt_dtype logits, struct rt_err *err);
 
 #ifdef __cplusplus
 }

@@ -6,6 +6,7 @@
 #ifndef RT_CORE_CUDA_LOSS_ROW_CUH
 #define RT_CORE_CUDA_LOSS_ROW_CUH
 
+#include <cuda_fp16.h>
 #include <float.h>
 #include <math_constants.h>
 
@@ -106,10 +107,24 @@ __device__ inline double lse_of(float max, float sum, double inv_T)
     return max == -CUDART_INF_F ? -CUDART_INF : (double)max * inv_T + log((double)sum);
 }
 
+__device__ inline void load_eight(const float *p, float x[8]) { vec8::load<8>(p, x); }
+__device__ inline void load_eight(const __nv_bfloat16 *p, float x[8]) { vec8::load<8>(p, x); }
+__device__ inline void load_eight(const __half *p, float x[8])
+{
+    const uint4 v = *(const uint4 *)(const void *)p;
+    const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 f = __half22float2(*(const __half2 *)(const void *)&u[i]);
+        x[2 * i] = f.x;
+        x[2 * i + 1] = f.y;
+    }
+}
+
 /* Elements at .. at + 7 of a row of V; -inf behind its end. */
 template <class Z> __device__ inline void load_row(const Z *z, int64_t at, int64_t V, float x[8])
 {
-    vec8::load<8>(z + at, x);
+    load_eight(z + at, x);
     if (at + 8 > V)
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -118,6 +133,8 @@ template <class Z> __device__ inline void load_row(const Z *z, int64_t at, int64
 
 __device__ inline void set_element(float *p, float x) { *p = x; }
 __device__ inline void set_element(__nv_bfloat16 *p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ inline void set_element(__half *p, float x) { *p = __float2half_rn(x); }
+__device__ inline float element(const __half *p) { return __half2float(*p); }
 __device__ inline float element(const float *p) { return *p; }
 __device__ inline float element(const __nv_bfloat16 *p) { return __bfloat162float(*p); }
 

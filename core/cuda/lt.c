@@ -146,7 +146,7 @@ static bool set_scales(const struct rt_cuda_lt *lt, const struct plan *p, const 
 /* M, N, K: of the call, or of its bucket. */
 static bool make_plan(const struct rt_cuda_lt *lt, const struct rt_lt_call *c, int64_t N, int64_t K, struct plan *p)
 {
-    const cudaDataType_t in = c->a_scale != NULL ? CUDA_R_8F_E4M3 : CUDA_R_16BF, to = c->d_f32 ? CUDA_R_32F : CUDA_R_16BF;
+    const cudaDataType_t half = c->f16 ? CUDA_R_16F : CUDA_R_16BF, in = c->a_scale != NULL ? CUDA_R_8F_E4M3 : half, to = c->d_f32 ? CUDA_R_32F : half;
     const int32_t ta = c->ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb = c->tb ? CUBLAS_OP_T : CUBLAS_OP_N, type = to;
     const uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
     if (lt->MatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F) != CUBLAS_STATUS_SUCCESS)
@@ -206,7 +206,7 @@ static struct key key_of(const struct rt_lt_call *c, int64_t N, int64_t K)
     k.align_a = alignment(c->a, c->lda, k.a_stride, in);
     k.align_b = alignment(c->b, c->ldb, k.b_stride, in);
     k.align_d = alignment(c->d, c->ldd, k.d_stride, c->d_f32 ? 4 : 2);
-    k.flags = c->ta | c->tb << 1 | c->accumulate << 2 | c->d_f32 << 3 | (c->bias != NULL) << 4 | (c->a_scale != NULL) << 5;
+    k.flags = c->ta | c->tb << 1 | c->accumulate << 2 | c->d_f32 << 3 | (c->bias != NULL) << 4 | (c->a_scale != NULL) << 5 | c->f16 << 6;
     return k;
 }
 

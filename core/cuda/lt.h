@@ -16,13 +16,13 @@ extern "C" {
 
 /* d[M,N] = op(a)[M,K] op(b)[K,N] + beta d, column-major; op(a) = a^T where ta. a, b BF16, or with a_scale and b_scale e4m3: then ta, not tb,
  * a_scale [ceil(M/128)][K/128 rounded up to 4] of 128x128 blocks, b_scale [K/128][N] of runs of 128, M and N multiples of 4, everything 16-byte
- * aligned. bias [M] of d's type or NULL. bucket_n: N counts tokens; bucket_k: K does. */
+ * aligned. bias [M] of d's type or NULL. bucket_n: N counts tokens; bucket_k: K does. f16: FP16 takes the place of BF16. */
 struct rt_lt_call {
     const void *a, *b, *bias;
     void *d;
     const float *a_scale, *b_scale;
     int64_t M, N, K, lda, ldb, ldd, batch, a_stride, b_stride, d_stride;
-    bool ta, tb, accumulate, d_f32, bucket_n, bucket_k;
+    bool ta, tb, accumulate, d_f32, bucket_n, bucket_k, f16;
 };
 /* *done false: the library is not there, or has no algorithm for this; nothing was enqueued. */
 enum rt_status rt_cuda_lt_matmul(struct rt_queue *q, const struct rt_lt_call *c, bool *done, struct rt_err *err);

@@ -52,86 +52,115 @@ __device__ float row_rstd(const struct norm &a, int64_t t, float xx)
     return a.rstd != NULL ? a.rstd[t] : rsqrtf(xx / (float)a.cols + a.eps);
 }
 
-/* A block takes a row at a time; a thread keeps the columns (threadIdx + i blockDim) * 8 in registers, and their sums of dw. */
+/* What a thread holds of a row: the columns (threadIdx + k blockDim) * 8, as they lie in memory. */
+template <int K> struct piece {
+    uint4 x[K], dy[K], dx[K];
+};
+
+__device__ inline int64_t column(int k)
+{
+    return ((int64_t)threadIdx.x + (int64_t)k * blockDim.x) * 8;
+}
+
+template <int K> __device__ void load_piece(const struct norm &a, int64_t t, struct piece<K> *p)
+{
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const int64_t at = t * a.cols + column(k);
+        if (column(k) >= a.cols)
+            continue;
+        p->x[k] = *(const uint4 *)(const void *)(a.x + at);
+        p->dy[k] = *(const uint4 *)(const void *)(a.dy + at);
+        if (a.accumulate)
+            p->dx[k] = *(const uint4 *)(const void *)(a.dx + at);
+    }
+}
+
+__device__ inline void load_weight(const struct norm &a, int64_t at, float w[8])
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        w[i] = 1;
+    if (a.w.data != NULL)
+        vec8::load_vector<8>(a.w, at, w);
+}
+
+/* Sums over the row of dy w x and of x x, to all threads. */
+template <int K> __device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, float2 *slot)
+{
+    float gx = 0, xx = 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        float x[8], dy[8], w[8];
+        if (column(k) >= a.cols)
+            continue;
+        vec8::unpack(p.x[k], x);
+        vec8::unpack(p.dy[k], dy);
+        load_weight(a, column(k), w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            gx += dy[i] * w[i] * x[i];
+            xx += x[i] * x[i];
+        }
+    }
+    gx = vec8::warp_sum(gx);
+    xx = vec8::warp_sum(xx);
+    if (threadIdx.x % 32 == 0)
+        slot[threadIdx.x / 32] = make_float2(gx, xx);
+    __syncthreads();
+    gx = xx = 0;
+    for (unsigned i = 0; i < blockDim.x / 32; i++) {
+        gx += slot[i].x;
+        xx += slot[i].y;
+    }
+    return make_float2(gx, xx);
+}
+
+/* dx of the row; sum += dy x r. */
+template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, const struct piece<K> &p, float r, float c, float sum[K][8])
+{
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        float x[8], dy[8], w[8], dx[8] = {};
+        if (column(k) >= a.cols)
+            continue;
+        vec8::unpack(p.x[k], x);
+        vec8::unpack(p.dy[k], dy);
+        load_weight(a, column(k), w);
+        if (a.accumulate)
+            vec8::unpack(p.dx[k], dx);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum[k][i] += dy[i] * r * x[i];
+            dx[i] += r * (dy[i] * w[i] - x[i] * c);
+        }
+        vec8::store<8>(a.dx + t * a.cols + column(k), dx);
+    }
+}
+
+/* A block takes a row at a time, and reads the next one while it sums (where registers allow it: K up to 2). */
 template <int K> __global__ void __launch_bounds__(512) norm_bwd_kernel(const struct norm a)
 {
     __shared__ float2 slot[2][32];
+    struct piece<K> now, next = {};
     float sum[K][8] = {};
     int turn = 0;
+    if (K <= 2 && blockIdx.x < a.n)
+        load_piece<K>(a, blockIdx.x, &next);
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x, turn ^= 1) {
-        uint4 px[K], pdy[K], pdx[K];
-        float gx = 0, xx = 0;
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            const int64_t at = ((int64_t)threadIdx.x + k * blockDim.x) * 8;
-            if (at >= a.cols)
-                continue;
-            px[k] = *(const uint4 *)(const void *)(a.x + t * a.cols + at);
-            pdy[k] = *(const uint4 *)(const void *)(a.dy + t * a.cols + at);
-            if (a.accumulate)
-                pdx[k] = *(const uint4 *)(const void *)(a.dx + t * a.cols + at);
-        }
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            const int64_t at = ((int64_t)threadIdx.x + k * blockDim.x) * 8;
-            float x[8], dy[8], w[8];
-            if (at >= a.cols)
-                continue;
-            vec8::unpack(px[k], x);
-            vec8::unpack(pdy[k], dy);
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                w[i] = 1;
-            if (a.w.data != NULL)
-                vec8::load_vector<8>(a.w, at, w);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                gx += dy[i] * w[i] * x[i];
-                xx += x[i] * x[i];
-            }
-        }
-        gx = vec8::warp_sum(gx);
-        xx = vec8::warp_sum(xx);
-        if (threadIdx.x % 32 == 0)
-            slot[turn][threadIdx.x / 32] = make_float2(gx, xx);
-        __syncthreads();
-        gx = xx = 0;
-        for (unsigned i = 0; i < blockDim.x / 32; i++) {
-            gx += slot[turn][i].x;
-            xx += slot[turn][i].y;
-        }
-        const float r = row_rstd(a, t, xx), c = r * r * gx / (float)a.cols;
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            const int64_t at = ((int64_t)threadIdx.x + k * blockDim.x) * 8;
-            float x[8], dy[8], w[8], dx[8];
-            if (at >= a.cols)
-                continue;
-            vec8::unpack(px[k], x);
-            vec8::unpack(pdy[k], dy);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                w[i] = 1;
-                dx[i] = 0;
-            }
-            if (a.w.data != NULL)
-                vec8::load_vector<8>(a.w, at, w);
-            if (a.accumulate)
-                vec8::unpack(pdx[k], dx);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                sum[k][i] += dy[i] * r * x[i];
-                dx[i] += r * (dy[i] * w[i] - x[i] * c);
-            }
-            vec8::store<8>(a.dx + t * a.cols + at, dx);
-        }
+        now = next;
+        if (K > 2)
+            load_piece<K>(a, t, &now);
+        else if (t + gridDim.x < a.n)
+            load_piece<K>(a, t + gridDim.x, &next);
+        const float2 s = row_sums<K>(a, now, slot[turn]);
+        const float r = row_rstd(a, t, s.y);
+        finish_piece<K>(a, t, now, r, r * r * s.x / (float)a.cols, sum);
     }
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-        const int64_t at = ((int64_t)threadIdx.x + k * blockDim.x) * 8;
-        for (int i = 0; i < 8 && a.part != NULL && at < a.cols; i++)
-            a.part[blockIdx.x * a.cols + at + i] = sum[k][i];
-    }
+    for (int k = 0; k < K; k++)
+        for (int i = 0; i < 8 && a.part != NULL && column(k) < a.cols; i++)
+            a.part[blockIdx.x * a.cols + column(k) + i] = sum[k][i];
 }
 
 /* Any number of columns: single elements; the block's sums of dw lie in its row of part, which begins as zeros. */
