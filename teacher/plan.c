@@ -180,8 +180,13 @@ static enum rt_status plan_gpu(const struct rt_teacher_options *o, const struct 
         RT_FAIL(err, NOMEM, "%s: states of %ld tokens and caches need %s of GPU memory, there are %s; use fewer slots or shorter sequences", o->dir,
                 (long)p->window, rt_human_bytes(need, taken + z->largest_part), rt_human_bytes(have, p->gpu_bytes));
     p->gpu_weight_budget = p->gpu_bytes - taken;
-    p->gpu_resident = p->gpu_weight_budget >= z->model_bytes + z->model_bytes / 64; /* rounding of small tensors */
     p->gpu_ring = ring_bytes(c, z);
+    const uint64_t model = z->model_bytes + z->model_bytes / 64; /* rounding of small tensors */
+    const uint64_t table = (uint64_t)c->vocab_size * (uint64_t)c->hidden * rt_device_act_size(o->device) + RT_TEACHER_EMBED_IDS * sizeof(int32_t);
+    if (p->gpu_weight_budget >= model + table || (p->gpu_weight_budget < model && p->gpu_weight_budget >= p->gpu_ring + table))
+        p->gpu_embed = table;
+    p->gpu_weight_budget -= p->gpu_embed;
+    p->gpu_resident = p->gpu_weight_budget >= model;
     p->window_bytes = (uint64_t)(p->window * o->token_bytes);
     const uint64_t host = p->window_bytes + RT_TEACHER_FIXED_BYTES + z->staging;
     if (host > memory)

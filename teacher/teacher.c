@@ -5,7 +5,7 @@
 const enum rt_op *rt_teacher_score_ops(int *n)
 {
     static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_attn_fwd, RT_OP_mla_concat_k,
-                                     RT_OP_route, RT_OP_moe_sort, RT_OP_moe_ffn, RT_OP_head_topk, RT_OP_gather, RT_OP_convert};
+                                     RT_OP_route, RT_OP_moe_sort, RT_OP_moe_ffn, RT_OP_head_topk, RT_OP_gather, RT_OP_embed_fwd, RT_OP_convert};
     *n = sizeof ops / sizeof *ops;
     return ops;
 }
@@ -13,7 +13,7 @@ const enum rt_op *rt_teacher_score_ops(int *n)
 const enum rt_op *rt_teacher_decode_ops(int *n)
 {
     static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_route, RT_OP_moe_sort, RT_OP_moe_ffn,
-                                     RT_OP_head_matmul, RT_OP_cache_put, RT_OP_cache_copy, RT_OP_mla_cached, RT_OP_gather, RT_OP_convert};
+                                     RT_OP_head_matmul, RT_OP_cache_put, RT_OP_cache_copy, RT_OP_mla_cached, RT_OP_gather, RT_OP_embed_fwd, RT_OP_convert};
     *n = sizeof ops / sizeof *ops;
     return ops;
 }
@@ -152,6 +152,7 @@ void rt_teacher_close(struct rt_teacher *t)
     if (t == NULL)
         return;
     rt_layer_release(&t->ctx);
+    rt_teacher_embed_free(t);
     rt_pool_free(t->pool);
     rt_weights_free(t->w);
     if (t->block != NULL)
@@ -173,53 +174,4 @@ const struct rt_teacher_plan *rt_teacher_plan(const struct rt_teacher *t)
 const char *rt_teacher_sha256(const struct rt_teacher *t)
 {
     return rt_tensors_sha256(rt_weights_tensors(t->w));
-}
-
-struct embed_job {
-    struct rt_teacher *t;
-    int layer;
-    const uint32_t *ids;
-    int64_t n, grain;
-    char *rows;
-    struct rt_err *err; /* [items] */
-};
-
-static void embed_item(void *ctx, int64_t item, int worker)
-{
-    const struct embed_job *j = ctx;
-    const int64_t at = item * j->grain, n = j->n - at < j->grain ? j->n - at : j->grain;
-    const enum rt_dtype act = j->t->o.device->be->act;
-    (void)worker;
-    (void)rt_weights_embed(j->t->w, j->layer, j->ids + at, n, act, j->rows + (size_t)(at * j->t->c.hidden) * rt_dtype_size(act), &j->err[item]);
-}
-
-enum rt_status rt_teacher_embed(struct rt_teacher *t, int layer, const uint32_t *ids, int64_t n, void *x, struct rt_err *err)
-{
-    enum { GRAIN = 16, BLOCK = 2048 }; /* rows of a work item, and of a block that goes up at once */
-    const int64_t most = n < BLOCK ? n : BLOCK;
-    const struct rt_device *d = t->o.device;
-    const size_t row = (size_t)t->c.hidden * rt_device_act_size(d);
-    struct embed_job j = {.t = t, .layer = layer, .grain = GRAIN};
-    enum rt_status st;
-    RT_TRY(rt_alloc(BLOCK / GRAIN, sizeof *j.err, "embedding rows", &j.err, err));
-    RT_TRY(rt_alloc((size_t)most, row, "embedding rows", &j.rows, err));
-    for (int64_t i = 0; i < n; i += most) {
-        j.n = n - i < most ? n - i : most;
-        j.ids = ids + i;
-        const int64_t items = (j.n + GRAIN - 1) / GRAIN;
-        if (t->pool != NULL)
-            rt_pool_run(t->pool, items, embed_item, &j);
-        for (int64_t k = 0; k < items; k++) {
-            if (t->pool == NULL)
-                embed_item(&j, k, 0);
-            if (j.err[k].status != RT_OK)
-                RT_TRY(rt_fail(err, j.err[k].status, "%s", j.err[k].msg));
-        }
-        RT_TRY(rt_device_upload(d, (char *)x + (size_t)i * row, j.rows, (size_t)j.n * row, err));
-        RT_TRY(rt_device_sync(d, err));
-    }
-out:
-    rt_free(j.err);
-    rt_free(j.rows);
-    return st;
 }

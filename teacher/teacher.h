@@ -20,6 +20,7 @@
 
 /* What the process takes beside a teacher's own buffers, counted in every plan: OpenBLAS, scratch of kernels, encoders, the program. */
 #define RT_TEACHER_FIXED_BYTES ((uint64_t)64 << 20)
+enum { RT_TEACHER_EMBED_IDS = 1 << 16 }; /* ids that go up at a time where the embedding table is on the device */
 
 struct rt_teacher_options {
     const char *dir;
@@ -43,7 +44,7 @@ struct rt_teacher_plan {
     bool resident;                 /* all weights stay in memory after the first pass */
     /* Devices with memory of their own, else 0: gpu_bytes in all = states and outputs on the way + scratch of operations + parts. Then
      * window_bytes and weight_budget are the host's: outputs of the window, and staging and bytes kept for later windows. */
-    uint64_t gpu_bytes, gpu_state, gpu_scratch, gpu_ring, gpu_weight_budget;
+    uint64_t gpu_bytes, gpu_state, gpu_scratch, gpu_ring, gpu_weight_budget, gpu_embed; /* gpu_embed: of the embedding table, or 0 */
     bool gpu_resident;             /* all weights stay on the device */
 };
 
@@ -59,6 +60,8 @@ struct rt_teacher {
     void *hidden, *cache;          /* [window, H]; generation: [layers][slots][capacity][kv_lora + dr] */
     int32_t *position, *slot;      /* device [window] */
     struct rt_pool *pool;          /* reads embeddings where the device is not the host; or NULL */
+    void *embed_block;             /* the embedding table on the device, once it was needed, and ids behind it */
+    struct rt_weight *embed_table;
     struct rt_part_id *pass;       /* [host] the parts of one pass over all layers and the head */
     int64_t n_pass;
 };
@@ -84,7 +87,9 @@ const struct rt_teacher_plan *rt_teacher_plan(const struct rt_teacher *t);
 /* 64 hexadecimal digits: identity of the checkpoint. */
 const char *rt_teacher_sha256(const struct rt_teacher *t);
 
-/* Copies embeddings of ids [n] to device rows x [n, H] act. layer -1: the model's, else MTP layer `layer`'s. */
+/* Copies embeddings of ids [n] to device rows x [n, H] act. layer -1: the model's, else MTP layer `layer`'s. teacher/embed.c: from a table on the
+ * device where the plan has room for it (read at the first call), else row by row from the files. */
+void rt_teacher_embed_free(struct rt_teacher *t);
 enum rt_status rt_teacher_embed(struct rt_teacher *t, int layer, const uint32_t *ids, int64_t n, void *x, struct rt_err *err);
 
 /* Which operations scoring and generation need, for rt_backend_select. */
