@@ -173,6 +173,7 @@ struct tables {
     uint8_t code[256];    /* the same for codes, deviation CODE_SD */
     uint16_t bf16[TABLE]; /* normal * sd of the tensor at hand */
     uint8_t bytes[4 * PIECE];
+    uint8_t pool[4 * PIECE]; /* codes of which those of a tensor are pieces: drawing each would take minutes at full width */
 };
 #define CODE_SD 128.0 /* 2.9 deviations, the last of 256 quantiles, are below 448 */
 
@@ -187,7 +188,7 @@ static double quantile(double p)
     return lo;
 }
 
-static void make_tables(struct tables *t)
+static void make_tables(struct tables *t, int64_t seed)
 {
     float codes[256];
     for (int i = 0; i < TABLE; i++)
@@ -195,6 +196,11 @@ static void make_tables(struct tables *t)
     for (int i = 0; i < 256; i++)
         codes[i] = (float)(CODE_SD * quantile((i + 0.5) / 256));
     rt_from_f32(t->code, RT_E4M3, codes, 256);
+    for (int i = 0; i < 4 * PIECE; i += 8) {
+        const uint64_t r = rt_rng_u64((uint64_t)seed, 77, (uint64_t)i);
+        for (int j = 0; j < 8; j++)
+            t->pool[i + j] = t->code[r >> 8 * j & 255];
+    }
 }
 
 /* n elements of tensor i from element `first` on, into t->bytes. */
@@ -206,20 +212,20 @@ static void fill(const struct model *m, struct tables *t, int64_t i, int64_t fir
     float *f = (float *)(void *)t->bytes;
     /* one draw of Philox seeds a run of a cheap generator */
     uint64_t s = rt_rng_u64((uint64_t)m->v.seed, stream, (uint64_t)first) | 1;
+    if (dtype == RT_E4M3) {
+        memcpy(t->bytes, t->pool + s % (3 * PIECE), (size_t)n);
+        return;
+    }
     for (int64_t j = 0; j < n; j++) {
         if (x->source == SOURCE_ONES) {
             h[j] = 0x3f80;
             continue;
         }
-        if (dtype != RT_E4M3 || j % 8 == 0) {
-            s ^= s >> 12;
-            s ^= s << 25;
-            s ^= s >> 27;
-        }
+        s ^= s >> 12;
+        s ^= s << 25;
+        s ^= s >> 27;
         const uint64_t r = s * 0x2545f4914f6cdd1dull;
-        if (dtype == RT_E4M3)
-            t->bytes[j] = t->code[r >> j % 8 * 8 & 255];
-        else if (x->source == SOURCE_SCALE)
+        if (x->source == SOURCE_SCALE)
             f[j] = (float)(x->sd / CODE_SD * (0.75 + 0.5 * (double)(r >> 11) * 0x1p-53));
         else if (dtype == RT_F32)
             f[j] = (float)x->sd * t->normal[r >> 48];
@@ -240,7 +246,7 @@ static enum rt_status write_tensors(const struct model *m, int64_t first, int64_
     float *scaled = NULL;
     RT_TRY(rt_alloc(TABLE, sizeof *scaled, "table", &scaled, err));
     RT_TRY(rt_alloc(1, sizeof *t, "tables", &t, err));
-    make_tables(t);
+    make_tables(t, m->v.seed);
     for (int64_t i = first; i < first + n; i++) {
         const struct rt_tensor_decl *d = &m->decl[i];
         const int64_t total = d->ne[0] * (d->ndim == 2 ? d->ne[1] : 1);
