@@ -1,4 +1,4 @@
-/* route: scores of all experts by a product in float32 (rt_cuda_gemm: bf16 operands, float32 sums), then a warp for each token that chooses.
+/* route: scores of all experts by linear_fwd (bf16 operands, float32 sums and results), then a warp for each token that chooses.
  *
  * The router's weight is BF16 on the device (weight_load rounds an F32 one; the published checkpoints hold BF16). Tokens go in chunks, so that
  * the scores stay in the cache between the two kernels.
@@ -247,16 +247,13 @@ out:
 enum rt_status rt_cuda_route(struct rt_dev *dev, struct rt_queue *q, const struct rt_route_args *a, struct rt_err *err)
 {
     const int64_t chunk = (int64_t)CHUNK_ROWS * dev->sm_count < a->n ? (int64_t)CHUNK_ROWS * dev->sm_count : a->n;
-    struct rt_cuda_gemm_args g = {};
+    struct rt_linear_fwd_args g = {};
     struct choose p = {};
     float *z = NULL, *bias = NULL;
-    const void *w;
-    void *w_temp = NULL;
     enum rt_status st;
     RT_TRY(check(a, err));
     if (a->n <= 0)
         goto out;
-    RT_TRY(rt_cuda_weight_bf16(q, a->w, &w, &w_temp, err));
     RT_TRY(rt_cuda_temp(q, (size_t)chunk * (size_t)a->E * sizeof *z, &z, err));
     RT_TRY(bias_f32(q, a, &p.bias, &bias, err));
     p.E = a->E;
@@ -268,24 +265,22 @@ enum rt_status rt_cuda_route(struct rt_dev *dev, struct rt_queue *q, const struc
     p.group_top2 = a->group_top2;
     p.norm = a->norm;
     p.scale = a->scale;
-    g.b = w;
-    g.b_t = true;
-    g.d_f32 = true;
-    g.n = a->E;
-    g.k = a->H;
-    g.d = z;
     p.z = z;
+    g.w = a->w;
+    g.y = z;
+    g.K = a->H;
+    g.N = a->E;
+    g.y_f32 = true;
     for (int64_t t = 0; t < a->n; t += chunk) {
-        p.n = g.m = t + chunk < a->n ? chunk : a->n - t;
-        g.a = (const bf16 *)a->x + t * a->H;
+        p.n = g.n = t + chunk < a->n ? chunk : a->n - t;
+        g.x.data = (bf16 *)a->x + t * a->H;
         p.ids = a->ids + t * a->k;
         p.weight = a->weight + t * a->k;
-        RT_TRY(rt_cuda_gemm(q, &g, err));
+        RT_TRY(rt_cuda_linear_fwd(dev, q, &g, err));
         RT_TRY(launch(p, q->stream, err));
     }
 out:
     rt_cuda_temp_free(q, z);
     rt_cuda_temp_free(q, bias);
-    rt_cuda_temp_free(q, w_temp);
     return st;
 }

@@ -3,7 +3,7 @@
  *   1. each tile of TILE items counts its experts: count[e][tile];
  *   2. an exclusive scan of each expert's counts, and of the experts' totals: where each tile's items of each expert begin;
  *   3. each tile places its items: warps own consecutive segments of the tile, the lanes of a round find their equals by match.
- * The only atomics add integers, so that no order matters; the ids are read twice.
+ * The only atomics add integers, so that no order matters; the ids are read twice. Few choices (a step of generation) are one tile, and one launch.
  */
 #include "core/cuda/cuda.h"
 
@@ -87,9 +87,39 @@ __global__ void __launch_bounds__(MOST_EXPERTS) scan_experts_kernel(const int32_
         offset[E] = sum;
 }
 
-/* at [WARPS][E] in shared memory: first how many items of an expert a warp has, then where its next one goes. */
+/* at [WARPS][E]: how many items of an expert each warp has become where its first one goes, the tile's first one being at `begin`. */
+__device__ __forceinline__ void spread(int32_t *at, int E, int e, int begin)
+{
+    for (int w = 0; w < WARPS; w++) {
+        const int n = at[w * E + e];
+        at[w * E + e] = begin;
+        begin += n;
+    }
+}
+
+/* The same where the tile is the only one: offset [E + 1] is made here. */
+__device__ void spread_alone(int32_t *at, int E, int32_t *offset)
+{
+    int carry = 0;
+    for (int first = 0; first < E; first += THREADS) {
+        const int e = first + (int)threadIdx.x;
+        int own = 0, sum;
+        for (int w = 0; w < WARPS && e < E; w++)
+            own += at[w * E + e];
+        const int begin = carry + block_scan(own, &sum);
+        if (e < E) {
+            offset[e] = begin;
+            spread(at, E, e, begin);
+        }
+        carry += sum;
+    }
+    if (threadIdx.x == 0)
+        offset[E] = carry;
+}
+
+/* count NULL: this tile is the only one, and offset is written; else it is read. */
 __global__ void __launch_bounds__(THREADS) place_kernel(const int32_t *__restrict__ ids, int64_t total, int E, int tiles,
-                                                        const int32_t *__restrict__ count, const int32_t *__restrict__ offset, int32_t *perm)
+                                                        const int32_t *__restrict__ count, int32_t *offset, int32_t *perm)
 {
     extern __shared__ int32_t at[];
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
@@ -106,14 +136,11 @@ __global__ void __launch_bounds__(THREADS) place_kernel(const int32_t *__restric
             atomicAdd(mine + expert[r], 1);
     }
     __syncthreads();
-    for (int e = (int)threadIdx.x; e < E; e += THREADS) {
-        int next = offset[e] + count[(int64_t)e * tiles + blockIdx.x];
-        for (int w = 0; w < WARPS; w++) {
-            const int n = at[w * E + e];
-            at[w * E + e] = next;
-            next += n;
-        }
-    }
+    if (count == NULL)
+        spread_alone(at, E, offset);
+    else
+        for (int e = (int)threadIdx.x; e < E; e += THREADS)
+            spread(at, E, e, offset[e] + count[(int64_t)e * tiles + blockIdx.x]);
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
@@ -127,6 +154,21 @@ __global__ void __launch_bounds__(THREADS) place_kernel(const int32_t *__restric
             mine[expert[r]] = base + __popc(equal);
         __syncwarp();
     }
+}
+
+/* count [E][tiles] = where each tile's items begin within an expert's run; offset [E + 1]. sum [E] is scratch. */
+enum rt_status count_tiles(struct rt_queue *q, const int32_t *ids, int64_t total, int E, int tiles, int32_t *count, int32_t *sum, int32_t *offset,
+                           struct rt_err *err)
+{
+    enum rt_status st;
+    count_kernel<<<(unsigned)tiles, THREADS, 0, q->stream>>>(ids, total, E, tiles, count);
+    RT_TRY(rt_cuda_launched("moe_sort", err));
+    scan_tiles_kernel<<<(unsigned)E, THREADS, 0, q->stream>>>(count, tiles, sum);
+    RT_TRY(rt_cuda_launched("moe_sort", err));
+    scan_experts_kernel<<<1, MOST_EXPERTS, 0, q->stream>>>(sum, E, offset);
+    RT_TRY(rt_cuda_launched("moe_sort", err));
+out:
+    return st;
 }
 
 }
@@ -147,14 +189,10 @@ enum rt_status rt_cuda_moe_sort(struct rt_dev *, struct rt_queue *q, const struc
     RT_TRY(rt_cuda_temp(q, ((size_t)a->E * (size_t)tiles + 2 * (size_t)a->E + 1) * sizeof(int32_t), &count, err));
     sum = count + (int64_t)a->E * tiles;
     offset = sum + a->E;
-    count_kernel<<<(unsigned)tiles, THREADS, 0, q->stream>>>(a->ids, total, a->E, tiles, count);
-    RT_TRY(rt_cuda_launched("moe_sort", err));
-    scan_tiles_kernel<<<(unsigned)a->E, THREADS, 0, q->stream>>>(count, tiles, sum);
-    RT_TRY(rt_cuda_launched("moe_sort", err));
-    scan_experts_kernel<<<1, MOST_EXPERTS, 0, q->stream>>>(sum, a->E, offset);
-    RT_TRY(rt_cuda_launched("moe_sort", err));
-    place_kernel<<<(unsigned)tiles, THREADS, (size_t)(WARPS * a->E) * sizeof(int32_t), q->stream>>>(a->ids, total, a->E, tiles, count, offset,
-                                                                                                  a->perm);
+    if (tiles > 1)
+        RT_TRY(count_tiles(q, a->ids, total, a->E, tiles, count, sum, offset, err));
+    place_kernel<<<(unsigned)tiles, THREADS, (size_t)(WARPS * a->E) * sizeof(int32_t), q->stream>>>(a->ids, total, a->E, tiles,
+                                                                                                  tiles > 1 ? count : NULL, offset, a->perm);
     RT_TRY(rt_cuda_launched("moe_sort", err));
     RT_CUDA_TRY(cudaMemcpyAsync(a->offset, offset, ((size_t)a->E + 1) * sizeof(int32_t), cudaMemcpyDeviceToHost, q->stream));
     RT_CUDA_TRY(cudaStreamSynchronize(q->stream));
