@@ -39,8 +39,8 @@ enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd
 enum rt_status rt_cuda_attn_fwd_hopper(struct rt_queue *q, const struct rt_attn_fwd_args *a, bool *done, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err);
 
-/* Log-sum-exps of `heads` heads and n rows between the caller's array, heads lse_ld apart, and cuDNN's layout: [n / rows, heads, rows] for sequences of
- * `rows` rows, or [n, heads] with rows 0. */
+/* Log-sum-exps of `heads` heads and n rows between the caller's array, heads lse_ld apart, and cuDNN's layout: [n / rows, heads, rows] for
+ * sequences of `rows` rows, or [n, heads] with rows 0. */
 struct rt_cuda_stats {
     float *lse, *packed;
     int64_t lse_ld, n, rows;

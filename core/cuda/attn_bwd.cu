@@ -70,7 +70,8 @@ struct bwd_shape {
 
 /* One tile of Y on its way; lse and delta with it where queries stream (stat != NULL: lse at 0, delta at COLS). */
 template <class S, int D1, int D2, int COLS>
-__device__ __forceinline__ void stream_load(bf16 *y, float *stat, const sides &e, int g, int col, int len, const float *lse, const float *delta, int64_t n)
+__device__ __forceinline__ void stream_load(bf16 *y, float *stat, const sides &e, int g, int col, int len, const float *lse, const float *delta,
+                                            int64_t n)
 {
     head_rows y1 = e.y1, y2 = e.y2;
     y1.data += g * e.y1_head;
@@ -265,8 +266,8 @@ static enum rt_status delta_of(struct rt_queue *queue, const struct rt_attn_bwd_
     const struct rt_attn_shape *s = &a->s;
     const int64_t blocks = (s->n * s->nh + 7) / 8, most = 32 * (int64_t)queue->dev->sm_count;
     const bool vec = s->dv % 2 == 0 && (uintptr_t)a->o % 4 == 0 && (uintptr_t)a->dout % 4 == 0;
-    attn_delta_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, queue->stream>>>((const bf16 *)a->o, (const bf16 *)a->dout, a->lse, a->delta,
-                                                                                            lse2, s->n, s->nh, s->dv, vec);
+    attn_delta_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, queue->stream>>>((const bf16 *)a->o, (const bf16 *)a->dout, a->lse,
+                                                                                            a->delta, lse2, s->n, s->nh, s->dv, vec);
     return rt_cuda_launched("attn_delta", err);
 }
 

@@ -1,8 +1,8 @@
 /* Attention backward for compute capability 9.0: the two passes of attn_bwd.cu (there: what they compute) on asynchronous products.
  *
- * A block has two warpgroups that multiply, 64 rows of X each, and a warp that keeps a ring of tiles of Y filled by bulk copies. Neither warpgroup waits
- * for the other: one multiplies while the other takes exponentials. Nothing is in flight across a loop's end: the compiler would serialise it. Rows of a
- * tile beyond the sequence are rows of its neighbour: their weights are 0.
+ * A block has two warpgroups that multiply, 64 rows of X each, and a warp that keeps a ring of tiles of Y filled by bulk copies. Neither
+ * warpgroup waits for the other: one multiplies while the other takes exponentials. Nothing is in flight across a loop's end: the compiler would
+ * serialise it. Rows of a tile beyond the sequence are rows of its neighbour: their weights are 0.
  */
 #include "core/cuda/attn_sm90.cuh"
 #include "core/cuda/attn_bwd.h"
@@ -90,8 +90,8 @@ __device__ __forceinline__ void produce(const params &p, const maps &m, const st
 /* s: scores to P. Accumulators as a product leaves them: element 4 j + 2 half + e is row + 8 half, column 8 j + e of the thread's. stat: lse2 of the
  * tile's columns (ByKey), own: of the thread's rows. */
 template <int N, bool ByKey>
-__device__ __forceinline__ void to_weights(float (&s)[N], const float *stat, const float (&own)[2], int row, int col0, int len, bool edge, float scale_log2,
-                                           int lane)
+__device__ __forceinline__ void to_weights(float (&s)[N], const float *stat, const float (&own)[2], int row, int col0, int len, bool edge,
+                                           float scale_log2, int lane)
 {
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
@@ -120,7 +120,8 @@ __device__ __forceinline__ void to_ds(float (&dp)[N], const float (&p)[N], const
     }
 }
 
-/* The queries' pass. While the exponentials of a tile are taken, its dP and the sum over the tile before are under way; a stage is free one tile later. */
+/* The queries' pass. While the exponentials of a tile are taken, its dP and the sum over the tile before are under way; a stage is free one tile
+ * later. */
 template <int D, int COLS, int STAGES>
 __device__ __forceinline__ void consume_keys(const params &p, const struct work &w, char *pool, uint32_t base)
 {
@@ -299,8 +300,8 @@ bool rt_cuda_attn_bwd_sm90_fits(const struct rt_dev *dev, const struct rt_attn_b
 {
     const int d = a->s.dqk > a->s.dv ? a->s.dqk : a->s.dv;
     return dev->encode_map != NULL && d <= 128 && aligned16(a->q, a->q_ld, a->q_head, a->s.dqk) && aligned16(a->k, a->k_ld, a->k_head, a->s.dqk) &&
-           aligned16(a->v, a->v_ld, a->v_head, a->s.dv) && aligned16(a->dout, 0, 0, a->s.dv) && aligned16(a->dq, 0, 0, 8) && aligned16(a->dk, 0, 0, 8) &&
-           aligned16(a->dv, 0, 0, 8);
+           aligned16(a->v, a->v_ld, a->v_head, a->s.dv) && aligned16(a->dout, 0, 0, a->s.dv) && aligned16(a->dq, 0, 0, 8) &&
+           aligned16(a->dk, 0, 0, 8) && aligned16(a->dv, 0, 0, 8);
 }
 
 enum rt_status rt_cuda_attn_bwd_sm90(struct rt_queue *q, const struct rt_attn_bwd_args *a, const float *lse2, struct rt_err *err)

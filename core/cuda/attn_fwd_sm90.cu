@@ -1,8 +1,8 @@
 /* Attention forward for compute capability 9.0: what attn_fwd.cu computes, on asynchronous products.
  *
- * A block has two warpgroups of 64 queries each, and a warp that keeps rings of tiles of keys and of values filled by bulk copies. A warpgroup asks for
- * the scores of the next tile before it asks for the sum over the values of this one, and takes the exponentials of the former while the latter runs
- * (Shah et al., FlashAttention-3, arXiv 2407.08608). Rows of a tile beyond the sequence are rows of its neighbour: their weights are 0.
+ * A block has two warpgroups of 64 queries each, and a warp that keeps rings of tiles of keys and of values filled by bulk copies. A warpgroup
+ * asks for the scores of the next tile before it asks for the sum over the values of this one, and takes the exponentials of the former while the
+ * latter runs (Shah et al., FlashAttention-3, arXiv 2407.08608). Rows of a tile beyond the sequence are rows of its neighbour: their weights are 0.
  */
 #include "core/cuda/attn_sm90.cuh"
 

@@ -16,8 +16,8 @@ namespace {
 enum { ATTN_BLOCK = 64 }; /* columns of a block */
 
 /* Rows of all heads as [n, heads, d] for bulk copies of `rows` rows x 64 columns of one head; columns beyond d and rows beyond n come as 0. */
-inline enum rt_status attn_map(struct rt_queue *q, CUtensorMap *map, const void *data, int64_t n, int heads, int d, int64_t ld, int64_t head, int rows,
-                               struct rt_err *err)
+inline enum rt_status attn_map(struct rt_queue *q, CUtensorMap *map, const void *data, int64_t n, int heads, int d, int64_t ld, int64_t head,
+                               int rows, struct rt_err *err)
 {
     typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
                             const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -34,8 +34,8 @@ inline enum rt_status attn_map(struct rt_queue *q, CUtensorMap *map, const void 
 
 __device__ __forceinline__ void load_rows(uint32_t dst, const CUtensorMap *map, int col, int head, int row, uint32_t bar)
 {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
-                 "r"(bar), "r"(col), "r"(head), "r"(row) : "memory");
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(col), "r"(head), "r"(row) : "memory");
 }
 /* ROWS rows x D columns of one head. */
 template <int D, int ROWS>
@@ -85,30 +85,33 @@ __device__ __forceinline__ void pin(float (&d)[N])
 }
 
 #define RT_R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define RT_D32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define RT_D48 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}"
+#define RT_0_31 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define RT_D32 RT_0_31 "}"
+#define RT_D48 RT_0_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}"
 #define RT_D64 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63}"
+    RT_0_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
 /* d [64 x N] (+)= a [64 x 16] b [N x 16]^T from shared memory, columns of both contiguous. Lane l of warp w holds row 16 w + l/4 (d[4 j + 0, 1])
  * and row + 8 (d[4 j + 2, 3]), columns 8 j + 2 (l % 4) and the next. */
 __device__ __forceinline__ void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RT_D32 ", %32, %33, p, 1, 1, 0, 0;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RT_D32 ", %32, %33, p, 1, 1, 0, 0;\n}"
                  : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "l"(a), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void mma_ss(float (&d)[48], uint64_t a, uint64_t b, int add)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\nwgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 " RT_D48 ", %48, %49, p, 1, 1, 0, 0;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 " RT_D48 ", %48, %49, p, 1, 1, 0, 0;\n}"
                  : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24), RT_R8(d, 32), RT_R8(d, 40) : "l"(a), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void mma_ss(float (&d)[64], uint64_t a, uint64_t b, int add)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RT_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RT_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
                  : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24), RT_R8(d, 32), RT_R8(d, 40), RT_R8(d, 48), RT_R8(d, 56)
                  : "l"(a), "l"(b), "r"(add));
 }
@@ -127,6 +130,7 @@ __device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #undef RT_R8
+#undef RT_0_31
 #undef RT_D32
 #undef RT_D48
 #undef RT_D64
@@ -160,7 +164,8 @@ __device__ __forceinline__ void pack_all(uint32_t (&p)[N / 8][4], const float (&
 /* The 64 rows of a warpgroup's accumulators, times factor of a thread's two rows, to global memory through the warpgroup's own rows of a tile whose
  * products are done. */
 template <int D, int ROWS>
-__device__ __forceinline__ void rows_out(bf16 *tile_rows, const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int rows, int wg)
+__device__ __forceinline__ void rows_out(bf16 *tile_rows, const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int rows,
+                                         int wg)
 {
     const int t = threadIdx.x % 128, lane = t % 32, warp = t / 32;
 #pragma unroll

@@ -147,14 +147,15 @@ static void grouped_product(const struct attn *a, rt_dnn_t xt, rt_dnn_t y, int64
 static void backward(struct rt_dnn_graph *g, const struct rt_dnn_attn *s)
 {
     const struct attn a = attn_begin(g, s);
-    const int64_t H = s->heads, o_ld = s->o_ld, od[4] = {s->batch, H, s->rows, s->dv}, od_stride[4] = {H * s->rows * s->dv, s->rows * s->dv, H * s->dv, 1};
-    rt_dnn_t off_q = offsets(&a, RT_DNN_OFF_Q), off_k = offsets(&a, RT_DNN_OFF_K), off_v = offsets(&a, RT_DNN_OFF_V), off_o = offsets(&a, RT_DNN_OFF_O),
-             off_s = offsets(&a, RT_DNN_OFF_S);
-    rt_dnn_t q = rows_of(&a, RT_DNN_Q, H, s->dqk, s->q_ld, s->q_head, off_q), kt = columns_of(&a, RT_DNN_K, s->kv_heads, s->dqk, s->k_ld, s->k_head, off_k),
-             vt = columns_of(&a, RT_DNN_V, s->kv_heads, s->dv, s->v_ld, s->v_head, off_v), o = rows_of(&a, RT_DNN_O, H, s->dv, o_ld, s->dv, off_o),
-             dout = rows_of(&a, RT_DNN_DO, H, s->dv, o_ld, s->dv, off_o), lse = stat_of(&a, RT_DNN_LSE, off_s), delta = stat_of(&a, RT_DNN_DELTA, off_s),
-             dq = rows_of(&a, RT_DNN_DQ, H, s->dqk, s->q_ld, s->q_head, off_q), dk = rows_of(&a, RT_DNN_DK, s->kv_heads, s->dqk, s->k_ld, s->k_head, off_k),
-             dv = rows_of(&a, RT_DNN_DV, s->kv_heads, s->dv, s->v_ld, s->v_head, off_v);
+    const int64_t H = s->heads, Hk = s->kv_heads, R = s->rows;
+    const int64_t od[4] = {s->batch, H, R, s->dv}, od_stride[4] = {H * R * s->dv, R * s->dv, H * s->dv, 1};
+    rt_dnn_t off_q = offsets(&a, RT_DNN_OFF_Q), off_k = offsets(&a, RT_DNN_OFF_K), off_v = offsets(&a, RT_DNN_OFF_V);
+    rt_dnn_t off_o = offsets(&a, RT_DNN_OFF_O), off_s = offsets(&a, RT_DNN_OFF_S);
+    rt_dnn_t q = rows_of(&a, RT_DNN_Q, H, s->dqk, s->q_ld, s->q_head, off_q), kt = columns_of(&a, RT_DNN_K, Hk, s->dqk, s->k_ld, s->k_head, off_k);
+    rt_dnn_t vt = columns_of(&a, RT_DNN_V, Hk, s->dv, s->v_ld, s->v_head, off_v), o = rows_of(&a, RT_DNN_O, H, s->dv, s->o_ld, s->dv, off_o);
+    rt_dnn_t dout = rows_of(&a, RT_DNN_DO, H, s->dv, s->o_ld, s->dv, off_o), lse = stat_of(&a, RT_DNN_LSE, off_s);
+    rt_dnn_t delta = stat_of(&a, RT_DNN_DELTA, off_s), dq = rows_of(&a, RT_DNN_DQ, H, s->dqk, s->q_ld, s->q_head, off_q);
+    rt_dnn_t dk = rows_of(&a, RT_DNN_DK, Hk, s->dqk, s->k_ld, s->k_head, off_k), dv = rows_of(&a, RT_DNN_DV, Hk, s->dv, s->v_ld, s->v_head, off_v);
     rt_dnn_t scale = rt_dnn_scalar(g, RT_DNN_SCALE), one = rt_dnn_scalar(g, RT_DNN_ONE);
 
     rt_dnn_t both = rt_dnn_virtual(g, F32, od, od_stride, NULL), row = inner(&a, F32, a.stat);
@@ -171,12 +172,12 @@ static void backward(struct rt_dnn_graph *g, const struct rt_dnn_attn *s)
 
     rt_dnn_t dp = inner(&a, F32, a.score);
     rt_dnn_matmul(g, dout, vt, dp, a.len, a.len, NULL);
-    rt_dnn_t ds = binary(&a, CUDNN_POINTWISE_MUL, binary(&a, CUDNN_POINTWISE_MUL, binary(&a, CUDNN_POINTWISE_SUB, dp, delta, a.score), p, a.score), scale,
-                         a.score);
+    rt_dnn_t ds = binary(&a, CUDNN_POINTWISE_MUL, binary(&a, CUDNN_POINTWISE_SUB, dp, delta, a.score), p, a.score);
+    ds = binary(&a, CUDNN_POINTWISE_MUL, ds, scale, a.score);
     grouped_product(&a, transposed(&a, ds), q, s->dqk, dk);
 
     /* dS straight into the product: the engine keeps it whole in its workspace and sums dQ in a fixed order */
-    const int64_t k_dim[4] = {s->batch, s->kv_heads, s->rows, s->dqk}, k_stride[4] = {s->rows * s->k_ld, s->k_head, s->k_ld, 1};
+    const int64_t k_dim[4] = {s->batch, Hk, R, s->dqk}, k_stride[4] = {R * s->k_ld, s->k_head, s->k_ld, 1};
     rt_dnn_t k = rt_dnn_virtual(g, BF16, k_dim, k_stride, off_k);
     rt_dnn_reshape(g, kt, k);
     rt_dnn_matmul(g, ds, k, dq, a.len, NULL, a.len);
