@@ -102,7 +102,7 @@ static void test_linear(void **state)
     (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
-    static const int64_t rows[] = {1, 7, 8, 9, 16, 17, 32, 33, 63, 64};
+    static const int64_t rows[] = {1, 7, 8, 9, 16, 17, 24, 25, 32, 33, 63, 64};
     for (int kind = W16; kind <= W8A8; kind++) {
         for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++)
             one_linear(&p, &(struct linear_case){.kind = kind, .n = rows[i], .N = 200, .K = 384, .f32 = true});
@@ -129,7 +129,7 @@ static void test_linear(void **state)
 static void test_rows_exact(void **state)
 {
     enum { MOST = 256, N = 576, K = 2048 };
-    static const int64_t some[] = {1, 9, 30, 64};
+    static const int64_t some[] = {1, 9, 20, 30, 64};
     struct cuda_pair p;
     struct rt_err err = {0};
     (void)state;
@@ -144,7 +144,7 @@ static void test_rows_exact(void **state)
         void *y = cuda_bytes(&p, NULL, (size_t)(most * N) * 4);
         assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {.data = gx}, .w = w.gpu, .y = y, .n = most, .K = K, .N = N, .y_f32 = true, .row_exact = true));
         cuda_get(&p, all, y, (size_t)(most * N) * 4);
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 5; i++) {
             assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {.data = gx}, .w = w.gpu, .y = y, .n = some[i], .K = K, .N = N, .y_f32 = true,
                             .row_exact = true));
             cuda_get(&p, part, y, (size_t)(some[i] * N) * 4);

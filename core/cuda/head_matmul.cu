@@ -1,8 +1,8 @@
 /* Products of each head with its own rows of a weight (head_matmul): kv_b absorbed into queries and outputs.
  *
- * A block has one head, 64 tokens and 64 columns of the result, and walks along the summed index 64 at a time; E4M3 weights become BF16 on their
- * way into shared memory (code times scale, rounded once). The order of sums depends on d and R alone. Bytes: x, y and the head's rows once for
- * each 64 tokens (from the L2 cache after the first).
+ * A block has one head, 64 tokens and 128 columns of the result, and walks along the summed index 64 at a time: while one step is multiplied, the
+ * next one's tokens come through cp.async and its weights through registers, where E4M3 becomes BF16 (code times scale, rounded once). The order of
+ * sums depends on d and R alone. Bytes: x, y, and the head's rows once for each 64 tokens (from the L2 cache after the first).
  */
 #include "core/cuda/cuda.h"
 #include "core/cuda/mma.cuh"
@@ -12,7 +12,7 @@ namespace {
 
 typedef __nv_bfloat16 bf16;
 
-enum { THREADS = 128, TOKENS = 64, COLUMNS = 64, STEP = 64, LD = STEP + 8 /* eight rows in eight places of 128 bytes */ };
+enum { THREADS = 256, TOKENS = 64, COLUMNS = 128, STEP = 64, LD = STEP + 8 /* eight rows in eight places of 128 bytes */ };
 
 struct work {
     const bf16 *x;
@@ -21,109 +21,193 @@ struct work {
     const float *scale; /* E4M3 weights, else NULL */
     int64_t x_ld, x_head, y_ld, y_head, n, scale_cols;
     int head_rows, row0, d, R, token_tiles, column_tiles;
-    bool vec;           /* eight elements at a time: everything is a multiple of 8 and aligned */
 };
 
-/* N elements of the weight as floats. */
-template <int N>
-__device__ __forceinline__ void weight_at(const work &a, int64_t row, int col, float v[N])
+/* The weights of a step: [STEP][COLUMNS], or [COLUMNS][STEP] transposed; eight neighbours at a time, `PARTS` of them a thread. */
+template <bool TRANSPOSE>
+struct tile {
+    enum { cols = TRANSPOSE ? STEP : COLUMNS, ld = cols + 8, rows = TRANSPOSE ? COLUMNS : STEP, PARTS = rows * cols / 8 / THREADS };
+};
+
+/* One weight as a float. */
+__device__ __forceinline__ float weight_at(const work &a, int64_t row, int col)
 {
     const int64_t at = row * a.R + col;
+    uint32_t lo, hi;
+    if (a.scale == NULL)
+        return __bfloat162float(((const bf16 *)a.w)[at]);
+    mma::e4m3_to_bf16(((const uint8_t *)a.w)[at], lo, hi);
+    return __uint_as_float(lo << 16) * a.scale[row / 128 * a.scale_cols + col / 128];
+}
+
+/* Eight weights in a register on their way: as they are in memory. */
+struct raw {
+    uint4 v;
+    float scale;
+};
+__device__ __forceinline__ raw fetch(const work &a, int64_t row, int col)
+{
+    const int64_t at = row * a.R + col;
+    raw r;
     if (a.scale == NULL) {
-        vec8::load<N>((const bf16 *)a.w + at, v);
-        return;
+        r.v = *(const uint4 *)(const void *)((const bf16 *)a.w + at);
+        return r;
     }
-    const float scale = a.scale[row / 128 * a.scale_cols + col / 128];
-    const uint8_t *code = (const uint8_t *)a.w + at;
+    const uint2 codes = *(const uint2 *)(const void *)((const uint8_t *)a.w + at);
+    r.v = make_uint4(codes.x, codes.y, 0, 0);
+    r.scale = a.scale[row / 128 * a.scale_cols + col / 128];
+    return r;
+}
+__device__ __forceinline__ uint32_t scaled(uint32_t pair, float scale)
+{
+    return mma::pack_bf16(__uint_as_float(pair << 16) * scale, __uint_as_float(pair & 0xffff0000u) * scale);
+}
+__device__ __forceinline__ uint4 widened(const work &a, const raw &r)
+{
+    uint4 v;
+    if (a.scale == NULL)
+        return r.v;
+    mma::e4m3_to_bf16(r.v.x, v.x, v.y);
+    mma::e4m3_to_bf16(r.v.y, v.z, v.w);
+    return make_uint4(scaled(v.x, r.scale), scaled(v.y, r.scale), scaled(v.z, r.scale), scaled(v.w, r.scale));
+}
+
+/* The weights from (row, col) of the head's rows into registers; 0 outside. */
+template <bool TRANSPOSE>
+__device__ __forceinline__ void fetch_w(const work &a, raw (&w)[tile<TRANSPOSE>::PARTS], int head, int row, int col)
+{
+    typedef tile<TRANSPOSE> T;
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-        uint32_t lo, hi;
-        mma::e4m3_to_bf16(N == 8 ? ((const uint32_t *)(const void *)code)[i / 4] : (uint32_t)code[0], lo, hi);
-        const uint32_t pair[2] = {lo, hi};
-#pragma unroll
-        for (int j = i; j < N && j < i + 4; j++)
-            v[j] = __uint_as_float(j & 1 ? pair[j / 2 % 2] & 0xffff0000u : pair[j / 2 % 2] << 16) * scale;
+    for (int i = 0; i < T::PARTS; i++) {
+        const int at = i * THREADS + threadIdx.x, r = row + at / (T::cols / 8), c = col + at % (T::cols / 8) * 8;
+        w[i].v = make_uint4(0, 0, 0, 0);
+        w[i].scale = 0;
+        if (r < a.d && c < a.R)
+            w[i] = fetch(a, (int64_t)head * a.head_rows + a.row0 + r, c);
     }
 }
 
 /* 64 x 64 elements of x: tokens by the summed index; 0 outside. */
-template <int N>
-__device__ __forceinline__ void load_x(const work &a, bf16 *to, int head, int64_t token0, int k0, int K)
+__device__ __forceinline__ void load_x(const work &a, uint32_t to, int head, int64_t token0, int k0, int K)
 {
-    for (int i = threadIdx.x; i < TOKENS * STEP / N; i += THREADS) {
-        const int r = i / (STEP / N), c = i % (STEP / N) * N;
-        float v[N] = {};
-        if (token0 + r < a.n && k0 + c < K)
-            vec8::load<N>(a.x + (token0 + r) * a.x_ld + head * a.x_head + k0 + c, v);
-        vec8::store<N>(to + r * LD + c, v);
+    for (int i = threadIdx.x; i < TOKENS * STEP / 8; i += THREADS) {
+        const int r = i / (STEP / 8), c = i % (STEP / 8) * 8;
+        const bool valid = token0 + r < a.n && k0 + c < K;
+        mma::copy16(to + (r * LD + c) * 2, valid ? a.x + (token0 + r) * a.x_ld + head * a.x_head + k0 + c : a.x, valid);
     }
 }
 
-/* 64 x 64 elements of the head's rows, from (row, col); 0 outside. */
-template <int N>
-__device__ __forceinline__ void load_w(const work &a, bf16 *to, int head, int row, int col)
-{
-    for (int i = threadIdx.x; i < 64 * 64 / N; i += THREADS) {
-        const int r = i / (64 / N), c = i % (64 / N) * N;
-        float v[N] = {};
-        if (row + r < a.d && col + c < a.R)
-            weight_at<N>(a, (int64_t)head * a.head_rows + a.row0 + row + r, col + c, v);
-        vec8::store<N>(to + r * LD + c, v);
-    }
-}
-
-/* grid: heads * token tiles * column tiles */
+/* Both, element by element: sizes, distances and addresses that are no multiples of 8. */
 template <bool TRANSPOSE>
-__global__ void __launch_bounds__(THREADS) head_kernel(const __grid_constant__ work a)
+__device__ __noinline__ void load_odd(const work &a, bf16 *xs, bf16 *ws, int head, int64_t token0, int n0, int k0, int K)
 {
-    __shared__ __align__(16) bf16 xs[TOKENS * LD], ws[64 * LD];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x % a.column_tiles;
-    const int head = blockIdx.x / a.column_tiles / a.token_tiles, n0 = tile * COLUMNS, K = TRANSPOSE ? a.R : a.d, N = TRANSPOSE ? a.d : a.R;
-    const int64_t token0 = (int64_t)(blockIdx.x / a.column_tiles % a.token_tiles) * TOKENS;
-    float acc[8][4] = {};
-    for (int k0 = 0; k0 < K; k0 += STEP) {
-        __syncthreads();
-        if (a.vec) {
-            load_x<8>(a, xs, head, token0, k0, K);
-            load_w<8>(a, ws, head, TRANSPOSE ? n0 : k0, TRANSPOSE ? k0 : n0);
-        } else {
-            load_x<1>(a, xs, head, token0, k0, K);
-            load_w<1>(a, ws, head, TRANSPOSE ? n0 : k0, TRANSPOSE ? k0 : n0);
-        }
-        __syncthreads();
+    typedef tile<TRANSPOSE> T;
+    for (int i = threadIdx.x; i < TOKENS * STEP; i += THREADS) {
+        const int r = i / STEP, c = i % STEP;
+        xs[r * LD + c] = token0 + r < a.n && k0 + c < K ? a.x[(token0 + r) * a.x_ld + head * a.x_head + k0 + c] : __float2bfloat16_rn(0.0f);
+    }
+    for (int i = threadIdx.x; i < T::rows * T::cols; i += THREADS) {
+        const int r = i / T::cols, c = i % T::cols, row = (TRANSPOSE ? n0 : k0) + r, col = (TRANSPOSE ? k0 : n0) + c;
+        ws[r * T::ld + c] = __float2bfloat16_rn(row < a.d && col < a.R ? weight_at(a, (int64_t)head * a.head_rows + a.row0 + row, col) : 0.0f);
+    }
+}
+
+/* acc += 16 tokens times 64 columns of a step. */
+template <bool TRANSPOSE>
+__device__ __forceinline__ void multiply(float (&acc)[8][4], const bf16 *xs, const bf16 *ws, int token, int column)
+{
+    typedef tile<TRANSPOSE> T;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < STEP; i += 16) {
-            uint32_t x[4], b[4];
-            mma::ldsm(x, mma::shared_at(xs + (warp * 16 + (lane & 15)) * LD + i + (lane >> 4) * 8));
+    for (int i = 0; i < STEP; i += 16) {
+        uint32_t x[4], b[4];
+        mma::ldsm(x, mma::shared_at(xs + (token + (lane & 15)) * LD + i + (lane >> 4) * 8));
 #pragma unroll
-            for (int j = 0; j < COLUMNS; j += 16) {
-                if (TRANSPOSE)
-                    mma::ldsm(b, mma::shared_at(ws + (j + (lane & 7) + (lane >> 4) * 8) * LD + i + (lane >> 3 & 1) * 8));
-                else
-                    mma::ldsm_t(b, mma::shared_at(ws + (i + (lane & 15)) * LD + j + (lane >> 4) * 8));
-                mma::bf16(acc[j / 8], x[0], x[1], x[2], x[3], b[0], b[1]);
-                mma::bf16(acc[j / 8 + 1], x[0], x[1], x[2], x[3], b[2], b[3]);
-            }
+        for (int j = 0; j < 64; j += 16) {
+            if (TRANSPOSE)
+                mma::ldsm(b, mma::shared_at(ws + (column + j + (lane & 7) + (lane >> 4) * 8) * T::ld + i + (lane >> 3 & 1) * 8));
+            else
+                mma::ldsm_t(b, mma::shared_at(ws + (i + (lane & 15)) * T::ld + column + j + (lane >> 4) * 8));
+            mma::bf16(acc[j / 8], x[0], x[1], x[2], x[3], b[0], b[1]);
+            mma::bf16(acc[j / 8 + 1], x[0], x[1], x[2], x[3], b[2], b[3]);
         }
     }
-    __syncthreads();
+}
+
+/* The block's results by way of shared memory: ys [TOKENS][COLUMNS + 8]. */
+template <bool VEC>
+__device__ __forceinline__ void write(const work &a, const float (&acc)[8][4], bf16 *ys, int head, int64_t token0, int n0, int N, int token, int column)
+{
+    enum { LDY = COLUMNS + 8 };
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            xs[(warp * 16 + lane / 4 + i / 2 * 8) * LD + j * 8 + lane % 4 * 2 + i % 2] = __float2bfloat16_rn(acc[j][i]);
+        for (int i = 0; i < 2; i++)
+            *(uint32_t *)(void *)(ys + (token + lane / 4 + i * 8) * LDY + column + j * 8 + lane % 4 * 2) = mma::pack_bf16(acc[j][2 * i], acc[j][2 * i + 1]);
     __syncthreads();
     for (int i = threadIdx.x; i < TOKENS * COLUMNS / 8; i += THREADS) {
-        const int r = i / 8, c = i % 8 * 8;
+        const int r = i / (COLUMNS / 8), c = i % (COLUMNS / 8) * 8;
         bf16 *to = a.y + (token0 + r) * a.y_ld + head * a.y_head + n0 + c;
         if (token0 + r >= a.n || n0 + c >= N)
             continue;
-        if (a.vec)
-            *(uint4 *)(void *)to = *(const uint4 *)(const void *)(xs + r * LD + c);
+        if (VEC)
+            *(uint4 *)(void *)to = *(const uint4 *)(const void *)(ys + r * LDY + c);
         else
             for (int j = 0; j < 8 && n0 + c + j < N; j++)
-                to[j] = xs[r * LD + c + j];
+                to[j] = ys[r * LDY + c + j];
     }
+}
+
+/* grid: heads * token tiles * column tiles. VEC: eight elements at a time. */
+template <bool TRANSPOSE, bool VEC>
+__global__ void __launch_bounds__(THREADS) head_kernel(const __grid_constant__ work a)
+{
+    typedef tile<TRANSPOSE> T;
+    __shared__ __align__(16) bf16 xs[2][TOKENS * LD], ws[T::rows * T::ld];
+    static_assert(sizeof ws >= TOKENS * (COLUMNS + 8) * 2, "the results lie over the weights");
+    const int head = blockIdx.x / a.column_tiles / a.token_tiles, n0 = blockIdx.x % a.column_tiles * COLUMNS, K = TRANSPOSE ? a.R : a.d;
+    const int64_t token0 = (int64_t)(blockIdx.x / a.column_tiles % a.token_tiles) * TOKENS;
+    const int token = threadIdx.x / 32 % 4 * 16, column = threadIdx.x / 128 * 64;
+    float acc[8][4] = {};
+    raw w[T::PARTS];
+    if (VEC) {
+        load_x(a, mma::shared_at(xs[0]), head, token0, 0, K);
+        mma::copies_commit();
+        fetch_w<TRANSPOSE>(a, w, head, TRANSPOSE ? n0 : 0, TRANSPOSE ? 0 : n0);
+    }
+    for (int k0 = 0; k0 < K; k0 += STEP) {
+        const int now = VEC ? k0 / STEP % 2 : 0, next = k0 + STEP;
+        if (VEC) {
+#pragma unroll
+            for (int i = 0; i < T::PARTS; i++) {
+                const int at = i * THREADS + threadIdx.x;
+                *(uint4 *)(void *)(ws + at / (T::cols / 8) * T::ld + at % (T::cols / 8) * 8) = widened(a, w[i]);
+            }
+            mma::copies_wait<0>();
+        } else {
+            load_odd<TRANSPOSE>(a, xs[0], ws, head, token0, n0, k0, K);
+        }
+        __syncthreads();
+        if (VEC && next < K) {
+            load_x(a, mma::shared_at(xs[~now & 1]), head, token0, next, K);
+            mma::copies_commit();
+            fetch_w<TRANSPOSE>(a, w, head, TRANSPOSE ? n0 : next, TRANSPOSE ? next : n0);
+        }
+        multiply<TRANSPOSE>(acc, xs[now], ws, token, column);
+        __syncthreads();
+    }
+    write<VEC>(a, acc, ws, head, token0, n0, TRANSPOSE ? a.d : a.R, token, column);
+}
+
+template <bool TRANSPOSE>
+void start(struct rt_queue *q, const work &w, bool vec, int nh)
+{
+    const unsigned blocks = (unsigned)((int64_t)nh * w.token_tiles * w.column_tiles);
+    if (vec)
+        head_kernel<TRANSPOSE, true><<<blocks, THREADS, 0, q->stream>>>(w);
+    else
+        head_kernel<TRANSPOSE, false><<<blocks, THREADS, 0, q->stream>>>(w);
 }
 
 }
@@ -157,11 +241,10 @@ enum rt_status rt_cuda_head_matmul(struct rt_dev *, struct rt_queue *q, const st
     w.R = a->R;
     w.token_tiles = (int)((a->n + TOKENS - 1) / TOKENS);
     w.column_tiles = (int)((dy + COLUMNS - 1) / COLUMNS);
-    w.vec = (a->d | a->R | w.x_head | w.y_head | w.x_ld | w.y_ld) % 8 == 0 && vec8::aligned16(a->x) && vec8::aligned16(a->y) && vec8::aligned16(w.w);
-    const unsigned blocks = (unsigned)((int64_t)a->nh * w.token_tiles * w.column_tiles);
+    const bool vec = (a->d | a->R | w.x_head | w.y_head | w.x_ld | w.y_ld) % 8 == 0 && vec8::aligned16(a->x) && vec8::aligned16(a->y) && vec8::aligned16(w.w);
     if (a->transpose)
-        head_kernel<true><<<blocks, THREADS, 0, q->stream>>>(w);
+        start<true>(q, w, vec, a->nh);
     else
-        head_kernel<false><<<blocks, THREADS, 0, q->stream>>>(w);
+        start<false>(q, w, vec, a->nh);
     return rt_cuda_launched("products of heads", err);
 }

@@ -106,11 +106,21 @@ struct softmax {
     float top[2], sum[2]; /* sum: of this thread's keys */
 };
 
-/* Scores to probabilities in shared memory, with the other warpgroup's maxima; o and sums by the factor that the new maximum asks for. */
+/* Results below 2^-126 are 0. */
+__device__ __forceinline__ float power_of_2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Scores to probabilities in shared memory, with the other warpgroup's maxima; o and sums by the factor that a new maximum asks for. A maximum
+ * stays in use until one that is 2^SLACK times as large comes: both make the same quotient in the end, and o is rarely multiplied. */
 __device__ __forceinline__ void probabilities(float (&s)[16], float (&o)[128], softmax &x, float *maxima, uint32_t p, int row, int group)
 {
+    enum { SLACK = 8 };
     const int t = threadIdx.x % 4;
-    float m[2] = {-INFINITY, -INFINITY};
+    float m[2] = {-INFINITY, -INFINITY}, factor[2];
 #pragma unroll
     for (int i = 0; i < 16; i++)
         m[i / 2 % 2] = fmaxf(m[i / 2 % 2], s[i]);
@@ -122,23 +132,24 @@ __device__ __forceinline__ void probabilities(float (&s)[16], float (&o)[128], s
             maxima[group * HEADS + row + 8 * r] = m[r];
     }
     __syncthreads();
-    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float now = fmaxf(x.top[r], fmaxf(m[r], maxima[(group ^ 1) * HEADS + row + 8 * r]));
-        factor[r] = exp2f(x.top[r] - now);
+        const float here = fmaxf(m[r], maxima[(group ^ 1) * HEADS + row + 8 * r]), now = here > x.top[r] + SLACK ? here : x.top[r];
+        factor[r] = power_of_2(x.top[r] - now);
         x.top[r] = now;
         x.sum[r] *= factor[r];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float p0 = exp2f(s[4 * j + 2 * r] - now), p1 = exp2f(s[4 * j + 2 * r + 1] - now);
+            const float p0 = power_of_2(s[4 * j + 2 * r] - now), p1 = power_of_2(s[4 * j + 2 * r + 1] - now);
             x.sum[r] += p0 + p1;
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(p + at_piece(row + 8 * r, group * 4 + j) + t * 4), "r"(mma::pack_bf16(p0, p1)) : "memory");
         }
     }
+    if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-    for (int i = 0; i < 128; i++)
-        o[i] *= factor[i / 2 % 2];
+        for (int i = 0; i < 128; i++)
+            o[i] *= factor[i / 2 % 2];
+    }
 }
 
 /* The rows' sums over both warpgroups, then o / sum to where it belongs. */
@@ -203,7 +214,7 @@ __device__ __forceinline__ void part(const struct rt_cuda_mla &a, uint32_t base,
 #pragma unroll
         for (int j = 0; j < 16; j++) {
             const int key = key0 + i * KEYS + group * 32 + j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
-            s[j] = key <= last ? s[j] * a.scale : -INFINITY;
+            s[j] = i + 1 < steps || key <= last ? s[j] * a.scale : -INFINITY;
         }
         probabilities(s, o, x, stat, base + P_AT, row, group);
         written();
