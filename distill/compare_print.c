@@ -5,7 +5,7 @@
 #include "core/log.h"
 #include "distill/compare.h"
 
-enum { MAX_COLUMNS = 10, CELL = 112 };
+enum { MAX_COLUMNS = 11, CELL = 112 };
 
 const char *rt_cmp_number(char buf[32], double v, bool share)
 {
@@ -67,6 +67,7 @@ out:
 
 static void column(struct table *t, const char *head)
 {
+    RT_ASSERT(t->columns < MAX_COLUMNS);
     snprintf(t->cell[0][t->columns++], CELL, "%s", head);
 }
 
@@ -98,7 +99,7 @@ static enum rt_status arms(const struct rt_comparison *c, struct table *t, struc
     for (int i = 0; i < (alm ? 4 : 3); i++) {
         column(t, weights[i]);
         for (int a = 0; a < c->n_arms; a++)
-            snprintf(cell(t, a), CELL, isnan(c->arm[a].weight[i]) ? "-" : "%g", c->arm[a].weight[i]);
+            snprintf(cell(t, a), CELL, isnan(c->arm[a].weight[i]) && i < 3 ? "-" : "%g", isnan(c->arm[a].weight[i]) ? 0 : c->arm[a].weight[i]);
     }
     column(t, "train CE");
     for (int a = 0; a < c->n_arms; a++)

@@ -119,15 +119,19 @@ struct fake {
     double T;
     int correct;      /* of 4 samples of each problem */
     bool reversed;    /* lines of the evaluation in another order */
+    double alm;       /* weight; 0: run.json does not name it */
 };
 
 static void make_run(const char *dir, const struct fake *f)
 {
     char text[8192], *p;
     enum { SEQUENCES = 24, PROBLEMS = 12 };
+    char alm[32] = "";
+    if (f->alm > 0)
+        snprintf(alm, sizeof alm, ",\"alm\":%g", f->alm);
     snprintf(text, sizeof text, "{\"version\":1,\"name\":\"n\",\"arm\":\"%s\",\"seed\":%lld,\"finished\":true,\"options\":{\"w-kl\":\"%g\",\"lr\":\"0.001\",\"out\":\"%s\"},"
-             "\"weights\":{\"ce\":0,\"kl\":1,\"feature\":0},\"init\":{\"sha256\":\"%s\"},\"order_sha256\":\"%s\",\"tokens\":%lld,\"steps\":3,\"seconds\":5.5,"
-             "\"final\":{\"ce\":2.5,\"kl\":0.5}}", f->arm, (long long)f->seed, f->kl, dir, f->init, f->order, (long long)f->tokens);
+             "\"weights\":{\"ce\":0,\"kl\":1,\"feature\":0%s},\"init\":{\"sha256\":\"%s\"},\"order_sha256\":\"%s\",\"tokens\":%lld,\"steps\":3,\"seconds\":5.5,"
+             "\"final\":{\"ce\":2.5,\"kl\":0.5}}", f->arm, (long long)f->seed, f->kl, dir, alm, f->init, f->order, (long long)f->tokens);
     put(dir, "run.json", text);
     put(dir, "metrics.jsonl", "{\"step\":1,\"loss\":3,\"ce\":3,\"kl\":1}\n{\"step\":2,\"skipped\":true,\"loss\":null}\n{\"step\":3,\"loss\":2,\"ce\":2,\"kl\":0.5}\n{\"step\":4,\"lo");
     snprintf(text, sizeof text, "{\"step\":0,\"name\":\"h\",\"ce\":5,\"kl\":9}\n{\"step\":3,\"name\":\"h\",\"ce\":null,\"kl\":%g,\"kl_rows\":240,\"kd_temperature\":%g,"
@@ -145,7 +149,7 @@ static void make_run(const char *dir, const struct fake *f)
     put(dir, "eval/h.jsonl", text);
 }
 
-static const struct fake base = {"hard", "o", "i", 0, 100, 3, 0, 1, 4, false};
+static const struct fake base = {"hard", "o", "i", 0, 100, 3, 0, 1, 4, false, 0};
 
 static bool said(const struct rt_comparison *c, const char *list, const char *words)
 {
@@ -198,6 +202,35 @@ static void a_difference_that_can_be_told(void **state)
     assert_int_equal(rt_json_len(differs), 1);
     assert_string_equal(rt_json_as_string(rt_json_get(rt_json_at(differs, 0), "option"), NULL), "w-kl");
     rt_comparison_free(c);
+}
+
+/* The table of arms: what each was trained with stands in the arm's own row; likelihoods of spans only where an arm has them. */
+static void arms_are_a_table(void **state)
+{
+    (void)state;
+    for (int with = 0; with < 2; with++) {
+        struct rt_err err = {0};
+        struct fake spans = base;
+        struct rt_buf out = {0};
+        char arm[16], head[160], row[160];
+        spans.arm = "spans";
+        spans.alm = with ? 0.5 : 0;
+        struct rt_comparison *c = compare_two(with ? "table-1" : "table-0", &base, &spans);
+        assert_ok(rt_compare_print(c, &out, &err));
+        assert_ok(rt_buf_puts(&out, "", &err));
+        assert_int_equal(sscanf(out.data, "%15s %159[^\n] %15s", arm, head, row), 3);
+        assert_string_equal(arm, "arm");
+        assert_string_equal(row, "hard");
+        assert_true((strstr(head, "w_alm") != NULL) == (with == 1));
+        assert_non_null(strstr(head, "peak memory"));
+        const char *line = strstr(out.data, "\n  spans ");
+        assert_non_null(line);
+        float w[6];
+        assert_int_equal(sscanf(line, " spans %f %f %f %f %f %f", &w[0], &w[1], &w[2], &w[3], &w[4], &w[5]), 6);
+        assert_true(w[0] == 1 && w[1] == 0 && w[2] == 1 && w[3] == 0 && w[4] == (with ? 0.5f : 2.5f) && w[5] == (with ? 2.5f : 0.5f));
+        rt_buf_free(&out);
+        rt_comparison_free(c);
+    }
 }
 
 static void a_difference_that_cannot(void **state)
@@ -425,7 +458,8 @@ static void json_lines(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(means_and_spreads), cmocka_unit_test(pass_at_k), cmocka_unit_test(wilson), cmocka_unit_test(bootstrap_of_a_ratio),
-    cmocka_unit_test(pairing_takes_out_what_is_shared), cmocka_unit_test(a_difference_that_can_be_told), cmocka_unit_test(a_difference_that_cannot),
+    cmocka_unit_test(pairing_takes_out_what_is_shared), cmocka_unit_test(a_difference_that_can_be_told), cmocka_unit_test(arms_are_a_table),
+    cmocka_unit_test(a_difference_that_cannot),
     cmocka_unit_test(what_is_not_comparable_is_said), cmocka_unit_test(seeds_must_agree), cmocka_unit_test(bad_records_are_refused),
     cmocka_unit_test(page_is_self_contained), cmocka_unit_test(strange_values_are_drawn), cmocka_unit_test(json_lines),
 };
