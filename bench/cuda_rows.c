@@ -102,7 +102,7 @@ OP(gather, gather, .x = b->a, .index = b->index, .out = b->b, .n = N, .cols = H)
 OP(scatter, scatter, .y = b->a, .index = b->index, .x = b->b, .n = N, .cols = H)
 OP(scatter_add, scatter, .y = b->a, .index = b->index, .x = b->b, .n = N, .cols = H, .accumulate = true)
 OP(axpy, axpy, .x = b->a, .y = b->b, .n = (int64_t)N * H, .a = 0.5)
-OP(route, route, .x = b->a, .w = b->router, .bias = b->bias, .ids = b->ids, .weight = b->weight, .n = N, .H = H, .E = E, .k = K, .n_group = 8,
+OP(route, route, .x = b->a, .w = b->router, .bias = b->bias, .ids = b->perm, .weight = b->weight, .n = N, .H = H, .E = E, .k = K, .n_group = 8,
    .topk_group = 4, .sigmoid = true, .group_top2 = true, .norm = true, .scale = 2.5f)
 OP(sort, moe_sort, .ids = b->ids, .perm = b->perm, .offset = b->offset, .n = N, .k = K, .E = E)
 OP(sort_many, moe_sort, .ids = b->ids, .perm = b->perm, .offset = b->offset, .n = 16 * N, .k = K, .E = E)
@@ -272,8 +272,8 @@ int main(void)
     need(&b, RT_OP(&b.d, moe_sort, &b.err, .ids = b.ids, .perm = b.perm, .offset = b.offset, .n = N, .k = K, .E = E));
     measure(&b, "tables of 64 of 256 experts", n * K * 4, group_make, false);
     const double rows = (double)b.group.rows, touched = n * (1 - 0.1001); /* of 8 choices none in a quarter of the experts: 0.75^8 */
-    measure(&b, "gather codes of the 64 experts", rows * (row + 8 * 56), group_gather8, false);
-    measure(&b, "gather bf16 of the 64 experts", rows * 2 * row, group_gather16, false);
+    measure(&b, "gather codes of the 64 experts", (rows + touched) * (row / 2 + 4 * 56), group_gather8, false);
+    measure(&b, "gather bf16 of the 64 experts", (rows + touched) * row, group_gather16, false);
     measure(&b, "swiglu 2048 of the 64 experts -> codes", rows * (5.0 * 2048 + 4 * 16), group_swiglu, false);
     measure(&b, "combine of the 64 experts", rows * row + touched * 2 * row, group_combine, false);
     return 0;

@@ -39,8 +39,10 @@ struct gather {
     const float *scale;  /* NULL: bf16 */
     float *to_scale;
     const int4 *row;
-    int64_t scale_ld;    /* of x */
-    int k, nv, blocks;   /* nv: units of a row */
+    const int32_t *inverse;
+    int64_t scale_ld, n, rows; /* scale_ld: of x */
+    int k, nv, blocks;         /* nv: units of a row */
+    unsigned token_blocks;
 };
 
 /* v, or 0 where mask is 0: no branch, so that no store waits between the loads. */
@@ -82,6 +84,85 @@ __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ str
             v[r] = __uint_as_float(__float_as_uint(v[r]) & live[r]);
         *(float4 *)(to + (int64_t)b * g.z) = make_float4(v[0], v[1], v[2], v[3]);
     }
+}
+
+/* The same by tokens, for groups of which most tokens have rows: each token is read once. Blocks behind token_blocks write the padding. */
+enum { TOKENS = 4 };
+
+__device__ void fill_padding(const struct gather &p, int64_t warp)
+{
+    const int lane = (int)threadIdx.x % 32;
+    const int64_t first = warp * 32;
+    const int4 own = first + lane < p.rows ? __ldg(p.row + first + lane) : make_int4(0, 0, 0, 0);
+    for (unsigned left = __ballot_sync(0xffffffffu, own.x < 0); left != 0; left &= left - 1) {
+        const int at = __ffs((int)left) - 1;
+        const int64_t row = first + at;
+        const int base = __shfl_sync(0xffffffffu, own.y, at), padded = __shfl_sync(0xffffffffu, own.z, at);
+        for (int c = lane; c < p.nv; c += 32)
+            ((uint4 *)p.to)[row * p.nv + c] = make_uint4(0, 0, 0, 0);
+        for (int b = lane; b < p.blocks; b += 32)
+            p.to_scale[(int64_t)base * p.blocks + (int64_t)b * padded + (row - base)] = 0;
+    }
+}
+
+/* Scales of the block's tokens to their rows. row: in lane j of each warp, of choice j; in: which lanes hold one. */
+__device__ __forceinline__ void deal_scales(const struct gather &p, int64_t t0, const int (&row)[TOKENS], const unsigned (&in)[TOKENS])
+{
+    const int warp = (int)threadIdx.x / 32 * 32;
+    int4 at[TOKENS];
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+        at[i] = row[i] >= 0 ? __ldg(p.row + row[i]) : make_int4(0, 0, 0, 0);
+    for (int b0 = 0; b0 + warp < p.blocks; b0 += (int)blockDim.x) {
+        const int b = b0 + (int)threadIdx.x;
+        float s[TOKENS];
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++)
+            s[i] = in[i] != 0 && b < p.blocks ? __ldg(p.scale + (int64_t)b * p.scale_ld + t0 + i) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++)
+            for (unsigned left = in[i]; left != 0; left &= left - 1) {
+                const int from = __ffs((int)left) - 1;
+                const int r = __shfl_sync(0xffffffffu, row[i], from), base = __shfl_sync(0xffffffffu, at[i].y, from);
+                const int padded = __shfl_sync(0xffffffffu, at[i].z, from);
+                if (b < p.blocks)
+                    p.to_scale[(int64_t)base * p.blocks + (int64_t)b * padded + (r - base)] = s[i];
+            }
+    }
+}
+
+__global__ void __launch_bounds__(256) deal_kernel(const __grid_constant__ struct gather p)
+{
+    const int lane = (int)threadIdx.x % 32;
+    const int64_t t0 = (int64_t)blockIdx.x * TOKENS;
+    int row[TOKENS];
+    unsigned in[TOKENS];
+    if (blockIdx.x >= p.token_blocks) {
+        fill_padding(p, (int64_t)(blockIdx.x - p.token_blocks) * (blockDim.x / 32) + threadIdx.x / 32);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+        row[i] = lane < p.k && t0 + i < p.n ? __ldg(p.inverse + (t0 + i) * p.k + lane) : -1;
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+        in[i] = __ballot_sync(0xffffffffu, row[i] >= 0);
+    for (int c0 = 0; c0 < p.nv; c0 += (int)blockDim.x) { /* every lane makes every turn: it holds a row for the others */
+        const int c = c0 + (int)threadIdx.x;
+        uint4 v[TOKENS];
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++)
+            v[i] = in[i] != 0 && c < p.nv ? load_stream((const uint4 *)p.x + (t0 + i) * p.nv + c) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++)
+            for (unsigned left = in[i]; left != 0; left &= left - 1) {
+                const int64_t r = __shfl_sync(0xffffffffu, row[i], __ffs((int)left) - 1);
+                if (c < p.nv)
+                    ((uint4 *)p.to)[r * p.nv + c] = v[i];
+            }
+    }
+    if (p.scale != NULL)
+        deal_scales(p, t0, row, in);
 }
 
 /* ---- combine ---- */
@@ -289,7 +370,14 @@ enum rt_status rt_cuda_moe_gather(struct rt_queue *q, const struct rt_cuda_moe_g
     p.nv = wide ? H * (codes ? 1 : 2) / 16 : codes ? H / 2 : H; /* units of 16 or of 2 bytes */
     const int turns = (p.nv + 255) / 256;
     const unsigned threads = (unsigned)(((p.nv + turns - 1) / turns + 31) / 32 * 32), grid = (unsigned)(g->rows / ROWS);
-    if (wide)
+    if (wide && g->inverse != NULL && g->rows >= g->n / 2) {
+        const int64_t warps = (g->rows + 31) / 32, per_block = threads / 32;
+        p.inverse = g->inverse;
+        p.n = g->n;
+        p.rows = g->rows;
+        p.token_blocks = (unsigned)((g->n + TOKENS - 1) / TOKENS);
+        deal_kernel<<<p.token_blocks + (unsigned)((warps + per_block - 1) / per_block), threads, 0, q->stream>>>(p);
+    } else if (wide)
         gather_kernel<uint4><<<grid, threads, 0, q->stream>>>(p);
     else
         gather_kernel<unsigned short><<<grid, threads, 0, q->stream>>>(p);
