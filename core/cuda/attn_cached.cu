@@ -163,8 +163,8 @@ __device__ void merge_warps(const work &w, const float (&o)[D / 8][4], const flo
 
 /* One part of a token's keys: key0 .. last. */
 template <int D>
-__device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][4], int64_t base, int key0, int last, uint32_t mine, float (&o)[D / 8][4],
-                                     float (&top)[2], float (&sum)[2])
+__device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][4], int64_t base, int key0, int last, uint32_t mine,
+                                     float (&o)[D / 8][4], float (&top)[2], float (&sum)[2])
 {
     enum { STAGE = 2 * KEYS * D * 2 };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (last - key0) / KEYS + 1;

@@ -143,8 +143,10 @@ __device__ __forceinline__ void write(const work &a, const float (&acc)[8][4], b
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            *(uint32_t *)(void *)(ys + (token + lane / 4 + i * 8) * LDY + column + j * 8 + lane % 4 * 2) = mma::pack_bf16(acc[j][2 * i], acc[j][2 * i + 1]);
+        for (int i = 0; i < 2; i++) {
+            bf16 *to = ys + (token + lane / 4 + i * 8) * LDY + column + j * 8 + lane % 4 * 2;
+            *(uint32_t *)(void *)to = mma::pack_bf16(acc[j][2 * i], acc[j][2 * i + 1]);
+        }
     __syncthreads();
     for (int i = threadIdx.x; i < TOKENS * COLUMNS / 8; i += THREADS) {
         const int r = i / (COLUMNS / 8), c = i % (COLUMNS / 8) * 8;
@@ -241,7 +243,8 @@ enum rt_status rt_cuda_head_matmul(struct rt_dev *, struct rt_queue *q, const st
     w.R = a->R;
     w.token_tiles = (int)((a->n + TOKENS - 1) / TOKENS);
     w.column_tiles = (int)((dy + COLUMNS - 1) / COLUMNS);
-    const bool vec = (a->d | a->R | w.x_head | w.y_head | w.x_ld | w.y_ld) % 8 == 0 && vec8::aligned16(a->x) && vec8::aligned16(a->y) && vec8::aligned16(w.w);
+    const bool vec = (a->d | a->R | w.x_head | w.y_head | w.x_ld | w.y_ld) % 8 == 0 && vec8::aligned16(a->x) && vec8::aligned16(a->y) &&
+                     vec8::aligned16(w.w);
     if (a->transpose)
         start<true>(q, w, vec, a->nh);
     else

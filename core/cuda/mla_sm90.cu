@@ -205,7 +205,7 @@ __device__ __forceinline__ void part(const struct rt_cuda_mla &a, uint32_t base,
         products_begin(s);
 #pragma unroll
         for (int k = 0; k < WIDTH / 16; k++)
-            score_product(s, operand(base + k / 4 * COLUMN + k % 4 * 32, 16), operand(tile + k / 4 * COLUMN + group * 32 * 128 + k % 4 * 32, 16), k > 0);
+            score_product(s, operand(base + k / 4 * COLUMN + k % 4 * 32, 16), operand(tile + group * 4096 + k / 4 * COLUMN + k % 4 * 32, 16), k > 0);
         products_commit();
         if (i + 1 < steps)
             load_keys(cache, key0 + (i + 1) * KEYS, last, base + TILE + (~i & 1) * TILE);

@@ -316,7 +316,9 @@ int shared_limit(const struct rt_dev *dev)
 
 bool rt_cuda_mla_sync_takes(const struct rt_dev *dev, int R, int dr)
 {
-    return R == 512 && dr == 64 ? shared_limit(dev) >= (int)shape<512, 64, 32>::total : R == 128 && dr == 16 && shared_limit(dev) >= (int)shape<128, 16, 64>::total;
+    if (R == 512 && dr == 64)
+        return shared_limit(dev) >= (int)shape<512, 64, 32>::total;
+    return R == 128 && dr == 16 && shared_limit(dev) >= (int)shape<128, 16, 64>::total;
 }
 
 enum rt_status rt_cuda_mla_sync(struct rt_queue *q, const struct rt_cuda_mla *a, struct rt_err *err)

@@ -1,8 +1,9 @@
 /* Products of few rows with many weights (skinny.h).
  *
  * A block holds 128 rows of weights (of a gate and an up: 64 and 64) against 16 to 64 tokens and walks along the columns 128 bytes of a weight row
- * at a time, `stages` of them on their way through cp.async; four warps of 32 rows take one half of these columns, four the other. Where a weight alone has too few rows to fill the GPU, the columns
- * are cut as well and a second kernel adds the parts in ascending order. Experts are rows of a table in device memory: one launch for all of them.
+ * at a time, `stages` of them on their way through cp.async; four warps of 32 rows take one half of these columns, four the other. Where a weight
+ * alone has too few rows to fill the GPU, the columns are cut as well and a second kernel adds the parts in ascending order. Experts are rows of a
+ * table in device memory: one launch for all of them.
  *
  * Shared memory of a stage: weights [128][128 bytes], then tokens [8 * octets][x_row bytes], then the tokens' scales. 16-byte pieces lie where
  * eight consecutive lanes reach all 32 banks: piece c of row r at c ^ 4 (r odd) where rows have 128 bytes, at c ^ 1 (r odd) where they have 256.
@@ -214,9 +215,9 @@ __device__ void finish(const product &p, const group &e, const float (&acc)[2][O
     if (p.out == RT_SKINNY_SWIGLU) {
         for (int i = threadIdx.x; i < e.rows * 64; i += THREADS) {
             const int r = i / 64, c = i % 64;
+            const float *gate = tile + r * LD + c, *up = gate + 64;
             if (n0 + c < p.N)
-                ((__nv_bfloat16 *)p.y)[(e.row0 + r) * p.ldy + n0 + c] =
-                    __float2bfloat16_rn(silu_times(tile[r * LD + c] + tile[SECOND + r * LD + c], tile[r * LD + c + 64] + tile[SECOND + r * LD + c + 64]));
+                ((__nv_bfloat16 *)p.y)[(e.row0 + r) * p.ldy + n0 + c] = __float2bfloat16_rn(silu_times(gate[0] + gate[SECOND], up[0] + up[SECOND]));
         }
         return;
     }
@@ -332,7 +333,10 @@ out:
 template <int W, int X>
 enum rt_status start_rows(struct rt_queue *q, const product &p, int rows, struct rt_err *err)
 {
-    return rows <= 16 ? start<W, X, 2>(q, p, err) : rows <= 24 ? start<W, X, 3>(q, p, err) : rows <= 32 ? start<W, X, 4>(q, p, err) : start<W, X, 8>(q, p, err);
+    return rows <= 16   ? start<W, X, 2>(q, p, err)
+           : rows <= 24 ? start<W, X, 3>(q, p, err)
+           : rows <= 32 ? start<W, X, 4>(q, p, err)
+                        : start<W, X, 8>(q, p, err);
 }
 
 /* rows: the most of a group */
