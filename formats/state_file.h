@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-enum { RT_STATE_BLOCK = 1 << 20, RT_STATE_MAX_HEADER = 1 << 20, RT_STATE_VERSION = 1 };
+enum { RT_STATE_BLOCK = 1 << 18, RT_STATE_MAX_HEADER = 1 << 20, RT_STATE_VERSION = 1 };
 
 /* Writes path: header is an object of the caller's members (copied); exactly `bytes` bytes follow with put, in pieces of any size. */
 struct rt_state_writer;

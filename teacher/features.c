@@ -77,14 +77,15 @@ static int64_t rows_of(const struct rt_feature_spec *s)
 
 uint64_t rt_score_fixed_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, int64_t longest)
 {
-    uint64_t b = o->keep.dir != NULL || o->keep.spill ? 3 * (uint64_t)RT_STATE_BLOCK : 0; /* a writer, what goes to it, headers */
+    uint64_t b = 0;
+    if (o->keep.dir != NULL || o->keep.spill) /* a writer, and what goes to it */
+        b += RT_STATE_BLOCK + ((uint64_t)4 << 20);
     for (int i = 0; i < o->n_features; i++) {
         const struct rt_feature_spec *s = &o->feature[i];
-        const uint64_t rows = (uint64_t)(longest > rows_of(s) ? longest : rows_of(s)) * (uint64_t)s->dim;
         if (i == 0)
-            b += 2 * (uint64_t)(s->dim > PIECE ? s->dim : PIECE) * sizeof(float);
+            b += 2 * (uint64_t)PIECE * sizeof(float) + (o->keep.spill ? (uint64_t)PIECE * sizeof(uint16_t) : 0);
         if (o->keep.spill)
-            b += rows * rt_dtype_size(s->dtype) + RT_STATE_BLOCK;
+            b += (uint64_t)longest * (uint64_t)s->dim * rt_dtype_size(s->dtype) + RT_STATE_BLOCK;
         if (s->projected) /* the matrix, here and on its way to the device */
             b += 3 * (uint64_t)s->dim * (uint64_t)c->hidden * sizeof(float);
     }
@@ -102,7 +103,7 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
 {
     const struct rt_device *d = t->o.device;
     enum rt_status st = RT_OK;
-    int64_t most = 0;
+    int64_t most = 0, piece = 0;
     *f = (struct rt_features){.t = t, .o = o, .n = n, .spill = o->keep.dir != NULL && o->keep.spill};
     for (int i = 0; i < o->n_features; i++) {
         const struct rt_feature_spec *s = &o->feature[i];
@@ -110,15 +111,18 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
             RT_FAIL(err, USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, t->c.layers);
         if (s->dim < 1 || s->dim > t->c.hidden || (!s->projected && s->dim != t->c.hidden))
             RT_FAIL(err, USAGE, "--features: %d dimensions of a state of %d", s->dim, t->c.hidden);
-        const int64_t held = !f->spill ? n : longest > rows_of(s) ? longest : rows_of(s);
+        const int64_t held = f->spill ? longest : n;
         RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1) * (size_t)s->dim, rt_dtype_size(s->dtype), "features", &f->data[i], err));
-        const int64_t elements = as_it_is(f, i) ? 0 : rows_of(s) * s->dim;
-        most = elements > most ? elements : most;
+        const int64_t elements = rows_of(s) * s->dim;
+        most = elements > most && !as_it_is(f, i) ? elements : most;
+        piece = elements > piece ? elements : piece;
         if (!s->projected)
             continue;
         RT_TRY(rt_alloc((size_t)n, sizeof(float), "feature scales", &f->scale[i], err));
         RT_TRY(make_projection(f, i, err));
     }
+    if (f->spill)
+        RT_TRY(rt_alloc((size_t)piece, sizeof(uint16_t), "features", &f->piece, err));
     if (most > 0) {
         RT_TRY(d->be->alloc(d->dev, (size_t)most * sizeof(float), &f->projected, err));
         RT_TRY(rt_alloc((size_t)most, sizeof(float), "features", &f->host, err));
@@ -142,6 +146,7 @@ void rt_features_free(struct rt_features *f)
     if (f->projected != NULL)
         d->be->free(d->dev, f->projected);
     rt_free(f->host);
+    rt_free(f->piece);
     rt_state_writer_free(f->writer);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_state_reader_free(f->reader[i]);
@@ -334,7 +339,7 @@ static enum rt_status take_one(struct rt_features *f, int i, const void *x, int6
     for (int64_t r = 0; r < n; r += most) {
         const int64_t m = n - r < most ? n - r : most;
         const char *rows = (const char *)x + (size_t)(r * f->t->c.hidden) * rt_device_act_size(f->t->o.device);
-        char *out = (char *)f->data[i] + (f->spill ? 0 : (size_t)r * row_bytes(f, i));
+        char *out = f->spill ? f->piece : (char *)f->data[i] + (size_t)r * row_bytes(f, i);
         RT_TRY(take_rows(f, i, rows, m, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
         if (f->spill)
             RT_TRY(rt_state_put(f->writer, out, (uint64_t)m * row_bytes(f, i), err));

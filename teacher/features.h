@@ -22,6 +22,7 @@ struct rt_features {
     /* kept on disk: */
     const char *dir, *identity;              /* NULL: not kept */
     bool spill;                              /* data is [longest sequence, dim] then, and filled by rt_features_attach */
+    void *piece;                             /* rows on their way to a file */
     bool filed[RT_MAX_FEATURES];             /* whole in DIR/feature-i */
     struct rt_state_writer *writer;          /* of the feature that is being taken */
     struct rt_state_reader *reader[RT_MAX_FEATURES];

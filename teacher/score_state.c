@@ -11,7 +11,7 @@
 #include "formats/state_file.h"
 
 #define KIND "retort-window"
-enum { PIECE = RT_STATE_BLOCK };
+enum { PIECE = 4 << 20 };
 /* Saving may take a fiftieth of the time: that much work is at stake before it is done again. */
 #define COST_SHARE 50.0
 
