@@ -33,7 +33,7 @@ struct bench {
     double *row[4], copy_rate;
     struct rt_weight *w;
     int64_t H, I, V, n;
-    int heads, head_dim, k;
+    int heads, head_dim, k, threads;
     enum rt_dtype moment;
     enum rt_dtype logits;
     bool norm, forward_only;
@@ -153,7 +153,7 @@ static enum rt_status loss_rows(struct bench *b)
 {
     const struct rt_head_loss_args a = loss_args(b);
     const int64_t ldz = (b->V + 7) / 8 * 8;
-    const struct rt_cuda_logits t = {.z = b->b, .dz = b->logits == RT_F32 ? b->a + GIB : b->b, .ldz = ldz, .row0 = 0, .rows = 1024, .type = b->logits};
+    const struct rt_cuda_logits t = {.z = b->b, .dz = b->logits == RT_F32 ? b->a + GIB : b->b, .ldz = ldz, .row0 = 0, .rows = 1024, .type = b->logits, .threads = b->threads};
     return rt_cuda_loss_rows(b->d.q, &a, &t, &b->err);
 }
 
@@ -280,8 +280,9 @@ static void losses_of(struct bench *b, int64_t H)
             snprintf(what, sizeof what, "head %ld, %s logits, %s%s", (long)H, rt_dtype_name(b->logits), i == 0 ? "CE" : i == 2 ? "CE + KL T 2" : "CE + KL",
                      i == 3 ? ", forward" : "");
             measure_loss(b, what);
-            if (i < 3) {
-                snprintf(what, sizeof what, "  its row kernel on 1024 rows");
+            for (int threads = 512; i < 3 && threads <= 1024; threads *= 2) {
+                b->threads = threads;
+                snprintf(what, sizeof what, "  its row kernel on 1024 rows, %d threads", threads);
                 measure(b, what, (b->logits == RT_F32 ? 10.0 : 6.0) * 1024 * (double)b->V, loss_rows);
             }
         }

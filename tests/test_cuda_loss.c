@@ -208,6 +208,7 @@ static void test_head_loss(void **state)
         {130, 64, 1003, 64, 2, RT_TAIL_BUCKET, 4.0f, 0, RT_BF16, false},
         {130, 64, 1003, 64, 2, RT_TAIL_BUCKET, 4.0f, 0, RT_F16, false},
         {300, 8, 1000, 5, 1, RT_TAIL_RENORM, 8.0f, 400000, RT_F16, false},
+        {24, 16, 140001, 64, 1, RT_TAIL_BUCKET, 4.0f, 0, RT_F16, false}, /* more than shared memory holds of a row */
         {1100, 32, 331, 5, 1, RT_TAIL_BUCKET, 3.0f, 0, RT_F16, false}, /* rows enough for the operation to take F16 by itself */
     };
     struct cuda_pair p;

@@ -3,7 +3,8 @@
  * One block a row. The entries of the stored ids K are taken out first (their logits kept, -inf in their place), so that the walk over the row
  * sums the complement itself, whatever share of the mass it has; the parts on and off K are then put together in float64. A second walk writes
  *   dz_i = c_off exp(z_i/T - lse_off) + w_ce exp(z_i - lse_1)   off K,  c_off = w_kl T (M Q_R - P_R)   (bucket; 0 for renorm)
- * and the entries on K and the label are written behind it, from float32. (core/ref/ref_loss.c has the formulas.)
+ * and the entries on K and the label are written behind it, from float32. (core/ref/ref_loss.c has the formulas.) As much of the row as shared
+ * memory holds is read once.
  */
 #include "core/cuda/loss.h"
 #include "core/cuda/loss_row.cuh"
@@ -13,7 +14,7 @@ namespace {
 using namespace loss_row;
 typedef __nv_bfloat16 bf16;
 
-enum { THREADS = 512 };
+enum { THREADS = 512 }; /* of likelihoods */
 static const double min_tail = 1e-7; /* P_R below this is rounding of the stored log-probabilities */
 
 /* Exponents of 2 and factors of a row's gradient. */
@@ -110,7 +111,7 @@ __device__ struct on_k take_k(const struct rt_head_loss_args &a, int64_t i, Z *z
     const float *logp = a.top_logp + i * a.k;
     struct on_k r = {empty(), 0, 0};
     const double inv = 1 / a.T;
-    for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
+    for (int j = (int)threadIdx.x; j < a.k; j += (int)blockDim.x) {
         const int32_t id = ids[j];
         zk[j] = id >= 0 ? element(z + id) : -CUDART_INF_F;
         if (id < 0)
@@ -124,7 +125,7 @@ __device__ struct on_k take_k(const struct rt_head_loss_args &a, int64_t i, Z *z
     r.z = block_join(r.z, s->slot, scale); /* and every logit of K, and the label's, has been read */
     r.mass = vec8::block_sum(r.mass, s->sum[0]);
     r.cross = vec8::block_sum(r.cross, s->sum[1]);
-    for (int j = (int)threadIdx.x; j < a.k; j += THREADS)
+    for (int j = (int)threadIdx.x; j < a.k; j += (int)blockDim.x)
         if (ids[j] >= 0)
             set_element(z + ids[j], -CUDART_INF_F);
     __syncthreads();
@@ -144,7 +145,7 @@ __device__ void fix_entries(const struct rt_head_loss_args &a, int64_t i, int32_
     if (threadIdx.x == 0)
         label_in_k = 0;
     __syncthreads(); /* and the second walk is done */
-    for (int j = (int)threadIdx.x; has_kl && j < a.k; j += THREADS) {
+    for (int j = (int)threadIdx.x; has_kl && j < a.k; j += (int)blockDim.x) {
         const int32_t id = a.top_ids[i * a.k + j];
         if (id < 0)
             continue;
@@ -161,9 +162,12 @@ __device__ void fix_entries(const struct rt_head_loss_args &a, int64_t i, int32_
         dz[label] = __float2bfloat16_rn(gradient_off(c, z_label, scale) - c.ce);
 }
 
-template <class Z, bool TWO> __global__ void __launch_bounds__(THREADS) loss_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t)
+template <class Z, bool TWO, int T>
+__global__ void __launch_bounds__(T) loss_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t, int64_t cached)
 {
-    extern __shared__ float zk[]; /* [k] */
+    extern __shared__ uint4 shared[]; /* [cached / 8], then float [k] */
+    float *zk = (float *)(void *)(shared + cached / 8);
+    const struct cache kept = {shared, cached};
     __shared__ struct loss_shared s;
     const int64_t i = t.row0 + blockIdx.x;
     Z *z = (Z *)t.z + (int64_t)blockIdx.x * t.ldz;
@@ -174,9 +178,9 @@ template <class Z, bool TWO> __global__ void __launch_bounds__(THREADS) loss_ker
     struct stat off = empty();
     if (has_kl)
         k = take_k(a, i, z, zk, scale, &s);
-    for (int64_t at = (int64_t)threadIdx.x * 8; at < a.V; at += THREADS * 8) {
+    for (int64_t at = (int64_t)threadIdx.x * 8; at < a.V; at += T * 8) {
         float x[8];
-        load_row(z, at, a.V, x);
+        load_row<false>(z, at, a.V, kept, x);
         add8<TWO>(&off, x, (int32_t)at, scale);
     }
     off = block_join(off, s.slot, scale);
@@ -190,10 +194,10 @@ template <class Z, bool TWO> __global__ void __launch_bounds__(THREADS) loss_ker
     const struct coefficients c = s.c;
     bf16 *dz = (bf16 *)t.dz + (int64_t)blockIdx.x * t.ldz;
     const bool none = c.off == 0 && c.ce == 0;
-    for (int64_t at = (int64_t)threadIdx.x * 8; at < a.V; at += THREADS * 8) {
+    for (int64_t at = (int64_t)threadIdx.x * 8; at < a.V; at += T * 8) {
         float x[8] = {};
         if (!none) {
-            load_row(z, at, a.V, x);
+            load_row<true>(z, at, a.V, kept, x);
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 x[j] = gradient_off(c, x[j], scale);
@@ -216,6 +220,7 @@ template <bool IN> __device__ void keep_set(float x[8], const uint8_t *in_set, i
 __global__ void __launch_bounds__(THREADS) likelihood_kernel(const struct rt_head_likelihood_args a, const struct rt_cuda_logits t)
 {
     __shared__ struct stat slot[33];
+    const struct cache none = {NULL, 0};
     const int64_t i = t.row0 + blockIdx.x, V = a.n_ids;
     const float *z = (const float *)t.z + (int64_t)blockIdx.x * t.ldz;
     const int32_t label = a.label != NULL ? a.label[i] : -1;
@@ -223,7 +228,7 @@ __global__ void __launch_bounds__(THREADS) likelihood_kernel(const struct rt_hea
     struct stat on = empty(), off = empty();
     for (int64_t at = (int64_t)threadIdx.x * 8; at < V; at += THREADS * 8) {
         float x[8], y[8];
-        load_row(z, at, V, x);
+        load_row<false>(z, at, V, none, x);
         if (a.in_set != NULL) {
             for (int j = 0; j < 8; j++)
                 y[j] = x[j];
@@ -249,7 +254,7 @@ __global__ void __launch_bounds__(THREADS) likelihood_kernel(const struct rt_hea
     const float all = w_label + w_set, all_at = in_base_2(lse), set_at = w_set != 0 ? in_base_2(lse_set) : 0;
     for (int64_t at = (int64_t)threadIdx.x * 8; at < V; at += THREADS * 8) {
         float x[8];
-        load_row(z, at, V, x);
+        load_row<true>(z, at, V, none, x);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const bool in = w_set != 0 && at + j < V && a.in_set[at + j] != 0;
@@ -310,13 +315,40 @@ __global__ void __launch_bounds__(256) add_f32_any_kernel(const float *__restric
 
 }
 
-template <class Z> static void launch_loss(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t)
+/* As many elements of two bytes as fit beside zk, with one block of 1024 threads or two of 512 to a multiprocessor. */
+static enum rt_status room_of(struct rt_queue *q, const struct rt_head_loss_args *a, int threads, int64_t *cached, struct rt_err *err)
 {
-    const size_t shared = (size_t)(a->k > 0 ? a->k : 0) * sizeof(float);
-    if (a->T != 1)
-        loss_kernel<Z, true><<<(unsigned)t->rows, THREADS, shared, q->stream>>>(*a, *t);
-    else
-        loss_kernel<Z, false><<<(unsigned)t->rows, THREADS, shared, q->stream>>>(*a, *t);
+    enum rt_status st;
+    int64_t bytes;
+    int most = 0;
+    RT_CUDA_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->dev->index));
+    bytes = (threads == 1024 ? most : most / 2 - 1024) - (int64_t)sizeof(struct loss_shared) - 1024 - (a->k > 0 ? a->k : 0) * 4;
+    *cached = vec8::smaller(bytes > 0 ? bytes / 16 * 8 : 0, (a->V + 7) / 8 * 8);
+out:
+    return st;
+}
+
+template <class Z, bool TWO, int T>
+static enum rt_status launch_threads(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    int64_t cached = 0;
+    size_t shared;
+    if (sizeof(Z) == 2 && t->dz != NULL)
+        RT_TRY(room_of(q, a, T, &cached, err));
+    shared = (size_t)cached * 2 + (size_t)(a->k > 0 ? a->k : 0) * sizeof(float);
+    RT_CUDA_TRY(cudaFuncSetAttribute((const void *)loss_kernel<Z, TWO, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    loss_kernel<Z, TWO, T><<<(unsigned)t->rows, T, shared, q->stream>>>(*a, *t, cached);
+    RT_TRY(rt_cuda_launched("loss", err));
+out:
+    return st;
+}
+
+template <class Z> static enum rt_status launch_loss(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
+{
+    if (t->threads == 1024)
+        return a->T != 1 ? launch_threads<Z, true, 1024>(q, a, t, err) : launch_threads<Z, false, 1024>(q, a, t, err);
+    return a->T != 1 ? launch_threads<Z, true, 512>(q, a, t, err) : launch_threads<Z, false, 512>(q, a, t, err);
 }
 
 enum rt_status rt_cuda_loss_rows(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
@@ -326,11 +358,10 @@ enum rt_status rt_cuda_loss_rows(struct rt_queue *q, const struct rt_head_loss_a
     if (a->k > RT_CUDA_LOSS_IDS)
         return rt_fail(err, RT_UNSUPPORTED, "head_loss: %d teacher ids a row, expected up to %d", a->k, (int)RT_CUDA_LOSS_IDS);
     switch (t->type) {
-    case RT_F32: launch_loss<float>(q, a, t); break;
-    case RT_F16: launch_loss<__half>(q, a, t); break;
-    default: launch_loss<bf16>(q, a, t); break;
+    case RT_F32: return launch_loss<float>(q, a, t, err);
+    case RT_F16: return launch_loss<__half>(q, a, t, err);
+    default: return launch_loss<bf16>(q, a, t, err);
     }
-    return rt_cuda_launched("loss", err);
 }
 
 enum rt_status rt_cuda_likelihood_rows(struct rt_queue *q, const struct rt_head_likelihood_args *a, const struct rt_cuda_logits *t, struct rt_err *err)

@@ -107,11 +107,10 @@ __device__ inline double lse_of(float max, float sum, double inv_T)
     return max == -CUDART_INF_F ? -CUDART_INF : (double)max * inv_T + log((double)sum);
 }
 
-__device__ inline void load_eight(const float *p, float x[8]) { vec8::load<8>(p, x); }
-__device__ inline void load_eight(const __nv_bfloat16 *p, float x[8]) { vec8::load<8>(p, x); }
-__device__ inline void load_eight(const __half *p, float x[8])
+template <class Z> __device__ inline void widen(const uint4 &v, float x[8]);
+template <> __device__ inline void widen<__nv_bfloat16>(const uint4 &v, float x[8]) { vec8::unpack(v, x); }
+template <> __device__ inline void widen<__half>(const uint4 &v, float x[8])
 {
-    const uint4 v = *(const uint4 *)(const void *)p;
     const uint32_t u[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -121,10 +120,28 @@ __device__ inline void load_eight(const __half *p, float x[8])
     }
 }
 
-/* Elements at .. at + 7 of a row of V; -inf behind its end. */
-template <class Z> __device__ inline void load_row(const Z *z, int64_t at, int64_t V, float x[8])
+/* The first `cached` elements (of two bytes, a multiple of 8) of the row stay in shared memory; a thread finds there what it put there. */
+struct cache {
+    uint4 *at;
+    int64_t cached;
+};
+
+/* Elements at .. at + 7 of a row of V; -inf behind its end. AGAIN: for the second time. */
+template <bool AGAIN, class Z> __device__ inline void load_row(const Z *z, int64_t at, int64_t V, const struct cache &c, float x[8])
 {
-    load_eight(z + at, x);
+    if constexpr (sizeof(Z) == 2) {
+        uint4 v;
+        if (AGAIN && at < c.cached) {
+            v = c.at[at / 8];
+        } else {
+            v = *(const uint4 *)(const void *)(z + at);
+            if (at < c.cached)
+                c.at[at / 8] = v;
+        }
+        widen<Z>(v, x);
+    } else {
+        vec8::load<8>(z + at, x);
+    }
     if (at + 8 > V)
 #pragma unroll
         for (int i = 0; i < 8; i++)
