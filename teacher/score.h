@@ -46,10 +46,12 @@ struct rt_score_options {
     void *tap_self;
 };
 
-/* Scores one window, from its saved state on where keep.dir holds one that is its own and whole: seqs [n_seqs] hold ids, loss_mask, key and the other members that describe a sequence; their row members are filled and
- * each is put into the sink, except the first `skip` ones (already there). Sum of n_tokens <= plan.window, each n_tokens in
- * [1, max_length]. sink NULL: nothing is put. NUMERIC names the layer after which a state was not finite, and the damaged tensor. After an
- * error the state that was saved last stays; after success the caller removes it, once the rows are safe (rt_score_drop). A sink that answers
+/* Scores one window: seqs [n_seqs] hold ids, loss_mask, key and the other members that describe a sequence; their row members are filled
+ * and each is put into the sink, except the first `skip` ones (already there). Sum of n_tokens <= plan.window, each n_tokens in
+ * [1, max_length]. sink NULL: nothing is put. NUMERIC names the layer after which a state was not finite, and the damaged tensor.
+ *
+ * With keep.dir: goes on from the state there, if it is this window's own and whole, with the same bytes as without a stop. After an error
+ * the state that was saved last stays; after success the caller removes it (rt_score_drop) once the rows are safe. A sink that answers
  * INTERRUPTED is a stop: the state after the last layer is saved. */
 enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
                                 struct rt_row_sink *sink, struct rt_err *err);

@@ -29,11 +29,13 @@ static enum rt_status identify(struct rt_score_state *s, const struct rt_rows *s
     struct rt_sha256 sha;
     uint8_t digest[32];
     enum rt_status st;
-    RT_TRY(rt_buf_printf(&text, err, "window %" PRId64 " tokens %" PRId64 " of %" PRId64 " chunk %" PRId64 " teacher %s %s act %d w8a8 %d load %d seed %" PRIu64,
+    RT_TRY(rt_buf_printf(&text, err,
+                         "window %" PRId64 " tokens %" PRId64 " of %" PRId64 " chunk %" PRId64 " teacher %s %s act %d w8a8 %d load %d seed %" PRIu64,
                          o->keep.window, s->n, t->plan.window, t->plan.chunk, rt_teacher_sha256(t), t->o.device->be->name,
                          (int)t->o.device->be->act, t->o.w8a8, o->load != NULL, o->projection_seed));
     for (int i = 0; i < o->n_features; i++)
-        RT_TRY(rt_buf_printf(&text, err, " feature %d %d %d %d", o->feature[i].layer, o->feature[i].dim, (int)o->feature[i].dtype, o->feature[i].projected));
+        RT_TRY(rt_buf_printf(&text, err, " feature %d %d %d %d", o->feature[i].layer, o->feature[i].dim, (int)o->feature[i].dtype,
+                             o->feature[i].projected));
     rt_sha256_init(&sha);
     rt_sha256_update(&sha, text.data, text.len);
     for (int64_t i = 0; i < n_seqs; i++) {
