@@ -17,12 +17,13 @@ enum {
     BM = 128, BN = 128, BK = 128, /* a tile of each operand: 128 rows of 128 bytes */
     TILE = BM * BK,
     STAGE = 3 * TILE,             /* x, and both tiles of the weight */
+    SCALES = BM * 4,              /* beside them: the scales of x */
     STAGES = 4,
     CLUSTER = 2,
     CONSUMERS = 2,                /* warpgroups */
     THREADS = 128 * (CONSUMERS + 1),
     RASTER = 8,                   /* row pairs that run side by side over all columns: the rows they need stay in the L2 */
-    SHARED = STAGES * STAGE + 1024 + 2 * STAGES * 8,
+    SHARED = STAGES * (STAGE + SCALES) + 1024 + 2 * STAGES * 8,
 };
 
 struct expert {
@@ -77,11 +78,16 @@ __device__ __forceinline__ void produce(const struct params &p, const CUtensorMa
             hopper::tensormap_acquire(map);
             seen = w.e;
         }
-        const int row = p.expert[w.e].base + w.row + (int)rank * BM, wrow = GATED ? w.column * BN : (w.column * 2 + (int)rank) * BN;
+        const struct expert x = p.expert[w.e];
+        const int in_expert = w.row + (int)rank * BM, row = x.base + in_expert, wrow = GATED ? w.column * BN : (w.column * 2 + (int)rank) * BN;
+        const int left = x.padded - in_expert, scales = (left < 0 ? 0 : left < BM ? left : BM) * 4; /* bytes */
+        const float *xs = p.xscale + (int64_t)x.base * blocks + in_expert;
         for (int k = 0; k < blocks; k++) {
             const uint32_t bar = full + 8 * stage, at = ring + stage * STAGE;
             hopper::barrier_wait(empty + 8 * stage, phase ^ 1);
-            hopper::barrier_expect(bar, STAGE);
+            hopper::barrier_expect(bar, STAGE + scales);
+            if (scales > 0)
+                hopper::load_bytes(ring + STAGES * STAGE + stage * SCALES, xs + (int64_t)k * x.padded, scales, bar);
             hopper::load_box(at, xmap, k * BK, row, bar);
             hopper::load_box_multicast(at + (1 + rank) * TILE, map, k * BK, wrow, bar, (uint16_t)((1 << CLUSTER) - 1));
             stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -183,7 +189,7 @@ __device__ __forceinline__ void store_gated(uint8_t *code, float *scale, const f
     for (int j = 0; j < 16; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float g = gate[4 * j + 2 * half + i], v = __bfloat162float(__float2bfloat16_rn(g / (1.0f + __expf(-g)) * up[4 * j + 2 * half + i]));
+            const float g = gate[4 * j + 2 * half + i], v = __bfloat162float(__float2bfloat16_rn(__fdividef(g, 1.0f + __expf(-g)) * up[4 * j + 2 * half + i]));
             h[2 * j + i] = v;
             amax = fmaxf(amax, fabsf(v));
         }
@@ -217,24 +223,22 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
         const struct tile w = find_tile(p, t, &e);
         const struct expert x = p.expert[w.e];
         const int row = w.row + (int)rank * BM + in_tile, left = x.padded - row;
-        const float *xs = p.xscale + (int64_t)x.base * blocks + row;
         const float *ws0 = GATED ? p.wscale[2 * w.e] + (int64_t)w.column * blocks : p.wscale[w.e] + (int64_t)w.column * 2 * blocks;
         const float *ws1 = GATED ? p.wscale[2 * w.e + 1] + (int64_t)w.column * blocks : ws0 + blocks;
         float acc0[64], acc1[64];
 #pragma unroll
         for (int i = 0; i < 64; i++)
             acc0[i] = acc1[i] = 0;
-        float low = left > 0 ? xs[0] : 0, high = left > 8 ? xs[8] : 0, s0 = ws0[0], s1 = ws1[0];
+        float s0 = ws0[0], s1 = ws1[0];
         for (int k = 0; k < blocks; k++) {
-            const float a = low, b = high, c = s0, d = s1;
+            const uint32_t at = ring + stage * STAGE, scales = ring + STAGES * STAGE + stage * SCALES + 4 * in_tile;
+            const float c = s0, d = s1;
             if (k + 1 < blocks) { /* on their way while this block is multiplied */
-                low = left > 0 ? xs[(int64_t)(k + 1) * x.padded] : 0;
-                high = left > 8 ? xs[(int64_t)(k + 1) * x.padded + 8] : 0;
                 s0 = ws0[k + 1];
                 s1 = ws1[k + 1];
             }
-            const uint32_t at = ring + stage * STAGE;
             hopper::barrier_wait(full + 8 * stage, phase);
+            const float a = hopper::load_float(scales), b = hopper::load_float(scales + 32);
             multiply(acc0, at + group * (TILE / 2), at + TILE, a * c, b * c);
             multiply(acc1, at + group * (TILE / 2), at + 2 * TILE, a * d, b * d);
             if (threadIdx.x % 32 < CLUSTER)
@@ -264,7 +268,7 @@ __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) void gr
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ unsigned char raw[];
-    const uint32_t ring = (hopper::smem(raw) + 1023) / 1024 * 1024, full = ring + STAGES * STAGE, empty = full + 8 * STAGES, rank = hopper::cluster_rank();
+    const uint32_t ring = (hopper::smem(raw) + 1023) / 1024 * 1024, full = ring + STAGES * (STAGE + SCALES), empty = full + 8 * STAGES, rank = hopper::cluster_rank();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             hopper::barrier_init(full + 8 * i, 1);

@@ -67,7 +67,19 @@ __device__ __forceinline__ void load_box(uint32_t dst, const void *map, int x, i
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map),
                  "r"(bar), "r"(x), "r"(y) : "memory");
 }
-/* The same into every block of the cluster in `mask`, at the same place, each block's own barrier counting the bytes. */
+/* Bytes, a multiple of 16 between addresses that are. */
+__device__ __forceinline__ void load_bytes(uint32_t dst, const void *src, int bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+__device__ __forceinline__ float load_float(uint32_t at)
+{
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+/* The same box into every block of the cluster in `mask`, at the same place, each block's own barrier counting the bytes. */
 __device__ __forceinline__ void load_box_multicast(uint32_t dst, const void *map, int x, int y, uint32_t bar, uint16_t mask)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
