@@ -1,3 +1,8 @@
+/* Tables, gather and sum of a group of experts (moe_rows.h); the gating is quant.cu's.
+ *
+ * Where a group holds rows of most tokens, its rows are dealt from the tokens, so that each token is read once; where few tokens chose it, both
+ * gather and sum go by the group's rows, so that a group costs what it holds and not what the window holds.
+ */
 #include "core/cuda/moe_rows.h"
 
 #include "core/cuda/rows.cuh"

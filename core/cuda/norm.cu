@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(SLOW_THREADS) norm_slow_kernel(const __grid_co
 
 bool fits_vectors(const struct norm &p)
 {
-    return p.cols % VEC == 0 && p.ldx % VEC == 0 && p.ldy % VEC == 0 && aligned16(p.x) && aligned16(p.add) && aligned16(p.w.data) && aligned16(p.sum) &&
-           aligned16(p.y) && aligned16(p.code);
+    return p.cols % VEC == 0 && p.ldx % VEC == 0 && p.ldy % VEC == 0 && aligned16(p.x) && aligned16(p.add) && aligned16(p.w.data) &&
+           aligned16(p.sum) && aligned16(p.y) && aligned16(p.code);
 }
 
 void launch(const struct norm &p, cudaStream_t stream)

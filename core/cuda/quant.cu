@@ -1,8 +1,8 @@
 /* Element-wise rows with an e4m3 form: quant, swiglu_fwd, and the gating of a group of experts (moe_rows.h).
  *
- * A block takes up to 256 vectors of 4 rows, each thread the same vector of all four: four or eight loads in flight, and the four scales of a column block are one
- * store of 16 bytes (rows of scales lie a multiple of 4 apart). Rows behind the last are written as zeros without reading. Codes are made of
- * the bf16-rounded value (quant.cuh).
+ * A block takes up to 256 vectors of 4 rows, each thread the same vector of all four: four or eight loads in flight, and the four scales of a
+ * column block are one store of 16 bytes (rows of scales lie a multiple of 4 apart). Rows behind the last are written as zeros without reading.
+ * Codes are made of the bf16-rounded value (quant.cuh).
  */
 #include "core/cuda/cuda.h"
 #include "core/cuda/moe_rows.h"
