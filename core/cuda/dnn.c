@@ -3,6 +3,35 @@
 
 #include <stdio.h>
 
+enum { SAME_LENGTH_STEP = 256 }; /* sequences of one length that is a multiple of this get a plan of their own, without padding */
+
+/* Sequences that have rows: their number, the greatest length, whether all have it; floating-point operations of the forward. */
+struct lengths {
+    int64_t n, most;
+    bool same;
+    double flop;
+};
+static struct lengths lengths_of(const struct rt_attn_shape *s)
+{
+    struct lengths l = {.same = true};
+    for (int64_t i = 0; i < s->n_seq; i++) {
+        const int64_t len = s->cu_seqlens[i + 1] - s->cu_seqlens[i];
+        if (len == 0)
+            continue;
+        l.same = l.same && (l.n == 0 || len == l.most);
+        l.n++;
+        l.most = len > l.most ? len : l.most;
+        l.flop += (double)s->nh * (s->dqk + s->dv) * (double)len * (double)len;
+    }
+    return l;
+}
+
+bool rt_cuda_dnn_even(const struct rt_attn_shape *s)
+{
+    const struct lengths l = lengths_of(s);
+    return l.same && l.most % SAME_LENGTH_STEP == 0;
+}
+
 #if __has_include(<cudnn.h>)
 
 #include <dlfcn.h>
@@ -16,8 +45,7 @@
 
 enum {
     PLANS = 64,
-    OLDEST = 91100,          /* 9.11: what masks hold, and errors of 9.10 */
-    SAME_LENGTH_STEP = 256,  /* sequences of one length that is a multiple of this get a plan of their own, without padding */
+    OLDEST = 91100, /* 9.11: what masks hold, and errors of 9.10 */
     LENGTH_STEP = 128,
 };
 static const double worth = 4e9; /* floating-point operations of a call below which launching is what counts */
@@ -138,27 +166,6 @@ out:
 }
 
 /* ---- calls ---- */
-
-/* Sequences that have rows: their number, the greatest length, whether all have it; floating-point operations of the forward. */
-struct lengths {
-    int64_t n, most;
-    bool same;
-    double flop;
-};
-static struct lengths lengths_of(const struct rt_attn_shape *s)
-{
-    struct lengths l = {.same = true};
-    for (int64_t i = 0; i < s->n_seq; i++) {
-        const int64_t len = s->cu_seqlens[i + 1] - s->cu_seqlens[i];
-        if (len == 0)
-            continue;
-        l.same = l.same && (l.n == 0 || len == l.most);
-        l.n++;
-        l.most = len > l.most ? len : l.most;
-        l.flop += (double)s->nh * (s->dqk + s->dv) * (double)len * (double)len;
-    }
-    return l;
-}
 
 /* Few shapes for many batches: powers of two. */
 static int64_t round_up(int64_t x, int64_t least)
