@@ -5,6 +5,7 @@
  * Each line: shape of the model (Qwen2.5), tokens of a micro-batch and the length of its documents, the loss (CE, or CE and KL over 64 ids), times of
  * a micro-batch's parts and of the optimiser (medians), tokens a second with one optimiser step for 524,288 tokens, and the part of 989 TFLOP/s by
  * 6 N + 6 L (nh hd) T operations a token (N: parameters that a token is multiplied with, head included; causal attention counted half).
+ * Then, for one step, the time of each operation by itself.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +32,59 @@ static const struct shape {
              "\"num_attention_heads\": 12, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, "
              "\"tie_word_embeddings\": true, \"rope_theta\": 1000000.0, \"torch_dtype\": \"bfloat16\"}"},
 };
+
+/* ---- the time of each operation ---- */
+enum { MARKS = 4096, LABELS = 64 };
+static struct {
+    bool on;
+    int n;
+    struct rt_event *begin[MARKS], *end[MARKS];
+    char label[MARKS][48];
+} profile;
+
+static void label_of(enum rt_op op, const char *name, const void *args, char out[48])
+{
+    if (op == RT_OP_linear_fwd) {
+        const struct rt_linear_fwd_args *a = args;
+        snprintf(out, 48, "%s %ld -> %ld", name, (long)a->K, (long)a->N);
+    } else if (op == RT_OP_linear_dgrad) {
+        const struct rt_linear_dgrad_args *a = args;
+        snprintf(out, 48, "%s %ld <- %ld", name, (long)a->K, (long)a->N);
+    } else if (op == RT_OP_linear_wgrad) {
+        const struct rt_linear_wgrad_args *a = args;
+        snprintf(out, 48, "%s %ld x %ld%s", name, (long)a->N, (long)a->K, a->db != NULL ? " + bias" : "");
+    } else {
+        snprintf(out, 48, "%s", name);
+    }
+}
+
+#define WRAP(op) \
+    static enum rt_status wrap_##op(struct rt_dev *dev, struct rt_queue *q, const struct rt_##op##_args *a, struct rt_err *err) \
+    { \
+        const bool on = profile.on && profile.n < MARKS; \
+        const int i = profile.n; \
+        enum rt_status st = RT_OK; \
+        if (on) { \
+            profile.n++; \
+            label_of(RT_OP_##op, #op, a, profile.label[i]); \
+            RT_TRY(rt_backend_cuda.event_record(dev, q, profile.begin[i], err)); \
+        } \
+        RT_TRY(rt_backend_cuda.op(dev, q, a, err)); \
+        if (on) \
+            RT_TRY(rt_backend_cuda.event_record(dev, q, profile.end[i], err)); \
+    out: \
+        return st; \
+    }
+RT_BACKEND_OPS(WRAP)
+
+static const struct rt_backend *watched(void)
+{
+    static struct rt_backend be;
+    be = rt_backend_cuda;
+#define PUT(op) be.op = be.op != NULL ? wrap_##op : NULL;
+    RT_BACKEND_OPS(PUT)
+    return &be;
+}
 
 struct bench {
     struct rt_device d;
@@ -196,6 +250,49 @@ static void measure(struct bench *b, const char *name, bool kl)
     fflush(stdout);
 }
 
+struct line {
+    const char *label;
+    double seconds;
+    int calls;
+};
+
+static int by_seconds(const void *a, const void *b)
+{
+    const struct line *x = a, *y = b;
+    return (x->seconds < y->seconds) - (x->seconds > y->seconds);
+}
+
+static void print_profile(struct bench *b, const char *name)
+{
+    struct line lines[LABELS] = {0};
+    double t[4], all = 0;
+    int n = 0;
+    profile.n = 0;
+    profile.on = true;
+    one_step(b, true, t);
+    profile.on = false;
+    for (int i = 0; i < profile.n; i++) {
+        double seconds;
+        int at = 0;
+        need(b, b->d.be->event_elapsed(b->d.dev, profile.begin[i], profile.end[i], &seconds, &b->err));
+        while (at < n && strcmp(lines[at].label, profile.label[i]) != 0)
+            at++;
+        if (at == LABELS)
+            continue;
+        n = at == n ? n + 1 : n;
+        lines[at].label = profile.label[i];
+        lines[at].seconds += seconds;
+        lines[at].calls++;
+        all += seconds;
+    }
+    qsort(lines, (size_t)n, sizeof *lines, by_seconds);
+    printf("  %s, one step of %.2f ms, operations %.2f ms\n", name, (t[0] + t[1] + t[2] + t[3]) * 1e3, all * 1e3);
+    for (int i = 0; i < n; i++)
+        printf("  %-40s %4d calls %9.3f ms %9.1f us each %5.1f%%\n", lines[i].label, lines[i].calls, lines[i].seconds * 1e3,
+               lines[i].seconds * 1e6 / lines[i].calls, 100 * lines[i].seconds / all);
+    fflush(stdout);
+}
+
 static void close_model(struct bench *b)
 {
     void *const dev[] = {b->label, b->top, b->logp, b->mask, b->row[0], b->row[1], b->d_final};
@@ -220,6 +317,8 @@ static void run(const struct rt_device *d, const struct shape *s, int64_t n, int
     make_batch(&b);
     measure(&b, s->name, false);
     measure(&b, s->name, true);
+    if (len <= 1024)
+        print_profile(&b, s->name);
     close_model(&b);
 }
 
@@ -237,6 +336,12 @@ int main(int argc, char **argv)
         return rt_exit_code(err.status);
     }
     d.be->set_scratch(d.dev, (uint64_t)5 << 30);
+    d.be = watched();
+    for (int i = 0; i < MARKS; i++)
+        if (d.be->event_create(d.dev, &profile.begin[i], &err) != RT_OK || d.be->event_create(d.dev, &profile.end[i], &err) != RT_OK) {
+            fprintf(stderr, "bench_cuda_train: %s\n", err.msg);
+            return rt_exit_code(err.status);
+        }
     printf("%s\n", d.be->describe(d.dev));
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         if (argc > 1 && strcmp(argv[1], shapes[i].name) != 0)
