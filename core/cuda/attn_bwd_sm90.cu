@@ -184,54 +184,109 @@ __device__ __forceinline__ void consume_keys(const params &p, const struct work 
                       w.at.len - row0, wg);
 }
 
-/* The keys' pass: the sum over P runs while dS is made. (Products in flight across the loop's end need more registers than there are.) */
+/* The keys' pass, a tile of queries at a time: the sum over P runs while dS is made. Where there are registers for it (Late) a step leaves dS to the
+ * next, which asks for its product with the queries beside the next scores. */
 template <int D, int COLS, int STAGES>
-__device__ __forceinline__ void consume_queries(const params &p, const struct work &w, char *pool, uint32_t base)
-{
+struct queries_pass {
     typedef layout<D, COLS, STAGES> L;
-    const int wg = threadIdx.x / 128, lane = threadIdx.x % 32, row0 = w.at.row + 64 * wg, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const uint32_t full = base + L::bar_from, empty = full + STAGES * 8, x1 = base + wg * 64 * 128, x2 = x1 + L::x;
-    const float none[2] = {0, 0}, f1[2] = {p.scale, p.scale}, f2[2] = {1, 1};
-    float dk[D / 2] = {}, dv[D / 2] = {};
-    barrier_wait(empty + STAGES * 8, 0);
-    for (int step = 0; step < w.steps; step++) {
-        const int stage = step % STAGES, col = w.from + step % w.per_head * COLS;
-        const uint32_t y1 = base + L::y_from + stage * L::stage, y2 = y1 + L::y;
+    enum { Late = D <= 64 };
+    const params &p;
+    const struct work &w;
+    const char *pool;
+    uint32_t base;
+    int wg, lane, row0, row;
+    float dk[D / 2], dv[D / 2];
+    uint32_t a[COLS / 16][4]; /* dS */
+
+    /* before: the stage of the step before, unless this is the first. */
+    template <bool First>
+    __device__ __forceinline__ void step(int stage, int before, int col)
+    {
+        const uint32_t x1 = base + wg * 64 * 128, x2 = x1 + L::x, y = base + L::y_from, y1 = y + stage * L::stage, y2 = y1 + L::y;
         const float *stat = (const float *)(pool + L::stat_from) + stage * 2 * COLS;
-        barrier_wait(full + stage * 8, step / STAGES & 1);
-        if (col + COLS > row0) { /* else masked for all rows of this warpgroup */
-            float s[COLS / 2], ds[COLS / 2];
-            uint32_t a[COLS / 16][4], b[COLS / 16][4];
-            hopper::mma_fence();
-            scores<D, ROWS, COLS>(s, x1, y1);
+        const float none[2] = {0, 0};
+        float s[COLS / 2], ds[COLS / 2];
+        uint32_t b[COLS / 16][4];
+        hopper::mma_fence();
+        scores<D, ROWS, COLS>(s, x1, y1);
+        hopper::mma_commit();
+        scores<D, ROWS, COLS>(ds, x2, y2);
+        hopper::mma_commit();
+        if constexpr (Late) {
+            if constexpr (!First)
+                weighted_sum<D, COLS>(dk, a, y + before * L::stage);
             hopper::mma_commit();
-            scores<D, ROWS, COLS>(ds, x2, y2);
-            hopper::mma_commit();
-            hopper::mma_wait<1>();
-            pin(s);
-            to_weights<COLS / 2, true>(s, stat, none, row, col, w.at.len, col < row0 + 64 || col + COLS > w.at.len, p.scale_log2, lane);
-            pack_all<COLS / 2>(b, s);
-            hopper::mma_fence();
-            weighted_sum<D, COLS>(dv, b, y2);
-            hopper::mma_commit();
-            hopper::mma_wait<1>();
-            pin(ds);
-            to_ds<COLS / 2, true>(ds, s, stat + COLS, none, lane);
+        }
+        hopper::mma_wait<Late ? 2 : 1>();
+        pin(s);
+        to_weights<COLS / 2, true>(s, stat, none, row, col, w.at.len, col < row0 + 64 || col + COLS > w.at.len, p.scale_log2, lane);
+        pack_all<COLS / 2>(b, s);
+        hopper::mma_fence();
+        weighted_sum<D, COLS>(dv, b, y2);
+        hopper::mma_commit();
+        hopper::mma_wait<Late ? 2 : 1>();
+        pin(ds);
+        to_ds<COLS / 2, true>(ds, s, stat + COLS, none, lane);
+        if constexpr (Late) {
+            hopper::mma_wait<0>();
+            pin(dk);
+            pack_all<COLS / 2>(a, ds);
+        } else {
             pack_all<COLS / 2>(a, ds);
             hopper::mma_fence();
             weighted_sum<D, COLS>(dk, a, y1);
             hopper::mma_commit();
             hopper::mma_wait<0>();
             pin(dk);
-            pin(dv);
         }
-        if (threadIdx.x % 128 == 0)
-            barrier_arrive(empty + stage * 8);
+        pin(dv);
     }
+    __device__ __forceinline__ void last(int stage)
+    {
+        if constexpr (Late) {
+            hopper::mma_fence();
+            weighted_sum<D, COLS>(dk, a, base + L::y_from + stage * L::stage);
+            hopper::mma_commit();
+            hopper::mma_wait<0>();
+            pin(dk);
+        }
+    }
+};
+
+template <int D, int COLS, int STAGES>
+__device__ __forceinline__ void consume_queries(const params &p, const struct work &w, char *pool, uint32_t base)
+{
+    typedef layout<D, COLS, STAGES> L;
+    const int wg = threadIdx.x / 128, lane = threadIdx.x % 32, row0 = w.at.row + 64 * wg, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const uint32_t full = base + L::bar_from, empty = full + STAGES * 8;
+    const bool frees = threadIdx.x % 128 == 0;
+    const float f1[2] = {p.scale, p.scale}, f2[2] = {1, 1};
+    queries_pass<D, COLS, STAGES> q = {p, w, pool, base, wg, lane, row0, row};
+    int before = -1; /* stage of the last step that was not masked */
+    barrier_wait(empty + STAGES * 8, 0);
+    for (int step = 0; step < w.steps; step++) {
+        const int stage = step % STAGES, col = w.from + step % w.per_head * COLS;
+        barrier_wait(full + stage * 8, step / STAGES & 1);
+        if (col + COLS <= row0) { /* masked for all rows of this warpgroup */
+            if (frees)
+                barrier_arrive(empty + stage * 8);
+            continue;
+        }
+        if (q.Late && before < 0)
+            q.template step<true>(stage, 0, col);
+        else
+            q.template step<false>(stage, before, col);
+        const int free = q.Late ? before : stage;
+        if (frees && free >= 0)
+            barrier_arrive(empty + free * 8);
+        before = stage;
+    }
+    if (before >= 0)
+        q.last(before);
     const int64_t first = w.at.first + row0;
     bf16 *own = (bf16 *)pool + wg * 64 * 64;
-    rows_out<D, ROWS>(own, dk, f1, p.g.dk + w.hk * p.g.k_head + first * p.g.k_ld, p.g.k_ld, p.dqk, w.at.len - row0, wg);
-    rows_out<D, ROWS>(own + L::x / 2, dv, f2, p.g.dv + w.hk * p.g.v_head + first * p.g.v_ld, p.g.v_ld, p.dv, w.at.len - row0, wg);
+    rows_out<D, ROWS>(own, q.dk, f1, p.g.dk + w.hk * p.g.k_head + first * p.g.k_ld, p.g.k_ld, p.dqk, w.at.len - row0, wg);
+    rows_out<D, ROWS>(own + L::x / 2, q.dv, f2, p.g.dv + w.hk * p.g.v_head + first * p.g.v_ld, p.g.v_ld, p.dv, w.at.len - row0, wg);
 }
 
 #endif
@@ -315,7 +370,7 @@ enum rt_status rt_cuda_attn_bwd_sm90(struct rt_queue *q, const struct rt_attn_bw
     p.scale = s->scale, p.scale_log2 = (float)(s->scale * 1.4426950408889634);
     if (s->dqk <= 64 && s->dv <= 64) {
         RT_TRY((launch<64, 128, 4, false>(q, a, p, err)));
-        RT_TRY((launch<64, 64, 6, true>(q, a, p, err)));
+        RT_TRY((launch<64, 96, 5, true>(q, a, p, err)));
     } else {
         RT_TRY((launch<128, 96, 3, false>(q, a, p, err)));
         RT_TRY((launch<128, 64, 4, true>(q, a, p, err)));

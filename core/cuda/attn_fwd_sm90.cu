@@ -60,6 +60,10 @@ __device__ __forceinline__ void produce(const maps &m, const struct place &at, i
     }
 }
 
+/* The two warpgroups ask for products in turn: then the exponentials of one fall beside the products of the other. */
+__device__ __forceinline__ void turn_take(int wg) { asm volatile("bar.sync %0, 256;" ::"r"(wg + 3) : "memory"); }
+__device__ __forceinline__ void turn_give(int wg) { asm volatile("bar.arrive %0, 256;" ::"r"(wg + 3) : "memory"); }
+
 /* Scores to weights relative to the running maximum; shrink: what earlier sums are to be multiplied by. Every row has a score in the first tile. */
 template <int N>
 __device__ __forceinline__ void softmax_step(float (&s)[N], float (&top)[2], float (&sum)[2], float (&shrink)[2], float scale_log2)
@@ -122,8 +126,13 @@ __device__ __forceinline__ void consume(const params &p, const struct place &at,
         mask_causal<COLS / 2>(s, row, 0, lane);
     softmax_step<COLS / 2>(s, top, sum, shrink, p.scale_log2);
     pack_all<COLS / 2>(w, s);
+    constexpr bool turns = DQK <= 128; /* with more work in a product than in its exponentials they find their own rhythm */
+    if (turns && wg == 1)
+        turn_give(0);
     for (int i = 1; i < tiles; i++) {
         barrier_wait(bar.k_full(i), i / STAGES & 1);
+        if (turns)
+            turn_take(wg);
         hopper::mma_fence();
         scores<DQK, ROWS, COLS>(s, x, k0 + i % STAGES * L::k);
         hopper::mma_commit();
@@ -131,6 +140,8 @@ __device__ __forceinline__ void consume(const params &p, const struct place &at,
         hopper::mma_fence();
         weighted_sum<DV, COLS>(o, w, v0 + (i - 1) % STAGES * L::v);
         hopper::mma_commit();
+        if (turns)
+            turn_give(1 - wg);
         hopper::mma_wait<1>();
         pin(s);
         if (frees)
@@ -147,6 +158,8 @@ __device__ __forceinline__ void consume(const params &p, const struct place &at,
             o[j] *= shrink[j >> 1 & 1];
         pack_all<COLS / 2>(w, s);
     }
+    if (turns && wg == 0)
+        turn_take(0); /* what the other gave last */
     barrier_wait(bar.v_full(tiles - 1), (tiles - 1) / STAGES & 1);
     hopper::mma_fence();
     weighted_sum<DV, COLS>(o, w, v0 + (tiles - 1) % STAGES * L::v);
