@@ -213,6 +213,25 @@ static void test_own_small_heads(void **state)
     cuda_pair_close(&p);
 }
 
+/* The tiles for GPUs with less shared memory; and what they have not got is refused. */
+static void test_own_small_blocks(void **state)
+{
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct layout l[] = {student(4, 2, 64), student(3, 1, 96), student(4, 2, 128), teacher(3, 128, 64, 128), student(2, 1, 256)};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++)
+        run_case(&p, RT_CUDA_ATTN_SMALL, &l[i], mixed, MIXED, l[i].dqk <= 128);
+    void *x = cuda_act(&p, NULL, 256);
+    const struct rt_attn_bwd_args b = {.s = {.cu_seqlens = (const int32_t[]){0, 1}, .n = 1, .n_seq = 1, .nh = 1, .nkv = 1, .dqk = 256, .dv = 256, .scale = 1},
+                                       .q = x, .k = x, .v = x, .o = x, .dout = x, .lse = x, .dq = x, .dk = x, .dv = x, .delta = x};
+    assert_status(rt_cuda_attn_bwd_by(RT_CUDA_ATTN_SMALL, p.gpu.dev, p.gpu.q, &b, &err), UNSUPPORTED);
+    cuda_free(&p, x);
+    cuda_pair_close(&p);
+}
+
 /* Sequences longer than several tiles, and more of them than travel with a launch. */
 static void test_own_many(void **state)
 {
@@ -364,6 +383,7 @@ static void test_skip(void **state)
 #define test_own_sizes test_skip
 #define test_own_small_heads test_skip
 #define test_own_many test_skip
+#define test_own_small_blocks test_skip
 #define test_own_unaligned test_skip
 #define test_hopper test_skip
 #define test_cudnn_uniform test_skip
@@ -373,8 +393,8 @@ static void test_skip(void **state)
 #endif
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_own_sizes),      cmocka_unit_test(test_own_small_heads), cmocka_unit_test(test_own_many),
-    cmocka_unit_test(test_own_unaligned),  cmocka_unit_test(test_cudnn_uniform),   cmocka_unit_test(test_cudnn_ragged),
-    cmocka_unit_test(test_table),          cmocka_unit_test(test_hopper),
+    cmocka_unit_test(test_own_sizes),        cmocka_unit_test(test_own_small_heads), cmocka_unit_test(test_own_many),
+    cmocka_unit_test(test_own_unaligned),    cmocka_unit_test(test_cudnn_uniform),   cmocka_unit_test(test_cudnn_ragged),
+    cmocka_unit_test(test_own_small_blocks), cmocka_unit_test(test_table),           cmocka_unit_test(test_hopper),
 };
 RT_SUITE(cuda_attn, tests)

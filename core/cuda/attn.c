@@ -78,6 +78,17 @@ out:
     return st;
 }
 
+/* Shared memory that a block of the own kernels may take. */
+static enum rt_status shared_of(const struct rt_dev *dev, enum rt_cuda_attn_path path, int *bytes, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    *bytes = 99 << 10;
+    if (path != RT_CUDA_ATTN_SMALL)
+        RT_CUDA_TRY(cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, dev->index));
+out:
+    return st;
+}
+
 /* What AUTO tries, in this order. On an H100 cuDNN is ahead where all sequences have one length and heads up to 128 elements; elsewhere the
  * kernels for compute capability 9.0 are (heads of 192/128), or as fast without a plan for each shape. */
 static int order_of(enum rt_cuda_attn_path path, const struct rt_attn_shape *s, enum rt_cuda_attn_path order[3])
@@ -100,6 +111,7 @@ enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     enum rt_cuda_attn_path order[3];
     enum rt_status st;
     bool done = false;
+    int shared;
     RT_TRY(rt_cuda_attn_check(&b.s, "attn_fwd", err));
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
@@ -110,7 +122,8 @@ enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
         case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_fwd_hopper(q, &b, &done, err)); break;
         case RT_CUDA_ATTN_CUDNN: RT_TRY(rt_cuda_dnn_attn_fwd(dev, q, &b, path == RT_CUDA_ATTN_CUDNN, &done, err)); break;
         default:
-            RT_TRY(rt_cuda_attn_fwd_own(q, &b, err));
+            RT_TRY(shared_of(dev, order[i], &shared, err));
+            RT_TRY(rt_cuda_attn_fwd_own(q, &b, shared, err));
             done = true;
         }
     if (!done)
@@ -126,6 +139,7 @@ enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     enum rt_cuda_attn_path order[3];
     enum rt_status st;
     bool done = false;
+    int shared;
     RT_TRY(rt_cuda_attn_check(&b.s, "attn_bwd", err));
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
@@ -136,7 +150,8 @@ enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
         case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_bwd_hopper(q, &b, &done, err)); break;
         case RT_CUDA_ATTN_CUDNN: RT_TRY(rt_cuda_dnn_attn_bwd(dev, q, &b, path == RT_CUDA_ATTN_CUDNN, &done, err)); break;
         default:
-            RT_TRY(rt_cuda_attn_bwd_own(q, &b, err));
+            RT_TRY(shared_of(dev, order[i], &shared, err));
+            RT_TRY(rt_cuda_attn_bwd_own(q, &b, shared, err));
             done = true;
         }
     if (!done)

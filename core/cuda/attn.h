@@ -1,7 +1,7 @@
 /* Attention on the GPU, internal: the paths behind rt_cuda_attn_fwd and rt_cuda_attn_bwd (attn.c), each with the whole contract of
  * core/backend.h or an UNSUPPORTED that says why.
  *
- *   own     kernels of this backend (attn_fwd.cu, attn_bwd.cu): every shape up to 256 elements a head, any strides; the base.
+ *   own     kernels of this backend (attn_fwd.cu, attn_bwd.cu): shapes up to 256 elements a head, any strides; the base.
  *   hopper  those for compute capability 9.0 (attn_fwd_sm90.cu, attn_bwd_sm90.cu): up to 192/128 elements a head forward, 128 backward; aligned rows.
  *   cudnn   graphs of cuDNN (dnn.h): faster where it has the shape.
  */
@@ -32,9 +32,9 @@ enum rt_status rt_cuda_attn_check(const struct rt_attn_shape *s, const char *op,
 void rt_cuda_attn_dense(const struct rt_attn_shape *s, int64_t *q_ld, int64_t *q_head, int64_t *k_ld, int64_t *k_head, int64_t *v_ld,
                         int64_t *v_head);
 
-/* Arguments with all strides given and checked. */
-enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err);
-enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_err *err);
+/* Arguments with all strides given and checked. shared: bytes of shared memory that a block may take; UNSUPPORTED where a shape needs more. */
+enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *q, const struct rt_attn_fwd_args *a, int shared, struct rt_err *err);
+enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd_args *a, int shared, struct rt_err *err);
 /* The kernels for compute capability 9.0; *done false where the device or the shape is another. */
 enum rt_status rt_cuda_attn_fwd_hopper(struct rt_queue *q, const struct rt_attn_fwd_args *a, bool *done, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err);
@@ -49,8 +49,9 @@ struct rt_cuda_stats {
 };
 enum rt_status rt_cuda_attn_stats(struct rt_queue *q, const struct rt_cuda_stats *s, struct rt_err *err);
 
-/* One path for a call, UNSUPPORTED where it has not got the shape; AUTO is what rt_cuda_attn_* take. Tests and measurements name one. */
-enum rt_cuda_attn_path { RT_CUDA_ATTN_AUTO, RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_HOPPER, RT_CUDA_ATTN_CUDNN };
+/* One path for a call, UNSUPPORTED where it has not got the shape; AUTO is what rt_cuda_attn_* take. Tests and measurements name one. SMALL: the
+ * own kernels as on a GPU whose blocks have 99 KiB of shared memory (compute capability 8.6, 8.9, 12.0). */
+enum rt_cuda_attn_path { RT_CUDA_ATTN_AUTO, RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_HOPPER, RT_CUDA_ATTN_CUDNN, RT_CUDA_ATTN_SMALL };
 enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
                                    struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_bwd_args *a,

@@ -188,12 +188,14 @@ __global__ __launch_bounds__(WARPS * 32) void attn_bwd_kernel(const __grid_const
 }
 
 template <int D1, int D2, int COLS, int WARPS, int WM, bool ByKey, bool Acc1, bool Acc2>
-enum rt_status launch(struct rt_queue *queue, const struct rt_attn_bwd_args *a, bwd_params p, struct rt_err *err)
+enum rt_status launch(struct rt_queue *queue, const struct rt_attn_bwd_args *a, int shared, bwd_params p, struct rt_err *err)
 {
     typedef bwd_shape<D1, D2, COLS, WARPS, WM> S;
     struct rt_cuda_seqs seqs;
     int64_t n_tile;
-    enum rt_status st = rt_cuda_seqs_make(queue, &a->s, S::rows, &seqs, &n_tile, err);
+    enum rt_status st = shared_fits("attn_bwd", S::shared, shared, &a->s, err);
+    if (st == RT_OK)
+        st = rt_cuda_seqs_make(queue, &a->s, S::rows, &seqs, &n_tile, err);
     if (st != RT_OK)
         return st;
     p.n_tile = (int)n_tile;
@@ -209,26 +211,30 @@ enum rt_status launch(struct rt_queue *queue, const struct rt_attn_bwd_args *a, 
 }
 
 /* Tiles: what the registers of a thread hold of the sums (D1 + D2 elements of WM 16 rows), and two stages of Y beside X in shared memory. */
-enum rt_status launch_sized(struct rt_queue *q, const struct rt_attn_bwd_args *a, const bwd_params &p, struct rt_err *err)
+enum rt_status launch_sized(struct rt_queue *q, const struct rt_attn_bwd_args *a, int shared, const bwd_params &p, struct rt_err *err)
 {
     const int d = a->s.dqk > a->s.dv ? a->s.dqk : a->s.dv;
+    const bool small = shared < 160 << 10;
     enum rt_status st;
     if (d <= 64) {
-        RT_TRY((launch<64, 64, 64, 4, 2, false, true, false>(q, a, p, err)));
-        RT_TRY((launch<64, 64, 32, 4, 2, true, true, true>(q, a, p, err)));
+        RT_TRY((launch<64, 64, 64, 4, 2, false, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<64, 64, 32, 4, 2, true, true, true>(q, a, shared, p, err)));
+    } else if (d <= 128 && small) {
+        RT_TRY((launch<128, 128, 32, 2, 2, false, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<128, 128, 32, 4, 1, true, true, true>(q, a, shared, p, err)));
     } else if (d <= 96) {
-        RT_TRY((launch<96, 96, 32, 4, 2, false, true, false>(q, a, p, err)));
-        RT_TRY((launch<96, 96, 64, 8, 1, true, true, true>(q, a, p, err)));
+        RT_TRY((launch<96, 96, 32, 4, 2, false, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<96, 96, 64, 8, 1, true, true, true>(q, a, shared, p, err)));
     } else if (d <= 128) {
-        RT_TRY((launch<128, 128, 32, 4, 2, false, true, false>(q, a, p, err)));
-        RT_TRY((launch<128, 128, 64, 8, 1, true, true, true>(q, a, p, err)));
+        RT_TRY((launch<128, 128, 32, 4, 2, false, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<128, 128, 64, 8, 1, true, true, true>(q, a, shared, p, err)));
     } else if (d <= 192 && a->s.dv <= 128) {
-        RT_TRY((launch<192, 128, 32, 8, 1, false, true, false>(q, a, p, err)));
-        RT_TRY((launch<192, 128, 32, 8, 1, true, true, true>(q, a, p, err)));
+        RT_TRY((launch<192, 128, 32, 8, 1, false, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<192, 128, 32, 8, 1, true, true, true>(q, a, shared, p, err)));
     } else if (d <= 256) {
-        RT_TRY((launch<256, 256, 16, 4, 1, false, true, false>(q, a, p, err)));
-        RT_TRY((launch<256, 256, 16, 4, 1, true, true, false>(q, a, p, err)));
-        RT_TRY((launch<256, 256, 16, 4, 1, true, false, true>(q, a, p, err)));
+        RT_TRY((launch<256, 256, 16, 4, 1, false, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<256, 256, 16, 4, 1, true, true, false>(q, a, shared, p, err)));
+        RT_TRY((launch<256, 256, 16, 4, 1, true, false, true>(q, a, shared, p, err)));
     } else {
         RT_FAIL(err, UNSUPPORTED, "attn_bwd: heads of %d and %d elements; the GPU's kernels go to 256", a->s.dqk, a->s.dv);
     }
@@ -286,7 +292,7 @@ out:
     return st;
 }
 
-enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *queue, const struct rt_attn_bwd_args *a, struct rt_err *err)
+enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *queue, const struct rt_attn_bwd_args *a, int shared, struct rt_err *err)
 {
     const struct rt_attn_shape *s = &a->s;
     bwd_params p = {};
@@ -302,5 +308,5 @@ enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *queue, const struct rt_attn
     p.nh = s->nh, p.group = s->nh / s->nkv, p.scale = s->scale;
     p.scale_log2 = (float)(s->scale * 1.4426950408889634);
     const enum rt_status st = delta_of(queue, a, NULL, err);
-    return st != RT_OK ? st : launch_sized(queue, a, p, err);
+    return st != RT_OK ? st : launch_sized(queue, a, shared, p, err);
 }

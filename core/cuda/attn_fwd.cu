@@ -133,12 +133,14 @@ __global__ __launch_bounds__(WARPS * 32) void attn_fwd_kernel(const __grid_const
 }
 
 template <int DQK, int DV, int BN, int WARPS, int WM>
-enum rt_status launch(struct rt_queue *queue, const struct rt_attn_fwd_args *a, fwd_params p, struct rt_err *err)
+enum rt_status launch(struct rt_queue *queue, const struct rt_attn_fwd_args *a, int shared, fwd_params p, struct rt_err *err)
 {
     typedef fwd_shape<DQK, DV, BN, WARPS, WM> shape;
     struct rt_cuda_seqs seqs;
     int64_t n_tile;
-    enum rt_status st = rt_cuda_seqs_make(queue, &a->s, shape::rows, &seqs, &n_tile, err);
+    enum rt_status st = shared_fits("attn_fwd", shape::shared, shared, &a->s, err);
+    if (st == RT_OK)
+        st = rt_cuda_seqs_make(queue, &a->s, shape::rows, &seqs, &n_tile, err);
     if (st != RT_OK)
         return st;
     p.n_tile = (int)n_tile;
@@ -154,7 +156,7 @@ enum rt_status launch(struct rt_queue *queue, const struct rt_attn_fwd_args *a, 
 
 }
 
-enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *queue, const struct rt_attn_fwd_args *a, struct rt_err *err)
+enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *queue, const struct rt_attn_fwd_args *a, int shared, struct rt_err *err)
 {
     const struct rt_attn_shape *s = &a->s;
     fwd_params p = {};
@@ -167,14 +169,16 @@ enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *queue, const struct rt_attn
     p.o_vec = aligned16(a->o, 0, 0, s->dv);
     const int d = s->dqk > s->dv ? s->dqk : s->dv;
     if (d <= 64)
-        return launch<64, 64, 64, 4, 2>(queue, a, p, err);
+        return launch<64, 64, 64, 4, 2>(queue, a, shared, p, err);
     if (d <= 96)
-        return launch<96, 96, 64, 4, 2>(queue, a, p, err);
+        return launch<96, 96, 64, 4, 2>(queue, a, shared, p, err);
     if (d <= 128)
-        return launch<128, 128, 64, 4, 2>(queue, a, p, err);
+        return launch<128, 128, 64, 4, 2>(queue, a, shared, p, err);
     if (d <= 192 && s->dv <= 128)
-        return launch<192, 128, 64, 4, 2>(queue, a, p, err);
+        return launch<192, 128, 64, 4, 2>(queue, a, shared, p, err);
+    if (d <= 256 && shared < 160 << 10)
+        return launch<256, 256, 32, 4, 1>(queue, a, shared, p, err);
     if (d <= 256)
-        return launch<256, 256, 64, 8, 1>(queue, a, p, err);
+        return launch<256, 256, 64, 8, 1>(queue, a, shared, p, err);
     return rt_fail(err, RT_UNSUPPORTED, "attn_fwd: heads of %d and %d elements; the GPU's kernels go to 256", s->dqk, s->dv);
 }
