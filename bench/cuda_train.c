@@ -152,7 +152,7 @@ static void open_model(struct bench *b, const struct shape *s, int64_t n, int64_
     need(b, rt_device_arena(&b->d, rt_student_weight_bytes(&b->c, &b->p, len, 2), "weights", &b->weights, err));
     need(b, rt_device_arena(&b->d, rt_params_bytes(&b->p, 2), "gradients", &b->grads, err));
     need(b, rt_device_arena(&b->d, rt_optimizer_bytes(&b->p, 2, false), "moments", &b->moments, err));
-    need(b, rt_device_arena(&b->d, rt_student_activation_bytes(&b->c, n, RT_KEEP_ALL, 2), "activations", &b->acts, err));
+    need(b, rt_device_arena(&b->d, rt_student_activation_bytes(&b->c, n, RT_KEEP_MORE, 2), "activations", &b->acts, err));
     need(b, rt_student_create(&b->d, &b->c, &b->p, len, &b->weights, &b->s, err));
     need(b, rt_student_attach_grads(b->s, &b->grads, err));
     need(b, rt_optimizer_init(&b->opt, b->s, &o, &b->moments, err));
@@ -206,7 +206,7 @@ static void one_step(struct bench *b, bool kl, double t[4])
     struct rt_step_report report;
     const struct rt_student_batch batch = {b->ids, b->cu, b->n, b->n / b->len};
     mark(b, 0);
-    need(b, rt_student_forward(b->s, &batch, RT_KEEP_ALL, &b->acts, &b->err));
+    need(b, rt_student_forward(b->s, &batch, RT_KEEP_MORE, &b->acts, &b->err));
     mark(b, 1);
     const struct rt_student_head head = rt_student_head(b->s);
     need(b, RT_OP(&b->d, head_loss, &b->err, .x = rt_student_hidden(b->s, RT_LAYER_FINAL), .w = head.w, .dx = b->d_final, .dw = head.dw, .n = b->n, .H = head.H,

@@ -323,12 +323,17 @@ static size_t need(const struct rt_train_run *r)
     return r->device.be->own_memory ? on_device(&r->memory) : total(&r->memory);
 }
 
+static void plan_micro(struct rt_train_run *r, size_t operations)
+{
+    rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
+    r->memory.operations = operations;
+}
+
 static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     const struct rt_backend *be = r->device.be;
     const int64_t longest = rt_train_longest(r), usual = be->own_memory ? MICRO_TOKENS_GPU : MICRO_TOKENS;
-    const size_t act = rt_device_act_size(&r->device);
     int64_t n, limit;
     size_t operations;
     char a[32], b[32];
@@ -340,10 +345,16 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
         n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
     for (;; n /= 2) {
         r->o.micro_tokens = n > longest ? n : longest;
-        rt_trainer_plan(&r->student.c, &r->student.p, &r->o, longest, act, &r->memory);
-        r->memory.operations = operations;
+        plan_micro(r, operations);
         if (fixed || n <= longest || need(r) <= (size_t)limit)
             break;
+    }
+    /* what backward would compute again is kept where there is room: the same bits, so a resumed run may differ in it */
+    r->o.keep_more = be->own_memory;
+    plan_micro(r, operations);
+    if (r->o.keep_more && need(r) > (size_t)limit) {
+        r->o.keep_more = false;
+        plan_micro(r, operations);
     }
     if (need(r) > (size_t)limit)
         RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld), there are %s: "

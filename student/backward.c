@@ -30,11 +30,12 @@ static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *e
     const float eps = (float)s->c->eps;
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->dx, .w = l->down, .dx = a->d_h, .n = n, .K = I, .N = H));
     RT_TRY(RT_OP(s->d, swiglu_bwd, err, .gate = v->gate_up, .up = rt_student_at(s, v->gate_up, I), .dh = a->d_h, .ld = 2 * I,
-                 .dgate = a->d_gate_up, .dup = rt_student_at(s, a->d_gate_up, I), .h = a->h, .n = n, .I = I));
-    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = a->h, .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
+                 .dgate = a->d_gate_up, .dup = rt_student_at(s, a->d_gate_up, I), .h = v->h != NULL ? NULL : a->h, .n = n, .I = I));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = rt_student_own(v->h, a->h), .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
                  .N = H));
-    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
-    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_gate_up, .x = a->normed, .dw = grad_at(s, p->gate_up),
+    if (v->normed2 == NULL)
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_gate_up, .x = rt_student_own(v->normed2, a->normed), .dw = grad_at(s, p->gate_up),
                  .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I));
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
     RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = v->mid, .w = l->norm2, .rstd = v->rstd2, .dx = a->dx,
@@ -90,8 +91,9 @@ static enum rt_status attention_backward(struct rt_student *s, int i, struct rt_
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = v->o, .dw = grad_at(s, p->o), .db = grad_at(s, p->o_bias), .n = n, .K = q,
                  .N = H));
     RT_TRY(qkv_backward(s, i, err));
-    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .n = n, .cols = H, .eps = eps));
-    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = a->normed, .dw = grad_at(s, p->qkv), .db = grad_at(s, p->qkv_bias), .n = n,
+    if (v->normed1 == NULL)
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .n = n, .cols = H, .eps = eps));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = rt_student_own(v->normed1, a->normed), .dw = grad_at(s, p->qkv), .db = grad_at(s, p->qkv_bias), .n = n,
                  .K = H, .N = qkv));
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_qkv, .w = l->qkv, .dx = a->branch, .n = n, .K = H, .N = qkv));
     RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = a->hidden[i], .w = l->norm1, .rstd = v->rstd1, .dx = a->dx,

@@ -21,7 +21,7 @@ static void take(struct cut *k, size_t elements, size_t size, void *out_ptr_to_p
         k->st = rt_arena_alloc(k->arena, bytes, out_ptr_to_ptr, k->err);
 }
 
-static void take_layer(struct cut *k, const struct rt_student_config *c, size_t n, struct rt_student_saved *s)
+static void take_layer(struct cut *k, const struct rt_student_config *c, size_t n, enum rt_student_keep keep, struct rt_student_saved *s)
 {
     const size_t H = (size_t)c->hidden, q = (size_t)rt_student_q_dim(c), kv = (size_t)rt_student_kv_dim(c);
     take(k, n * (q + 2 * kv), k->act, &s->qkv);
@@ -38,6 +38,12 @@ static void take_layer(struct cut *k, const struct rt_student_config *c, size_t 
     take(k, n * (size_t)c->heads, sizeof(float), &s->lse);
     take(k, n, sizeof(float), &s->rstd1);
     take(k, n, sizeof(float), &s->rstd2);
+    s->normed1 = s->normed2 = s->h = NULL;
+    if (keep != RT_KEEP_MORE)
+        return;
+    take(k, n * H, k->act, &s->normed1);
+    take(k, n * H, k->act, &s->normed2);
+    take(k, n * (size_t)c->intermediate, k->act, &s->h);
 }
 
 static void take_all(struct cut *k, const struct rt_student_config *c, size_t n, enum rt_student_keep keep, struct rt_student_acts *a,
@@ -53,8 +59,8 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
             hidden[l] = hidden[0];
     }
     for (int l = 0; l < c->layers; l++) {
-        if (l == 0 || keep == RT_KEEP_ALL)
-            take_layer(k, c, n, &saved[k->arena == NULL ? 0 : l]);
+        if (l == 0 || keep >= RT_KEEP_ALL)
+            take_layer(k, c, n, keep, &saved[k->arena == NULL ? 0 : l]);
         else if (k->arena != NULL)
             saved[l] = saved[0];
     }
@@ -64,7 +70,7 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
     take(k, n * H, k->act, &a->branch);
     take(k, n * I, k->act, &a->h);
     a->d_qk = NULL;
-    if (keep != RT_KEEP_ALL)
+    if (keep < RT_KEEP_ALL)
         return;
     take(k, n * H, k->act, &a->dx);
     take(k, n * (q + 2 * kv), k->act, &a->d_qkv);
@@ -155,7 +161,7 @@ static enum rt_status attention(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_saved *v = &a->saved[i];
     const int64_t n = a->batch.n, q = rt_student_q_dim(c), kv = rt_student_kv_dim(c), ld = q + 2 * kv, ld_qk = v->qk == NULL ? ld : q + kv;
     const void *qk = v->qk == NULL ? v->qkv : v->qk;
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = a->normed}, .w = l->qkv, .bias = l->qkv_bias, .y = v->qkv, .n = n, .K = c->hidden,
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(v->normed1, a->normed)}, .w = l->qkv, .bias = l->qkv_bias, .y = v->qkv, .n = n, .K = c->hidden,
                  .N = ld));
     RT_TRY(rt_student_rotate(s, l, v->qkv, v->qk, a->pos, n, v->rstd_q, v->rstd_k, err));
     RT_TRY(RT_OP(s->d, attn_fwd, err,
@@ -175,11 +181,11 @@ static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_student_acts *a = &s->a;
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
-    void *gate_up = a->saved[i].gate_up;
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = a->normed}, .w = l->gate_up, .bias = l->gate_up_bias, .y = gate_up, .n = n, .K = H,
-                 .N = 2 * I));
-    RT_TRY(RT_OP(s->d, swiglu_fwd, err, .gate = gate_up, .up = rt_student_at(s, gate_up, I), .ld = 2 * I, .h = a->h, .n = n, .I = I));
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = a->h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
+    void *gate_up = a->saved[i].gate_up, *h = rt_student_own(a->saved[i].h, a->h);
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(a->saved[i].normed2, a->normed)}, .w = l->gate_up, .bias = l->gate_up_bias,
+                 .y = gate_up, .n = n, .K = H, .N = 2 * I));
+    RT_TRY(RT_OP(s->d, swiglu_fwd, err, .gate = gate_up, .up = rt_student_at(s, gate_up, I), .ld = 2 * I, .h = h, .n = n, .I = I));
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
 out:
     return st;
 }
@@ -205,17 +211,17 @@ enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_
         const struct rt_student_saved *v = &a->saved[i];
         /* The residual of the layer before is added in its norm; sum = hidden state i. */
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = i == 0 ? a->hidden[0] : a->saved[i - 1].mid, .add = i == 0 ? NULL : a->branch,
-                     .w = s->layer[i].norm1, .sum = i == 0 ? NULL : a->hidden[i], .y = a->normed, .rstd = v->rstd1, .n = b->n, .cols = H,
+                     .w = s->layer[i].norm1, .sum = i == 0 ? NULL : a->hidden[i], .y = rt_student_own(v->normed1, a->normed), .rstd = v->rstd1, .n = b->n, .cols = H,
                      .eps = eps));
         RT_TRY(attention(s, i, err));
-        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = s->layer[i].norm2, .sum = v->mid, .y = a->normed,
-                     .rstd = v->rstd2, .n = b->n, .cols = H, .eps = eps));
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = s->layer[i].norm2, .sum = v->mid,
+                     .y = rt_student_own(v->normed2, a->normed), .rstd = v->rstd2, .n = b->n, .cols = H, .eps = eps));
         RT_TRY(mlp(s, i, err));
     }
     const int last = s->c->layers;
     RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->saved[last - 1].mid, .add = a->branch, .w = s->final_norm, .sum = a->hidden[last],
                  .y = a->final, .rstd = a->rstd_final, .n = b->n, .cols = H, .eps = eps));
-    a->done = keep == RT_KEEP_ALL;
+    a->done = keep >= RT_KEEP_ALL;
 out:
     return st;
 }

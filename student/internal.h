@@ -8,13 +8,14 @@ struct rt_student_layer {
     struct rt_weight *norm1, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *norm2, *gate_up, *gate_up_bias, *down, *down_bias;
 };
 
-/* What a layer leaves for backward. Without RT_KEEP_ALL all layers share one set. */
+/* What a layer leaves for backward. Below RT_KEEP_ALL all layers share one set. */
 struct rt_student_saved {
     void *qkv;  /* [n, (nh+2nkv)hd] q, k, v; q and k rotated in place where there are no q/k norms */
     void *qk;   /* [n, (nh+nkv)hd] normalised and rotated q, k; NULL where they lie in qkv */
     void *o;    /* [n, nh*hd] */
     void *mid;  /* [n, H] residual after attention */
     void *gate_up; /* [n, 2I] */
+    void *normed1, *normed2, *h; /* [n, H] [n, H] [n, I] of RT_KEEP_MORE; NULL: in the scratch that layers share */
     float *lse, *rstd1, *rstd2, *rstd_q, *rstd_k;
 };
 
@@ -51,6 +52,12 @@ static inline int64_t rt_student_kv_dim(const struct rt_student_config *c) { ret
 static inline int64_t rt_student_qkv_dim(const struct rt_student_config *c)
 {
     return rt_student_q_dim(c) + 2 * rt_student_kv_dim(c);
+}
+
+/* What the layer keeps for itself, or else the shared scratch. */
+static inline void *rt_student_own(void *own, void *shared)
+{
+    return own != NULL ? own : shared;
 }
 
 /* p + elements of act; NULL stays NULL. */

@@ -9,7 +9,7 @@
  *      its dx comes back to rt_student_backward. Run it before backward; a tied head's gradient is the embedding's buffer.
  *   5. Same inputs, same bytes, whatever the number of threads.
  * Kept for backward, in elements a token and layer: 2H + (nh+2nkv)hd + nh hd + 2I, and (nh+nkv)hd more with q/k norms; norms and
- * silu*up are computed again.
+ * silu*up are computed again, or kept too: 2H + I.
  */
 #ifndef RT_STUDENT_MODEL_H
 #define RT_STUDENT_MODEL_H
@@ -61,6 +61,7 @@ enum rt_student_keep {
     RT_KEEP_FINAL,  /* final states only */
     RT_KEEP_HIDDEN, /* and every hidden state */
     RT_KEEP_ALL,    /* and what backward needs, with its scratch */
+    RT_KEEP_MORE,   /* and what backward would compute again: faster, the same bits (on cuda; on others another order of sums) */
 };
 /* Bytes of the activation arena for n tokens. */
 size_t rt_student_activation_bytes(const struct rt_student_config *c, int64_t n, enum rt_student_keep keep, size_t act_size);
@@ -85,7 +86,7 @@ struct rt_student_extra {
     int layer;        /* 0 .. layers: as rt_student_hidden; for the final states add to d_final instead */
     const void *grad; /* [n, H] act, gradient of the loss at that hidden state; several for one layer add up */
 };
-/* Gradients += from d_final [n, H] act (NULL: zero). After a forward with RT_KEEP_ALL, once. USAGE otherwise. */
+/* Gradients += from d_final [n, H] act (NULL: zero). After a forward with RT_KEEP_ALL or RT_KEEP_MORE, once. USAGE otherwise. */
 enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
                                    struct rt_err *err);
 

@@ -144,6 +144,43 @@ static void test_loss_and_gradients(void **state)
     }
 }
 
+/* What is kept instead of computed again changes no bit. */
+static void test_keep(void **state)
+{
+    (void)state;
+    for (int c = 0; c < N_CONFIGS; c++) {
+        struct fx f;
+        struct fx_docs docs;
+        struct rt_err err = {0};
+        struct rt_arena acts;
+        uint16_t *got[2];
+        if (fx_backend("cuda") == NULL)
+            TEST_SKIP("no GPU");
+        fx_open(&f, fx_backend("cuda"), 1, configs[c]);
+        fx_docs(&docs, &f, 3, lens, 4);
+        const struct rt_student_batch b = fx_batch(&docs);
+        const size_t bytes = (size_t)f.p.elements * 2;
+        fx_loss(&f, &docs, true); /* labels and the rest lie in f */
+        for (int i = 0; i < 2; i++) {
+            const enum rt_student_keep keep = i == 0 ? RT_KEEP_ALL : RT_KEEP_MORE;
+            const struct rt_student_head head = rt_student_head(f.s);
+            assert_ok(rt_device_arena(&f.d, rt_student_activation_bytes(&f.c, docs.n, keep, 2), "activations", &acts, &err));
+            assert_ok(rt_student_zero_grads(f.s, &err));
+            assert_ok(rt_student_forward(f.s, &b, keep, &acts, &err));
+            assert_ok(RT_OP(&f.d, head_loss, &err, .x = rt_student_hidden(f.s, RT_LAYER_FINAL), .w = head.w, .dx = f.dx, .dw = head.dw, .n = docs.n,
+                            .H = f.c.hidden, .V = head.V, .label = f.label, .w_ce = 1, .T = 1));
+            assert_ok(rt_student_backward(f.s, f.dx, NULL, 0, &err));
+            got[i] = malloc(bytes);
+            assert_ok(rt_device_download(&f.d, got[i], rt_student_grads(f.s), bytes, &err));
+            rt_device_arena_free(&f.d, &acts);
+        }
+        assert_memory_equal(got[0], got[1], bytes);
+        free(got[0]);
+        free(got[1]);
+        fx_close(&f);
+    }
+}
+
 /* Packed documents are worth what they are alone. */
 static void test_packing(void **state)
 {
@@ -345,7 +382,7 @@ static void test_generation(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_loss_and_gradients), cmocka_unit_test(test_packing),    cmocka_unit_test(test_optimizer),
+    cmocka_unit_test(test_loss_and_gradients), cmocka_unit_test(test_keep),       cmocka_unit_test(test_packing),    cmocka_unit_test(test_optimizer),
     cmocka_unit_test(test_checkpoint),         cmocka_unit_test(test_generation),
 };
 RT_SUITE(cuda_model, tests)

@@ -241,7 +241,8 @@ template <int N> __device__ void swiglu_bwd_at(const struct swiglu &a, int64_t t
     vec8::load<N>(a.dh + dense, dh);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float s = __fdividef(1, 1 + __expf(-g[i])), silu = g[i] * s;
+        /* silu as swiglu_fwd (quant.cu) has it: h comes out in the same bits */
+        const float e = 1 + __expf(-g[i]), s = __fdividef(1, e), silu = __fdividef(g[i], e);
         h[i] = silu * u[i];
         u[i] = dh[i] * u[i] * s * (1 + g[i] * (1 - s));
         g[i] = dh[i] * silu;
