@@ -335,7 +335,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "bench_cuda_train: %s\n", err.msg);
         return rt_exit_code(err.status);
     }
-    d.be->set_scratch(d.dev, (uint64_t)5 << 30);
+    d.be->set_scratch(d.dev, (uint64_t)13 << 29);
     d.be = watched();
     for (int i = 0; i < MARKS; i++)
         if (d.be->event_create(d.dev, &profile.begin[i], &err) != RT_OK || d.be->event_create(d.dev, &profile.end[i], &err) != RT_OK) {

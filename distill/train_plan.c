@@ -299,18 +299,18 @@ out:
     return st;
 }
 
-/* *out = what operations of a GPU may take beside their arguments: a sixteenth of its memory (at 80 GB, logits of 8000 rows of 150,000 ids). It
+/* *out = what operations of a GPU may take beside their arguments: a twelfth of its memory (at 80 GB, logits of 16000 rows of 150,000 ids). It
  * decides how they divide their work, so it depends on the machine alone, not on what happens to be free. */
 static enum rt_status operations_room(const struct rt_device *d, size_t *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    const uint64_t least = (uint64_t)256 << 20, most = (uint64_t)5 << 30;
+    const uint64_t least = (uint64_t)256 << 20, most = (uint64_t)7 << 30;
     struct rt_dev_memory m = {0};
     *out = 0;
     if (!d->be->own_memory)
         goto out;
     RT_TRY(d->be->memory(d->dev, &m, err));
-    const uint64_t room = m.total / 16 / least * least;
+    const uint64_t room = m.total / 12 / least * least;
     *out = (size_t)(room < least ? least : room > most ? most : room);
     d->be->set_scratch(d->dev, *out);
 out:

@@ -13,7 +13,7 @@
 
 enum {
     TILE_ROWS = 1024,  /* of float32 logits: a product of this height runs at full rate */
-    CHUNK_ROWS = 8192, /* more rows would not make the products faster */
+    CHUNK_ROWS = 16384, /* more rows would not make the products faster */
     ALIGN_ROWS = 64,
     F16_ROWS = 1024,   /* fewer gain less than the copy of the head costs */
 };
