@@ -344,6 +344,63 @@ static void test_cudnn_ragged(void **state)
     cuda_pair_close(&p);
 }
 
+/* Rows of queries more than 2^31 elements from the first: the same bytes as from a dense array, forward and backward. */
+static void test_far(void **state)
+{
+    enum { ROWS = 57344, LEN = 64, D = 64, LD = 40960 };
+    const size_t dense = (size_t)ROWS * D, far = (size_t)ROWS * LD;
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    void *q_far = NULL, *dq_far = NULL;
+    int32_t cu[ROWS / LEN + 1];
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct rt_backend *be = p.gpu.be;
+    if (be->alloc(p.gpu.dev, far * 2, &q_far, &err) != RT_OK || be->alloc(p.gpu.dev, far * 2, &dq_far, &err) != RT_OK) {
+        be->free(p.gpu.dev, q_far);
+        cuda_pair_close(&p);
+        TEST_SKIP("less than 10 GB of GPU memory");
+    }
+    float *x = floats(ROWS * D), *got = floats(ROWS * D);
+    void *dev[8]; /* q, k, v, dout; o, dq, dk, dv */
+    for (int i = 0; i < 8; i++) {
+        cuda_random(x, ROWS * D, (uint64_t)i, 1.0f);
+        dev[i] = cuda_act(&p, i < 4 ? x : NULL, ROWS * D);
+    }
+    float *lse = cuda_bytes(&p, NULL, ROWS * sizeof *lse), *delta = cuda_bytes(&p, NULL, ROWS * sizeof *delta);
+    for (int i = 0; i <= ROWS / LEN; i++)
+        cu[i] = i * LEN;
+    assert_int_equal(cudaMemcpy2D(q_far, LD * 2, dev[0], D * 2, D * 2, ROWS, cudaMemcpyDeviceToDevice), cudaSuccess);
+    const struct rt_attn_shape s = {.cu_seqlens = cu, .n = ROWS, .n_seq = ROWS / LEN, .nh = 1, .nkv = 1, .dqk = D, .dv = D, .scale = 0.125f};
+    const enum rt_cuda_attn_path paths[2] = {RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_HOPPER};
+    for (int i = 0; i < (p.gpu.dev->encode_map != NULL ? 2 : 1); i++) {
+        struct rt_attn_fwd_args f = {.s = s, .q = dev[0], .k = dev[1], .v = dev[2], .o = dev[4], .lse = lse};
+        struct rt_attn_bwd_args b = {.s = s, .q = dev[0], .k = dev[1], .v = dev[2], .o = dev[4], .lse = lse, .dout = dev[3], .dq = dev[5], .dk = dev[6],
+                                     .dv = dev[7], .delta = delta};
+        assert_ok(rt_cuda_attn_fwd_by(paths[i], p.gpu.dev, p.gpu.q, &f, &err));
+        cuda_get_act(&p, x, dev[4], ROWS * D);
+        f.q = q_far, f.q_ld = LD;
+        assert_ok(rt_cuda_attn_fwd_by(paths[i], p.gpu.dev, p.gpu.q, &f, &err));
+        cuda_get_act(&p, got, dev[4], ROWS * D);
+        assert_memory_equal(got, x, dense * sizeof *x);
+        assert_ok(rt_cuda_attn_bwd_by(paths[i], p.gpu.dev, p.gpu.q, &b, &err));
+        cuda_get_act(&p, x, dev[5], ROWS * D);
+        b.q = q_far, b.q_ld = LD, b.dq = dq_far;
+        assert_ok(rt_cuda_attn_bwd_by(paths[i], p.gpu.dev, p.gpu.q, &b, &err));
+        assert_ok(rt_device_sync(&p.gpu, &err));
+        assert_int_equal(cudaMemcpy2D(dev[5], D * 2, dq_far, LD * 2, D * 2, ROWS, cudaMemcpyDeviceToDevice), cudaSuccess);
+        cuda_get_act(&p, got, dev[5], ROWS * D);
+        assert_memory_equal(got, x, dense * sizeof *x);
+    }
+    for (int i = 0; i < 8; i++)
+        cuda_free(&p, dev[i]);
+    cuda_free(&p, lse), cuda_free(&p, delta);
+    be->free(p.gpu.dev, q_far), be->free(p.gpu.dev, dq_far);
+    rt_free(x), rt_free(got);
+    cuda_pair_close(&p);
+}
+
 /* What the table takes by itself, dense strides given as 0, no rows, and what it refuses. */
 static void test_table(void **state)
 {
@@ -383,6 +440,7 @@ static void test_skip(void **state)
 #define test_own_sizes test_skip
 #define test_own_small_heads test_skip
 #define test_own_many test_skip
+#define test_far test_skip
 #define test_own_small_blocks test_skip
 #define test_own_unaligned test_skip
 #define test_hopper test_skip
@@ -396,5 +454,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_own_sizes),        cmocka_unit_test(test_own_small_heads), cmocka_unit_test(test_own_many),
     cmocka_unit_test(test_own_unaligned),    cmocka_unit_test(test_cudnn_uniform),   cmocka_unit_test(test_cudnn_ragged),
     cmocka_unit_test(test_own_small_blocks), cmocka_unit_test(test_table),           cmocka_unit_test(test_hopper),
+    cmocka_unit_test(test_far),
 };
 RT_SUITE(cuda_attn, tests)
