@@ -30,7 +30,8 @@ const struct rt_command rt_cmd_train = {
     .synopsis = "--student DIR|RUN --data PATH[:WEIGHT] [--data ...] --out RUN [OPTIONS]",
     .summary = "train a student on text (CE), on a teacher's rows (KL) and states, or any mix",
     .help = "The loss is w_ce CE + w_kl T^2 KL(teacher || student) + w_feature F + w_alm A, summed over the training rows of the whole global batch and\n"
-            "divided by their number; A compares likelihoods of spans (shards of `retarget --mode alm`). RUN gets metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
+            "divided by their number; A compares likelihoods of spans (shards of `retarget --mode alm`). RUN gets\n"
+            "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
             "    retort train --student Qwen2.5-0.5B --data shards/ --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --out runs/soft",
     .options = rt_train_options,
     .values_size = sizeof(struct rt_train_values),
