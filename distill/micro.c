@@ -151,59 +151,123 @@ static enum rt_status columns(const struct rt_micro *p, const struct rt_train_in
     return RT_OK;
 }
 
-enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err)
+/* Row of token t: what it predicts, with neither teacher nor span yet. */
+static int64_t add_row(struct rt_micro *p, const struct rt_rows *r, int64_t t)
+{
+    const int64_t row = p->rows++;
+    p->index[row] = (int32_t)(p->n + t);
+    p->label[row] = (int32_t)r->ids[t + 1];
+    p->kl_mask[row] = 0;
+    if (p->o.spans) {
+        p->span[row] = p->span_boundary[row] = 0;
+        p->span_logp[row] = 0;
+    }
+    for (int j = 0; j < p->o.k; j++) {
+        p->top_ids[row * p->o.k + j] = -1;
+        p->top_logp[row * p->o.k + j] = 0;
+    }
+    return row;
+}
+
+enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, const struct rt_order_item *item, const struct rt_rows *rows, bool *full,
+                            struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_train_info *info = rt_train_set_info(set);
-    const int64_t len = rt_train_set_length(set, item->seq);
+    const struct rt_rows *r = rows;
     const int lse = rt_train_set_lse(set, p->o.teacher_T);
     const bool teacher = p->o.k > 0 && info->top_k > 0 && (lse >= 0 || p->o.tail == RT_TAIL_RENORM);
     const bool spans = p->o.spans && info->identity != NULL && rt_row_identity_spans(info->identity);
-    struct rt_rows r;
     int column[RT_MAX_FEATURES];
     bool states;
     int64_t stored = 0;
-    *full = p->n + len > p->o.tokens;
+    *full = p->n + r->n_tokens > p->o.tokens;
     if (*full)
         return RT_OK;
-    RT_TRY(rt_train_set_get(set, item->seq, &r, err));
-    RT_TRY(columns(p, info, &r, column, &states, err));
+    RT_TRY(columns(p, info, r, column, &states, err));
     struct rt_micro_seq *q = &p->seq[p->n_seq];
-    *q = (struct rt_micro_seq){.item = *item, .occurrence = r.occurrence, .line = r.source_line, .row0 = (int32_t)p->rows};
-    memcpy(q->key, r.key, RT_KEY_BYTES);
-    for (int64_t t = 0; t < r.n_tokens; t++) {
-        if (r.ids[t] >= (uint64_t)p->o.vocab)
-            RT_FAIL(err, REFUSED, "%s: line %ld: id %u at token %ld, the student's vocabulary has %ld rows", info->path, (long)r.source_line,
-                    r.ids[t], (long)t, (long)p->o.vocab);
-        p->ids[p->n + t] = (int32_t)r.ids[t];
-        if (t + 1 == r.n_tokens || r.loss_mask[t + 1] == 0)
+    *q = (struct rt_micro_seq){.item = *item, .occurrence = r->occurrence, .line = r->source_line, .row0 = (int32_t)p->rows};
+    memcpy(q->key, r->key, RT_KEY_BYTES);
+    for (int64_t t = 0; t < r->n_tokens; t++) {
+        if (r->ids[t] >= (uint64_t)p->o.vocab)
+            RT_FAIL(err, REFUSED, "%s: line %ld: id %u at token %ld, the student's vocabulary has %ld rows", info->path, (long)r->source_line,
+                    r->ids[t], (long)t, (long)p->o.vocab);
+        p->ids[p->n + t] = (int32_t)r->ids[t];
+        if (t + 1 == r->n_tokens || r->loss_mask[t + 1] == 0)
             continue;
-        const int64_t row = p->rows++;
-        p->index[row] = (int32_t)(p->n + t);
-        p->label[row] = (int32_t)r.ids[t + 1];
-        p->kl_mask[row] = 0;
-        if (p->o.spans)
-            p->span[row] = p->span_boundary[row] = 0;
-        for (int j = 0; j < p->o.k; j++) {
-            p->top_ids[row * p->o.k + j] = -1;
-            p->top_logp[row * p->o.k + j] = 0;
-        }
-        while ((teacher || spans) && stored < r.n_rows && r.position[stored] < t)
+        const int64_t row = add_row(p, r, t);
+        while ((teacher || spans) && stored < r->n_rows && r->position[stored] < t)
             stored++;
-        if (teacher && stored < r.n_rows && r.position[stored] == t) {
-            RT_TRY(add_teacher(p, &r, stored, lse, row, info->path, err));
+        const bool here = stored < r->n_rows && r->position[stored] == t;
+        if (teacher && here) {
+            RT_TRY(add_teacher(p, r, stored, lse, row, info->path, err));
             if (p->o.ce_rest)
                 p->label[row] = -1;
         }
-        if (spans && stored < r.n_rows && r.position[stored] == t)
-            RT_TRY(add_span(p, info, &r, stored, row, q->row0, err));
-        if (states && (r.feature_mask == NULL || r.feature_mask[t] == 1))
-            add_states(p, info->identity, &r, column, t, p->n + t);
+        if (spans && here)
+            RT_TRY(add_span(p, info, r, stored, row, q->row0, err));
+        if (states && (r->feature_mask == NULL || r->feature_mask[t] == 1))
+            add_states(p, info->identity, r, column, t, p->n + t);
     }
     q->rows = (int32_t)p->rows - q->row0;
     p->cu[0] = 0;
-    p->n += r.n_tokens;
+    p->n += r->n_tokens;
     p->cu[++p->n_seq] = (int32_t)p->n;
 out:
     return st;
+}
+
+enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_rows r;
+    *full = p->n + rt_train_set_length(set, item->seq) > p->o.tokens;
+    if (*full)
+        return RT_OK;
+    RT_TRY(rt_train_set_get(set, item->seq, &r, err));
+    RT_TRY(rt_micro_put(p, set, item, &r, full, err));
+out:
+    return st;
+}
+
+static void append(void *base, int64_t at, const void *src, int64_t n, size_t size)
+{
+    if (n > 0)
+        memcpy((char *)base + (size_t)at * size, src, (size_t)n * size);
+}
+
+void rt_micro_append(struct rt_micro *p, const struct rt_micro *part, bool *full)
+{
+    const int64_t k = p->o.k, rows = p->rows;
+    *full = p->n + part->n > p->o.tokens;
+    if (*full)
+        return;
+    append(p->ids, p->n, part->ids, part->n, sizeof *p->ids);
+    append(p->seq, p->n_seq, part->seq, part->n_seq, sizeof *p->seq);
+    append(p->label, rows, part->label, part->rows, sizeof *p->label);
+    append(p->kl_mask, rows, part->kl_mask, part->rows, 1);
+    append(p->top_ids, rows * k, part->top_ids, part->rows * k, sizeof *p->top_ids);
+    append(p->top_logp, rows * k, part->top_logp, part->rows * k, sizeof *p->top_logp);
+    if (p->o.spans) {
+        append(p->span, rows, part->span, part->rows, sizeof *p->span);
+        append(p->span_logp, rows, part->span_logp, part->rows, sizeof *p->span_logp);
+        append(p->span_boundary, rows, part->span_boundary, part->rows, 1);
+    }
+    for (int i = 0; p->o.map != NULL && i < p->o.map->n; i++)
+        append(p->feature[i], p->feature_rows * p->o.map->pair[i].dim, part->feature[i], part->feature_rows * p->o.map->pair[i].dim, sizeof(float));
+    for (int64_t i = 0; i < part->rows; i++)
+        p->index[rows + i] = part->index[i] + (int32_t)p->n;
+    for (int64_t i = 0; i < part->feature_rows; i++)
+        p->feature_index[p->feature_rows + i] = part->feature_index[i] + (int32_t)p->n;
+    p->cu[0] = 0;
+    for (int64_t i = 0; i < part->n_seq; i++) {
+        p->seq[p->n_seq + i].row0 += (int32_t)rows;
+        p->cu[p->n_seq + i + 1] = part->cu[i + 1] + (int32_t)p->n;
+    }
+    p->n += part->n;
+    p->n_seq += part->n_seq;
+    p->rows += part->rows;
+    p->kl_rows += part->kl_rows;
+    p->feature_rows += part->feature_rows;
+    p->n_spans += part->n_spans;
 }

@@ -55,5 +55,10 @@ size_t rt_micro_bytes(const struct rt_micro_options *o);
 void rt_micro_clear(struct rt_micro *p);
 /* Appends a sequence. *full: it does not fit, nothing was changed. REFUSED: an id beyond the vocabulary, more ids a row than k. */
 enum rt_status rt_micro_add(struct rt_micro *p, struct rt_train_set *set, const struct rt_order_item *item, bool *full, struct rt_err *err);
+/* The same from rows that were read already; the set's own description is all that is read of it, so that any thread may. */
+enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, const struct rt_order_item *item, const struct rt_rows *rows, bool *full,
+                            struct rt_err *err);
+/* Appends what was packed elsewhere, with the same options but for tokens: the bytes that putting its sequences here would give. */
+void rt_micro_append(struct rt_micro *p, const struct rt_micro *part, bool *full);
 
 #endif

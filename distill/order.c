@@ -1,6 +1,7 @@
 #include "distill/order.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/mem.h"
@@ -132,6 +133,39 @@ enum rt_status rt_order_next(struct rt_order *o, int64_t batch_tokens, const str
     }
     *items = o->batch;
 out:
+    return st;
+}
+
+struct ranked {
+    int64_t length, at;
+};
+
+static int longest_first(const void *a, const void *b)
+{
+    const struct ranked *x = a, *y = b;
+    return x->length != y->length ? (x->length < y->length) - (x->length > y->length) : (x->at > y->at) - (x->at < y->at);
+}
+
+enum rt_status rt_order_share(const struct rt_order *o, const struct rt_order_item *items, int64_t n, int size, int *owner, struct rt_err *err)
+{
+    enum rt_status st;
+    struct ranked *sorted = NULL;
+    int64_t *tokens = NULL;
+    RT_TRY(rt_alloc((size_t)n, sizeof *sorted, "shares of a batch", &sorted, err));
+    RT_TRY(rt_alloc((size_t)size, sizeof *tokens, "shares of a batch", &tokens, err));
+    for (int64_t i = 0; i < n; i++)
+        sorted[i] = (struct ranked){rt_train_set_length(o->set[items[i].set], items[i].seq), i};
+    qsort(sorted, (size_t)n, sizeof *sorted, longest_first);
+    for (int64_t i = 0; i < n; i++) {
+        int least = 0;
+        for (int r = 1; r < size; r++)
+            least = tokens[r] < tokens[least] ? r : least;
+        owner[sorted[i].at] = least;
+        tokens[least] += sorted[i].length;
+    }
+out:
+    rt_free(sorted);
+    rt_free(tokens);
     return st;
 }
 

@@ -39,6 +39,9 @@ void rt_order_close(struct rt_order *o); /* zeroed is fine */
 /* The next global batch: *items [n] valid until the next call, n 0 after the last epoch. A sequence longer than the budget is a batch
  * of its own. */
 enum rt_status rt_order_next(struct rt_order *o, int64_t batch_tokens, const struct rt_order_item **items, int64_t *n, struct rt_err *err);
+/* owner[i] = the rank of [0, size) that takes item i: the longest first, each to the rank with the fewest tokens (ties: the earlier item, the
+ * lower rank). A function of the lengths alone. */
+enum rt_status rt_order_share(const struct rt_order *o, const struct rt_order_item *items, int64_t n, int size, int *owner, struct rt_err *err);
 /* Epochs behind what was handed out, as a fraction. */
 double rt_order_epoch(const struct rt_order *o);
 

@@ -1,6 +1,7 @@
 #include "distill/source.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +28,13 @@ struct rt_train_set {
     size_t cap;
     struct rt_shard_set *shards;
     struct rt_row_source source; /* of shards or memory; get NULL for lines */
+    pthread_mutex_t lock; /* of kept_bytes, and of n_targets and kept of every item */
     size_t kept_bytes;
+};
+
+struct rt_train_reader {
+    struct rt_train_set *s;
+    struct rt_shard_set *shards; /* NULL for lines */
 };
 
 void rt_train_set_free(struct rt_train_set *s)
@@ -38,6 +45,7 @@ void rt_train_set_free(struct rt_train_set *s)
         rt_free(s->item[i].kept);
     rt_free(s->item);
     rt_shard_set_free(s->shards);
+    pthread_mutex_destroy(&s->lock);
     rt_free(s);
 }
 
@@ -322,6 +330,7 @@ static enum rt_status create(const char *path, const struct rt_train_set_options
     enum rt_status st;
     RT_TRY(rt_alloc(1, sizeof **out, "training data", out, err));
     (*out)->o = *o;
+    pthread_mutex_init(&(*out)->lock, NULL);
     snprintf((*out)->path, sizeof (*out)->path, "%s", path);
     (*out)->info.path = (*out)->path;
 out:
@@ -389,40 +398,116 @@ out:
     return st;
 }
 
-enum rt_status rt_train_set_get(struct rt_train_set *s, int64_t i, struct rt_rows *out, struct rt_err *err)
+/* A copy of r stays with the set where there is room; *out is that copy then. */
+static enum rt_status keep(struct rt_train_set *s, struct item *it, struct rt_rows *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_rows *copy = NULL;
+    struct layout l;
+    if (!lay_out(s, out, &l))
+        return RT_OK;
+    pthread_mutex_lock(&s->lock);
+    const bool room = l.bytes <= s->o.cache_bytes - s->kept_bytes;
+    s->kept_bytes += room ? l.bytes : 0;
+    pthread_mutex_unlock(&s->lock);
+    if (!room)
+        return RT_OK;
+    st = copy_rows(s, out, &l, &copy, err);
+    pthread_mutex_lock(&s->lock);
+    if (copy == NULL || it->kept != NULL) /* another thread was quicker */
+        s->kept_bytes -= l.bytes;
+    if (it->kept == NULL && copy != NULL) {
+        it->kept = copy;
+        copy = NULL;
+    }
+    if (it->kept != NULL)
+        *out = *it->kept;
+    pthread_mutex_unlock(&s->lock);
+    rt_free(copy);
+    return st;
+}
+
+static enum rt_status get_from(struct rt_train_set *s, const struct rt_row_source *source, int64_t i, struct rt_rows *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct item *it = &s->item[i];
-    struct layout l;
+    int64_t n_targets = 0;
     bool end = false;
-    if (it->kept != NULL) {
-        *out = *it->kept;
+    pthread_mutex_lock(&s->lock);
+    const struct rt_rows *kept = it->kept;
+    pthread_mutex_unlock(&s->lock);
+    if (kept != NULL) {
+        *out = *kept;
         return RT_OK;
     }
-    RT_TRY(s->source.get(s->source.self, it->at, out, &end, err));
+    RT_TRY(source->get(source->self, it->at, out, &end, err));
     if (end || out->n_tokens != it->n_tokens)
         RT_FAIL(err, INTERNAL, "%s: sequence %ld changed under way", s->path, (long)i);
-    if (it->n_targets < 0) {
-        it->n_targets = 0;
-        for (int64_t t = 1; t < out->n_tokens; t++)
-            it->n_targets += out->loss_mask[t] != 0;
-    }
-    if (lay_out(s, out, &l) && l.bytes <= s->o.cache_bytes - s->kept_bytes) {
-        RT_TRY(copy_rows(s, out, &l, &it->kept, err));
-        s->kept_bytes += l.bytes;
-        *out = *it->kept;
-    }
+    for (int64_t t = 1; t < out->n_tokens; t++)
+        n_targets += out->loss_mask[t] != 0;
+    pthread_mutex_lock(&s->lock);
+    it->n_targets = n_targets;
+    pthread_mutex_unlock(&s->lock);
+    RT_TRY(keep(s, it, out, err));
 out:
     return st;
+}
+
+enum rt_status rt_train_set_get(struct rt_train_set *s, int64_t i, struct rt_rows *out, struct rt_err *err)
+{
+    return get_from(s, &s->source, i, out, err);
+}
+
+int64_t rt_train_set_known_targets(struct rt_train_set *s, int64_t i)
+{
+    pthread_mutex_lock(&s->lock);
+    const int64_t n = s->item[i].n_targets;
+    pthread_mutex_unlock(&s->lock);
+    return n;
 }
 
 enum rt_status rt_train_set_targets(struct rt_train_set *s, int64_t i, int64_t *n, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_rows r;
-    if (s->item[i].n_targets < 0)
+    *n = rt_train_set_known_targets(s, i);
+    if (*n < 0) {
         RT_TRY(rt_train_set_get(s, i, &r, err));
-    *n = s->item[i].n_targets;
+        *n = rt_train_set_known_targets(s, i);
+    }
 out:
     return st;
+}
+
+/* ---- readers ---- */
+
+enum rt_status rt_train_reader_open(struct rt_train_set *s, struct rt_train_reader **out, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_train_reader *r = NULL;
+    if (s->info.kind == RT_TRAIN_MEMORY)
+        return rt_fail(err, RT_USAGE, "%s: a source in memory serves one thread", s->path);
+    RT_TRY(rt_alloc(1, sizeof *r, "a reader of the training data", &r, err));
+    r->s = s;
+    if (s->shards != NULL)
+        RT_TRY(rt_shard_set_again(s->shards, &r->shards, err));
+    *out = r;
+    r = NULL;
+out:
+    rt_train_reader_free(r);
+    return st;
+}
+
+void rt_train_reader_free(struct rt_train_reader *r)
+{
+    if (r == NULL)
+        return;
+    rt_shard_set_free(r->shards);
+    rt_free(r);
+}
+
+enum rt_status rt_train_reader_get(struct rt_train_reader *r, int64_t i, struct rt_rows *out, struct rt_err *err)
+{
+    const struct rt_row_source source = {.self = r->shards, .get = get_shard}; /* lines are all kept */
+    return get_from(r->s, &source, i, out, err);
 }

@@ -2,7 +2,7 @@
  *
  * A set is one --data argument: a shard set, JSON lines (tokenised with the student's own tokenizer and template, held in
  * memory), or a row source in memory. Each hands out rt_rows; lines have n_rows 0 and no states. Decoded shard sequences are
- * kept while they fit into cache_bytes, so that a small set is decoded once.
+ * kept while they fit into cache_bytes, so that a small set is decoded once. Several threads may read a set, each through a reader.
  *
  * A row is a training row where loss_mask[position + 1] is 1: row i predicts token i + 1. Teacher rows elsewhere are not used.
  */
@@ -54,8 +54,18 @@ int64_t rt_train_set_length(const struct rt_train_set *s, int64_t i);
 void rt_train_set_key(const struct rt_train_set *s, int64_t i, uint8_t key[RT_KEY_BYTES], uint32_t *occurrence, int64_t *line);
 /* *n = targets: masked-in tokens behind the first. Decodes the sequence the first time. */
 enum rt_status rt_train_set_targets(struct rt_train_set *s, int64_t i, int64_t *n, struct rt_err *err);
+/* As rt_train_set_targets where it is known without decoding, else -1. Callable from any thread. */
+int64_t rt_train_set_known_targets(struct rt_train_set *s, int64_t i);
 /* The sequence. Valid until the next call on this set. */
 enum rt_status rt_train_set_get(struct rt_train_set *s, int64_t i, struct rt_rows *out, struct rt_err *err);
+
+/* The same set for another thread: files and buffers of its own, cache and counts in common. s must outlive it. USAGE for a source in
+ * memory, which serves one thread. */
+struct rt_train_reader;
+enum rt_status rt_train_reader_open(struct rt_train_set *s, struct rt_train_reader **out, struct rt_err *err);
+void rt_train_reader_free(struct rt_train_reader *r); /* NULL is fine */
+/* Valid until the next call on this reader. */
+enum rt_status rt_train_reader_get(struct rt_train_reader *r, int64_t i, struct rt_rows *out, struct rt_err *err);
 
 /* Index of temperature T among those stored, -1: not stored (or no rows). */
 int rt_train_set_lse(const struct rt_train_set *s, double T);

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "core/io.h"
+#include "core/pool.h"
 #include "core/sha256.h"
 #include "distill/run_record.h"
 #include "distill/spans.h"
@@ -317,6 +318,21 @@ out:
     return st;
 }
 
+/* Decoding takes a small part of a core beside a CPU's training, some cores beside a GPU's. */
+static void plan_loader(struct rt_train_run *r)
+{
+    const int cores = r->v->common.threads > 0 ? (int)r->v->common.threads : rt_cpu_count();
+    const size_t room = (size_t)rt_command_memory(&r->v->common) / 8;
+    struct rt_micro_options o = {.k = r->o.k, .map = &r->o.map, .spans = r->o.boundary != NULL};
+    size_t two;
+    if (r->v->loader_threads >= 0)
+        r->o.loader_threads = (int)r->v->loader_threads;
+    else if (cores > 1)
+        r->o.loader_threads = !r->device.be->own_memory ? 1 : cores / 2 > 8 ? 8 : cores / 2;
+    two = rt_loader_bytes(&o, r->o.batch_tokens);
+    r->o.loader_bytes = two < room ? two : room;
+}
+
 /* What has to fit into the limit: all of it where device and host share memory. */
 static size_t need(const struct rt_train_run *r)
 {
@@ -338,6 +354,7 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     size_t operations;
     char a[32], b[32];
     RT_TRY(rt_command_room(&r->v->common, &r->device, &limit, err));
+    plan_loader(r);
     RT_TRY(earlier_micro(r, &n, err));
     const bool fixed = n > 0 || r->v->micro_tokens > 0;
     RT_TRY(operations_room(&r->device, &operations, err));

@@ -253,7 +253,7 @@ enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step
     RT_TRY(rt_json_set_int(line, "tokens", r->trainer.tokens, err));
     RT_TRY(rt_json_set_int(line, "targets", s->items, err));
     RT_TRY(rt_json_set_int(line, "kl_rows", m->kl_rows, err));
-    RT_TRY(rt_json_set_double(line, "epoch", rt_order_epoch(&r->trainer.order), err));
+    RT_TRY(rt_json_set_double(line, "epoch", s->epoch, err));
     RT_TRY(rt_json_set_double(line, "seconds", r->seconds, err));
     RT_TRY(rt_json_set_double(line, "tokens_per_second", (double)s->tokens / seconds, err));
     if (s->skipped)

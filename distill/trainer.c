@@ -27,7 +27,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
         .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size, o->adamw.bf16_moments) : 0,
-        .host = rt_micro_bytes(&mo),
+        .host = rt_micro_bytes(&mo) + (o->loader_threads > 0 ? o->loader_bytes : 0),
     };
 }
 
@@ -42,7 +42,6 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
         if (rt_train_set_info(set[i])->longest > o->micro_tokens)
             RT_FAIL(err, USAGE, "micro-batches of %ld tokens: a sequence has %ld", (long)o->micro_tokens, (long)rt_train_set_info(set[i])->longest);
     rt_trainer_plan(c, rt_student_params(s), o, rt_student_max_length(s), rt_device_act_size(t->d), &mem);
-    RT_TRY(rt_order_open(&t->order, set, weight, n_sets, o->seed, o->epochs, err));
     RT_TRY(rt_device_arena(t->d, mem.grads, "gradients", &t->grads, err));
     RT_TRY(rt_student_attach_grads(s, &t->grads, err));
     RT_TRY(rt_device_arena(t->d, mem.moments, "moments", &t->moments, err));
@@ -57,6 +56,9 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, &o->adamw, o->seed, &t->scratch, err));
     const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
     RT_TRY(rt_micro_create(&t->micro, &mo, err));
+    const struct rt_loader_options lo = {.set = set, .weight = weight, .n_sets = n_sets, .seed = o->seed, .epochs = o->epochs,
+                                         .batch_tokens = o->batch_tokens, .micro = mo, .threads = o->loader_threads, .bytes = o->loader_bytes};
+    RT_TRY(rt_loader_open(&lo, &t->loader, err));
 out:
     if (st != RT_OK)
         rt_trainer_close(t);
@@ -67,6 +69,7 @@ void rt_trainer_close(struct rt_trainer *t)
 {
     if (t->d == NULL)
         return;
+    rt_loader_free(t->loader);
     rt_micro_free(&t->micro);
     rt_losses_free(&t->losses);
     rt_span_losses_free(&t->spans);
@@ -75,7 +78,6 @@ void rt_trainer_close(struct rt_trainer *t)
     rt_device_arena_free(t->d, &t->acts);
     rt_device_arena_free(t->d, &t->moments);
     rt_device_arena_free(t->d, &t->grads);
-    rt_order_close(&t->order);
     *t = (struct rt_trainer){0};
 }
 
@@ -90,13 +92,13 @@ static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_resu
                                  struct rt_err *err)
 {
     enum rt_status st;
-    bool full;
+    int64_t at = 0;
     *sums = (struct rt_loss_sums){0};
     RT_TRY(zero_grads(t, err));
-    for (int64_t i = 0; i < r->n;) {
-        rt_micro_clear(&t->micro);
-        for (full = false; i < r->n && !full; i += !full)
-            RT_TRY(rt_micro_add(&t->micro, t->set[r->batch[i].set], &r->batch[i], &full, err));
+    for (;;) {
+        RT_TRY(rt_loader_pack(t->loader, &t->micro, &at, err));
+        if (t->micro.n == 0)
+            break;
         const struct rt_student_batch b = rt_losses_batch(&t->micro);
         RT_TRY(rt_student_forward(t->s, &b, t->o.keep_more ? RT_KEEP_MORE : RT_KEEP_ALL, &t->acts, err));
         RT_TRY(rt_losses_run(&t->losses, t->s, &t->proj, &t->micro, w, r->items, true, sums, err));
@@ -145,18 +147,18 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     enum rt_status st;
     const struct rt_loss_weights *w = &t->o.w;
     struct rt_step_report report;
-    int64_t targets;
+    struct rt_loader_batch b;
     double proj_norm;
     *r = (struct rt_step_result){.scale = 1, .term_norm = {NAN, NAN, NAN, NAN}};
-    RT_TRY(rt_order_next(&t->order, t->o.batch_tokens, &r->batch, &r->n, err));
-    r->end = r->n == 0;
+    RT_TRY(rt_loader_next(t->loader, &b, err));
+    r->end = b.n == 0;
     if (r->end)
         return RT_OK;
-    for (int64_t i = 0; i < r->n; i++) {
-        RT_TRY(rt_train_set_targets(t->set[r->batch[i].set], r->batch[i].seq, &targets, err));
-        r->items += targets;
-        r->tokens += rt_train_set_length(t->set[r->batch[i].set], r->batch[i].seq);
-    }
+    r->batch = b.items;
+    r->n = b.n;
+    r->tokens = b.tokens;
+    r->epoch = b.epoch;
+    r->items = b.targets;
     if (r->items == 0)
         RT_FAIL(err, FORMAT, "a batch of %ld sequences without one target", (long)r->n);
     if (term_norms)
@@ -214,8 +216,7 @@ enum rt_status rt_trainer_restore(struct rt_trainer *t, const char *ckpt, double
     enum rt_status st;
     struct rt_json *state = NULL;
     char path[4096];
-    int64_t step, opt_step, n;
-    const struct rt_order_item *batch;
+    int64_t step, opt_step;
     RT_TRY(rt_path_join(path, sizeof path, ckpt, STATE_FILE, err));
     RT_TRY(rt_json_load(path, 1 << 16, &state, err));
     RT_TRY(rt_json_int(state, "step", 0, INT64_MAX, &step, err));
@@ -227,12 +228,9 @@ enum rt_status rt_trainer_restore(struct rt_trainer *t, const char *ckpt, double
     RT_TRY(rt_student_restore(t->s, &t->opt, ckpt, opt_step, err));
     RT_TRY(rt_projectors_restore(&t->proj, ckpt, err));
     /* the order is walked, not stored: lengths are all it takes */
-    while (t->step < step) {
-        RT_TRY(rt_order_next(&t->order, t->o.batch_tokens, &batch, &n, err));
-        if (n == 0)
-            RT_FAIL(err, REFUSED, "%s: is of step %ld, the data end at step %ld", ckpt, (long)step, (long)t->step);
-        t->step++;
-    }
+    RT_TRY(rt_loader_skip(t->loader, step, &t->step, err));
+    if (t->step < step)
+        RT_FAIL(err, REFUSED, "%s: is of step %ld, the data end at step %ld", ckpt, (long)step, (long)t->step);
 out:
     rt_json_free(state);
     return st;

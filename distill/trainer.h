@@ -8,8 +8,9 @@
 #ifndef RT_DISTILL_TRAINER_H
 #define RT_DISTILL_TRAINER_H
 
-#include "distill/losses.h"
 #include "distill/loaded_student.h"
+#include "distill/loader.h"
+#include "distill/losses.h"
 
 struct rt_trainer_options {
     struct rt_loss_weights w;
@@ -23,6 +24,8 @@ struct rt_trainer_options {
     bool keep_more;              /* RT_KEEP_MORE, for a device where it gives the same bits */
     int64_t epochs;              /* 0: no end */
     uint64_t seed;
+    int loader_threads;          /* 0: sequences are decoded when they are needed */
+    size_t loader_bytes;         /* of sequences decoded ahead */
 };
 
 /* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */
@@ -41,7 +44,7 @@ struct rt_trainer {
     struct rt_losses losses;
     struct rt_span_losses spans;
     struct rt_micro micro;
-    struct rt_order order;
+    struct rt_loader *loader;
     int64_t step;    /* batches taken; optimiser steps are opt.step */
     int64_t tokens, targets, skipped; /* so far */
 };
@@ -54,6 +57,7 @@ struct rt_step_result {
     double term_norm[4];       /* ce, kl, feature, alm; NaN unless asked for */
     const struct rt_order_item *batch; /* [n] valid until the next step */
     int64_t n;
+    double epoch;              /* behind it */
 };
 
 /* max_length: longest sequence, of evaluation too. */
