@@ -287,7 +287,7 @@ struct shape8 {
     bool accumulate, y_f32, padded;
 };
 
-/* The ways of a product of codes, each the first choice where those after it are not there. */
+/* The ways of a product of codes, by what is there: neither, the library alone, the kernel of our own alone. */
 enum way { DEQUANTISED, LIBRARY, OWN };
 
 static void gemm8_case(struct cuda_pair *p, const struct shape8 *s, enum way way)
@@ -313,7 +313,7 @@ static void gemm8_case(struct cuda_pair *p, const struct shape8 *s, enum way way
                                    .accumulate = s->accumulate, .y_f32 = s->y_f32, .padded = s->padded};
     g.x.scale = cuda_bytes(p, scales, (size_t)(ld * (s->K / 128)) * 4);
     g.y = s->y_f32 ? cuda_bytes(p, y, (size_t)ny * 4) : cuda_act(p, y, ny);
-    dev->lt = way == DEQUANTISED ? NULL : lt;
+    dev->lt = way == LIBRARY ? lt : NULL;
     dev->encode_map = way == OWN ? encode : NULL;
     assert_ok(rt_cuda_gemm8((struct rt_queue *)p->gpu.q, &g, &err));
     dev->lt = lt;
