@@ -223,8 +223,10 @@ __device__ __forceinline__ place place_of(const rt_cuda_seqs &s, int t, int rows
 /* UNSUPPORTED unless a kernel's shared memory is there. */
 inline enum rt_status shared_fits(const char *op, int bytes, int limit, const struct rt_attn_shape *s, struct rt_err *err)
 {
-    return bytes <= limit ? RT_OK : rt_fail(err, RT_UNSUPPORTED, "%s: heads of %d and %d elements need %d KiB of shared memory a block; the GPU has %d", op,
-                                            s->dqk, s->dv, (bytes + 1023) / 1024, limit / 1024);
+    if (bytes <= limit)
+        return RT_OK;
+    return rt_fail(err, RT_UNSUPPORTED, "%s: heads of %d and %d elements need %d KiB of shared memory a block; the GPU has %d", op, s->dqk, s->dv,
+                   (bytes + 1023) / 1024, limit / 1024);
 }
 
 inline bool aligned16(const void *p, int64_t ld, int64_t head, int d)
