@@ -91,12 +91,20 @@ static uint64_t scratch_bytes(const struct rt_teacher_options *o, const struct r
     return (s / MIB + 1) * MIB;
 }
 
-/* The ring: two groups of experts, one in use and one on its way, or two of the largest part. */
+/* The ring at least: two groups of experts, one in use and one on its way, or two of the largest part. */
 static uint64_t ring_bytes(const struct rt_teacher_config *c, const struct rt_teacher_sizes *z)
 {
     const int group = c->experts < GROUP ? c->experts : GROUP;
     const uint64_t two = 2 * ((uint64_t)group + 2) * rt_arena_round(z->largest_expert);
     return two > 2 * z->largest_part ? two : 2 * z->largest_part;
+}
+
+/* With more memory a whole layer: what is copied while its attention is computed is then not waited for among its experts. */
+static uint64_t ring_wanted(const struct rt_teacher_options *o, const struct rt_teacher_config *c, const struct rt_teacher_sizes *z, uint64_t budget)
+{
+    const uint64_t least = ring_bytes(c, z), layer = ((uint64_t)c->experts + 8) * rt_arena_round(z->largest_expert);
+    const uint64_t most = o->gpu_ring > 0 ? (uint64_t)o->gpu_ring : layer > least ? layer : least;
+    return most < budget ? most : budget;
 }
 
 static uint64_t gpu_need(const struct rt_teacher_options *o, const struct rt_teacher_config *c, int64_t chunk, int64_t n)
@@ -180,13 +188,14 @@ static enum rt_status plan_gpu(const struct rt_teacher_options *o, const struct 
         RT_FAIL(err, NOMEM, "%s: states of %ld tokens and caches need %s of GPU memory, there are %s; use fewer slots or shorter sequences", o->dir,
                 (long)p->window, rt_human_bytes(need, taken + z->largest_part), rt_human_bytes(have, p->gpu_bytes));
     p->gpu_weight_budget = p->gpu_bytes - taken;
-    p->gpu_ring = ring_bytes(c, z);
+    const uint64_t least = ring_bytes(c, z);
     const uint64_t model = z->model_bytes + z->model_bytes / 64; /* rounding of small tensors */
     const uint64_t table = (uint64_t)c->vocab_size * (uint64_t)c->hidden * rt_device_act_size(o->device) + RT_TEACHER_EMBED_IDS * sizeof(int32_t);
-    if (p->gpu_weight_budget >= model + table || (p->gpu_weight_budget < model && p->gpu_weight_budget >= p->gpu_ring + table))
+    if (p->gpu_weight_budget >= model + table || (p->gpu_weight_budget < model && p->gpu_weight_budget >= least + table))
         p->gpu_embed = table;
     p->gpu_weight_budget -= p->gpu_embed;
     p->gpu_resident = p->gpu_weight_budget >= model;
+    p->gpu_ring = ring_wanted(o, c, z, p->gpu_weight_budget);
     p->window_bytes = (uint64_t)(p->window * o->token_bytes);
     const uint64_t host = p->window_bytes + RT_TEACHER_FIXED_BYTES + z->staging;
     if (host > memory)
