@@ -2,8 +2,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/io.h"
 #include "core/mem.h"
-#include "core/rng.h"
+#include "formats/tokenizer.h"
 #include "teacher/score.h"
 #include "tests/suite.h"
 
@@ -37,7 +38,29 @@ static enum rt_status keep(void *self, const struct rt_rows *b, struct rt_err *e
     return RT_OK;
 }
 
-/* Random ids of the vocabulary: any text will do, the two sides must agree on what comes next. */
+/* Questions that the embedded teacher was trained on: on random ids it is chaotic, and a routing decision that falls otherwise changes a row whole. */
+static void read_text(const char *dir, uint32_t ids[SEQS][LENGTH])
+{
+    struct rt_err err = {0};
+    struct rt_tokenizer *t;
+    struct rt_encoding e = {0};
+    struct rt_buf text = {0};
+    assert_ok(rt_tokenizer_load(dir, &t, &err));
+    assert_ok(rt_file_read_all(test_data("examples/prompts/diagnosis_eval.jsonl"), 1 << 20, &text, &err));
+    const char *p = text.data;
+    while (e.n < SEQS * LENGTH && (p = strstr(p, "\"prompt\": \"")) != NULL) {
+        p += strlen("\"prompt\": \"");
+        const char *end = strchr(p, '"');
+        assert_non_null(end);
+        assert_ok(rt_tokenizer_encode(t, p, (size_t)(end - p), &e, &err));
+    }
+    assert_true(e.n >= SEQS * LENGTH);
+    memcpy(ids, e.ids, sizeof(uint32_t) * SEQS * LENGTH);
+    rt_encoding_free(&e);
+    rt_buf_free(&text);
+    rt_tokenizer_free(t);
+}
+
 static struct rows score(const char *dir, const char *backend, bool w8a8, int64_t gpu_memory)
 {
     struct rt_err err = {0};
@@ -54,9 +77,8 @@ static struct rows score(const char *dir, const char *backend, bool w8a8, int64_
     assert_ok(rt_teacher_open(&o, &t, &err));
     const int64_t V = rt_teacher_config(t)->vocab_size;
     memset(mask, 1, sizeof mask);
+    read_text(dir, ids);
     for (int s = 0; s < SEQS; s++) {
-        for (int i = 0; i < LENGTH; i++)
-            ids[s][i] = (uint32_t)(rt_rng_u64(9, (uint64_t)s, (uint64_t)i) % (uint64_t)V);
         seqs[s] = (struct rt_rows){.n_tokens = LENGTH - s, .ids = ids[s], .loss_mask = mask, .source_line = s + 1};
         rt_rows_key(ids[s], LENGTH - s, seqs[s].key);
     }
@@ -115,8 +137,8 @@ static void compare(const char *what, const struct rows *p, const struct rows *q
         fail_msg("%s: top-1 agreement %.4f (at least %.4f), KL %g (at most %g)", what, same / n, top1_least, kl / n, kl_most);
 }
 
-/* Bounds: states of 8 bits of mantissa through 4 layers move logits by about a hundredth of their size, 0.03 here; a KL of half its square is
- * 5e-4. Texts of random ids keep entropies high and routing margins thin, which is the worst case. FP8 activations are eight times coarser. */
+/* Bounds: states of 8 bits of mantissa through 4 layers move logits by about a hundredth of their size, 0.03 to 0.1 here; a KL of half its square
+ * is up to 5e-3, and a few tokens choose another expert. FP8 activations are coarser. */
 static void test_against_cpu(void **state)
 {
     (void)state;
@@ -125,7 +147,7 @@ static void test_against_cpu(void **state)
     const char *const dir = test_data("examples/tiny_teacher");
     for (int w8a8 = 0; w8a8 < 2; w8a8++) {
         struct rows cpu = score(dir, "cpu", w8a8, 0), gpu = score(dir, "cuda", w8a8, 0);
-        compare(w8a8 ? "w8a8, GPU against CPU" : "w8a16, GPU against CPU", &cpu, &gpu, w8a8 ? 0.90 : 0.93, w8a8 ? 2e-2 : 4e-3);
+        compare(w8a8 ? "w8a8, GPU against CPU" : "w8a16, GPU against CPU", &cpu, &gpu, w8a8 ? 0.93 : 0.95, w8a8 ? 3e-2 : 1e-2);
         struct rows again = score(dir, "cuda", w8a8, 0);
         assert_memory_equal(gpu.ids, again.ids, (size_t)gpu.n * TOP_K * 4); /* the same plan: the same bytes */
         assert_memory_equal(gpu.logits, again.logits, (size_t)gpu.n * TOP_K * 4);
