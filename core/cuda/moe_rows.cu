@@ -110,30 +110,27 @@ __device__ void fill_padding(const struct gather &p, int64_t warp)
     }
 }
 
-/* Scales of the block's tokens to their rows. row: in lane j of each warp, of choice j; in: which lanes hold one. */
-__device__ __forceinline__ void deal_scales(const struct gather &p, int64_t t0, const int (&row)[TOKENS], const unsigned (&in)[TOKENS])
+/* Scales of column block b of the block's tokens. in: which lanes hold a row of the token. */
+__device__ __forceinline__ void load_scales(const struct gather &p, int64_t t0, int b, const unsigned (&in)[TOKENS], float (&s)[TOKENS])
 {
-    const int warp = (int)threadIdx.x / 32 * 32;
-    int4 at[TOKENS];
 #pragma unroll
     for (int i = 0; i < TOKENS; i++)
-        at[i] = row[i] >= 0 ? __ldg(p.row + row[i]) : make_int4(0, 0, 0, 0);
-    for (int b0 = 0; b0 + warp < p.blocks; b0 += (int)blockDim.x) {
-        const int b = b0 + (int)threadIdx.x;
-        float s[TOKENS];
+        s[i] = in[i] != 0 && b < p.blocks ? __ldg(p.scale + (int64_t)b * p.scale_ld + t0 + i) : 0.0f;
+}
+
+/* They go to their rows. row, at: in lane j of each warp, the row of choice j and its entry of the table. */
+__device__ __forceinline__ void deal_scales(const struct gather &p, int b, const int (&row)[TOKENS], const int4 (&at)[TOKENS],
+                                            const unsigned (&in)[TOKENS], const float (&s)[TOKENS])
+{
 #pragma unroll
-        for (int i = 0; i < TOKENS; i++)
-            s[i] = in[i] != 0 && b < p.blocks ? __ldg(p.scale + (int64_t)b * p.scale_ld + t0 + i) : 0.0f;
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++)
-            for (unsigned left = in[i]; left != 0; left &= left - 1) {
-                const int from = __ffs((int)left) - 1;
-                const int r = __shfl_sync(0xffffffffu, row[i], from), base = __shfl_sync(0xffffffffu, at[i].y, from);
-                const int padded = __shfl_sync(0xffffffffu, at[i].z, from);
-                if (b < p.blocks)
-                    p.to_scale[(int64_t)base * p.blocks + (int64_t)b * padded + (r - base)] = s[i];
-            }
-    }
+    for (int i = 0; i < TOKENS; i++)
+        for (unsigned left = in[i]; left != 0; left &= left - 1) {
+            const int from = __ffs((int)left) - 1;
+            const int r = __shfl_sync(0xffffffffu, row[i], from), base = __shfl_sync(0xffffffffu, at[i].y, from);
+            const int padded = __shfl_sync(0xffffffffu, at[i].z, from);
+            if (b < p.blocks)
+                p.to_scale[(int64_t)base * p.blocks + (int64_t)b * padded + (r - base)] = s[i];
+        }
 }
 
 __global__ void __launch_bounds__(256) deal_kernel(const __grid_constant__ struct gather p)
@@ -141,7 +138,9 @@ __global__ void __launch_bounds__(256) deal_kernel(const __grid_constant__ struc
     const int lane = (int)threadIdx.x % 32;
     const int64_t t0 = (int64_t)blockIdx.x * TOKENS;
     int row[TOKENS];
+    int4 at[TOKENS];
     unsigned in[TOKENS];
+    float s[TOKENS];
     if (blockIdx.x >= p.token_blocks) {
         fill_padding(p, (int64_t)(blockIdx.x - p.token_blocks) * (blockDim.x / 32) + threadIdx.x / 32);
         return;
@@ -152,6 +151,12 @@ __global__ void __launch_bounds__(256) deal_kernel(const __grid_constant__ struc
 #pragma unroll
     for (int i = 0; i < TOKENS; i++)
         in[i] = __ballot_sync(0xffffffffu, row[i] >= 0);
+    if (p.scale != NULL) { /* on their way while the codes are */
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++)
+            at[i] = row[i] >= 0 ? __ldg(p.row + row[i]) : make_int4(0, 0, 0, 0);
+        load_scales(p, t0, (int)threadIdx.x, in, s);
+    }
     for (int c0 = 0; c0 < p.nv; c0 += (int)blockDim.x) { /* every lane makes every turn: it holds a row for the others */
         const int c = c0 + (int)threadIdx.x;
         uint4 v[TOKENS];
@@ -166,8 +171,11 @@ __global__ void __launch_bounds__(256) deal_kernel(const __grid_constant__ struc
                     ((uint4 *)p.to)[r * p.nv + c] = v[i];
             }
     }
-    if (p.scale != NULL)
-        deal_scales(p, t0, row, in);
+    for (int b0 = 0; b0 + (int)threadIdx.x / 32 * 32 < p.blocks; b0 += (int)blockDim.x) { /* blocks 0: no scales */
+        if (b0 > 0)
+            load_scales(p, t0, b0 + (int)threadIdx.x, in, s);
+        deal_scales(p, b0 + (int)threadIdx.x, row, at, in, s);
+    }
 }
 
 /* ---- combine ---- */
