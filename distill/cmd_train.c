@@ -32,6 +32,8 @@ const struct rt_command rt_cmd_train = {
     .help = "The loss is w_ce CE + w_kl T^2 KL(teacher || student) + w_feature F + w_alm A, summed over the training rows of the whole global batch and\n"
             "divided by their number; A compares likelihoods of spans (shards of `retarget --mode alm`). RUN gets\n"
             "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
+            "Several --data are shuffled together: an epoch takes each WEIGHT times (1 where none is given), :0.5 another half of it each time, :2 all of\n"
+            "it twice. Beside shards, text without a teacher's rows takes the cross-entropy alone. The order depends on --seed and the data alone.\n\n"
             "    retort train --student Qwen2.5-0.5B --data shards/ --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --out runs/soft",
     .options = rt_train_options,
     .values_size = sizeof(struct rt_train_values),

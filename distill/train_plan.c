@@ -71,10 +71,14 @@ out:
 
 static void describe_sets(const struct rt_train_run *r)
 {
+    double all = 0;
+    for (int i = 0; i < r->n_sets; i++)
+        all += r->weight[i] * (double)rt_train_set_info(r->set[i])->tokens;
     for (int i = 0; i < r->n_sets; i++) {
         const struct rt_train_info *info = rt_train_set_info(r->set[i]);
-        rt_info(r->ctx->log, "data %s: %ld sequences, %ld tokens, longest %ld, weight %g%s%s", info->path, (long)info->sequences, (long)info->tokens,
-                (long)info->longest, r->weight[i], info->identity != NULL ? ", rows of " : ", text", info->identity != NULL ? info->identity->teacher_name : "");
+        rt_info(r->ctx->log, "data %s: %ld sequences, %ld tokens, longest %ld, weight %g (%.1f %% of an epoch's tokens)%s%s", info->path, (long)info->sequences,
+                (long)info->tokens, (long)info->longest, r->weight[i], 100 * r->weight[i] * (double)info->tokens / all,
+                info->identity != NULL ? ", rows of " : ", text", info->identity != NULL ? info->identity->teacher_name : "");
     }
 }
 
@@ -121,6 +125,36 @@ static enum rt_status check_retargeted(const struct rt_train_run *r, const struc
                    info->identity->origin.mode, r->o.w.T != 1 ? r->o.w.T : r->o.teacher_T);
 }
 
+/* Does another of the sets hold what set `info` lacks: rows, or likelihoods of spans? */
+static bool others_have(const struct rt_train_run *r, bool spans)
+{
+    for (int i = 0; i < r->n_sets; i++) {
+        const struct rt_train_info *info = rt_train_set_info(r->set[i]);
+        if (spans ? info->identity != NULL && rt_row_identity_spans(info->identity) : info->top_k > 0)
+            return true;
+    }
+    return false;
+}
+
+/* A set without what the teacher said, in a mix with sets that have it, is trained on by cross-entropy; alone it is refused. */
+static enum rt_status check_bare(const struct rt_train_run *r, const struct rt_train_info *info, struct rt_err *err)
+{
+    const bool spans = !(r->o.w.kl > 0), text = info->kind == RT_TRAIN_LINES;
+    const char *option = spans ? "--w-alm" : "--w-kl", *lacks = spans ? "likelihoods of spans" : "teacher rows";
+    const double w = spans ? r->o.w.alm : r->o.w.kl;
+    if (others_have(r, spans) && r->o.w.ce > 0) {
+        rt_info(r->ctx->log, "%s: has no %s: its targets take the cross-entropy alone, with --w-ce %g", info->path, lacks, r->o.w.ce);
+        return RT_OK;
+    }
+    if (others_have(r, spans))
+        return rt_fail(err, RT_REFUSED, "%s: has no %s, and --w-ce is 0: nothing would be learnt from it", info->path, lacks);
+    if (spans)
+        return rt_fail(err, RT_REFUSED, "%s: holds no likelihoods of spans, and --w-alm is %g: `retort retarget --mode alm` makes them", info->path, w);
+    return text ? rt_fail(err, RT_REFUSED, "%s: is text without teacher rows, and %s is %g: `retort logits` makes shards of it, or %s 0 trains on the text",
+                          info->path, option, w, option)
+                : rt_fail(err, RT_REFUSED, "%s: holds states but no rows, and %s is %g: `retort logits --cache topk=K` stores them", info->path, option, w);
+}
+
 /* Refuses a set whose rows cannot give the KL that is asked for. */
 static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_err *err)
 {
@@ -128,18 +162,15 @@ static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_
     const int lse = rt_train_set_lse(r->set[i], r->o.teacher_T);
     const bool spans = info->identity != NULL && rt_row_identity_spans(info->identity);
     char stored[128];
-    if (r->o.w.alm > 0 && !spans)
-        return rt_fail(err, RT_REFUSED, "%s: holds no likelihoods of spans, and --w-alm is %g: `retort retarget --mode alm` makes them", info->path, r->o.w.alm);
     if (!(r->o.w.kl > 0))
-        return RT_OK;
+        return r->o.w.alm > 0 && !spans ? check_bare(r, info, err) : RT_OK;
     if (spans)
         return rt_fail(err, RT_REFUSED, "%s: holds likelihoods of spans, no distributions, and --w-kl is %g: --w-alm trains on them, or `retort retarget --mode exact` "
                        "makes rows", info->path, r->o.w.kl);
-    if (info->kind == RT_TRAIN_LINES)
-        return rt_fail(err, RT_REFUSED, "%s: is text without teacher rows, and --w-kl is %g: `retort logits` makes shards of it, or --w-kl 0 trains on the text",
-                       info->path, r->o.w.kl);
+    if (r->o.w.alm > 0)
+        return rt_fail(err, RT_REFUSED, "%s: holds no likelihoods of spans, and --w-alm is %g: `retort retarget --mode alm` makes them", info->path, r->o.w.alm);
     if (info->top_k == 0)
-        return rt_fail(err, RT_REFUSED, "%s: holds states but no rows, and --w-kl is %g: `retort logits --cache topk=K` stores them", info->path, r->o.w.kl);
+        return check_bare(r, info, err);
     const enum rt_status st = check_retargeted(r, info, err);
     if (st != RT_OK)
         return st;

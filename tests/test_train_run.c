@@ -238,6 +238,56 @@ static void test_tail_warning(void **state)
     assert_false(rt_path_exists(test_tmp("run-dry")));
 }
 
+static double metric(const char *run, int64_t line, const char *key)
+{
+    struct rt_buf b = read_file(run, "metrics.jsonl");
+    char *save = NULL, *p = strtok_r(b.data, "\n", &save);
+    struct rt_err err = {0};
+    struct rt_json *v = NULL;
+    double x = NAN;
+    for (; p != NULL && line > 0; line--)
+        p = strtok_r(NULL, "\n", &save);
+    assert_non_null(p);
+    assert_ok(rt_json_parse(p, strlen(p), run, &v, &err));
+    rt_json_as_double(rt_json_get(v, key), &x);
+    rt_json_free(v);
+    rt_buf_free(&b);
+    return x;
+}
+
+/* Shards and text in one run: text takes CE alone, everything is divided by all targets; weights say how often; refused where text would teach
+ * nothing. */
+static void test_mix(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    char *log, a[600], b[600];
+    double epoch = 0, targets = 0, kl_rows = 0;
+    const char *out = test_tmp("run-mix");
+    snprintf(a, sizeof a, "%s:.5", shards);
+    snprintf(b, sizeof b, "%s:2", lines);
+    refused(ARGS("--student", student, "--data", a, "--data", b, "--out", out, "--w-ce", "0", "--w-kl", "1"), RT_REFUSED, "nothing would be learnt from it");
+    assert_ok(train(ARGS("--student", student, "--data", a, "--data", b, "--out", out, "--w-ce", "0.25", "--w-kl", "0.75", "--kd-temperature", "2",
+                         "--batch-tokens", "80", "--epochs", "2"), 0, &log, &err));
+    assert_non_null(strstr(log, "take the cross-entropy alone"));
+    assert_non_null(strstr(log, "(20.0 % of an epoch's tokens)")); /* 0.5 of 2.5 */
+    free(log);
+    for (int64_t i = 0; epoch < 2; i++) {
+        const double n = metric(out, i, "targets"), rows = metric(out, i, "kl_rows");
+        const double kl = rows > 0 ? metric(out, i, "kl") : 0;
+        const double loss = (0.25 * metric(out, i, "ce") * n + 0.75 * kl * rows) / n;
+        assert_true(fabs(loss - metric(out, i, "loss")) < 1e-9 * loss);
+        targets += n;
+        kl_rows += rows;
+        epoch = metric(out, i, "epoch");
+    }
+    int64_t all = 0; /* all shards once in two epochs, all lines four times */
+    for (int s = 0; s < TF_SEQS; s++)
+        for (int64_t i = 1; i < data->len[s]; i++)
+            all += data->mask[s][i];
+    assert_true(kl_rows == (double)all && targets == 5.0 * (double)all);
+}
+
 #define RECIPE "--student", student, "--data", shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
     "--lr", "1e-2", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--save-every", "2", "--eval-data", lines, "--eval-every", "4"
 
@@ -397,7 +447,8 @@ static void test_experiment(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_resume, set_up),
+    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up),
+    cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
 };
