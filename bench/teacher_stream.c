@@ -10,6 +10,7 @@
  * for weights.
  */
 #include "bench/bench.h"
+#include "bench/profile.h"
 #include "teacher/score.h"
 
 enum { MAX_LIST = 16, MAX_LAYERS = 256 };
@@ -17,7 +18,7 @@ enum { MAX_LIST = 16, MAX_LAYERS = 256 };
 struct values {
     const char *teacher, *device, *lengths, *windows;
     int64_t memory, gpu_memory, top_k, threads, model_dense, model_moe, repeats;
-    bool w8a16, stream, help;
+    bool w8a16, stream, profile, help;
 };
 
 #define V(field) offsetof(struct values, field)
@@ -35,6 +36,7 @@ static const struct rt_opt options[] = {
     {"repeats", RT_OPT_INT, V(repeats), "2", 1, 100, NULL, "N", "runs of each case, the best is shown", false, false},
     {"w8a16", RT_OPT_FLAG, V(w8a16), NULL, 0, 0, NULL, NULL, "plain activations; else FP8 ones", false, false},
     {"stream", RT_OPT_FLAG, V(stream), NULL, 0, 0, NULL, NULL, "no weight stays on the device, as in a model that is far larger than it", false, false},
+    {"profile", RT_OPT_FLAG, V(profile), NULL, 0, 0, NULL, NULL, "then the time of each operation, in one more run of each case", false, false},
     {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
     {0},
 };
@@ -42,6 +44,7 @@ static const struct rt_opt options[] = {
 struct run {
     struct values v;
     struct rt_device d;
+    struct rt_backend timed;
     struct rt_teacher *t;
     struct rt_score_options so;
     struct rt_rows *seq;
@@ -123,6 +126,11 @@ static enum rt_status run_cases(struct run *r, const int64_t *length, int n_leng
                     best = f;
             }
             print_case(r, length[i], window[w], &best);
+            if (r->v.profile) {
+                profile_start();
+                RT_TRY(measure(r, length[i], window[w], &f, err));
+                profile_print(&r->d, "    operations", f.total);
+            }
         }
 out:
     return st;
@@ -137,6 +145,10 @@ static enum rt_status prepare(struct run *r, int64_t length, int64_t window, str
     enum rt_status st;
     const enum rt_op *ops = rt_teacher_score_ops(&n_ops);
     RT_TRY(rt_backend_select(v->device, ops, n_ops, &be, err));
+    if (v->profile) {
+        r->timed = profile_wrap(be);
+        be = &r->timed;
+    }
     RT_TRY(rt_device_open(be, &(struct rt_dev_options){.threads = (int)v->threads}, &r->d, err));
     r->so = (struct rt_score_options){.top_k = (int)v->top_k, .n_lse = 1, .lse_temperature = {1}, .tap = tap, .tap_self = r};
     const struct rt_teacher_options o = {.dir = v->teacher, .device = &r->d, .w8a8 = !v->w8a16, .memory = v->memory, .gpu_memory = v->gpu_memory,
