@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "core/backend.h"
+#include "core/log.h"
 
 enum { PROFILE_CALLS = 1 << 15, PROFILE_ROWS = 64 };
 
@@ -18,6 +19,7 @@ struct profile_call {
     struct rt_event *from, *to;
     char what[48];
     double flop, bytes; /* as far as the arguments say: 0 unknown */
+    double t0, t1;      /* where calls are done when they return */
 };
 
 /* Operations have no argument for a caller's context: one profile a program. */
@@ -96,13 +98,15 @@ static inline struct profile_call *profile_begin(enum rt_op op, const void *args
     if (!profile.on || profile.n == PROFILE_CALLS)
         return NULL;
     struct profile_call *c = &profile.call[profile.n++];
-    if (profile.n > profile.made) {
+    c->t0 = c->t1 = rt_now();
+    if (profile.base.own_memory && profile.n > profile.made) {
         if (profile.base.event_create(dev, &c->from, NULL) != RT_OK || profile.base.event_create(dev, &c->to, NULL) != RT_OK)
             return NULL;
         profile.made = profile.n;
     }
     profile_describe(op, args, c);
-    (void)profile.base.event_record(dev, q, c->from, NULL);
+    if (profile.base.own_memory)
+        (void)profile.base.event_record(dev, q, c->from, NULL);
     return c;
 }
 
@@ -111,8 +115,10 @@ static inline struct profile_call *profile_begin(enum rt_op op, const void *args
     { \
         struct profile_call *c = profile_begin(RT_OP_##op, a, dev, q); \
         const enum rt_status st = profile.base.op(dev, q, a, err); \
-        if (c != NULL) \
+        if (c != NULL && profile.base.own_memory) \
             (void)profile.base.event_record(dev, q, c->to, NULL); \
+        else if (c != NULL) \
+            c->t1 = rt_now(); \
         return st; \
     }
 RT_BACKEND_OPS(PROFILE_OP)
@@ -157,9 +163,10 @@ static inline void profile_print(const struct rt_device *d, const char *title, d
     (void)rt_device_sync(d, NULL);
     for (int i = 0; i < profile.n; i++) {
         const struct profile_call *c = &profile.call[i];
-        double s = 0;
+        double s = c->t1 - c->t0;
         int r = 0;
-        (void)d->be->event_elapsed(d->dev, c->from, c->to, &s, NULL);
+        if (d->be->own_memory)
+            (void)d->be->event_elapsed(d->dev, c->from, c->to, &s, NULL);
         while (r < rows && strcmp(row[r].what, c->what) != 0)
             r++;
         if (r == PROFILE_ROWS)
