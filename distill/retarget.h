@@ -11,7 +11,7 @@
  *                                    bound above one half would teach the student little but not to trust what is listed.
  *           b > T_j+1                no row: the label stays for the cross-entropy
  *   strict  a = T_j, b = T_j+1       t(u) = q_j(w) where w and u are the same bytes, divided by M + rho_j, M = sum of q_j over shared w; else no
- *                                    row. (`train --tail renorm` leaves the others out on the student's side as well.)
+ *                                    row. The others are part of the bucket in training.
  *   alm     likelihoods of spans in place of distributions (distill/retarget_alm.h)
  *
  * The realised token wins its row: q_j of teacher token j goes to student token i, whatever phi says. A target that is white space

@@ -115,14 +115,23 @@ static void warn_tail(const struct rt_train_run *r, const struct rt_train_info *
                 "inside is not taught: a lower --kd-temperature or more ids a row (logits --cache topk=K)", info->path, T, info->top_k, mass, least, 1 - mass);
 }
 
-/* Rows of another tokenizer are sums of probabilities at T = 1, and a sum cannot be tempered. */
+/* Rows of another tokenizer are sums of probabilities at T = 1, and a sum cannot be tempered. Their residual is a part of what the teacher said: it is not
+ * spread as the listed ids are (a row inside a token often lists one), so leaving it out is another lesson. Strict rows leave out by design. */
 static enum rt_status check_retargeted(const struct rt_train_run *r, const struct rt_train_info *info, struct rt_err *err)
 {
-    if (info->identity->origin.mode[0] == '\0' || (r->o.w.T == 1 && r->o.teacher_T == 1))
-        return RT_OK;
-    return rt_fail(err, RT_REFUSED, "%s: its rows are retargeted (%s), and hold at T = 1 alone: adding up what several teacher tokens give one student token "
-                   "and changing the temperature do not commute; take --kd-temperature 1 instead of %g (and no other --teacher-temperature)", info->path,
-                   info->identity->origin.mode, r->o.w.T != 1 ? r->o.w.T : r->o.teacher_T);
+    const struct rt_row_identity *id = info->identity;
+    const bool rewritten = id->origin.mode[0] != '\0' && strcmp(id->tokenizer_sha256, id->origin.tokenizer_sha256) != 0;
+    if (id->origin.mode[0] != '\0' && (r->o.w.T != 1 || r->o.teacher_T != 1))
+        return rt_fail(err, RT_REFUSED, "%s: its rows are retargeted (%s), and hold at T = 1 alone: adding up what several teacher tokens give one student token "
+                       "and changing the temperature do not commute; take --kd-temperature 1 instead of %g (and no other --teacher-temperature)", info->path,
+                       id->origin.mode, r->o.w.T != 1 ? r->o.w.T : r->o.teacher_T);
+    if (rewritten && r->o.w.tail == RT_TAIL_RENORM && strcmp(id->origin.mode, "exact") == 0)
+        return rt_fail(err, RT_REFUSED, "%s: its rows are retargeted (exact), and --tail renorm would drop their residual, which is a part of what the teacher said: a row "
+                       "that lists one token would teach nothing, the others that what is not listed is free; take --tail bucket, which is the default", info->path);
+    if (rewritten && r->o.w.tail == RT_TAIL_RENORM)
+        rt_warn(r->ctx->log, "%s: its rows are retargeted (%s), over shared tokens alone: with --tail renorm a row that lists one token teaches nothing, and the student is "
+                "free on tokens that no row lists; --tail bucket (the default) did better wherever it was measured", info->path, id->origin.mode);
+    return RT_OK;
 }
 
 /* Does another of the sets hold what set `info` lacks: rows, or likelihoods of spans? */

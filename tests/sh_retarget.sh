@@ -54,12 +54,22 @@ for mode in exact strict; do
     refuse 1 'retargeted.*T = 1' train --student $student --data "$d/$mode" --out "$d/hot" --kd-temperature 2 --w-kl 1 --steps 1
     refuse 1 'retargeted.*T = 1' train --student $student --data "$d/$mode" --out "$d/hot" --kd-temperature 2 --tail renorm --w-kl 1 --steps 1
     refuse 1 'retargeted.*T = 1' train --student $student --data "$d/$mode" --out "$d/hot" --teacher-temperature 2 --tail renorm --w-kl 1 --steps 1
+    [ -e "$d/hot/metrics.jsonl" ] && bad "refused after a step"
     refuse 1 'tokenizer' train --student examples/tiny_student --data "$d/$mode" --out "$d/other" --w-kl 1 --steps 1
 done
+
+# the residual of a row is not to be left out; strict rows leave out by design, which is said
+refuse 1 'retargeted .exact.*--tail renorm would drop their residual' train --student $student --data "$d/exact" --out "$d/bare" --tail renorm --w-kl 1 --steps 1
+refuse 1 'retargeted .exact.*--tail renorm' train --student $student --data "$d/exact" --out "$d/bare" --tail renorm --w-kl 1 --steps 1 --dry-run
+[ -e "$d/bare/metrics.jsonl" ] && bad "refused after a step"
+run train --student $student --data "$d/strict" --out "$d/shared" --tail renorm --w-kl 1 --steps 1
+grep -q 'a row that lists one token teaches nothing' "$d/err" || bad "no warning of strict rows with --tail renorm"
+run train --student $student --data "$d/exact" --out "$d/labels" --tail renorm --w-ce 1 --w-kl 0 --steps 1
 
 # one tokenizer on both sides: the same lines, states too
 run retarget --shards "$d/shards" --student examples/tiny_student --out "$d/same" --json
 "$retort" cat "$d/shards" --features >"$d/a" && "$retort" cat "$d/same" --features >"$d/b" && cmp -s "$d/a" "$d/b" || bad "rows of one tokenizer differ"
+run train --student examples/tiny_student --data "$d/same" --out "$d/run-same" --tail renorm --w-kl 1 --steps 1 # they are the teacher's own
 
 # the same bytes after a kill, whatever --threads; nothing to do the third time
 run retarget --shards "$d/shards" --student $student --out "$d/one" --rows-per-shard 20 --threads 1
