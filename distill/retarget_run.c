@@ -7,7 +7,7 @@
 #include "core/mem.h"
 #include "core/sha256.h"
 
-enum { WINDOW_SEQUENCES = 1024, WINDOW_BYTES = 32 << 20, SHARD_BYTES = 256 << 20, SHARD_ROWS_LEAST = 1024 };
+enum { WINDOW_SEQUENCES = 1024 };
 
 /* One sequence on its way through. */
 struct slot {
@@ -19,6 +19,14 @@ struct slot {
     struct rt_retarget_out out;
     struct rt_retarget_counts counts; /* crossing NULL: added up by whoever adds the slot */
     enum rt_reject reject;
+    enum rt_status st;
+    struct rt_err err;
+};
+
+/* One sequence of the shard that is being filled. */
+struct kept {
+    struct rt_buf block;   /* what rows points into */
+    struct rt_rows rows;
     struct rt_shard_packed packed;
     enum rt_status st;
     struct rt_err err;
@@ -42,8 +50,9 @@ struct rt_retarget_run {
     struct rt_row_sink sink;
     struct slot *window;       /* [WINDOW_SEQUENCES] */
     int64_t n_window;
-    struct slot *batch;        /* of the shard that is being filled */
-    int64_t n_batch, batch_cap, batch_rows, rows_per_shard;
+    struct kept *batch;        /* of the shard that is being filled */
+    int64_t n_batch, batch_cap, batch_rows, batch_bytes;
+    struct rt_retarget_plan plan;
     struct rt_retarget_counts counts;
     struct seen *seen;
     size_t seen_cap, seen_n;
@@ -56,8 +65,14 @@ static void slot_free(struct slot *s)
     rt_buf_free(&s->place);
     rt_retarget_text_free(&s->text);
     rt_retarget_out_free(&s->out);
-    rt_buf_free(&s->packed.bytes);
     *s = (struct slot){0};
+}
+
+static void kept_free(struct kept *k)
+{
+    rt_buf_free(&k->block);
+    rt_buf_free(&k->packed.bytes);
+    *k = (struct kept){0};
 }
 
 void rt_retarget_run_close(struct rt_retarget_run *r)
@@ -69,7 +84,7 @@ void rt_retarget_run_close(struct rt_retarget_run *r)
     for (int64_t i = 0; i < r->n_window; i++)
         slot_free(&r->window[i]);
     for (int64_t i = 0; i < r->n_batch; i++)
-        slot_free(&r->batch[i]);
+        kept_free(&r->batch[i]);
     rt_free(r->set);
     rt_free(r->window);
     rt_free(r->batch);
@@ -83,6 +98,11 @@ void rt_retarget_run_close(struct rt_retarget_run *r)
 const struct rt_shard_info *rt_retarget_run_input(const struct rt_retarget_run *r)
 {
     return rt_shard_set_info(r->set[0]);
+}
+
+const struct rt_retarget_plan *rt_retarget_run_plan(const struct rt_retarget_run *r)
+{
+    return &r->plan;
 }
 
 const struct rt_row_identity *rt_retarget_run_identity(const struct rt_retarget_run *r)
@@ -127,19 +147,6 @@ static enum rt_status check_input(const struct rt_retarget_run *r, struct rt_err
     return RT_OK;
 }
 
-/* Fewer rows a shard where rows and states are wide: the shard is held in memory until its report is known. */
-static int64_t shard_rows(const struct rt_retarget_run *r)
-{
-    int64_t bytes = 8 * (int64_t)r->id.top_k + 64;
-    if (r->o.rows_per_shard > 0)
-        return r->o.rows_per_shard;
-    for (int f = 0; f < r->id.n_features; f++)
-        bytes += 2 * r->id.feature[f].dim * (int64_t)rt_dtype_size(r->id.feature[f].dtype);
-    int64_t rows = SHARD_BYTES / bytes;
-    rows = rows < RT_SHARD_ROWS ? rows : RT_SHARD_ROWS;
-    return rows > SHARD_ROWS_LEAST ? rows : SHARD_ROWS_LEAST;
-}
-
 enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct rt_retarget_run **out, struct rt_err *err)
 {
     enum rt_status st;
@@ -161,10 +168,10 @@ enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct 
     r->same = strcmp(rt_tokenizer_sha256(t->tok), rt_tokenizer_sha256(s->tok)) == 0 &&
               strcmp(id->template_sha256, s->tmpl != NULL ? rt_template_sha256(s->tmpl) : "") == 0;
     rt_retarget_identity(id, s, o->student_vocab, o->mode, r->same, &r->id);
-    r->rows_per_shard = shard_rows(r);
     RT_TRY(rt_vocab_map_create(t, o->student, &r->map, err));
     r->pair = (struct rt_retarget_pair){t, o->student, &r->map};
     RT_TRY(rt_retarget_counts_init(&r->counts, r->map.n_student, err));
+    RT_TRY(rt_retarget_plan(r->set[0], &r->id, o->out, o->rows_per_shard, o->memory > 0 ? o->memory : INT64_MAX / 2, r->threads, &r->plan, err));
     *out = r;
     r = NULL;
 out:
@@ -184,34 +191,36 @@ static void *place_copy(struct rt_buf *b, const void *data, size_t bytes)
     return at;
 }
 
-/* A copy of src, whose arrays the set will use again. */
-static enum rt_status copy_rows(const struct rt_row_identity *id, const struct rt_rows *src, struct slot *s, struct rt_err *err)
+/* *out = a copy of src, whose arrays will be used again; it points into b. */
+static enum rt_status copy_rows(const struct rt_row_identity *id, const struct rt_rows *src, struct rt_buf *b, struct rt_rows *out, struct rt_err *err)
 {
     enum rt_status st;
     const size_t n = (size_t)src->n_tokens, rows = (size_t)src->n_rows, k = (size_t)src->k, lse = (size_t)src->n_lse;
-    struct rt_buf *b = &s->block;
-    size_t bytes = n * 9 + (size_t)src->text_len + rows * (20 + 8 * k + 4 * lse) + 8 * 16, width[RT_MAX_FEATURES];
+    size_t bytes = n * 9 + (size_t)src->text_len + rows * (28 + 8 * k + 4 * lse) + 8 * 16, width[RT_MAX_FEATURES];
     for (int f = 0; f < src->n_features; f++) {
         width[f] = (size_t)id->feature[f].dim * rt_dtype_size(id->feature[f].dtype);
-        bytes += n * (width[f] + 4) + 16;
+        bytes += n * (width[f] + 5) + 24;
     }
     RT_TRY(rt_buf_reserve(b, bytes, err));
-    s->rows = *src;
-    s->rows.ids = place_copy(b, src->ids, n * 4);
-    s->rows.loss_mask = place_copy(b, src->loss_mask, n);
-    s->rows.text = place_copy(b, src->text, (size_t)src->text_len);
-    s->rows.byte_end = place_copy(b, src->byte_end, n * 4);
-    s->rows.position = place_copy(b, src->position, rows * 4);
-    s->rows.topk_ids = place_copy(b, src->topk_ids, rows * k * 4);
-    s->rows.topk_logits = place_copy(b, src->topk_logits, rows * k * 4);
-    s->rows.lse = place_copy(b, src->lse, rows * lse * 4);
-    s->rows.next_id = place_copy(b, src->next_id, rows * 4);
-    s->rows.next_logprob = place_copy(b, src->next_logprob, rows * 4);
-    s->rows.next_rank = place_copy(b, src->next_rank, rows * 4);
-    s->rows.boundary_logp = place_copy(b, src->boundary_logp, rows * 4);
+    *out = *src;
+    out->ids = place_copy(b, src->ids, n * 4);
+    out->loss_mask = place_copy(b, src->loss_mask, n);
+    out->text = place_copy(b, src->text, (size_t)src->text_len);
+    out->byte_end = place_copy(b, src->byte_end, n * 4);
+    out->position = place_copy(b, src->position, rows * 4);
+    out->topk_ids = place_copy(b, src->topk_ids, rows * k * 4);
+    out->topk_logits = place_copy(b, src->topk_logits, rows * k * 4);
+    out->lse = place_copy(b, src->lse, rows * lse * 4);
+    out->next_id = place_copy(b, src->next_id, rows * 4);
+    out->next_logprob = place_copy(b, src->next_logprob, rows * 4);
+    out->next_rank = place_copy(b, src->next_rank, rows * 4);
+    out->boundary_logp = place_copy(b, src->boundary_logp, rows * 4);
+    out->span = place_copy(b, src->span, rows * 4);
+    out->span_logp = place_copy(b, src->span_logp, rows * 4);
+    out->feature_mask = place_copy(b, src->feature_mask, n);
     for (int f = 0; f < src->n_features; f++) {
-        s->rows.feature[f] = place_copy(b, src->feature[f], n * width[f]);
-        s->rows.feature_scale[f] = place_copy(b, src->feature_scale[f], n * 4);
+        out->feature[f] = place_copy(b, src->feature[f], n * width[f]);
+        out->feature_scale[f] = place_copy(b, src->feature_scale[f], n * 4);
     }
 out:
     return st;
@@ -228,7 +237,7 @@ static void read_item(void *ctx, int64_t item, int worker)
         s->reject = RT_REJECT_DAMAGED;
         s->st = RT_OK;
     } else if (s->st == RT_OK) {
-        s->st = copy_rows(rt_shard_set_identity(r->set[worker]), &rows, s, &s->err);
+        s->st = copy_rows(rt_shard_set_identity(r->set[worker]), &rows, &s->block, &s->rows, &s->err);
     }
 }
 
@@ -271,13 +280,11 @@ static enum rt_status fill_window(struct rt_retarget_run *r, int64_t from, int64
     enum rt_status st = RT_OK;
     const struct rt_row_identity *id = rt_shard_set_identity(r->set[0]);
     const int64_t n = rt_retarget_run_input(r)->sequences;
-    int64_t bytes = 0, token = 16, row = 8 * (int64_t)id->top_k + 4 * id->n_lse + 16;
-    for (int f = 0; f < id->n_features; f++)
-        token += id->feature[f].dim * (int64_t)rt_dtype_size(id->feature[f].dtype) + 4;
+    int64_t bytes = 0;
     for (*to = from; *to < n && r->n_window < WINDOW_SEQUENCES; ++*to) {
         const struct rt_seq_info *q = rt_shard_set_seq(r->set[0], *to);
-        bytes += q->n_rows * row + q->n_tokens * token;
-        if (*to > from && bytes > WINDOW_BYTES)
+        bytes += rt_retarget_seq_bytes(id, q->n_tokens, 8 * q->n_tokens, q->n_rows);
+        if (*to > from && bytes > r->plan.window_bytes)
             break;
         r->window[r->n_window++] = (struct slot){.index = *to};
     }
@@ -343,12 +350,44 @@ static enum rt_status count_key(struct rt_retarget_run *r, const uint8_t key[RT_
     return RT_OK;
 }
 
+struct packing {
+    struct rt_retarget_run *r;
+    int64_t first;
+};
+
 static void pack_item(void *ctx, int64_t item, int worker)
 {
-    struct rt_retarget_run *r = ctx;
-    struct slot *s = &r->batch[item];
+    const struct packing *p = ctx;
+    struct kept *k = &p->r->batch[p->first + item];
     (void)worker;
-    s->st = rt_shard_sink_pack(r->shards, &s->made, item, &s->packed, &s->err);
+    k->st = rt_shard_sink_pack(p->r->shards, &k->rows, item, &k->packed, &k->err);
+}
+
+static int64_t kept_bytes(const struct rt_retarget_run *r, const struct rt_rows *rows)
+{
+    return rt_retarget_seq_bytes(&r->id, rows->n_tokens, rows->text_len, rows->n_rows);
+}
+
+/* Packs and puts the batch, as much at a time as a window is large. */
+static enum rt_status put_batch(struct rt_retarget_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    for (int64_t i = 0, to; i < r->n_batch; i = to) {
+        int64_t bytes = kept_bytes(r, &r->batch[i].rows);
+        for (to = i + 1; to < r->n_batch && bytes < r->plan.window_bytes; to++)
+            bytes += kept_bytes(r, &r->batch[to].rows);
+        struct packing p = {r, i};
+        rt_pool_run(r->o.pool, to - i, pack_item, &p);
+        for (int64_t j = i; j < to; j++) {
+            struct kept *k = &r->batch[j];
+            if (k->st != RT_OK)
+                RT_TRY(rt_fail(err, k->st, "%s", k->err.msg));
+            RT_TRY(rt_shard_sink_put_packed(r->shards, &k->packed, err));
+            kept_free(k);
+        }
+    }
+out:
+    return st;
 }
 
 /* The batch becomes a shard, with its report in the header. */
@@ -362,16 +401,10 @@ static enum rt_status flush(struct rt_retarget_run *r, struct rt_err *err)
     RT_TRY(rt_json_dump(v, 0, &text, err));
     RT_TRY(rt_shard_sink_report(r->shards, text.data, text.len, err));
     for (int64_t i = 0; i < r->n_batch; i++)
-        RT_TRY(count_key(r, r->batch[i].made.key, &r->batch[i].made.occurrence, err));
-    rt_pool_run(r->o.pool, r->n_batch, pack_item, r);
-    for (int64_t i = 0; i < r->n_batch; i++) {
-        struct slot *s = &r->batch[i];
-        if (s->st != RT_OK)
-            RT_TRY(rt_fail(err, s->st, "%s", s->err.msg));
-        RT_TRY(rt_shard_sink_put_packed(r->shards, &s->packed, err));
-        slot_free(s);
-    }
-    r->n_batch = r->batch_rows = 0;
+        RT_TRY(count_key(r, r->batch[i].rows.key, &r->batch[i].rows.occurrence, err));
+    RT_TRY(put_batch(r, err));
+    RT_TRY(rt_shard_sink_cut(r->shards, err));
+    r->n_batch = r->batch_rows = r->batch_bytes = 0;
     rt_retarget_counts_clear(&r->counts);
 out:
     rt_buf_free(&text);
@@ -379,11 +412,11 @@ out:
     return st;
 }
 
-/* Takes the slot over into the batch. */
+/* Copies what was made of the slot's sequence into the batch. */
 static enum rt_status keep(struct rt_retarget_run *r, struct slot *s, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    struct slot *bigger;
+    struct kept *bigger;
     if (r->n_batch == r->batch_cap) {
         const int64_t cap = r->batch_cap > 0 ? 2 * r->batch_cap : 256;
         RT_TRY(rt_alloc((size_t)cap, sizeof *bigger, "sequences of a shard", &bigger, err));
@@ -393,11 +426,12 @@ static enum rt_status keep(struct rt_retarget_run *r, struct slot *s, struct rt_
         r->batch = bigger;
         r->batch_cap = cap;
     }
-    if (!r->same)
-        rt_buf_free(&s->block);
-    r->batch_rows += s->made.n_rows;
-    r->batch[r->n_batch++] = *s;
-    *s = (struct slot){0};
+    struct kept *k = &r->batch[r->n_batch];
+    *k = (struct kept){0};
+    r->n_batch++;
+    RT_TRY(copy_rows(&r->id, &s->made, &k->block, &k->rows, err));
+    r->batch_rows += k->rows.n_rows;
+    r->batch_bytes += kept_bytes(r, &k->rows);
 out:
     return st;
 }
@@ -424,7 +458,7 @@ static enum rt_status drain(struct rt_retarget_run *r, struct rt_err *err)
     for (int64_t i = 0; i < r->n_window; i++) {
         struct slot *s = &r->window[i];
         const bool good = s->reject == RT_REJECT_NONE;
-        if (good && r->batch_rows >= r->rows_per_shard) {
+        if (good && (r->batch_rows >= r->plan.rows_per_shard || r->batch_bytes >= r->plan.shard_bytes)) {
             RT_TRY(flush(r, err));
             RT_TRY(check_stop(r, err));
         }
@@ -466,7 +500,7 @@ static enum rt_status resume(struct rt_retarget_run *r, struct rt_retarget_count
     struct rt_shard_resume was;
     struct rt_shard_set *set = NULL;
     uint32_t before;
-    const struct rt_shard_options so = {.rows_per_shard = r->rows_per_shard};
+    const struct rt_shard_options so = {.rows_per_shard = r->plan.rows_per_shard};
     RT_TRY(rt_shard_sink_open(r->o.out, &r->id, &so, &r->shards, &r->sink, &was, err));
     *finished = was.finished;
     *used = 0;

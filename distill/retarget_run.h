@@ -1,8 +1,8 @@
 /* A set of row shards -> a set in another tokenizer's vocabulary.
  *
  * Sequences go through in windows, in input order: workers read and copy, one thread encodes (tokenizers serve one caller), workers
- * make rows, one thread writes. The bytes do not depend on threads. Memory is a window and one shard of the output, because a shard's header
- * holds the report on what was read for it. A restart goes on behind the last shard: the reports of those that are there say how
+ * make rows, one thread writes. The bytes do not depend on threads. Memory is a window and one shard of the output (distill/retarget_plan.h),
+ * because a shard's header holds the report on what was read for it. A restart goes on behind the last shard: the reports of those that are there say how
  * many sequences of the input they used up.
  */
 #ifndef RT_DISTILL_RETARGET_RUN_H
@@ -11,6 +11,7 @@
 #include "core/log.h"
 #include "core/pool.h"
 #include "distill/retarget.h"
+#include "distill/retarget_plan.h"
 #include "distill/retarget_text.h"
 #include "formats/shard.h"
 
@@ -20,7 +21,8 @@ struct rt_retarget_options {
     int64_t student_vocab;                  /* rows of the student's head */
     enum rt_retarget_mode mode;
     double gamma;                           /* of alm */
-    int64_t rows_per_shard;                 /* 0: RT_SHARD_ROWS, fewer where rows and states are wide */
+    int64_t rows_per_shard;                 /* 0: as rt_retarget_plan takes them */
+    int64_t memory;                         /* bytes to stay within; 0: no bound */
     struct rt_pool *pool;
     struct rt_log *log;
     bool (*stop)(void *self);
@@ -29,10 +31,11 @@ struct rt_retarget_options {
 
 struct rt_retarget_run;
 /* Opens the input, and checks that it can be retargeted: REFUSED where the teacher's tokenizer or template is another than the
- * shards', where they hold no logits, or are retargeted already. Makes the map of the vocabularies. */
+ * shards', where they hold no logits, or are retargeted already. NOMEM where memory is too small. Makes the map of the vocabularies. */
 enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct rt_retarget_run **out, struct rt_err *err);
 void rt_retarget_run_close(struct rt_retarget_run *r); /* NULL is fine */
 const struct rt_shard_info *rt_retarget_run_input(const struct rt_retarget_run *r);
+const struct rt_retarget_plan *rt_retarget_run_plan(const struct rt_retarget_run *r);
 const struct rt_row_identity *rt_retarget_run_identity(const struct rt_retarget_run *r); /* of the output */
 /* SHA-256 over key, occurrence and checksum of the input's sequences: what a resume must find again. */
 void rt_retarget_run_sha256(const struct rt_retarget_run *r, char out[65]);

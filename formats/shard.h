@@ -2,7 +2,7 @@
  *
  * A set is a directory: identity.json, rows-*.msgpack (shards) and a manifest of JSON lines, one a shard. What is not in the
  * manifest does not exist. Shards are cut by input order and row count: the sequence that brings a shard to rows_per_shard
- * or more rows is its last. So a restart that puts the same blocks from the resume point on yields the same bytes.
+ * or more rows is its last (rt_shard_sink_cut ends one earlier). So a restart that puts the same blocks from the resume point on yields the same bytes.
  *
  * With parts, machine I of N writes its own manifest and its own file names; copying all into one directory merges them.
  */
@@ -51,6 +51,9 @@ void rt_shard_sink_free(struct rt_shard_sink *s);
 /* A retargeted set's report on the sequences of a shard, JSON text of at most 32 KiB: goes into the header of the shard that the
  * next put opens. Copied. */
 enum rt_status rt_shard_sink_report(struct rt_shard_sink *s, const char *json, size_t len, struct rt_err *err);
+/* Publishes the shard that is being written, where it has a sequence: the next put opens another. For writers that have a reason of their own to end
+ * a shard below rows_per_shard; so that a restart yields the same bytes, the reason must lie in the sequences alone. */
+enum rt_status rt_shard_sink_cut(struct rt_shard_sink *s, struct rt_err *err);
 /* Bytes published by this sink so far (all shards of the part). */
 uint64_t rt_shard_sink_bytes(const struct rt_shard_sink *s);
 

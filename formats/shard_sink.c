@@ -261,6 +261,18 @@ out:
     return st;
 }
 
+enum rt_status rt_shard_sink_cut(struct rt_shard_sink *s, struct rt_err *err)
+{
+    enum rt_status st;
+    if (s->broken || s->manifest.finished)
+        return rt_fail(err, RT_REFUSED, "%s: %s", s->dir, s->broken ? "writing failed before" : "the set is complete: nothing can be added");
+    if (!s->open || s->n_seq == 0)
+        return RT_OK;
+    st = close_shard(s, err);
+    s->broken |= st != RT_OK;
+    return st;
+}
+
 static enum rt_status finish(void *self, struct rt_err *err)
 {
     struct rt_shard_sink *s = self;
