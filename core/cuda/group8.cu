@@ -156,8 +156,16 @@ __device__ __forceinline__ void transpose4(uint32_t (&v)[4], int lane)
     }
 }
 
+/* What a row of y holds: the pieces that store_row is about to overwrite. Asked for before any is needed: a tile waits once for memory. */
+__device__ __forceinline__ void load_row(uint4 (&old)[4], const __nv_bfloat16 *y, int lane, bool inside)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        old[j] = inside ? *(const uint4 *)(y + 8 * (4 * j + lane)) : make_uint4(0, 0, 0, 0);
+}
+
 /* One row's 128 columns, spread over four lanes (c[2 j], c[2 j + 1] at column 8 j + 2 lane), to y in 16-byte pieces. */
-__device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[64], int half, int lane, bool inside, bool accumulate)
+__device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[64], const uint4 (&old)[4], int half, int lane, bool inside, bool accumulate)
 {
 #pragma unroll
     for (int j = 0; j < 16; j += 4) {
@@ -166,8 +174,7 @@ __device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[6
         for (int i = 0; i < 4; i++)
             v[i] = pack(acc[4 * (j + i) + 2 * half], acc[4 * (j + i) + 2 * half + 1]);
         if (accumulate) { /* rounded once: the old values come to the sums */
-            uint4 old = inside ? *(const uint4 *)(y + 8 * (j + lane)) : make_uint4(0, 0, 0, 0);
-            uint32_t o[4] = {old.x, old.y, old.z, old.w};
+            uint32_t o[4] = {old[j / 4].x, old[j / 4].y, old[j / 4].z, old[j / 4].w};
             transpose4(o, lane);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -254,10 +261,21 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
         } else {
             const int64_t to = p.rows - at; /* rows from here on that exist */
             __nv_bfloat16 *y = p.y + at * p.ldy + (int64_t)w.column * 2 * BN;
-            store_row(y, acc0, 0, lane, left > 0 && to > 0, p.accumulate);
-            store_row(y + BN, acc1, 0, lane, left > 0 && to > 0, p.accumulate);
-            store_row(y + 8 * p.ldy, acc0, 1, lane, left > 8 && to > 8, p.accumulate);
-            store_row(y + 8 * p.ldy + BN, acc1, 1, lane, left > 8 && to > 8, p.accumulate);
+            const bool first = left > 0 && to > 0, second = left > 8 && to > 8;
+            uint4 left_half[4], right_half[4];
+            if (p.accumulate) {
+                load_row(left_half, y, lane, first);
+                load_row(right_half, y + BN, lane, first);
+            }
+            store_row(y, acc0, left_half, 0, lane, first, p.accumulate);
+            store_row(y + BN, acc1, right_half, 0, lane, first, p.accumulate);
+            y += 8 * p.ldy;
+            if (p.accumulate) {
+                load_row(left_half, y, lane, second);
+                load_row(right_half, y + BN, lane, second);
+            }
+            store_row(y, acc0, left_half, 1, lane, second, p.accumulate);
+            store_row(y + BN, acc1, right_half, 1, lane, second, p.accumulate);
         }
     }
 }
