@@ -384,6 +384,36 @@ out:
     return st;
 }
 
+/* One MLP over all tokens: the shared expert, a dense layer. */
+static enum rt_status mlp(const struct rt_device *d, int64_t n, int64_t inter, struct rt_err *err)
+{
+    static struct group g; /* large */
+    const int32_t all[2] = {0, (int32_t)n};
+    double ms;
+    enum rt_status st;
+    memset(&g, 0, sizeof g);
+    for (int m = 0; m < 3; m++) {
+        RT_TRY(make_weight(d, true, m < 2 ? inter : H, m < 2 ? H : inter, &g.w[m][0], err));
+        g.list[m][0] = g.w[m][0].w;
+    }
+    RT_TRY(fill(d, CODES, (size_t)(n * H), &g.a.x.data, err));
+    RT_TRY(fill(d, SCALES, (size_t)(n * (H / 128)) * 4, &g.a.x.scale, err));
+    RT_TRY(fill(d, NUMBERS, (size_t)(n * H) * 2, &g.a.y, err));
+    g.a.offset = all;
+    g.a.gate = g.list[0];
+    g.a.up = g.list[1];
+    g.a.down = g.list[2];
+    g.a.n = n;
+    g.a.n_experts = g.a.k = 1;
+    g.a.H = H;
+    g.a.I = (int)inter;
+    RT_TRY(measure(d, call_moe, &g, &ms, err));
+    report("one MLP w8a8", n, inter, H, 6.0 * (double)n * (double)inter * H, ms, 1979);
+out:
+    free_group(d, &g);
+    return st;
+}
+
 /* ---- the head ---- */
 
 static enum rt_status call_head(const struct rt_device *d, void *ctx, struct rt_err *err)
@@ -450,6 +480,8 @@ static enum rt_status run(const struct rt_device *d, struct rt_err *err)
     for (int64_t each = 1024; each <= 8192; each *= each == 1024 ? 4 : 2)
         RT_TRY(experts(d, each, true, err));
     RT_TRY(experts(d, 4096, false, err));
+    RT_TRY(mlp(d, 65536, 2048, err));
+    RT_TRY(mlp(d, 16384, 18432, err));
     RT_TRY(head(d, 64, err));
     RT_TRY(head(d, 256, err));
     for (size_t i = 0; i < sizeof student / sizeof *student; i++)

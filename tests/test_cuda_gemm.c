@@ -10,6 +10,7 @@
 #ifdef RT_CUDA
 #include "core/cuda/gemm.h"
 #include "core/cuda/gemm_kernels.h"
+#include "core/cuda/group8.h"
 #include "core/cuda/lt.h"
 
 /* Float32 results differ from the reference by the rounding of their sums alone: tensor cores cut each of up to 100 partial sums of 16 terms at
@@ -326,7 +327,9 @@ static void gemm8_case(struct cuda_pair *p, const struct shape8 *s, enum way way
                     .accumulate = s->accumulate));
     snprintf(what, sizeof what, "e4m3 %s %lldx%lldx%lld%s%s%s", names[way], (long long)s->n, (long long)s->N, (long long)s->K,
              s->accumulate ? " +=" : "", s->y_f32 ? " f32" : "", s->padded ? " padded" : "");
-    cuda_close(what, got, y, s->n, s->ldy, way == DEQUANTISED || s->N % 4 != 0 ? BF16_TWICE : s->y_f32 ? SCALED_F32 : SCALED, 0);
+    /* what a way does not take is dequantised */
+    const bool whole = way == OWN ? rt_cuda_group8_fits(dev, s->K, s->N, false) && !s->y_f32 && s->more == 0 : way == LIBRARY && s->N % 4 == 0;
+    cuda_close(what, got, y, s->n, s->ldy, !whole ? BF16_TWICE : s->y_f32 ? SCALED_F32 : SCALED, 0);
     for (int64_t r = 0; r < s->n; r++)
         for (int64_t j = s->N; j < s->ldy; j++)
             if (got[r * s->ldy + j] != y[r * s->ldy + j])

@@ -161,18 +161,19 @@ static bool own_form(const struct rt_dev *dev, const struct rt_moe_ffn_args *a)
     return a->x.scale != NULL && rt_cuda_group8_fits(dev, a->H, a->I, true) && rt_cuda_group8_fits(dev, a->I, a->H, false);
 }
 
-/* h = the e4m3 form of silu(gate x) * up x, then out (or y, +=) = down h, for the experts from `first` on. rows 0: all of them exist. */
-static enum rt_status own_products(struct rt_queue *q, const struct rt_moe_ffn_args *a, int first, int n, const int64_t *base, struct rt_act x,
-                                   struct rt_act h, void *out, int64_t rows, bool accumulate, struct rt_err *err)
+/* h = the e4m3 form of silu(gate x) * up x, for the n experts from `first` on. */
+static enum rt_status own_gated(struct rt_queue *q, const struct rt_moe_ffn_args *a, int first, int n, const int64_t *base, struct rt_act x,
+                                struct rt_act h, struct rt_err *err)
 {
-    const struct rt_cuda_group8 wide = {.x = x, .base = base, .n_experts = n, .K = a->H, .N = a->I, .w = a->gate + first, .up = a->up + first, .hq = h};
-    const struct rt_cuda_group8 back = {.x = h, .base = base, .n_experts = n, .K = a->I, .N = a->H, .w = a->down + first, .y = out, .rows = rows,
-                                        .accumulate = accumulate};
-    enum rt_status st;
-    RT_TRY(rt_cuda_group8(q, &wide, err));
-    RT_TRY(rt_cuda_group8(q, &back, err));
-out:
-    return st;
+    const struct rt_cuda_group8 g = {.x = x, .base = base, .n_experts = n, .K = a->H, .N = a->I, .w = a->gate + first, .up = a->up + first, .hq = h};
+    return rt_cuda_group8(q, &g, err);
+}
+
+static enum rt_status own_down(struct rt_queue *q, const struct rt_moe_ffn_args *a, const struct group *g, struct rt_act h, void *out,
+                               struct rt_err *err)
+{
+    const struct rt_cuda_group8 p = {.x = h, .base = g->base, .n_experts = g->n, .K = a->I, .N = a->H, .w = a->down + g->first, .y = out};
+    return rt_cuda_group8(q, &p, err);
 }
 
 static enum rt_status run_group(struct rt_queue *q, const struct rt_moe_ffn_args *a, const struct group *g, struct rt_err *err)
@@ -188,7 +189,8 @@ static enum rt_status run_group(struct rt_queue *q, const struct rt_moe_ffn_args
     RT_TRY(alloc_act(q, quantised, rows, a->I, &r.h, err));
     RT_TRY(rt_cuda_temp(q, (size_t)(rows * a->H) * 2, &r.out, err));
     if (own_form(q->dev, a)) {
-        RT_TRY(own_products(q, a, g->first, g->n, g->base, r.x, r.h, r.out, 0, false, err));
+        RT_TRY(own_gated(q, a, g->first, g->n, g->base, r.x, r.h, err));
+        RT_TRY(own_down(q, a, g, r.h, r.out, err));
     } else {
         RT_TRY(rt_cuda_temp(q, (size_t)(rows * a->I) * 4, &r.gate_up, err));
         RT_TRY(run_products(q, a, g, &t, &r, err));
@@ -207,7 +209,8 @@ static enum rt_status experts(struct rt_queue *q, const struct rt_moe_ffn_args *
     const int64_t wide = a->H > a->I ? a->H : a->I;
     /* what the products take beside the group: two weights, and where codes are dequantised, the operand */
     const size_t weight = scaled ? 0 : (size_t)a->H * (size_t)a->I * 4, operand = quantised && !scaled ? (size_t)wide * 2 : 0;
-    const size_t per_row = act_bytes(quantised, a->H) + act_bytes(quantised, a->I) + (own_form(q->dev, a) ? 0 : (size_t)a->I * 4) + (size_t)a->H * 2 + operand;
+    const size_t gated = own_form(q->dev, a) ? 0 : (size_t)a->I * 4;
+    const size_t per_row = act_bytes(quantised, a->H) + act_bytes(quantised, a->I) + gated + (size_t)a->H * 2 + operand;
     const size_t tables = rt_cuda_moe_group_bytes(1, a->n, a->k, true) - rt_cuda_moe_group_bytes(0, a->n, a->k, true);
     const int64_t most = rows_that_fit(q->dev, rt_cuda_moe_group_bytes(0, a->n, a->k, true) + weight, per_row + tables);
     struct group g = {0};
@@ -242,14 +245,15 @@ static enum rt_status chunk(struct rt_dev *dev, struct rt_queue *q, const struct
     RT_TRY(alloc_act(q, quantised, padded, I, &r.h, err));
     if (own_form(dev, a)) {
         const int64_t base[2] = {0, padded};
-        RT_TRY(own_products(q, a, e, 1, base, x, r.h, (char *)a->y + first * H * 2, n, true, err));
-        goto out;
+        RT_TRY(own_gated(q, a, e, 1, base, x, r.h, err));
+    } else {
+        RT_TRY(rt_cuda_temp(q, (size_t)(padded * I) * 4, &r.gate_up, err));
+        RT_TRY(product_pair(q, x, padded, a->gate[e], a->up[e], r.gate_up, n, err));
+        const struct rt_swiglu_fwd_args s = {.gate = r.gate_up, .up = r.gate_up + I * 2, .ld = 2 * I, .h = quantised ? NULL : r.h.data,
+                                             .hq = quantised ? r.h : (struct rt_act){0}, .n = n, .I = I};
+        RT_TRY(rt_cuda_swiglu_fwd(dev, q, &s, err));
     }
-    RT_TRY(rt_cuda_temp(q, (size_t)(padded * I) * 4, &r.gate_up, err));
-    RT_TRY(product_pair(q, x, padded, a->gate[e], a->up[e], r.gate_up, n, err));
-    const struct rt_swiglu_fwd_args s = {.gate = r.gate_up, .up = r.gate_up + I * 2, .ld = 2 * I, .h = quantised ? NULL : r.h.data,
-                                         .hq = quantised ? r.h : (struct rt_act){0}, .n = n, .I = I};
-    RT_TRY(rt_cuda_swiglu_fwd(dev, q, &s, err));
+    /* the library adds to y faster than our own kernel, where it is there */
     RT_TRY(product(q, r.h, padded, a->down[e], (char *)a->y + first * H * 2, n, H, true, false, err));
 out:
     free_rows(q, &r);
@@ -261,7 +265,8 @@ static enum rt_status all_rows(struct rt_dev *dev, struct rt_queue *q, const str
     const bool quantised = a->x.scale != NULL, scaled = quantised && rt_cuda_lt_block_scaled(dev);
     const int64_t wide = a->H > a->I ? a->H : a->I;
     const size_t weight = scaled ? 0 : (size_t)a->H * (size_t)a->I * 4, operand = quantised && !scaled ? (size_t)wide * 2 : 0;
-    const size_t per_row = (quantised ? (size_t)a->H / BLOCK * sizeof(float) : 0) + (own_form(dev, a) ? 0 : (size_t)a->I * 4) + act_bytes(quantised, a->I) + operand;
+    const size_t gated = own_form(dev, a) ? 0 : (size_t)a->I * 4;
+    const size_t per_row = (quantised ? (size_t)a->H / BLOCK * sizeof(float) : 0) + gated + act_bytes(quantised, a->I) + operand;
     const int64_t most = rows_that_fit(dev, weight, per_row);
     enum rt_status st = RT_OK;
     for (int e = 0; e < a->n_experts; e++)
