@@ -77,6 +77,8 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     if (v->teacher == NULL && v->student == NULL && v->data == NULL && v->shards == NULL)
         RT_FAIL(err, USAGE, "nothing to check: give --teacher, --student, --data or --shards");
     RT_TRY(rt_command_device(ctx, &v->common, ops, n_ops, &d.device, err));
+    if (d.device.be->own_memory)
+        RT_TRY(rt_command_room(&v->common, &d.device, &d.room, err));
     RT_TRY(rt_doctor_run(&d, err));
     if (v->common.json)
         RT_TRY(print_json(&d.checks, err));

@@ -38,6 +38,7 @@ const char *rt_check_level_name(enum rt_check_level l); /* "PASS", "WARN", "FAIL
 struct rt_doctor {
     const char *teacher, *student, *data, *shards, *out; /* NULL: not given */
     int64_t max_length, batch_tokens, memory, lines;     /* lines: of data that are checked one by one, 0: all */
+    int64_t room;                                        /* of a GPU, for what a student's training has to hold; 0: memory */
     int top_k;
     bool forward;                                        /* models that fit into memory score some text */
     struct rt_log *log;

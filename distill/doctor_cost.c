@@ -41,12 +41,14 @@ static enum rt_status student_memory(struct rt_doctor *d, struct rt_err *err)
     rt_trainer_plan(&d->sc, &d->sp, &o, longest, rt_device_act_size(&d->device), &m);
     const uint64_t total = (uint64_t)m.weights + m.grads + m.moments + m.activations + m.losses + m.projectors + m.host;
     rt_human_bytes(need, total);
-    rt_human_bytes(have, (uint64_t)d->memory);
+    const uint64_t room = (uint64_t)(d->room > 0 ? d->room : d->memory);
+    rt_human_bytes(have, room);
     rt_human_bytes(weights, (uint64_t)m.weights + m.grads + m.moments);
     rt_human_bytes(acts, m.activations);
-    if (total > (uint64_t)d->memory)
+    if (total > room)
         return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "training needs %s with one sequence of %" PRId64 " tokens at a time (%s parameters, gradients and moments, %s activations), "
-                            "there are %s: a smaller --max-length, or more --memory", need, longest, weights, acts, have);
+                            "there are %s: a smaller --max-length, or more %s", need, longest, weights, acts, have,
+                            d->device.be->own_memory ? "--gpu-memory" : "--memory");
     return rt_check_add(&d->checks, err, RT_CHECK_PASS, "memory.student", "training needs %s at least (%s parameters, gradients and moments, %s activations of %" PRId64 " tokens) of %s", need,
                         weights, acts, longest, have);
 }
