@@ -32,6 +32,7 @@ extern "C" {
 #endif
 
 struct rt_dev;    /* device context of a backend */
+struct rt_comm;   /* core/collective.h */
 struct rt_queue;  /* order of execution */
 struct rt_event;
 struct rt_weight; /* a matrix or vector prepared for use as weight; what it holds is the backend's business */
@@ -66,6 +67,7 @@ struct rt_weight_src {
 struct rt_dev_options {
     int threads;              /* 0: all */
     int index;                /* which GPU */
+    struct rt_comm *comm;     /* NULL: this process is alone; else the ranks that the collectives run over, borrowed until close */
 };
 struct rt_dev_memory {
     uint64_t free, total;     /* bytes of device memory now */
@@ -325,8 +327,18 @@ struct rt_backend {
     enum rt_status (*download)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*copy)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*zero)(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
-    /* x [n] act: sum over all ranks in rank order; copy of rank root's. Identity for one rank. */
+    /* Collectives over the ranks of rt_dev_options.comm, in place on x [n] act, x at a multiple of 64 bytes; every rank calls them in the same order with
+     * the same n. Nothing happens for one rank. A sum is the same, bit for bit, whenever the same ranks sum the same numbers; host backends add in
+     * rank order. Shards are those of rt_comm_shard. An error means that the ranks are out of reach for good.
+     *   all_reduce      x = sum over ranks
+     *   reduce_scatter  this rank's shard of x = sum over ranks; the rest is unspecified
+     *   all_gather      every rank's shard of x to all
+     *   broadcast       x = that of rank root
+     * Like every operation they are ordered on the queue; the caller keeps off the communicator until the queue is done with them. A backend that
+     * cannot serve several ranks refuses to open with them (UNSUPPORTED). */
     enum rt_status (*all_reduce)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
+    enum rt_status (*reduce_scatter)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
+    enum rt_status (*all_gather)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
     enum rt_status (*broadcast)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, int root, struct rt_err *err);
 
     /* Prepares a weight from host bytes. ref and cpu borrow data and scale_inv until weight_free (and copy where resident). */

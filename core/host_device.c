@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/collective.h"
 #include "core/mem.h"
 
 #define UNUSED __attribute__((unused))
@@ -106,14 +107,34 @@ enum rt_status rt_host_zero(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q
     return RT_OK;
 }
 
-enum rt_status rt_host_all_reduce(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n,
-                                  UNUSED struct rt_err *err)
+/* ---- collectives ---- */
+
+void rt_host_dev_init(struct rt_host_dev *dev, const struct rt_dev_options *o, enum rt_dtype act)
 {
-    return RT_OK;
+    *dev = (struct rt_host_dev){.comm = o != NULL ? o->comm : NULL, .act = act};
 }
 
-enum rt_status rt_host_broadcast(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED int root,
-                                 UNUSED struct rt_err *err)
+static const struct rt_host_dev *host(const struct rt_dev *dev)
 {
-    return RT_OK;
+    return (const struct rt_host_dev *)(const void *)dev;
+}
+
+enum rt_status rt_host_all_reduce(struct rt_dev *dev, UNUSED struct rt_queue *q, void *x, int64_t n, struct rt_err *err)
+{
+    return rt_comm_all_reduce(host(dev)->comm, x, n, host(dev)->act, err);
+}
+
+enum rt_status rt_host_reduce_scatter(struct rt_dev *dev, UNUSED struct rt_queue *q, void *x, int64_t n, struct rt_err *err)
+{
+    return rt_comm_reduce_scatter(host(dev)->comm, x, n, host(dev)->act, err);
+}
+
+enum rt_status rt_host_all_gather(struct rt_dev *dev, UNUSED struct rt_queue *q, void *x, int64_t n, struct rt_err *err)
+{
+    return rt_comm_all_gather(host(dev)->comm, x, n, host(dev)->act, err);
+}
+
+enum rt_status rt_host_broadcast(struct rt_dev *dev, UNUSED struct rt_queue *q, void *x, int64_t n, int root, struct rt_err *err)
+{
+    return rt_comm_broadcast(host(dev)->comm, x, (size_t)n * rt_dtype_size(host(dev)->act), root, err);
 }

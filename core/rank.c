@@ -2,9 +2,11 @@
 
 #include <errno.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
-enum { MAX_RANKS = 1 << 20 };
+enum { MAX_NUMBER = 1 << 30, MAX_RANKS = 1 << 16 };
 
 /* *out is left alone where the variable is not set. */
 static enum rt_status number(const char *name, int *out, struct rt_err *err)
@@ -15,8 +17,8 @@ static enum rt_status number(const char *name, int *out, struct rt_err *err)
         return RT_OK;
     errno = 0;
     const long v = strtol(text, &end, 10);
-    if (end == text || *end != '\0' || errno != 0 || v < 0 || v > MAX_RANKS)
-        return rt_fail(err, RT_USAGE, "environment variable %s is '%.40s', expected a number from 0 to %d", name, text, MAX_RANKS);
+    if (end == text || *end != '\0' || errno != 0 || v < 0 || v > MAX_NUMBER)
+        return rt_fail(err, RT_USAGE, "environment variable %s is '%.40s', expected a number from 0 to %d", name, text, MAX_NUMBER);
     *out = (int)v;
     return RT_OK;
 }
@@ -35,7 +37,7 @@ static enum rt_status from(const char *rank, const char *size, const char *local
         r.local_rank = 0;
     if (r.local_rank < 0)
         RT_FAIL(err, USAGE, "environment variable %s is not set, with %s at %d", local, size, r.size);
-    if (r.size < 1 || r.rank >= r.size || r.local_rank >= r.size)
+    if (r.size < 1 || r.size > MAX_RANKS || r.rank >= r.size || r.local_rank >= r.size)
         RT_FAIL(err, USAGE, "environment variables contradict each other: %s=%d, %s=%d, %s=%d", rank, r.rank, size, r.size, local,
                 r.local_rank);
     *out = r;
@@ -62,4 +64,52 @@ enum rt_status rt_rank_from_env(struct rt_rank *out, struct rt_err *err)
         return from("SLURM_PROCID", getenv("SLURM_STEP_NUM_TASKS") != NULL ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS",
                     "SLURM_LOCALID", out, err);
     return RT_OK;
+}
+
+bool rt_rank_first_host(const char *list, char host[RT_RANK_HOST])
+{
+    const size_t name = strcspn(list, "[,");
+    const char *in = list[name] == '[' ? list + name + 1 : "";
+    const size_t number = strcspn(in, "-,]");
+    if (name == 0 || name + number >= RT_RANK_HOST || (list[name] == '[' && number == 0))
+        return false;
+    snprintf(host, RT_RANK_HOST, "%.*s%.*s", (int)name, list, (int)number, in);
+    return true;
+}
+
+static enum rt_status meeting_port(int *port, struct rt_err *err)
+{
+    enum rt_status st;
+    int job = 0;
+    const char *store = getenv("TORCHELASTIC_USE_AGENT_STORE");
+    *port = -1;
+    RT_TRY(number("MASTER_PORT", port, err));
+    RT_TRY(number("SLURM_JOB_ID", &job, err));
+    if (*port < 0)
+        *port = 29500 + job % 1000;
+    else if (store != NULL && strcmp(store, "True") == 0)
+        ++*port;
+    if (*port < 1 || *port > 65535)
+        RT_FAIL(err, USAGE, "environment variable MASTER_PORT: port %d, expected 1 to 65535", *port);
+out:
+    return st;
+}
+
+enum rt_status rt_rank_meeting(const struct rt_rank *rank, char host[RT_RANK_HOST], int *port, struct rt_err *err)
+{
+    enum rt_status st;
+    const char *address = getenv("MASTER_ADDR"), *nodes = getenv("SLURM_STEP_NODELIST");
+    int local = 0;
+    nodes = nodes != NULL ? nodes : getenv("SLURM_NODELIST");
+    RT_TRY(meeting_port(port, err));
+    RT_TRY(number("OMPI_COMM_WORLD_LOCAL_SIZE", &local, err));
+    if (address != NULL && address[0] != '\0' && strlen(address) < RT_RANK_HOST)
+        snprintf(host, RT_RANK_HOST, "%s", address);
+    else if (local == rank->size)
+        snprintf(host, RT_RANK_HOST, "127.0.0.1");
+    else if (getenv("SLURM_PROCID") == NULL || nodes == NULL || !rt_rank_first_host(nodes, host))
+        RT_FAIL(err, USAGE, "rank %d of %d does not know where to meet the others: set MASTER_ADDR to the machine of rank 0, and MASTER_PORT to a free port",
+                rank->rank, rank->size);
+out:
+    return st;
 }

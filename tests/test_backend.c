@@ -14,7 +14,7 @@ static void every_entry_is_there(void **state)
         RT_BACKEND_OPS(HAS)
         HAS(available) HAS(open) HAS(close) HAS(describe) HAS(alloc) HAS(free) HAS(queue_create) HAS(queue_free) HAS(queue_sync)
         HAS(event_create) HAS(event_free) HAS(event_record) HAS(event_wait) HAS(upload) HAS(download) HAS(copy) HAS(zero)
-        HAS(all_reduce) HAS(broadcast) HAS(weight_load) HAS(weight_param) HAS(weight_free) HAS(weight_bytes)
+        HAS(all_reduce) HAS(reduce_scatter) HAS(all_gather) HAS(broadcast) HAS(weight_load) HAS(weight_param) HAS(weight_free) HAS(weight_bytes)
 #undef HAS
     }
     assert_int_equal(rt_backend_ref.act, RT_F32);
@@ -94,6 +94,8 @@ static void memory_and_queues(void **state)
         assert_ok(d.be->event_wait(d.dev, d.q, e, &err));
         d.be->event_free(d.dev, e);
         assert_ok(d.be->all_reduce(d.dev, d.q, p, 4, &err));
+        assert_ok(d.be->reduce_scatter(d.dev, d.q, p, 4, &err));
+        assert_ok(d.be->all_gather(d.dev, d.q, p, 4, &err));
         assert_ok(d.be->broadcast(d.dev, d.q, p, 4, 0, &err));
         assert_ok(rt_device_sync(&d, &err));
         assert_memory_equal(p, host, 100);

@@ -42,6 +42,7 @@ static enum rt_status dev_open(const struct rt_dev_options *o, struct rt_dev **o
     RT_TRY(rt_alloc((size_t)threads, sizeof *dev->panel, "scratch of the cpu device", &dev->panel, err));
     RT_TRY(rt_alloc((size_t)threads, sizeof *dev->tile, "scratch of the cpu device", &dev->tile, err));
     dev->threads = threads;
+    rt_host_dev_init(&dev->host, o, RT_F32);
     dev->shared_max = RT_CPU_SHARED_MAX;
     for (int i = 0; i < threads; i++) {
         RT_TRY(rt_alloc(RT_CPU_PANEL, sizeof(float), "scratch of the cpu device", &dev->panel[i], err));

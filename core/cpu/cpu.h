@@ -10,7 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "core/backend.h"
+#include "core/host_device.h"
 #include "core/pool.h"
 #include "core/status.h"
 
@@ -25,6 +25,7 @@ enum {
 #define RT_CPU_SHARED_MAX ((size_t)48 << 20)
 
 struct rt_dev {
+    struct rt_host_dev host;
     struct rt_pool *pool;
     int threads;
     float **panel, **tile; /* [threads] */

@@ -83,6 +83,8 @@ enum rt_status rt_cuda_open(const struct rt_dev_options *o, struct rt_dev **out,
 {
     struct rt_dev *dev = NULL;
     enum rt_status st;
+    if (o->comm != NULL)
+        RT_FAIL(err, UNSUPPORTED, "the cuda backend trains with one rank; several take --device cpu");
     RT_TRY(rt_alloc(1, sizeof *dev, "a device", &dev, err));
     dev->index = o->index;
     RT_TRY(open_device(dev, err));
@@ -296,8 +298,18 @@ enum rt_status rt_cuda_zero(UNUSED struct rt_dev *dev, struct rt_queue *q, void 
     return rt_cuda_check(cudaMemsetAsync(dst, 0, bytes, q->stream), "cudaMemsetAsync", err);
 }
 
-/* One GPU a process so far: the identity. */
+/* Opened for one rank alone: nothing to do. */
 enum rt_status rt_cuda_all_reduce(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_cuda_reduce_scatter(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED struct rt_err *err)
+{
+    return RT_OK;
+}
+
+enum rt_status rt_cuda_all_gather(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED struct rt_err *err)
 {
     return RT_OK;
 }

@@ -30,6 +30,8 @@ enum rt_status rt_cuda_download(struct rt_dev *dev, struct rt_queue *q, void *ds
 enum rt_status rt_cuda_copy(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
 enum rt_status rt_cuda_zero(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
 enum rt_status rt_cuda_all_reduce(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
+enum rt_status rt_cuda_reduce_scatter(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
+enum rt_status rt_cuda_all_gather(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
 enum rt_status rt_cuda_broadcast(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, int root, struct rt_err *err);
 
 #endif

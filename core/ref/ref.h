@@ -13,7 +13,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "core/backend.h"
+#include "core/host_device.h"
 #include "core/mem.h"
 
 #ifdef RT_REF_REAL64
@@ -32,6 +32,7 @@ enum {
 };
 
 struct rt_dev {
+    struct rt_host_dev host;
     int threads_asked; /* ignored: one thread */
 };
 

@@ -14,9 +14,11 @@ static bool available(char *why, int cap)
 static enum rt_status dev_open(const struct rt_dev_options *o, struct rt_dev **out, struct rt_err *err)
 {
     const enum rt_status st = rt_alloc(1, sizeof **out, "the ref device", out, err);
-    if (st == RT_OK)
-        (*out)->threads_asked = o != NULL ? o->threads : 0;
-    return st;
+    if (st != RT_OK)
+        return st;
+    rt_host_dev_init(&(*out)->host, o, REF_ACT);
+    (*out)->threads_asked = o != NULL ? o->threads : 0;
+    return RT_OK;
 }
 
 static void dev_close(struct rt_dev *dev)
