@@ -53,6 +53,7 @@ static bool stop_after(void *self)
 struct run_options {
     int threads, stop; /* stop: asked so often before it says yes; 0: never */
     enum rt_retarget_mode mode;
+    int64_t memory;
 };
 
 static enum rt_status run(const char *shards, struct rt_model_dir *t, struct rt_model_dir *s, const char *out, struct run_options o,
@@ -64,7 +65,7 @@ static enum rt_status run(const char *shards, struct rt_model_dir *t, struct rt_
     struct stopper stopper = {o.stop};
     assert_int_equal(rt_pool_create(o.threads > 0 ? o.threads : 1, &pool, err), RT_OK);
     const struct rt_retarget_options ro = {.shards = shards, .out = out, .teacher = t, .student = s, .student_vocab = rt_tokenizer_n_ids(s->tok) + 5,
-                                           .mode = o.mode, .rows_per_shard = 60, .pool = pool, .stop = o.stop > 0 ? stop_after : NULL, .stop_self = &stopper};
+                                           .mode = o.mode, .rows_per_shard = 60, .memory = o.memory, .pool = pool, .stop = o.stop > 0 ? stop_after : NULL, .stop_self = &stopper};
     RT_TRY(rt_retarget_run_open(&ro, &r, err));
     rt_retarget_counts_clear(counts);
     RT_TRY(rt_retarget_run_all(r, counts, err));
@@ -333,6 +334,97 @@ static void nothing_to_take(void **state)
     rt_model_dir_close(&s);
 }
 
+/* Sequences without rows end a shard by the memory that they take, the same whatever threads and stops. */
+static void sequences_without_rows(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_model_dir t = rf_model(test_data(DEEPSEEK)), s = rf_model(test_data(QWEN));
+    struct rt_retarget_counts counts;
+    struct rt_shard_sink *shards = NULL;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    struct rt_shard_set *set;
+    enum { N = 1300 }; /* of at least 2 KiB: more than two times the least that ends a shard, 1 MiB */
+    struct rf_rows r = rf_render(&t, "Q", "So x = 42", K);
+    r.rows.n_rows = 0;
+    assert_ok(rt_shard_sink_open(test_tmp("bare"), &r.id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
+    for (uint32_t i = 0; i < N; i++) {
+        r.rows.occurrence = i;
+        assert_ok(sink.put(sink.self, &r.rows, &err));
+    }
+    assert_ok(sink.finish(sink.self, &err));
+    rt_shard_sink_free(shards);
+    assert_ok(rt_retarget_counts_init(&counts, rt_tokenizer_n_ids(s.tok), &err));
+    assert_ok(run(test_tmp("bare"), &t, &s, test_tmp("bare-one"), (struct run_options){0}, &counts, &err));
+    assert_int_equal(counts.kept, N);
+    assert_int_equal(counts.masked[RT_MASK_UNSTORED] + counts.masked[RT_MASK_BLANK] + counts.masked[RT_MASK_FORCED], counts.targets);
+    assert_ok(rt_shard_set_open(test_tmp("bare-one"), &set, &err));
+    assert_int_equal(rt_shard_set_info(set)->rows, 0);
+    assert_true(rt_shard_set_info(set)->shards >= 3);
+    int64_t in_shard = 0;
+    for (int64_t i = 0; i < N; i++) {
+        const bool first = i == 0 || rt_shard_set_seq(set, i)->shard != rt_shard_set_seq(set, i - 1)->shard;
+        in_shard = first ? 1 : in_shard + 1;
+        assert_true(in_shard <= (1 << 20) / 2048 + 1);
+    }
+    rt_shard_set_free(set);
+    assert_ok(run(test_tmp("bare"), &t, &s, test_tmp("bare-three"), (struct run_options){.threads = 3}, &counts, &err));
+    same_files(test_tmp("bare-one"), test_tmp("bare-three"));
+    assert_int_equal(run(test_tmp("bare"), &t, &s, test_tmp("bare-stop"), (struct run_options){.stop = 2}, &counts, &err), RT_INTERRUPTED);
+    rt_err_clear(&err);
+    assert_ok(run(test_tmp("bare"), &t, &s, test_tmp("bare-stop"), (struct run_options){0}, &counts, &err));
+    same_files(test_tmp("bare-one"), test_tmp("bare-stop"));
+    rt_retarget_counts_free(&counts);
+    rf_rows_free(&r);
+    rt_model_dir_close(&t);
+    rt_model_dir_close(&s);
+}
+
+/* Too little memory is refused with the numbers; with little the window is small, and the set the same. */
+static void memory_bounds(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct world w;
+    struct rt_shard_set *set;
+    struct rt_retarget_plan p, q;
+    open_world(&w, "source-f", QWEN);
+    assert_int_equal(run(w.shards, &w.t, &w.s, test_tmp("poor"), (struct run_options){.memory = 2 << 20}, &w.counts, &err), RT_NOMEM);
+    assert_non_null(strstr(err.msg, "--memory 2.10 MB: at least "));
+    assert_non_null(strstr(err.msg, "for a shard of 60 rows"));
+    assert_false(rt_path_exists(test_tmp("poor")));
+    rt_err_clear(&err);
+    assert_ok(run(w.shards, &w.t, &w.s, test_tmp("rich"), (struct run_options){0}, &w.counts, &err));
+    assert_ok(rt_shard_set_open(w.shards, &set, &err));
+    struct rt_row_identity id = *rt_shard_set_identity(set);
+    assert_ok(rt_retarget_plan(set, &id, test_tmp("none"), 60, (int64_t)1 << 40, 1, &p, &err));
+    assert_int_equal(p.window_bytes, 32 << 20);
+    const int64_t tight = p.needed - 4 * (p.window_bytes - (2 << 20)); /* a window of 2 MiB, and what the process grows by meanwhile */
+    assert_ok(rt_retarget_plan(set, &id, test_tmp("none"), 60, tight, 1, &q, &err));
+    assert_true(q.needed <= tight && q.window_bytes <= 2 << 20 && q.window_bytes >= 1 << 20);
+    assert_ok(run(w.shards, &w.t, &w.s, test_tmp("tight"), (struct run_options){.memory = tight + (4 << 20)}, &w.counts, &err));
+    same_files(test_tmp("rich"), test_tmp("tight"));
+    /* wide rows: a shard of a quarter of the memory; a set that was begun keeps its layout; and what would do is said */
+    id.top_k = 8192;
+    const int64_t a_row = 8 * 8192;
+    assert_ok(rt_retarget_plan(set, &id, test_tmp("none"), 0, (int64_t)1 << 40, 1, &p, &err));
+    assert_true(p.rows_per_shard * a_row > 255 << 20 && p.rows_per_shard * a_row < 256 << 20);
+    assert_ok(rt_retarget_plan(set, &id, test_tmp("none"), 0, (int64_t)800 << 20, 1, &q, &err));
+    assert_true(q.rows_per_shard * a_row > 199 << 20 && q.rows_per_shard * a_row < 200 << 20);
+    assert_ok(rt_retarget_plan(set, &id, test_tmp("rich"), 0, (int64_t)800 << 20, 1, &q, &err));
+    assert_int_equal(q.rows_per_shard, 60);
+    assert_int_equal(rt_retarget_plan(set, &id, test_tmp("none"), 20000, (int64_t)1 << 30, 1, &q, &err), RT_NOMEM);
+    const char *hint = strstr(err.msg, "--rows-per-shard ");
+    assert_non_null(hint);
+    const int64_t rows = atol(hint + strlen("--rows-per-shard "));
+    assert_true(rows > 1024 && rows < 20000);
+    rt_err_clear(&err);
+    assert_ok(rt_retarget_plan(set, &id, test_tmp("none"), rows - 100, (int64_t)1 << 30, 1, &q, &err)); /* fewer: the process may have grown since */
+    rt_shard_set_free(set);
+    close_world(&w);
+}
+
 static void the_report_in_json_and_words(void **state)
 {
     (void)state;
@@ -391,6 +483,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(one_tokenizer_keeps_the_set),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(nothing_to_take),
+    cmocka_unit_test(sequences_without_rows),
+    cmocka_unit_test(memory_bounds),
     cmocka_unit_test(the_report_in_json_and_words),
 };
 RT_SUITE(retarget_run, tests)

@@ -1,8 +1,10 @@
 /* The student's side of a text: prompts, special tokens, bytes that tokens split, and what is rejected. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/io.h"
 #include "distill/retarget_prompt.h"
 #include "tests/retarget_fixture.h"
 
@@ -383,6 +385,97 @@ static void an_end_inside_a_text(void **state)
     done(&b);
 }
 
+/* ---- the end of a turn is not always EOS ---- */
+
+/* The model in `from`, whose configuration calls another token EOS, as base models with a chat template do. */
+static struct rt_model_dir with_eos(const char *name, const char *from, const char *was, const char *eos)
+{
+    struct rt_err err = {0};
+    static const char *const files[] = {"tokenizer.json", "tokenizer_config.json"};
+    const char *dir = test_tmp(name);
+    char path[4096], old[64];
+    assert_ok(rt_mkdirs(dir, &err));
+    snprintf(old, sizeof old, "\"eos_token\": \"%s\"", was);
+    for (int i = 0; i < 2; i++) {
+        struct rt_buf b = {0}, out = {0};
+        assert_ok(rt_path_join(path, sizeof path, test_data(from), files[i], &err));
+        assert_ok(rt_file_read_all(path, 1 << 24, &b, &err));
+        assert_ok(rt_buf_puts(&b, "", &err));
+        const char *at = i == 1 ? strstr(b.data, old) : NULL;
+        assert_true(i == 0 || at != NULL);
+        const size_t head = at != NULL ? (size_t)(at - b.data) : b.len, tail = at != NULL ? head + strlen(old) : b.len;
+        assert_ok(rt_buf_append(&out, b.data, head, &err));
+        if (at != NULL)
+            assert_ok(rt_buf_printf(&out, &err, "\"eos_token\": \"%s\"", eos));
+        assert_ok(rt_buf_append(&out, b.data + tail, b.len - tail, &err));
+        assert_ok(rt_path_join(path, sizeof path, dir, files[i], &err));
+        assert_ok(rt_publish_bytes(path, out.data, out.len, &err));
+        rt_buf_free(&b);
+        rt_buf_free(&out);
+    }
+    return rf_model(dir);
+}
+
+/* A teacher that may stop anywhere: by the end of a turn and by EOS, ctx. */
+static double may_stop(const void *ctx, int64_t i, uint32_t prev, uint32_t w, uint32_t next)
+{
+    const uint32_t *stops = ctx;
+    return w == stops[0] ? 4 : w == stops[1] ? 3.5 : rf_hash_logit(NULL, i, prev, w, next);
+}
+
+static double said_of(const struct both *b, int64_t i, uint32_t id)
+{
+    const struct rt_rows *r = &b->r.rows;
+    for (int64_t row = 0; row < r->n_rows; row++)
+        for (int j = 0; j < r->k && (int64_t)r->position[row] + 1 == b->m.place[i].teacher; j++)
+            if (r->topk_ids[row * r->k + j] == id)
+                return exp((double)r->topk_logits[row * r->k + j] - (double)r->lse[row * r->n_lse]);
+    return 0;
+}
+
+/* Wherever a row begins with a teacher token, the teacher's end of a turn is the student's end of a turn and its EOS the student's EOS; where that is one
+ * token, it takes both. */
+static void stops(struct both *b)
+{
+    struct rt_err err = {0};
+    const uint32_t end = rt_template_end_id(b->t.tmpl), eos = (uint32_t)rt_tokenizer_eos(b->t.tok), own = rt_template_end_id(b->s.tmpl),
+                   own_eos = (uint32_t)rt_tokenizer_eos(b->s.tok), both_ids[2] = {end, eos};
+    struct rt_rendered r = {0};
+    const struct rt_message m = {.role = "user", .content = "Q", .content_len = 1, .loss = -1};
+    int64_t rows = 0;
+    assert_ok(rt_template_completion(b->t.tmpl, &m, 1, "So x = 42 and then", 18, "test", &r, &err));
+    b->r = rf_rows(&b->t, r.enc.ids, r.loss_mask, (int64_t)r.enc.n, 24, may_stop, both_ids);
+    b->m = rf_make(&b->t, &b->s, &b->r, RT_RETARGET_EXACT);
+    assert_int_equal(b->m.reject, RT_REJECT_NONE);
+    assert_int_equal(b->m.rows.ids[b->m.rows.n_tokens - 1], own);
+    for (int64_t i = b->m.text.student.first; i < b->m.text.student.n; i++) {
+        const int64_t row = rf_row_of(&b->m, i);
+        if (row < 0 || b->m.place[i].offset > 0)
+            continue;
+        const double by_end = said_of(b, i, end), by_eos = end != eos ? said_of(b, i, eos) : 0;
+        assert_true(by_end > 0.02); /* e^4 of e^4 + e^3.5, at most e^6.5 for what comes, and some 380 others of 1.4 on average: 0.04 and more */
+        assert_true(fabs(rf_prob(&b->m, row, own) - by_end - (own == own_eos ? by_eos : 0)) < 1e-6);
+        if (own != own_eos)
+            assert_true(fabs(rf_prob(&b->m, row, own_eos) - by_eos) < 1e-6);
+        rows++;
+    }
+    assert_true(rows > 3);
+    rt_rendered_free(&r);
+    done(b);
+}
+
+static void ends_that_are_not_eos(void **state)
+{
+    (void)state;
+    struct both student = {.t = rf_model(test_data(DEEPSEEK)), .s = with_eos("base-a", QWEN, "<|im_end|>", "<|endoftext|>")};
+    assert_true(rt_template_end_id(student.s.tmpl) != (uint32_t)rt_tokenizer_eos(student.s.tok));
+    stops(&student);
+    struct both two = {.t = with_eos("base-b", QWEN, "<|im_end|>", "<|endoftext|>"), .s = with_eos("base-c", LLAMA, "<|eot_id|>", "<|end_of_text|>")};
+    stops(&two);
+    struct both teacher = {.t = with_eos("base-d", QWEN, "<|im_end|>", "<|endoftext|>"), .s = rf_model(test_data(DEEPSEEK))};
+    stops(&teacher);
+}
+
 /* ---- prompts ---- */
 static void read_back(const char *dir, const struct rt_message *m, size_t n, const char *completion, size_t expected, const char *forced)
 {
@@ -498,6 +591,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(an_unknown_prompt),
     cmocka_unit_test(text_with_and_without_bos),
     cmocka_unit_test(an_end_inside_a_text),
+    cmocka_unit_test(ends_that_are_not_eos),
     cmocka_unit_test(prompts_are_read_back),
     cmocka_unit_test(earlier_turns_are_left),
     cmocka_unit_test(states_where_bytes_end_together),
