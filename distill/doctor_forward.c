@@ -94,7 +94,7 @@ static enum rt_status score_teacher(struct rt_doctor *d, const struct sample *s,
     int64_t total = 0, longest = 0;
     const int64_t n_ids = d->tm.tok != NULL ? rt_tokenizer_n_ids(d->tm.tok) : d->tc.vocab_size;
     struct adding adding = {sums, n_ids};
-    struct rt_row_sink sink = {&adding, add_rows, no_finish};
+    struct rt_row_sink sink = {.self = &adding, .put = add_rows, .finish = no_finish};
     const struct rt_score_options so = {.top_k = n_ids < 64 ? (int)n_ids : 64, .n_ids = n_ids, .n_lse = 1, .lse_temperature = {1}};
     memset(mask, 1, sizeof mask);
     for (int i = 0; i < s->n; i++) {

@@ -115,11 +115,13 @@ void rt_rows_key(const uint32_t *ids, int64_t n, uint8_t key[RT_KEY_BYTES]);
 /* FORMAT where a block breaks a rule above (order of ids, ranges, positions, finite numbers, n_ids); `where` is for messages. */
 enum rt_status rt_rows_check(const struct rt_rows *rows, const struct rt_row_identity *id, const char *where, struct rt_err *err);
 
-/* Takes blocks in input order. put copies what it needs. finish publishes the last bytes; without it nothing unfinished shows. */
+/* Takes blocks in input order. put copies what it needs. finish publishes the last bytes; without it nothing unfinished shows.
+ * put_all (NULL where a sink has none) is put of rows [n] one after the other, for sinks that can work on several at a time. */
 struct rt_row_sink {
     void *self;
     enum rt_status (*put)(void *self, const struct rt_rows *rows, struct rt_err *err);
     enum rt_status (*finish)(void *self, struct rt_err *err);
+    enum rt_status (*put_all)(void *self, const struct rt_rows *rows, int64_t n, struct rt_err *err);
 };
 
 /* Hands blocks out. get(i) for i in [0, count): any order; the block is valid until the next get on the same source.

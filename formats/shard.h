@@ -51,6 +51,12 @@ void rt_shard_sink_free(struct rt_shard_sink *s);
 /* A retargeted set's report on the sequences of a shard, JSON text of at most 32 KiB: goes into the header of the shard that the
  * next put opens. Copied. */
 enum rt_status rt_shard_sink_report(struct rt_shard_sink *s, const char *json, size_t len, struct rt_err *err);
+/* put and put_all check and compress blocks by the pool's threads from now on, and write them in order: the set is the same, byte for byte. The pool
+ * is borrowed until it is replaced (NULL: the calling thread alone, as at first) or the sink is freed. */
+struct rt_pool;
+void rt_shard_sink_threads(struct rt_shard_sink *s, struct rt_pool *pool);
+/* Bytes that packing holds at most with so many threads, sequences of up to `longest` tokens, their text left out. */
+uint64_t rt_shard_sink_pack_bytes(const struct rt_row_identity *id, int64_t longest, int threads);
 /* Publishes the shard that is being written, where it has a sequence: the next put opens another. For writers that have a reason of their own to end
  * a shard below rows_per_shard; so that a restart yields the same bytes, the reason must lie in the sequences alone. */
 enum rt_status rt_shard_sink_cut(struct rt_shard_sink *s, struct rt_err *err);

@@ -13,6 +13,7 @@
 #include "formats/safetensors.h"
 #include "formats/shard_block.h"
 #include "formats/shard_file.h"
+#include "formats/shard_pack.h"
 #include "formats/state_file.h"
 
 struct rt_shard_sink {
@@ -22,8 +23,8 @@ struct rt_shard_sink {
     struct rt_shard_options opt;
     struct rt_manifest manifest; /* lines are dropped after open: counts are what is needed */
     bool broken;                 /* a write failed: the set goes on from what is published when it is opened again */
-    struct rt_codec codec;
-    struct rt_buf buf;           /* of one block */
+    struct rt_packer packer;
+    struct rt_buf buf;           /* of one header or index */
     struct rt_buf report;        /* of the next header */
     /* the shard that is being written */
     bool open;
@@ -45,7 +46,7 @@ void rt_shard_sink_free(struct rt_shard_sink *s)
     else if (s->open)
         rt_publish_abort(&s->out);
     rt_file_close(s->lock);
-    rt_codec_free(&s->codec);
+    rt_packer_free(&s->packer);
     rt_buf_free(&s->buf);
     rt_buf_free(&s->report);
     rt_buf_free(&s->seq);
@@ -135,62 +136,16 @@ out:
     return st;
 }
 
-/* Means over the rows: of the stored mass at each T, and of -log p of the realised tokens. */
-static void statistics(const struct rt_rows *r, const struct rt_row_identity *id, struct rt_seq_info *out)
-{
-    double mass[RT_MAX_LSE] = {0}, nll = 0;
-    for (int64_t i = 0; i < r->n_rows; i++) {
-        nll -= (double)r->next_logprob[i];
-        for (int t = 0; t < r->n_lse; t++)
-            for (int j = 0; j < r->k; j++)
-                mass[t] += exp(r->topk_logits[i * r->k + j] / id->lse_temperature[t] - r->lse[i * r->n_lse + t]);
-    }
-    for (int t = 0; t < r->n_lse; t++)
-        out->mass[t] = r->n_rows > 0 ? (float)(mass[t] / (double)r->n_rows) : 0;
-    out->nll = r->n_rows > 0 ? (float)(nll / (double)r->n_rows) : 0;
-}
-
-static enum rt_status put_blocks(struct rt_shard_sink *s, const struct rt_rows *rows, struct rt_seq_info *info, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    struct rt_block_cut from = {0, 0}, to;
-    uLong crc = crc32(0, NULL, 0);
-    info->offset = s->out.written;
-    while (from.token < rows->n_tokens) {
-        struct rt_pack p = {&s->buf, RT_OK, err};
-        s->buf.len = 0;
-        RT_TRY(rt_block_next(rows, &s->id, from, &to, err));
-        RT_TRY(rt_block_pack(&s->codec, s->opt.level, rows, &s->id, info->ordinal, from, to, &p, err));
-        crc = crc32(crc, (const Bytef *)s->buf.data, (uInt)s->buf.len);
-        RT_TRY(write_bytes(s, &s->buf, err));
-        from = to;
-    }
-    info->crc = (uint32_t)crc;
-    info->bytes = s->out.written - info->offset;
-out:
-    return st;
-}
-
 static int64_t next_ordinal(const struct rt_shard_sink *s)
 {
     return s->manifest.sequences + (s->open ? s->n_seq : 0);
 }
 
-/* Checks the rows; everything of info but where its bytes are. */
-static enum rt_status describe(const struct rt_shard_sink *s, const struct rt_rows *rows, int64_t ordinal, struct rt_seq_info *info, struct rt_err *err)
+static enum rt_status check_open(const struct rt_shard_sink *s, struct rt_err *err)
 {
-    enum rt_status st;
-    char where[64];
-    if (s->broken || s->manifest.finished)
-        return rt_fail(err, RT_REFUSED, "%s: %s", s->dir, s->broken ? "writing failed before" : "the set is complete: nothing can be added");
-    *info = (struct rt_seq_info){.ordinal = ordinal, .occurrence = rows->occurrence, .source_line = rows->source_line > 0 ? rows->source_line : 0,
-                                 .n_tokens = rows->n_tokens, .n_rows = rows->n_rows};
-    snprintf(where, sizeof where, "sequence %" PRId64 " (input line %" PRId64 ")", ordinal, rows->source_line);
-    RT_TRY(rt_rows_check(rows, &s->id, where, err));
-    memcpy(info->key, rows->key, sizeof info->key);
-    statistics(rows, &s->id, info);
-out:
-    return st;
+    if (!s->broken && !s->manifest.finished)
+        return RT_OK;
+    return rt_fail(err, RT_REFUSED, "%s: %s", s->dir, s->broken ? "writing failed before" : "the set is complete: nothing can be added");
 }
 
 /* The sequence is in the file: it counts, and may be the shard's last. */
@@ -207,19 +162,60 @@ out:
     return st;
 }
 
-static enum rt_status put(void *self, const struct rt_rows *rows, struct rt_err *err)
+/* The next block of a sequence into the file; *info is the sequence's, filled on the way. */
+static enum rt_status put_block(struct rt_shard_sink *s, const struct rt_packed_block *b, struct rt_seq_info *info, struct rt_err *err)
+{
+    enum rt_status st;
+    if (b->st != RT_OK)
+        RT_TRY(rt_fail(err, b->st, "%s", b->err.msg));
+    if (b->from.token == 0) {
+        *info = b->info;
+        if (!s->open)
+            RT_TRY(open_shard(s, err));
+        info->offset = s->out.written;
+        info->crc = (uint32_t)crc32(0, NULL, 0);
+    }
+    info->crc = (uint32_t)crc32(info->crc, (const Bytef *)b->bytes.data, (uInt)b->bytes.len);
+    RT_TRY(write_bytes(s, &b->bytes, err));
+    info->bytes = s->out.written - info->offset;
+    if (b->last)
+        RT_TRY(count_in(s, info, err));
+out:
+    return st;
+}
+
+static enum rt_status put_all(void *self, const struct rt_rows *rows, int64_t n, struct rt_err *err)
 {
     struct rt_shard_sink *s = self;
+    struct rt_seq_info info = {0};
+    struct rt_pack_place at = {0};
     enum rt_status st;
-    struct rt_seq_info info;
-    RT_TRY(describe(s, rows, next_ordinal(s), &info, err));
-    if (!s->open)
-        RT_TRY(open_shard(s, err));
-    RT_TRY(put_blocks(s, rows, &info, err));
-    RT_TRY(count_in(s, &info, err));
+    const int64_t ordinal = next_ordinal(s);
+    RT_TRY(check_open(s, err));
+    while (at.seq < n) {
+        RT_TRY(rt_packer_run(&s->packer, s->opt.level, &s->id, rows, n, ordinal, &at, err));
+        for (int64_t i = 0; i < s->packer.n; i++)
+            RT_TRY(put_block(s, &s->packer.block[i], &info, err));
+    }
 out:
     s->broken |= st != RT_OK;
     return st;
+}
+
+static enum rt_status put(void *self, const struct rt_rows *rows, struct rt_err *err)
+{
+    return put_all(self, rows, 1, err);
+}
+
+void rt_shard_sink_threads(struct rt_shard_sink *s, struct rt_pool *pool)
+{
+    rt_packer_free(&s->packer);
+    s->packer.pool = pool;
+}
+
+uint64_t rt_shard_sink_pack_bytes(const struct rt_row_identity *id, int64_t longest, int threads)
+{
+    return rt_pack_bytes(id, longest, threads);
 }
 
 enum rt_status rt_shard_sink_pack(const struct rt_shard_sink *s, const struct rt_rows *rows, int64_t ahead, struct rt_shard_packed *out,
@@ -230,7 +226,8 @@ enum rt_status rt_shard_sink_pack(const struct rt_shard_sink *s, const struct rt
     struct rt_block_cut from = {0, 0}, to;
     struct rt_pack p = {&out->bytes, RT_OK, err};
     out->bytes.len = 0;
-    RT_TRY(describe(s, rows, next_ordinal(s) + ahead, &out->info, err));
+    RT_TRY(check_open(s, err));
+    RT_TRY(rt_pack_describe(rows, &s->id, next_ordinal(s) + ahead, &out->info, err));
     for (; from.token < rows->n_tokens; from = to) {
         RT_TRY(rt_block_next(rows, &s->id, from, &to, err));
         RT_TRY(rt_block_pack(&codec, s->opt.level, rows, &s->id, out->info.ordinal, from, to, &p, err));
@@ -554,6 +551,7 @@ enum rt_status rt_shard_sink_open(const char *dir, const struct rt_row_identity 
     s->manifest.line = NULL;
     sink->self = s;
     sink->put = put;
+    sink->put_all = put_all;
     sink->finish = finish;
     *out = s;
     s = NULL;

@@ -68,7 +68,7 @@ static enum rt_status score_work(void *ctx, uint64_t *digest, struct rt_err *err
     struct rt_score_options so = {.top_k = 5, .n_lse = 2, .lse_temperature = {1, 2}};
     struct rt_teacher *t = NULL;
     struct rt_rows seqs[SEQS] = {0};
-    struct rt_row_sink sink = {digest, take_rows, NULL};
+    struct rt_row_sink sink = {.self = digest, .put = take_rows};
     uint32_t ids[SEQS][TOKENS];
     uint8_t mask[TOKENS];
     enum rt_status st;

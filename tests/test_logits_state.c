@@ -148,7 +148,7 @@ static struct rt_score_options options(struct setup *s, bool spill)
 /* One attempt; *rows gets what was put. */
 static enum rt_status attempt(struct setup *s, const struct rt_score_options *o, struct rt_buf *rows, struct rt_err *err)
 {
-    struct rt_row_sink sink = {rows, keep_rows, NULL};
+    struct rt_row_sink sink = {.self = rows, .put = keep_rows};
     rows->len = s->notes.len = 0;
     s->asked = 0;
     s->first_seen = -2;
@@ -254,7 +254,7 @@ static void stopped_by_the_sink(void **state)
     struct setup s;
     struct rt_err err = {0};
     struct rt_buf rows = {0};
-    struct rt_row_sink sink = {NULL, refuse, NULL};
+    struct rt_row_sink sink = {.self = NULL, .put = refuse};
     set_up(&s, "state-sink");
     struct truth t = undisturbed(&s);
     struct rt_score_options o = options(&s, true);

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "core/io.h"
+#include "core/pool.h"
 #include "core/rng.h"
 #include "formats/safetensors.h"
 #include "tests/shard_fixture.h"
@@ -189,6 +190,73 @@ static void long_sequence(void **state)
     rt_shard_sink_free(s);
     free(wide);
     free(m);
+}
+
+/* Sequences at once by any number of threads: the set of one put after the other; what is before a bad sequence is put, nothing behind it. */
+static void together(void **state)
+{
+    (void)state;
+    enum { N = 90, BAD = 70, DIM = 65536, TOKENS = 300 }; /* one of three blocks among them */
+    static const int threads[] = {0, 1, 2, 5};
+    struct rt_err err = {0};
+    struct rt_row_identity id = sf_identity(8);
+    struct rt_shard_sink *s = NULL;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    struct sf_made *made[N];
+    struct rt_rows rows[N];
+    char first[512];
+    int64_t before = 0;
+    uint16_t *states = calloc((size_t)DIM * TOKENS, 2);
+    id.n_features = 1;
+    id.feature[0] = (struct rt_feature_spec){RT_LAYER_FINAL, DIM, RT_BF16, false};
+    for (int i = 0; i < N; i++) {
+        made[i] = sf_make(&id, i, i == 40 ? TOKENS : sf_length_of(i));
+        made[i]->rows.feature[0] = states + 13 * (int64_t)i;
+        rows[i] = made[i]->rows;
+    }
+    for (int64_t i = 0; i < (int64_t)DIM * TOKENS; i += 97)
+        states[i] = (uint16_t)(0x3f80 + i % 100);
+    made[40]->rows.feature[0] = rows[40].feature[0] = states;
+    snprintf(first, sizeof first, "%s", test_tmp("sh-together0"));
+    for (size_t t = 0; t < sizeof threads / sizeof *threads; t++) {
+        struct rt_pool *pool = NULL;
+        char name[32], dir[512];
+        snprintf(name, sizeof name, "sh-together%d", threads[t]);
+        snprintf(dir, sizeof dir, "%s", test_tmp(name));
+        assert_ok(rt_shard_sink_open(dir, &id, &sf_small, &s, &sink, &resume, &err));
+        for (int i = 0; i < N && threads[t] == 0; i++)
+            assert_ok(sink.put(sink.self, &rows[i], &err));
+        if (threads[t] > 0) {
+            assert_ok(rt_pool_create(threads[t], &pool, &err));
+            rt_shard_sink_threads(s, pool);
+            assert_ok(sink.put_all(sink.self, rows, 3, &err)); /* the cuts do not lie where shards end */
+            assert_ok(sink.put_all(sink.self, rows + 3, N - 3, &err));
+        }
+        assert_ok(sink.finish(sink.self, &err));
+        rt_shard_sink_free(s);
+        if (t > 0)
+            same_dirs(first, dir);
+        /* a bad one */
+        snprintf(name, sizeof name, "sh-together-bad%d", threads[t]);
+        snprintf(dir, sizeof dir, "%s", test_tmp(name));
+        rows[BAD].lse = rows[BAD].topk_logits; /* too small */
+        assert_ok(rt_shard_sink_open(dir, &id, &sf_small, &s, &sink, &resume, &err));
+        rt_shard_sink_threads(s, pool);
+        assert_int_equal(sink.put_all(sink.self, rows, N, &err), RT_FORMAT);
+        assert_non_null(strstr(err.msg, "sequence 70 "));
+        rt_err_clear(&err);
+        rt_shard_sink_free(s);
+        assert_ok(rt_shard_sink_open(dir, &id, &sf_small, &s, &sink, &resume, &err));
+        before = t == 0 ? resume.sequences : before;
+        assert_true(resume.sequences > BAD - 20 && resume.sequences <= BAD && resume.sequences == before); /* 60 rows are under 20 of these sequences */
+        rt_shard_sink_free(s);
+        rows[BAD] = made[BAD]->rows;
+        rt_pool_free(pool);
+    }
+    for (int i = 0; i < N; i++)
+        free(made[i]);
+    free(states);
 }
 
 /* A dense set: no top-k, whole final states, the head once. */
@@ -465,7 +533,7 @@ static void readers(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(round_trip), cmocka_unit_test(long_sequence), cmocka_unit_test(dense), cmocka_unit_test(refused), cmocka_unit_test(bad_rows),
+    cmocka_unit_test(round_trip), cmocka_unit_test(long_sequence), cmocka_unit_test(together), cmocka_unit_test(dense), cmocka_unit_test(refused), cmocka_unit_test(bad_rows),
     cmocka_unit_test(killed),     cmocka_unit_test(full_disk),     cmocka_unit_test(parts), cmocka_unit_test(readers),
 };
 RT_SUITE(shards, tests)

@@ -92,7 +92,7 @@ static struct kept score(struct setup *s, const struct rt_score_options *o)
 {
     struct kept k = {0};
     struct rt_err err = {0};
-    struct rt_row_sink sink = {&k, keep, NULL};
+    struct rt_row_sink sink = {.self = &k, .put = keep};
     assert_ok(rt_teacher_score(s->t, o, s->seqs, SEQS, 0, &sink, &err));
     return k;
 }
@@ -183,7 +183,7 @@ static void sequences_do_not_see_each_other(void **state)
     set_up(&s, test_data("tests/data/cases/v3_fp8"), "cpu", 2, (int64_t)1 << 30);
     const struct rt_score_options o = score_options(&s);
     struct kept all = score(&s, &o), one = {0};
-    struct rt_row_sink sink = {&one, keep, NULL};
+    struct rt_row_sink sink = {.self = &one, .put = keep};
     for (int i = 0; i < SEQS; i++)
         assert_ok(rt_teacher_score(s.t, &o, &s.seqs[i], 1, 0, &sink, &err));
     assert_int_equal(one.bytes.len, all.bytes.len);
@@ -209,7 +209,7 @@ static void completion_rows_alone(void **state)
     struct rt_score_options o = score_options(&s);
     o.completion_only = true;
     struct kept k = {0};
-    struct rt_row_sink sink = {&k, keep, NULL};
+    struct rt_row_sink sink = {.self = &k, .put = keep};
     assert_ok(rt_teacher_score(s.t, &o, s.seqs, SEQS, 3, &sink, &err)); /* the first three are there already */
     assert_int_equal(k.blocks, SEQS - 3);
     for (int i = 0; i < SEQS; i++) {
@@ -291,7 +291,7 @@ static void features_leave_in_the_same_pass(void **state)
                 dot += (double)f.matrix[a * 128 + j] * f.matrix[b * 128 + j];
             assert_true(fabs(dot - (a == b)) < 1e-6);
         }
-    struct rt_row_sink sink = {&f, check_features, NULL};
+    struct rt_row_sink sink = {.self = &f, .put = check_features};
     assert_ok(rt_teacher_score(s.t, &o, s.seqs, SEQS, 0, &sink, &err));
     assert_int_equal(f.first, 89);
     o.feature[1].layer = 3;
