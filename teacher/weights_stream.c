@@ -15,6 +15,7 @@ enum {
     SLOT_BYTES = CHUNK + 2 * PAGE,
 };
 
+/* A thread's copies under way: each slot has at most one, so that the queue never fills up under the lock. */
 struct slot {
     char *data;
     struct rt_event *copied;
@@ -258,10 +259,8 @@ static enum rt_status arrived(struct rt_stream *s, const struct chunk *c, const 
     enum rt_status st = RT_OK;
     if (s->own) {
         RT_TRY(be->upload(s->d->dev, s->copies, c->place, from, (size_t)c->bytes, err));
-        if (slot != NULL) {
-            RT_TRY(be->event_record(s->d->dev, s->copies, slot->copied, err));
-            slot->busy = true;
-        }
+        RT_TRY(be->event_record(s->d->dev, s->copies, slot->copied, err));
+        slot->busy = true;
     }
     it->left -= c->bytes;
     if (c->kept == NULL)
@@ -284,19 +283,19 @@ static enum rt_status fetch(struct rt_stream *s, const struct chunk *c, struct s
     char name[64];
     enum rt_status st = RT_OK;
     *from = c->kept;
-    if (c->kept != NULL)
-        return RT_OK;
+    if (s->own && slot->busy)
+        st = s->d->be->event_sync(s->d->dev, slot->copied, err);
+    if (s->own)
+        slot->busy = false;
+    if (st != RT_OK || c->kept != NULL)
+        return st;
     if (!s->own) {
         st = rt_file_pread(rt_tensors_fd(s->ts, c->file), rt_tensors_file(s->ts, c->file), c->place, (size_t)c->bytes, c->offset, err);
     } else {
-        if (slot->busy)
-            st = s->d->be->event_sync(s->d->dev, slot->copied, err);
-        slot->busy = false;
-        if (st == RT_OK)
-            st = read_slot(s, c, slot, from, err);
+        st = read_slot(s, c, slot, from, err);
         if (st == RT_OK && c->keep != NULL) {
             memcpy(c->keep, *from, (size_t)c->bytes);
-            *from = c->keep; /* complete: the slot is free at once */
+            *from = c->keep;
         }
     }
     if (st != RT_OK)
@@ -339,9 +338,9 @@ static void *thread_main(void *self)
     pthread_mutex_lock(&s->lock);
     while (st == RT_OK && take(s, &c)) {
         const char *from = NULL;
-        struct slot *use = s->own && c.kept == NULL && c.keep == NULL ? &slot[at++ % SLOTS] : NULL;
+        struct slot *use = &slot[at++ % SLOTS];
         pthread_mutex_unlock(&s->lock);
-        st = fetch(s, &c, use != NULL ? use : &slot[0], &from, &err);
+        st = fetch(s, &c, use, &from, &err);
         pthread_mutex_lock(&s->lock);
         if (st == RT_OK)
             st = arrived(s, &c, from, use, &err);
