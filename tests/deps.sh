@@ -9,6 +9,9 @@ need() { # header, package
     missing="$missing $2"
 }
 command -v "${CC:-gcc}" >/dev/null 2>&1 || missing="$missing gcc"
+if [ "${CUDA:-auto}" != 0 ] && { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null 2>&1; then # nvcc compiles the host's side of kernels with it
+    command -v g++ >/dev/null 2>&1 || missing="$missing g++"
+fi
 need openblas-pthread/cblas.h libopenblas-dev
 need msgpack.h libmsgpack-dev
 need pcre2.h libpcre2-dev
