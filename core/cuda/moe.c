@@ -169,11 +169,13 @@ static enum rt_status own_gated(struct rt_queue *q, const struct rt_moe_ffn_args
     return rt_cuda_group8(q, &g, err);
 }
 
-static enum rt_status own_down(struct rt_queue *q, const struct rt_moe_ffn_args *a, const struct group *g, struct rt_act h, void *out,
-                               struct rt_err *err)
+/* out [rows, H] = down h, or += with accumulate, rounded once. rows: of out that exist, 0: all. */
+static enum rt_status own_down(struct rt_queue *q, const struct rt_moe_ffn_args *a, int first, int n, const int64_t *base, struct rt_act h, void *out,
+                               int64_t rows, bool accumulate, struct rt_err *err)
 {
-    const struct rt_cuda_group8 p = {.x = h, .base = g->base, .n_experts = g->n, .K = a->I, .N = a->H, .w = a->down + g->first, .y = out};
-    return rt_cuda_group8(q, &p, err);
+    const struct rt_cuda_group8 g = {.x = h, .base = base, .n_experts = n, .K = a->I, .N = a->H, .w = a->down + first, .y = out, .rows = rows,
+                                     .accumulate = accumulate};
+    return rt_cuda_group8(q, &g, err);
 }
 
 static enum rt_status run_group(struct rt_queue *q, const struct rt_moe_ffn_args *a, const struct group *g, struct rt_err *err)
@@ -190,7 +192,7 @@ static enum rt_status run_group(struct rt_queue *q, const struct rt_moe_ffn_args
     RT_TRY(rt_cuda_temp(q, (size_t)(rows * a->H) * 2, &r.out, err));
     if (own_form(q->dev, a)) {
         RT_TRY(own_gated(q, a, g->first, g->n, g->base, r.x, r.h, err));
-        RT_TRY(own_down(q, a, g, r.h, r.out, err));
+        RT_TRY(own_down(q, a, g->first, g->n, g->base, r.h, r.out, 0, false, err));
     } else {
         RT_TRY(rt_cuda_temp(q, (size_t)(rows * a->I) * 4, &r.gate_up, err));
         RT_TRY(run_products(q, a, g, &t, &r, err));
@@ -246,15 +248,15 @@ static enum rt_status chunk(struct rt_dev *dev, struct rt_queue *q, const struct
     if (own_form(dev, a)) {
         const int64_t base[2] = {0, padded};
         RT_TRY(own_gated(q, a, e, 1, base, x, r.h, err));
+        RT_TRY(own_down(q, a, e, 1, base, r.h, (char *)a->y + first * H * 2, n, true, err));
     } else {
         RT_TRY(rt_cuda_temp(q, (size_t)(padded * I) * 4, &r.gate_up, err));
         RT_TRY(product_pair(q, x, padded, a->gate[e], a->up[e], r.gate_up, n, err));
         const struct rt_swiglu_fwd_args s = {.gate = r.gate_up, .up = r.gate_up + I * 2, .ld = 2 * I, .h = quantised ? NULL : r.h.data,
                                              .hq = quantised ? r.h : (struct rt_act){0}, .n = n, .I = I};
         RT_TRY(rt_cuda_swiglu_fwd(dev, q, &s, err));
+        RT_TRY(product(q, r.h, padded, a->down[e], (char *)a->y + first * H * 2, n, H, true, false, err));
     }
-    /* the library adds to y faster than our own kernel, where it is there */
-    RT_TRY(product(q, r.h, padded, a->down[e], (char *)a->y + first * H * 2, n, H, true, false, err));
 out:
     free_rows(q, &r);
     return st;
