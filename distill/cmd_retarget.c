@@ -44,15 +44,19 @@ static enum rt_status open_teacher(struct job *j, struct rt_err *err)
 {
     enum rt_status st;
     const struct values *v = j->v;
+    struct rt_shard_set *set = NULL;
     char dir[4096], file[4096];
     if (v->teacher != NULL)
         return rt_model_dir_open(v->teacher, v->teacher_template, j->ctx->log, &j->teacher, err);
     RT_TRY(rt_path_join(dir, sizeof dir, v->shards, "teacher", err));
     RT_TRY(rt_path_join(file, sizeof file, dir, "tokenizer.json", err));
-    if (!rt_path_exists(file))
+    if (!rt_path_exists(file)) {
+        RT_TRY(rt_shard_set_open(v->shards, &set, err)); /* not a set at all? */
         RT_FAIL(err, USAGE, "%s holds no copy of the teacher's tokenizer (%s): --teacher DIR says where it is", v->shards, file);
+    }
     RT_TRY(rt_model_dir_open(dir, v->teacher_template, j->ctx->log, &j->teacher, err));
 out:
+    rt_shard_set_free(set);
     return st;
 }
 
@@ -200,7 +204,8 @@ const struct rt_command rt_cmd_retarget = {
             "  strict  only where one student token is one teacher token, over the tokens that both have\n"
             "  alm     no distributions: the teacher's log-probabilities of spans at whose ends both tokenizers meet, for `train --w-alm`; also of shards that\n"
             "          hold realised log-probabilities alone (top_k 0). With `logits --boundary` cut at whole words and debiased\n"
-            "Student tokens that reach over the end of a teacher token, and white space alone, have no row: their labels stay for the cross-entropy.\n"
+            "Student tokens that reach over the end of a teacher token, and white space alone, have no row: their labels stay for the cross-entropy\n"
+            "(`train --ce rest`: which then takes no others).\n"
             "Rows hold at T = 1 and with `train --tail bucket` (the defaults): sums of probabilities cannot be tempered, and what no listed token explains is\n"
             "part of a row. It pays to store more entries than for a student of the teacher's tokenizer, because inside a teacher token only those count\n"
             "that agree with the bytes said: `logits --cache topk=256` or more where text has a heavy tail. In the crossing of examples/ (an almanac, KL to the\n"

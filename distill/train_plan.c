@@ -112,7 +112,8 @@ static void warn_tail(const struct rt_train_run *r, const struct rt_train_info *
                 "and leaves the student free on the other %.3f: --tail bucket keeps the exact mass", info->path, T, info->top_k, mass, least, 1 - mass);
     if (r->o.w.tail == RT_TAIL_BUCKET && mass < mass_bucket)
         rt_warn(r->ctx->log, "%s: at T = %g the stored %d ids hold %.3f of the teacher's mass (least sequence %.3f); the other %.3f are one bucket, whose "
-                "inside is not taught: a lower --kd-temperature or more ids a row (logits --cache topk=K)", info->path, T, info->top_k, mass, least, 1 - mass);
+                "inside is not taught: %smore ids a row (logits --cache topk=K)", info->path, T, info->top_k, mass, least, 1 - mass,
+                info->identity->origin.mode[0] == '\0' ? "a lower --kd-temperature or " : "");
 }
 
 /* Rows of another tokenizer are sums of probabilities at T = 1, and a sum cannot be tempered. Their residual is a part of what the teacher said: it is not
@@ -120,15 +121,16 @@ static void warn_tail(const struct rt_train_run *r, const struct rt_train_info *
 static enum rt_status check_retargeted(const struct rt_train_run *r, const struct rt_train_info *info, struct rt_err *err)
 {
     const struct rt_row_identity *id = info->identity;
-    const bool rewritten = id->origin.mode[0] != '\0' && strcmp(id->tokenizer_sha256, id->origin.tokenizer_sha256) != 0;
-    if (id->origin.mode[0] != '\0' && (r->o.w.T != 1 || r->o.teacher_T != 1))
+    if (id->origin.mode[0] == '\0' || (strcmp(id->tokenizer_sha256, id->origin.tokenizer_sha256) == 0 && strcmp(id->template_sha256, id->origin.template_sha256) == 0))
+        return RT_OK; /* the teacher's own rows */
+    if (r->o.w.T != 1 || r->o.teacher_T != 1)
         return rt_fail(err, RT_REFUSED, "%s: its rows are retargeted (%s), and hold at T = 1 alone: adding up what several teacher tokens give one student token "
                        "and changing the temperature do not commute; take --kd-temperature 1 instead of %g (and no other --teacher-temperature)", info->path,
                        id->origin.mode, r->o.w.T != 1 ? r->o.w.T : r->o.teacher_T);
-    if (rewritten && r->o.w.tail == RT_TAIL_RENORM && strcmp(id->origin.mode, "exact") == 0)
+    if (r->o.w.tail == RT_TAIL_RENORM && strcmp(id->origin.mode, "exact") == 0)
         return rt_fail(err, RT_REFUSED, "%s: its rows are retargeted (exact), and --tail renorm would drop their residual, which is a part of what the teacher said: a row "
                        "that lists one token would teach nothing, the others that what is not listed is free; take --tail bucket, which is the default", info->path);
-    if (rewritten && r->o.w.tail == RT_TAIL_RENORM)
+    if (r->o.w.tail == RT_TAIL_RENORM)
         rt_warn(r->ctx->log, "%s: its rows are retargeted (%s), over shared tokens alone: with --tail renorm a row that lists one token teaches nothing, and the student is "
                 "free on tokens that no row lists; --tail bucket (the default) did better wherever it was measured", info->path, id->origin.mode);
     return RT_OK;
@@ -396,6 +398,7 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(rt_command_room(&r->v->common, &r->device, &limit, err));
     plan_loader(r);
     RT_TRY(earlier_micro(r, &n, err));
+    RT_TRY(rt_train_agree_room(r, &limit, &n, err));
     const bool fixed = n > 0 || r->v->micro_tokens > 0;
     RT_TRY(operations_room(&r->device, &operations, err));
     if (n == 0)
@@ -453,7 +456,10 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(check_losses(r, err));
     RT_TRY(count_steps(r, err));
     r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true, strcmp(v->moments, "bf16") == 0, (uint64_t)v->common.seed};
-    RT_TRY(rt_command_device(r->ctx, &v->common, ops, n_ops, &r->device, err));
+    RT_TRY(rt_train_join(r, err));
+    r->o.comm = r->comm;
+    const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};
+    RT_TRY(rt_command_device_with(r->ctx, &v->common, ops, n_ops, &device, &r->device, err));
     RT_TRY(plan_memory(r, err));
     log_plan(r);
 out:
@@ -466,6 +472,8 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
     int64_t tokens = 0, sequences = 0;
     char a[32];
     (void)err;
+    if (r->rank.rank > 0)
+        return RT_OK;
     for (int i = 0; i < r->n_sets; i++) {
         tokens += rt_train_set_info(r->set[i])->tokens;
         sequences += rt_train_set_info(r->set[i])->sequences;

@@ -70,6 +70,7 @@ run train --student $student --data "$d/exact" --out "$d/labels" --tail renorm -
 run retarget --shards "$d/shards" --student examples/tiny_student --out "$d/same" --json
 "$retort" cat "$d/shards" --features >"$d/a" && "$retort" cat "$d/same" --features >"$d/b" && cmp -s "$d/a" "$d/b" || bad "rows of one tokenizer differ"
 run train --student examples/tiny_student --data "$d/same" --out "$d/run-same" --tail renorm --w-kl 1 --steps 1 # they are the teacher's own
+run train --student examples/tiny_student --data "$d/same" --out "$d/run-hot" --kd-temperature 2 --w-kl 1 --steps 1
 
 # the same bytes after a kill, whatever --threads; nothing to do the third time
 run retarget --shards "$d/shards" --student $student --out "$d/one" --rows-per-shard 20 --threads 1
@@ -93,6 +94,7 @@ refuse 1 'another command.*mode' retarget --shards "$d/shards" --student $studen
 refuse 1 'retargeted already' retarget --shards "$d/exact" --teacher $student --student $student --out "$d/twice"
 refuse 1 'tokenizer .*--teacher' retarget --shards "$d/shards" --teacher $student --student $student --out "$d/wrong"
 refuse 1 'another command' retarget --shards "$d/shards" --student $student --out "$d/shards"
+refuse 3 'identity.json|no row shards|not.*shards' retarget --shards "$d" --student $student --out "$d/no"
 mv "$d/shards/teacher" "$d/away"
 refuse 2 '--teacher DIR says where' retarget --shards "$d/shards" --student $student --out "$d/no"
 run retarget --shards "$d/shards" --teacher $teacher --student $student --out "$d/told" --dry-run
