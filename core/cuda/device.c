@@ -130,6 +130,8 @@ enum rt_status rt_cuda_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out
     }
     RT_CUDA_TRY(e);
     st = rt_cuda_check(cudaMemset(p, 0, bytes), "cudaMemset", err);
+    if (st == RT_OK) /* memset returns before it is done, and the queues' streams do not wait for the one it runs on */
+        st = rt_cuda_check(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize", err);
     if (st != RT_OK) {
         (void)cudaFree(p);
         goto out;
