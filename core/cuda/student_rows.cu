@@ -18,21 +18,25 @@ typedef __nv_bfloat16 bf16;
 
 /* ---- gradients of vectors ---- */
 
-/* dw[c] += sum over rows of part [rows, cols]: 32 columns a block, 32 strands of rows. */
-__global__ void add_columns_kernel(const float *__restrict__ part, int rows, int64_t cols, bf16 *__restrict__ dw)
+enum { COLUMNS = 8, STRANDS = 128 };
+
+/* dw[c] += sum over rows of part [rows, cols]: a block takes a sector of columns, in strands of rows that are joined pairwise. */
+__global__ void __launch_bounds__(COLUMNS * STRANDS) add_columns_kernel(const float *__restrict__ part, int rows, int64_t cols, bf16 *__restrict__ dw)
 {
-    __shared__ float strand[32][33];
-    const int64_t c = (int64_t)blockIdx.x * 32 + threadIdx.x;
+    __shared__ float strand[STRANDS][COLUMNS + 1];
+    const int x = (int)threadIdx.x, y = (int)threadIdx.y;
+    const int64_t c = (int64_t)blockIdx.x * COLUMNS + x;
     float sum = 0;
-    for (int r = (int)threadIdx.y; r < rows && c < cols; r += 32)
+    for (int r = y; r < rows && c < cols; r += STRANDS)
         sum += part[(int64_t)r * cols + c];
-    strand[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y != 0 || c >= cols)
-        return;
-    for (int i = 1; i < 32; i++)
-        sum += strand[i][threadIdx.x];
-    dw[c] = __float2bfloat16_rn(__bfloat162float(dw[c]) + sum);
+    strand[y][x] = sum;
+    for (int half = STRANDS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (y < half)
+            strand[y][x] += strand[y + half][x];
+    }
+    if (y == 0 && c < cols)
+        dw[c] = __float2bfloat16_rn(__bfloat162float(dw[c]) + strand[0][x]);
 }
 
 struct norm {
@@ -264,7 +268,7 @@ template <int N, class Index> __global__ void __launch_bounds__(256) swiglu_bwd_
 
 enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, struct rt_err *err)
 {
-    add_columns_kernel<<<(unsigned)((cols + 31) / 32), dim3(32, 32), 0, q->stream>>>(part, rows, cols, (bf16 *)dw);
+    add_columns_kernel<<<(unsigned)((cols + COLUMNS - 1) / COLUMNS), dim3(COLUMNS, STRANDS), 0, q->stream>>>(part, rows, cols, (bf16 *)dw);
     return rt_cuda_launched("add_columns", err);
 }
 
