@@ -299,7 +299,11 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     struct job j = {.ctx = ctx, .v = values, .dir = {.lock = -1, .metrics = -1}};
     struct rt_json *config = NULL;
     char path[4096];
+    struct rt_rank rank;
     (void)pos;
+    RT_TRY(rt_rank_from_env(&rank, err));
+    if (rank.size > 1)
+        RT_FAIL(err, USAGE, "an experiment is one process, this is rank %d of %d; `retort train` takes several, for each arm", rank.rank, rank.size);
     RT_TRY(read_arms(&j, err));
     RT_TRY(sort_eval_data(&j, err));
     RT_TRY(rt_alloc((size_t)(j.n_arms * j.v->seeds), sizeof *j.finished, "arms", &j.finished, err));

@@ -11,6 +11,7 @@ const struct rt_opt rt_train_options[] = {
     {"out", RT_OPT_STRING, V(out), NULL, 0, 0, NULL, "RUN", "run directory; the same command resumes", true, true},
     {"name", RT_OPT_STRING, V(name), NULL, 0, 0, NULL, "NAME", "name of the run in reports; default: that of its directory", false, true},
     {"arm", RT_OPT_STRING, V(arm), NULL, 0, 0, NULL, "NAME", "arm of an experiment that the run belongs to", false, true},
+    {"rank-timeout", RT_OPT_INT, V(rank_timeout), "600", 1, 1e6, NULL, "SECONDS", "of several ranks: longest silence of another one before the run ends", false, true},
     {"w-ce", RT_OPT_FLOAT, V(w_ce), "1", 0, 1e6, NULL, "W", "weight of the cross-entropy on the data's own tokens", false, false},
     {"w-kl", RT_OPT_FLOAT, V(w_kl), "0", 0, 1e6, NULL, "W", "weight of T^2 KL(teacher || student)", false, false},
     {"w-feature", RT_OPT_FLOAT, V(w_feature), "0", 0, 1e6, NULL, "W", "weight of the loss on hidden states", false, false},
@@ -34,6 +35,8 @@ const struct rt_command rt_cmd_train = {
             "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
             "Several --data are shuffled together: an epoch takes each WEIGHT times (1 where none is given), :0.5 another half of it each time, :2 all of\n"
             "it twice. Beside shards, text without a teacher's rows takes the cross-entropy alone. The order depends on --seed and the data alone.\n\n"
+            "Started by torchrun, mpirun or srun, the ranks share each global batch and the optimiser's states; RUN must be seen by all of them. They meet over\n"
+            "TCP at MASTER_ADDR:MASTER_PORT.\n\n"
             "    retort train --student Qwen2.5-0.5B --data shards/ --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --out runs/soft",
     .options = rt_train_options,
     .values_size = sizeof(struct rt_train_values),

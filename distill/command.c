@@ -34,11 +34,19 @@ const struct rt_opt *rt_common_options(void)
 enum rt_status rt_command_device(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
                                  struct rt_device *out, struct rt_err *err)
 {
+    return rt_command_device_with(ctx, common, need, n_need, &(struct rt_dev_options){0}, out, err);
+}
+
+enum rt_status rt_command_device_with(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
+                                      const struct rt_dev_options *options, struct rt_device *out, struct rt_err *err)
+{
     const struct rt_backend *be;
+    struct rt_dev_options o = *options;
     enum rt_status st = rt_backend_select(common->device, need, n_need, &be, err);
     if (st != RT_OK)
         return st;
-    const struct rt_dev_options o = {.threads = (int)common->threads};
+    o.threads = (int)common->threads;
+    o.index = be->count != NULL && be->count() > 0 ? o.index % be->count() : 0;
     st = rt_device_open(be, &o, out, err);
     if (st == RT_OK)
         rt_info(ctx->log, "device %s: %s", be->name, be->describe(out->dev));

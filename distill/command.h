@@ -52,6 +52,9 @@ const struct rt_opt *rt_common_options(void);
 /* --device, opened with --threads; logs which one `auto` took. need as in rt_backend_select. */
 enum rt_status rt_command_device(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
                                  struct rt_device *out, struct rt_err *err);
+/* The same with more said about the device: o's threads are --threads. */
+enum rt_status rt_command_device_with(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
+                                      const struct rt_dev_options *o, struct rt_device *out, struct rt_err *err);
 /* --memory, or 3/4 of what the machine has available. */
 int64_t rt_command_memory(const struct rt_common *common);
 /* *out = what may lie in the memory that d computes in: rt_command_memory where that is the host's; of a GPU --gpu-memory, or nine tenths of

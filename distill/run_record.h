@@ -22,7 +22,7 @@
  *                                     same tokens in the same order
  *   "student": {...}                  rt_student_describe
  *   "parameters", "steps", "planned_steps", "micro_tokens", "tokens" (trained on), "targets", "skipped_steps", "seconds", "tokens_per_second",
- *   "peak_memory" (bytes, resident, of this run), "flops" (of the training, forward and backward), "device"
+ *   "peak_memory" (bytes, resident, of this run; of rank 0 where there are several), "flops" (of the training, forward and backward), "device", "ranks"
  *   "final": {"loss","ce","kl","feature","teacher_mass","student_mass","agreement","accuracy"}   means over the last tenth of the steps
  *   "model": "model"                  relative to RUN, null before the end
  *

@@ -398,6 +398,7 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(rt_command_room(&r->v->common, &r->device, &limit, err));
     plan_loader(r);
     RT_TRY(earlier_micro(r, &n, err));
+    RT_TRY(rt_train_agree_room(r, &limit, &n, err));
     const bool fixed = n > 0 || r->v->micro_tokens > 0;
     RT_TRY(operations_room(&r->device, &operations, err));
     if (n == 0)
@@ -455,7 +456,10 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(check_losses(r, err));
     RT_TRY(count_steps(r, err));
     r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true, strcmp(v->moments, "bf16") == 0, (uint64_t)v->common.seed};
-    RT_TRY(rt_command_device(r->ctx, &v->common, ops, n_ops, &r->device, err));
+    RT_TRY(rt_train_join(r, err));
+    r->o.comm = r->comm;
+    const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};
+    RT_TRY(rt_command_device_with(r->ctx, &v->common, ops, n_ops, &device, &r->device, err));
     RT_TRY(plan_memory(r, err));
     log_plan(r);
 out:
@@ -468,6 +472,8 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
     int64_t tokens = 0, sequences = 0;
     char a[32];
     (void)err;
+    if (r->rank.rank > 0)
+        return RT_OK;
     for (int i = 0; i < r->n_sets; i++) {
         tokens += rt_train_set_info(r->set[i])->tokens;
         sequences += rt_train_set_info(r->set[i])->sequences;

@@ -79,6 +79,7 @@ static enum rt_status add_what(const struct rt_train_run *r, struct rt_json *v, 
     RT_TRY(rt_json_set_int(v, "planned_steps", r->total_steps, err));
     RT_TRY(rt_json_set_int(v, "micro_tokens", r->o.micro_tokens, err));
     RT_TRY(rt_json_set_string(v, "device", r->device.be->name, err));
+    RT_TRY(rt_json_set_int(v, "ranks", r->rank.size, err));
 out:
     rt_json_free(config);
     return st;
@@ -182,6 +183,8 @@ enum rt_status rt_train_record_run(struct rt_train_run *r, bool finished, struct
 {
     enum rt_status st;
     struct rt_json *v = NULL;
+    if (r->rank.rank > 0)
+        return RT_OK;
     RT_TRY(rt_json_new_object(&v, err));
     RT_TRY(rt_json_set_bool(v, "finished", finished, err));
     RT_TRY(add_what(r, v, err));
@@ -228,6 +231,8 @@ enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step
     static const char *const terms[] = {"grad_norm_ce", "grad_norm_kl", "grad_norm_feature", "grad_norm_alm"};
     struct rt_json *line = NULL;
     const struct rt_loss_sums *m = &s->sums;
+    if (r->rank.rank > 0)
+        return RT_OK;
     RT_TRY(rt_json_new_object(&line, err));
     RT_TRY(rt_json_set_int(line, "step", r->trainer.step, err));
     RT_TRY(rt_json_set_double(line, "loss", s->loss, err));
@@ -278,7 +283,10 @@ static enum rt_status evaluate_one(struct rt_train_run *r, int i, struct rt_err 
     struct rt_json *line = NULL;
     char name[128], file[256], path[4096];
     double ce, kl, lo, hi;
-    RT_TRY(rt_eval_losses(&room, r->eval_set[i], T, &rows, r->ctx->stop, r->ctx->stop_self, &e, err));
+    /* every rank does it, so that none waits; several would not be interrupted at one place */
+    RT_TRY(rt_eval_losses(&room, r->eval_set[i], T, &rows, r->comm == NULL ? r->ctx->stop : NULL, r->ctx->stop_self, &e, err));
+    if (r->rank.rank > 0)
+        goto out;
     rt_eval_name(info->path, name);
     snprintf(file, sizeof file, RT_EVAL_DIR "/%s-%ld.jsonl", name, (long)t->step);
     RT_TRY(rt_path_join(path, sizeof path, r->v->out, file, err));
@@ -312,10 +320,12 @@ enum rt_status rt_train_evaluate(struct rt_train_run *r, struct rt_err *err)
     char path[4096];
     if (r->n_eval == 0)
         return RT_OK;
-    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_EVAL_DIR, err));
-    RT_TRY(rt_mkdirs(path, err));
-    /* lines of this step, of a part that was cut off in between, are made again */
-    RT_TRY(rt_record_eval_truncate(r->v->out, r->trainer.step - 1, err));
+    if (r->rank.rank == 0) {
+        RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_EVAL_DIR, err));
+        RT_TRY(rt_mkdirs(path, err));
+        /* lines of this step, of a part that was cut off in between, are made again */
+        RT_TRY(rt_record_eval_truncate(r->v->out, r->trainer.step - 1, err));
+    }
     for (int i = 0; i < r->n_eval; i++)
         RT_TRY(evaluate_one(r, i, err));
 out:

@@ -10,7 +10,8 @@
 enum { MAX_SKIPPED = 10 }; /* steps in a row that may be left out */
 static const double log_seconds = 10;
 
-static void close_run(struct rt_train_run *r)
+/* st, err: what the run came to. */
+static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
 {
     rt_trainer_close(&r->trainer);
     for (int i = 0; i < r->n_eval; i++)
@@ -26,6 +27,7 @@ static void close_run(struct rt_train_run *r)
     rt_free(r->boundary);
     rt_loaded_student_close(&r->student);
     rt_device_close(&r->device);
+    rt_train_leave(r, st, err);
     if (r->ctx->log != NULL && r->ctx->log->copy == r->dir.log_file)
         r->ctx->log->copy = NULL;
     rt_rundir_close(&r->dir);
@@ -38,6 +40,8 @@ static enum rt_status open_dir(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *config = NULL;
+    if (r->rank.rank > 0)
+        return RT_OK;
     RT_TRY(rt_command_config(&rt_cmd_train, r->v, &config, err));
     RT_TRY(rt_json_set_string(config, "order_sha256", r->order_sha256, err));
     RT_TRY(rt_json_set_string(config, "init_sha256", r->init_sha256, err));
@@ -56,6 +60,8 @@ static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struc
     struct rt_json *v = NULL;
     char path[4096];
     *yes = false;
+    if (r->rank.rank > 0)
+        return rt_train_from_first(r, yes, sizeof *yes, err);
     RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_RUN_FILE, err));
     if (!rt_path_exists(path))
         goto out;
@@ -68,7 +74,7 @@ static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struc
     }
 out:
     rt_json_free(v);
-    return st;
+    return st == RT_OK ? rt_train_from_first(r, yes, sizeof *yes, err) : st;
 }
 
 /* ---- the loop ---- */
@@ -76,7 +82,8 @@ out:
 static enum rt_status save(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
-    RT_TRY(rt_rundir_sync(&r->dir, err));
+    if (r->rank.rank == 0)
+        RT_TRY(rt_rundir_sync(&r->dir, err));
     RT_TRY(rt_trainer_checkpoint(&r->trainer, r->v->out, (int)r->v->keep, r->seconds, err));
 out:
     return st;
@@ -86,11 +93,19 @@ static enum rt_status resume(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_ckpt at;
-    RT_TRY(rt_ckpt_latest(r->v->out, r->ctx->log, &at, err));
+    memset(&at, 0, sizeof at);
+    if (r->rank.rank == 0)
+        RT_TRY(rt_ckpt_latest(r->v->out, r->ctx->log, &at, err));
+    RT_TRY(rt_train_from_first(r, &at, sizeof at, err));
     if (at.step >= 0) {
-        RT_TRY(rt_trainer_restore(&r->trainer, at.path, &r->seconds, err));
+        st = rt_trainer_restore(&r->trainer, at.path, &r->seconds, err);
+        if (st != RT_OK && r->rank.rank > 0)
+            rt_err_context(err, "rank %d reads the checkpoint of rank 0", r->rank.rank);
+        RT_TRY(st);
         rt_info(r->ctx->log, "going on from step %ld of %ld", (long)r->trainer.step, (long)r->total_steps);
     }
+    if (r->rank.rank > 0)
+        goto out;
     RT_TRY(rt_rundir_truncate(&r->dir, r->trainer.step, err));
     RT_TRY(rt_record_eval_truncate(r->v->out, r->trainer.step, err));
 out:
@@ -123,7 +138,8 @@ static enum rt_status after_nan(struct rt_train_run *r, const struct rt_step_res
     rt_train_set_key(set, s->batch[0].seq, key, &occurrence, &line);
     rt_hex(hex, key, sizeof key);
     ++*in_a_row;
-    rt_warn(r->ctx->log, "step %ld: loss %g, gradient norm %g: left out, %ld sequences from %s line %ld (key %.12s); all are in metrics.jsonl",
+    if (r->rank.rank == 0)
+        rt_warn(r->ctx->log, "step %ld: loss %g, gradient norm %g: left out, %ld sequences from %s line %ld (key %.12s); all are in metrics.jsonl",
             (long)r->trainer.step, s->loss, s->grad_norm, (long)s->n, rt_train_set_info(set)->path, (long)line, hex);
     if (strcmp(r->v->on_nan, "stop") == 0)
         return rt_fail(err, RT_NUMERIC, "step %ld: loss %g, gradient norm %g in a batch of %ld sequences from %s line %ld (key %.12s); the last checkpoint is "
@@ -157,13 +173,15 @@ static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
     struct rt_progress progress;
     struct rt_step_result s;
     int skipped = 0;
+    bool stop;
     double logged = rt_now();
     if (t->step == 0 || (due(t->step, v->eval_every) && t->step < r->total_steps))
         RT_TRY(evaluate_between(r, err));
     rt_progress_begin(&progress, r->ctx->log, "training", "tokens", r->total_tokens);
     progress.first = t->tokens;
     while (t->step < r->total_steps) {
-        if (r->ctx->stop != NULL && r->ctx->stop(r->ctx->stop_self)) {
+        RT_TRY(rt_train_stop_asked(r, &stop, err));
+        if (stop) {
             RT_TRY(save(r, err));
             RT_FAIL(err, INTERRUPTED, "interrupted after step %ld of %ld, saved in %s; the same command goes on", (long)t->step, (long)r->total_steps, v->out);
         }
@@ -209,6 +227,8 @@ static enum rt_status finish(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_MODEL_DIR, err));
     const struct rt_student_save o = {.source = r->student.model.path, .dtype = dtype, .state = &r->trainer.opt.state};
     RT_TRY(rt_student_save(r->trainer.s, &o, path, err));
+    if (r->rank.rank > 0)
+        goto out;
     RT_TRY(rt_rundir_sync(&r->dir, err));
     RT_TRY(rt_train_record_run(r, true, err));
     rt_info(r->ctx->log, "finished: %ld steps, %ld tokens; the student is in %s", (long)r->trainer.step, (long)r->trainer.tokens, path);
@@ -222,6 +242,7 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     bool finished;
     struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
     rt_train_peak_reset();
+    RT_TRY(rt_rank_from_env(&r.rank, err));
     RT_TRY(rt_train_prepare(&r, err));
     if (v->common.dry_run) {
         RT_TRY(rt_train_print_plan(&r, err));
@@ -229,6 +250,7 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     }
     RT_TRY(rt_loaded_student_create(&r.student, &r.device, rt_train_longest(&r), (uint64_t)v->common.seed, err));
     RT_TRY(rt_loaded_student_hash(&r.student, r.init_sha256, err));
+    RT_TRY(rt_train_same_start(&r, err));
     RT_TRY(open_dir(&r, err));
     RT_TRY(is_finished(&r, &finished, err));
     if (finished) {
@@ -245,14 +267,14 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     if (outcome != NULL)
         *outcome = (struct rt_train_outcome){true, r.trainer.step, r.trainer.tokens};
 out:
-    close_run(&r);
+    close_run(&r, st, err);
     return st;
 }
 
 enum rt_status rt_train_check(struct rt_context *ctx, const struct rt_train_values *v, struct rt_err *err)
 {
-    struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
+    struct rt_train_run r = {.ctx = ctx, .v = v, .rank = {0, 1, 0}, .dir = {.lock = -1, .metrics = -1}};
     const enum rt_status st = rt_train_prepare(&r, err);
-    close_run(&r);
+    close_run(&r, st, err);
     return st;
 }

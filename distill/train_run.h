@@ -2,6 +2,7 @@
 #ifndef RT_DISTILL_TRAIN_RUN_H
 #define RT_DISTILL_TRAIN_RUN_H
 
+#include "core/rank.h"
 #include "distill/command.h"
 #include "distill/evaluate.h"
 #include "distill/trainer.h"
@@ -14,7 +15,7 @@ struct rt_train_values {
     double w_ce, w_kl, w_feature, w_alm, alm_tau, kd_temperature, teacher_temperature;
     const char *divergence, *tail, *feature_loss, *layer_map, *schedule, *on_nan, *dtype, *ce, *moments;
     double lr, min_lr, warmup, weight_decay, beta1, beta2, eps, clip;
-    int64_t teacher_layers, epochs, steps, tokens, batch_tokens, micro_tokens, max_length, eval_every, save_every, keep, grad_norms, loader_threads;
+    int64_t teacher_layers, epochs, steps, tokens, batch_tokens, micro_tokens, max_length, eval_every, save_every, keep, grad_norms, loader_threads, rank_timeout;
 };
 /* The options of `train`, ended by a NULL name. */
 extern const struct rt_opt rt_train_options[];
@@ -35,6 +36,8 @@ enum rt_status rt_train_check(struct rt_context *ctx, const struct rt_train_valu
 struct rt_train_run {
     struct rt_context *ctx;
     const struct rt_train_values *v;
+    struct rt_rank rank;
+    struct rt_comm *comm;                  /* NULL for one rank */
     struct rt_device device;
     struct rt_loaded_student student;
     struct rt_train_set **set, **eval_set; /* [n] */
@@ -59,7 +62,21 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
 int64_t rt_train_longest(const struct rt_train_run *r);
 
-/* train_record.c */
+/* train_ranks.c: every one of them is called by all ranks; with one rank they do nothing. */
+/* Meets the other ranks (r->comm), once data and order are known. */
+enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err);
+/* *limit = the least of all ranks, *micro = that of rank 0: all plan alike. */
+enum rt_status rt_train_agree_room(const struct rt_train_run *r, int64_t *limit, int64_t *micro, struct rt_err *err);
+/* REFUSED where a rank begins with other parameters. */
+enum rt_status rt_train_same_start(const struct rt_train_run *r, struct rt_err *err);
+/* data = that of rank 0 */
+enum rt_status rt_train_from_first(const struct rt_train_run *r, void *data, size_t bytes, struct rt_err *err);
+/* Has any rank been asked to stop? */
+enum rt_status rt_train_stop_asked(const struct rt_train_run *r, bool *yes, struct rt_err *err);
+/* The end of r->comm; where the run failed the others are told why. */
+void rt_train_leave(struct rt_train_run *r, enum rt_status st, const struct rt_err *err);
+
+/* train_record.c: rank 0 alone writes */
 /* Begins a new peak of memory, so that arms of one process each have their own. */
 void rt_train_peak_reset(void);
 enum rt_status rt_train_record_run(struct rt_train_run *r, bool finished, struct rt_err *err);

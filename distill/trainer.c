@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/collective.h"
 #include "core/io.h"
 #include "formats/json.h"
 #include "student/save.h"
@@ -22,7 +23,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
     *out = (struct rt_trainer_memory){
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
-        .moments = rt_optimizer_bytes(p, act_size, o->adamw.bf16_moments),
+        .moments = rt_optimizer_shard_bytes(p, rt_comm_size(o->comm), act_size, o->adamw.bf16_moments),
         .activations = rt_student_activation_bytes(c, o->micro_tokens, o->keep_more ? RT_KEEP_MORE : RT_KEEP_ALL, act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
@@ -45,7 +46,7 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     RT_TRY(rt_device_arena(t->d, mem.grads, "gradients", &t->grads, err));
     RT_TRY(rt_student_attach_grads(s, &t->grads, err));
     RT_TRY(rt_device_arena(t->d, mem.moments, "moments", &t->moments, err));
-    RT_TRY(rt_optimizer_init(&t->opt, s, &o->adamw, &t->moments, err));
+    RT_TRY(rt_optimizer_init_shard(&t->opt, s, &o->adamw, o->comm, &t->moments, err));
     RT_TRY(rt_device_arena(t->d, mem.activations, "activations", &t->acts, err));
     RT_TRY(rt_device_arena(t->d, mem.losses + mem.projectors, "losses", &t->scratch, err));
     RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, o->k, &t->o.map, true, &t->scratch, err));
@@ -57,7 +58,8 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
     RT_TRY(rt_micro_create(&t->micro, &mo, err));
     const struct rt_loader_options lo = {.set = set, .weight = weight, .n_sets = n_sets, .seed = o->seed, .epochs = o->epochs,
-                                         .batch_tokens = o->batch_tokens, .micro = mo, .threads = o->loader_threads, .bytes = o->loader_bytes};
+                                         .batch_tokens = o->batch_tokens, .micro = mo, .threads = o->loader_threads, .bytes = o->loader_bytes,
+                                         .rank = rt_comm_rank(o->comm), .size = rt_comm_size(o->comm)};
     RT_TRY(rt_loader_open(&lo, &t->loader, err));
 out:
     if (st != RT_OK)
@@ -87,7 +89,33 @@ static enum rt_status zero_grads(struct rt_trainer *t, struct rt_err *err)
     return st != RT_OK ? st : rt_projectors_zero_grads(&t->proj, err);
 }
 
-/* Forward, losses, backward over the batch in micro-batches; sums are those of the whole batch. */
+/* Sums of this rank become those of all. */
+static enum rt_status add_ranks(struct rt_trainer *t, struct rt_loss_sums *s, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    double *const real[] = {&s->ce, &s->kl, &s->feature, &s->teacher_mass, &s->student_mass, &s->spans.loss, &s->spans.teacher, &s->spans.student};
+    int64_t *const whole[] = {&s->rows, &s->kl_rows, &s->feature_rows, &s->correct, &s->agree, &s->spans.spans, &s->spans.rows};
+    enum { R = sizeof real / sizeof real[0], W = sizeof whole / sizeof whole[0] };
+    double x[R + W];
+    if (t->o.comm == NULL)
+        return RT_OK;
+    for (int i = 0; i < R + W; i++)
+        x[i] = i < R ? *real[i] : (double)*whole[i - R];
+    RT_TRY(rt_comm_sum(t->o.comm, x, R + W, err));
+    for (int i = 0; i < R + W; i++) {
+        if (i < R)
+            *real[i] = x[i];
+        else
+            *whole[i - R] = (int64_t)x[i];
+    }
+    RT_TRY(rt_optimizer_reduce(&t->opt, err));
+    if (t->proj.grad != NULL)
+        RT_TRY(t->d->be->all_reduce(t->d->dev, t->d->q, t->proj.grad, t->proj.table.elements, err));
+out:
+    return st;
+}
+
+/* Forward, losses, backward over the batch in micro-batches; sums and gradients are those of the whole batch. */
 static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_result *r, const struct rt_loss_weights *w, struct rt_loss_sums *sums,
                                  struct rt_err *err)
 {
@@ -103,6 +131,7 @@ static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_resu
         RT_TRY(rt_student_forward(t->s, &b, t->o.keep_more ? RT_KEEP_MORE : RT_KEEP_ALL, &t->acts, err));
         RT_TRY(rt_losses_run(&t->losses, t->s, &t->proj, &t->micro, w, r->items, true, sums, err));
     }
+    RT_TRY(add_ranks(t, sums, err));
 out:
     return st;
 }
@@ -111,10 +140,8 @@ out:
 static enum rt_status norms(struct rt_trainer *t, double *norm, double *proj, struct rt_err *err)
 {
     enum rt_status st;
-    double sum;
     RT_TRY(rt_projectors_norm(&t->proj, proj, err));
-    RT_TRY(RT_OP(t->d, sumsq, err, .x = rt_student_grads(t->s), .n = rt_student_params(t->s)->elements, .out = &sum));
-    *norm = sqrt(sum);
+    RT_TRY(rt_optimizer_norm(&t->opt, norm, err));
 out:
     return st;
 }
@@ -158,7 +185,9 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     r->n = b.n;
     r->tokens = b.tokens;
     r->epoch = b.epoch;
-    r->items = b.targets;
+    double targets = (double)b.targets;
+    RT_TRY(rt_comm_sum(t->o.comm, &targets, 1, err));
+    r->items = (int64_t)targets;
     if (r->items == 0)
         RT_FAIL(err, FORMAT, "a batch of %ld sequences without one target", (long)r->n);
     if (term_norms)
@@ -189,6 +218,8 @@ enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir
     struct rt_ckpt_writer *w = NULL;
     struct rt_json *state = NULL;
     struct rt_buf config = {0};
+    if (rt_comm_rank(t->o.comm) > 0)
+        return rt_student_checkpoint(t->s, &t->opt, NULL, err);
     RT_TRY(rt_ckpt_begin(dir, t->step, &w, err));
     RT_TRY(rt_student_checkpoint(t->s, &t->opt, w, err));
     RT_TRY(rt_projectors_checkpoint(&t->proj, w, err));

@@ -4,6 +4,10 @@
  * A step takes the next global batch of the order, counts its training rows N first, then runs micro-batches (forward, losses,
  * backward) whose gradients add up, and one AdamW step. A step whose loss or gradient norm is not finite changes nothing but the
  * place in the data.
+ *
+ * Several ranks: each runs its share of every global batch, gradients and sums are added up in rank order, and each rank updates its shard of the
+ * parameters (ZeRO stage 1). Every function below is then called by all ranks alike, and gives all of them the same results; of a
+ * checkpoint rank 0 alone writes. The gradient is that of one rank, but for the order of sums.
  */
 #ifndef RT_DISTILL_TRAINER_H
 #define RT_DISTILL_TRAINER_H
@@ -26,6 +30,7 @@ struct rt_trainer_options {
     uint64_t seed;
     int loader_threads;          /* 0: sequences are decoded when they are needed */
     size_t loader_bytes;         /* of sequences decoded ahead */
+    struct rt_comm *comm;        /* NULL: one rank; else the one that the student's device was opened with, borrowed */
 };
 
 /* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */

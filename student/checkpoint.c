@@ -1,3 +1,4 @@
+#include "core/collective.h"
 #include "core/io.h"
 #include "student/internal.h"
 #include "student/save.h"
@@ -28,8 +29,8 @@ static struct blocks blocks_of(const struct rt_device *d, const void *block, con
         return b;
     b.n = 3;
     b.at[0] = rt_adamw_master(state, d, block);
-    b.at[1] = (struct rt_param_block){state->m, NULL, state->moment};
-    b.at[2] = (struct rt_param_block){state->v, NULL, state->moment};
+    b.at[1] = (struct rt_param_block){.data = state->m, .dtype = state->moment, .shard = state->shard};
+    b.at[2] = (struct rt_param_block){.data = state->v, .dtype = state->moment, .shard = state->shard};
     b.file[1] = b.file[2] = state->moment == RT_F64 ? RT_F32 : state->moment;
     return b;
 }
@@ -43,8 +44,11 @@ enum rt_status rt_adamw_checkpoint(const struct rt_params *p, const struct rt_de
     for (int i = 0; i < b.n; i++) {
         rt_free(decl);
         decl = NULL;
+        if (w == NULL && b.at[i].shard.comm == NULL) /* rank 0 has all of it */
+            continue;
         RT_TRY(rt_params_decl(p, b.file[i], &decl, err));
-        RT_TRY(rt_ckpt_tensors(w, files[i], decl, p->n, err));
+        if (w != NULL)
+            RT_TRY(rt_ckpt_tensors(w, files[i], decl, p->n, err));
         RT_TRY(rt_params_put(p, d, b.at[i], b.file[i], put_ckpt, w, err));
     }
 out:
@@ -65,6 +69,8 @@ enum rt_status rt_adamw_restore(const struct rt_params *p, const struct rt_devic
         RT_TRY(rt_params_load(p, d, b.at[i], t, err));
         rt_tensors_free(t);
         t = NULL;
+        if (b.at[i].shard.comm != NULL && i == 0)
+            RT_TRY(d->be->all_gather(d->dev, d->q, block, p->elements, err));
     }
 out:
     rt_tensors_free(t);

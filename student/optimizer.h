@@ -36,20 +36,17 @@ struct rt_adamw {
 struct rt_adamw_state {
     char *low, *m, *v;
     enum rt_dtype moment;
+    struct rt_param_shard shard; /* several ranks: the elements that this one keeps */
 };
 size_t rt_adamw_state_bytes(int64_t n, size_t act_size, bool bf16_moments);
 /* Cuts and zeroes. USAGE for values of o outside their ranges. */
 enum rt_status rt_adamw_state_init(struct rt_adamw_state *state, const struct rt_device *d, int64_t n, const struct rt_adamw *o, struct rt_arena *arena,
                                    struct rt_err *err);
-/* The block with its lower halves. */
-static inline struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const struct rt_device *d, const void *block)
-{
-    struct rt_param_block b = rt_param_block(d, block);
-    b.low = state->low;
-    return b;
-}
+/* The block with its lower halves; a shard where these are one. */
+struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const struct rt_device *d, const void *block);
 
-/* The files of a checkpoint: parameters as float32 where they are split (else of act), and moments, each under the published names and exact
+/* All of the next two is called by every rank, where there are several; rank 0 alone writes (w NULL elsewhere), each reads.
+ * The files of a checkpoint: parameters as float32 where they are split (else of act), and moments, each under the published names and exact
  * (F64 excepted: F32). files: names of the three. state NULL: the parameters alone. */
 enum rt_status rt_adamw_checkpoint(const struct rt_params *p, const struct rt_device *d, const void *block, const struct rt_adamw_state *state,
                                    const char *const files[3], struct rt_ckpt_writer *w, struct rt_err *err);
@@ -65,18 +62,28 @@ struct rt_optimizer {
     int64_t step;  /* steps taken; part of a checkpoint with the state */
 };
 
-/* Bytes of the arena for rt_optimizer_init. */
+/* Bytes of the arena for rt_optimizer_init; of rank 0's shard, the largest, where there are several ranks. */
 size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_moments);
+size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, size_t act_size, bool bf16_moments);
 /* As rt_adamw_state_init. s is borrowed. */
 enum rt_status rt_optimizer_init(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_arena *arena,
                                  struct rt_err *err);
+
+/* For several ranks (ZeRO stage 1, Rajbhandari et al. 2020): moments and lower halves of this rank's shard alone. comm is borrowed, and is the one that
+ * the student's device was opened with; NULL is rt_optimizer_init. A step then updates the shard and gathers the parameters of all. */
+enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_comm *comm,
+                                       struct rt_arena *arena, struct rt_err *err);
+/* gradients = sum over ranks, of this rank's shard alone; nothing for one rank. Between the last backward and the step. */
+enum rt_status rt_optimizer_reduce(struct rt_optimizer *opt, struct rt_err *err);
+/* Global norm of the (reduced) gradients. */
+enum rt_status rt_optimizer_norm(const struct rt_optimizer *opt, double *norm, struct rt_err *err);
 
 struct rt_step_report {
     double grad_norm; /* before clipping */
     double scale;     /* that the gradient took: min(1, clip / (norm + 1e-6)) */
     bool skipped;     /* the norm is not finite: nothing was changed, step was not counted */
 };
-/* One step from the student's gradients (times grad_scale, 1 usually); they stay as they are. The norm is summed over the whole
+/* One step from the student's (reduced) gradients (times grad_scale, 1 usually); they stay as they are. The norm is summed over the whole
  * block in one fixed order. */
 enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double grad_scale, struct rt_step_report *report,
                                  struct rt_err *err);

@@ -55,16 +55,25 @@ enum rt_status rt_param_upload(const struct rt_device *d, void *block, const str
 enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
                                  float *dst, struct rt_err *err);
 
+/* Elements [first, first + n) of a block, where each rank of comm holds its shard (rt_comm_shard) alone. comm NULL: one rank holds all. */
+struct rt_param_shard {
+    struct rt_comm *comm;
+    int64_t first, n;
+};
+struct rt_param_shard rt_param_shard(const struct rt_params *p, struct rt_comm *comm);
+
 /* A block in device memory with the layout of a table: elements of dtype (F32, F64, BF16). low: NULL, or int16 [elements] that make BF16
- * elements exactly float32 (core/backend.h, adamw). */
+ * elements exactly float32 (core/backend.h, adamw). With a shard, data and low begin at its first element, and what reads or writes the block is
+ * called by every rank. */
 struct rt_param_block {
     void *data, *low;
     enum rt_dtype dtype;
+    struct rt_param_shard shard;
 };
 /* A block of act elements. */
 static inline struct rt_param_block rt_param_block(const struct rt_device *d, const void *data)
 {
-    return (struct rt_param_block){(void *)(uintptr_t)data, NULL, d->be->act};
+    return (struct rt_param_block){.data = (void *)(uintptr_t)data, .dtype = d->be->act};
 }
 
 /* block = every entry read from t (F32, F16 or BF16). FORMAT where one is missing, SHAPE where dtype or shape differ. The
@@ -75,7 +84,8 @@ enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device 
 enum rt_status rt_params_init(const struct rt_params *p, const struct rt_device *d, void *block, double initializer_range,
                               uint64_t seed, struct rt_err *err);
 
-/* Hands each entry's bytes, in order and in pieces, as dtype (F32, F16, BF16) to put. */
+/* Hands each entry's bytes, in order and in pieces, as dtype (F32, F16, BF16) to put. Of a sharded block rank 0 alone is handed anything (the others'
+ * put is not called and may be NULL). */
 typedef enum rt_status (*rt_param_put_fn)(void *ctx, const void *data, uint64_t bytes, struct rt_err *err);
 enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, enum rt_dtype dtype,
                              rt_param_put_fn put, void *ctx, struct rt_err *err);

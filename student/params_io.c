@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/collective.h"
 #include "core/mem.h"
 #include "core/rng.h"
 #include "student/params.h"
@@ -100,11 +101,6 @@ enum rt_status rt_param_download(const struct rt_device *d, const void *block, c
     return download(d, &b, p->offset + first, n, dst, err);
 }
 
-static int64_t smaller(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* The tensor of an entry: name, shape and an element type that a student is read from. */
 static enum rt_status find_tensor(const struct rt_tensors *t, const struct rt_param *e, const struct rt_tensor **out, struct rt_err *err)
 {
@@ -112,15 +108,73 @@ static enum rt_status find_tensor(const struct rt_tensors *t, const struct rt_pa
     return rt_tensors_get(t, e->name, RT_DT(RT_F32) | RT_DT(RT_F16) | RT_DT(RT_BF16), decl.ndim, decl.ne, out, err);
 }
 
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+struct rt_param_shard rt_param_shard(const struct rt_params *p, struct rt_comm *comm)
+{
+    struct rt_param_shard s = {.comm = comm, .n = p->elements};
+    if (comm != NULL)
+        rt_comm_shard(p->elements, rt_comm_rank(comm), rt_comm_size(comm), &s.first, &s.n);
+    return s;
+}
+
+/* The part of elements [at, at + n) that lies in [first, first + count): *from of it, *len elements. */
+static void overlap(int64_t at, int64_t n, int64_t first, int64_t count, int64_t *from, int64_t *len)
+{
+    const int64_t end = smaller(at + n, first + count);
+    *from = at > first ? at : first;
+    *len = end > *from ? end - *from : 0;
+}
+
+/* upload of what this rank holds of elements [at, at + n). */
+static enum rt_status upload_own(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, const float *src, struct rt_err *err)
+{
+    int64_t from, len;
+    if (b->shard.comm == NULL)
+        return upload(d, b, at, n, src, err);
+    overlap(at, n, b->shard.first, b->shard.n, &from, &len);
+    return len > 0 ? upload(d, b, from - b->shard.first, len, src + (from - at), err) : RT_OK;
+}
+
+/* dst = elements [at, at + n) on rank 0, from the ranks that hold them; the others send theirs. */
+static enum rt_status download_all(const struct rt_params *p, const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, float *dst,
+                                   struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_comm *comm = b->shard.comm;
+    const int rank = rt_comm_rank(comm);
+    int64_t first, count, from, len;
+    if (comm == NULL)
+        return download(d, b, at, n, dst, err);
+    for (int r = 0; r < rt_comm_size(comm); r++) {
+        rt_comm_shard(p->elements, r, rt_comm_size(comm), &first, &count);
+        overlap(at, n, first, count, &from, &len);
+        if (len == 0)
+            continue;
+        if (r == rank)
+            RT_TRY(download(d, b, from - first, len, dst + (from - at), err));
+        if (r == rank && r > 0)
+            RT_TRY(rt_comm_send(comm, 0, dst + (from - at), (size_t)len * sizeof *dst, err));
+        if (rank == 0 && r > 0)
+            RT_TRY(rt_comm_recv(comm, r, dst + (from - at), (size_t)len * sizeof *dst, err));
+    }
+out:
+    return st;
+}
+
 enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, const struct rt_tensors *t,
                               struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     float *piece = NULL;
+    const size_t held = (size_t)(block.shard.comm != NULL ? block.shard.n : p->elements);
     RT_TRY(rt_alloc(PIECE, sizeof *piece, "loading", &piece, err));
-    RT_TRY(rt_device_zero(d, block.data, (size_t)p->elements * rt_dtype_size(block.dtype), err));
+    RT_TRY(rt_device_zero(d, block.data, held * rt_dtype_size(block.dtype), err));
     if (block.low != NULL)
-        RT_TRY(rt_device_zero(d, block.low, (size_t)p->elements * sizeof(int16_t), err));
+        RT_TRY(rt_device_zero(d, block.low, held * sizeof(int16_t), err));
     for (int i = 0; i < p->n; i++) {
         const struct rt_param *e = &p->at[i];
         const struct rt_tensor *tensor = NULL;
@@ -128,7 +182,7 @@ enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device 
         for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
             n = smaller(PIECE, rt_param_elements(e) - first);
             RT_TRY(rt_tensors_read_f32(t, tensor, first, n, piece, err));
-            RT_TRY(upload(d, &block, e->offset + first, n, piece, err));
+            RT_TRY(upload_own(d, &block, e->offset + first, n, piece, err));
         }
     }
 out:
@@ -174,7 +228,9 @@ enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *
         const struct rt_param *e = &p->at[i];
         for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
             n = smaller(PIECE, rt_param_elements(e) - first);
-            RT_TRY(download(d, &block, e->offset + first, n, piece, err));
+            RT_TRY(download_all(p, d, &block, e->offset + first, n, piece, err));
+            if (rt_comm_rank(block.shard.comm) > 0)
+                continue;
             if (!rt_from_f32(out, dtype, piece, (size_t)n))
                 RT_FAIL(err, USAGE, "parameters are written as F32, F16 or BF16, not as %s", rt_dtype_name(dtype));
             RT_TRY(put(ctx, out, (uint64_t)n * rt_dtype_size(dtype), err));

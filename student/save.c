@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/collective.h"
 #include "core/io.h"
 #include "student/internal.h"
 
@@ -57,13 +58,15 @@ enum rt_status rt_student_save(const struct rt_student *s, const struct rt_stude
     struct rt_tensor_decl *decl = NULL;
     struct rt_tensor_writer *w = NULL;
     char path[PATH_CAP];
+    const struct rt_param_block block = o->state != NULL ? rt_adamw_master(o->state, s->d, s->block) : rt_param_block(s->d, s->block);
+    if (o->state != NULL && rt_comm_rank(o->state->shard.comm) > 0) /* rank 0 may lack a part */
+        return block.shard.comm != NULL ? rt_params_put(s->p, s->d, block, o->dtype, NULL, NULL, err) : RT_OK;
     RT_TRY(rt_student_config_text(s->c, o->dtype, &text, err));
     RT_TRY(rt_params_decl(s->p, o->dtype, &decl, err));
     RT_TRY(rt_tensor_writer_model(dir, decl, s->p->n, o->max_shard_bytes, &w, err));
     RT_TRY(rt_path_join(path, sizeof path, dir, "config.json", err));
     RT_TRY(rt_publish_bytes(path, text.data, text.len, err));
     RT_TRY(copy_companions(o->source, dir, err));
-    const struct rt_param_block block = o->state != NULL ? rt_adamw_master(o->state, s->d, s->block) : rt_param_block(s->d, s->block);
     RT_TRY(rt_params_put(s->p, s->d, block, o->dtype, put_writer, w, err));
     RT_TRY(rt_tensor_writer_finish(w, err));
 out:

@@ -11,7 +11,8 @@ struct rt_student_save {
     uint64_t max_shard_bytes; /* 0: one file */
     const struct rt_adamw_state *state; /* of the optimiser that trains s: the weights are its masters; NULL: those that s computes with */
 };
-/* Writes config.json (rt_student_config_text), the copies, and last the weights: model.safetensors, or shards and their index. A
+/* Of several ranks every one calls it with its own state, and rank 0 alone writes.
+ * Writes config.json (rt_student_config_text), the copies, and last the weights: model.safetensors, or shards and their index. A
  * tied head is not written. dir is made if absent. REFUSED, before anything is written, where dir holds weights that a loader would
  * take instead (an index beside a single file, a single file beside shards). */
 enum rt_status rt_student_save(const struct rt_student *s, const struct rt_student_save *o, const char *dir, struct rt_err *err);

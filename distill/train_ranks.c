@@ -1,0 +1,103 @@
+/* A run of several ranks: how they meet and what they agree on. Rank 0 alone writes to RUN; every rank reads it. */
+#include <string.h>
+
+#include "core/collective.h"
+#include "core/sha256.h"
+#include "distill/train_run.h"
+
+/* What ranks of one run have in common: the options that change results, the sequences in their order, how many ranks there are. */
+static enum rt_status identity(const struct rt_train_run *r, char hex[65], struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *config = NULL;
+    struct rt_buf text = {0};
+    struct rt_sha256 h;
+    uint8_t digest[32];
+    RT_TRY(rt_command_config(&rt_cmd_train, r->v, &config, err));
+    RT_TRY(rt_json_dump(rt_json_get(config, "options"), 0, &text, err));
+    rt_sha256_init(&h);
+    rt_sha256_update(&h, text.data, text.len);
+    rt_sha256_update(&h, r->order_sha256, sizeof r->order_sha256);
+    rt_sha256_final(&h, digest);
+    rt_hex(hex, digest, sizeof digest);
+out:
+    rt_json_free(config);
+    rt_buf_free(&text);
+    return st;
+}
+
+enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    char host[RT_RANK_HOST], hex[65];
+    int port;
+    if (r->rank.size == 1)
+        return RT_OK;
+    if (r->v->common.dry_run) {
+        rt_info(r->ctx->log, "rank %d of %d: a plan is made by each rank alone", r->rank.rank, r->rank.size);
+        return RT_OK;
+    }
+    RT_TRY(rt_rank_meeting(&r->rank, host, &port, err));
+    RT_TRY(identity(r, hex, err));
+    rt_info(r->ctx->log, "rank %d of %d: meeting at %s port %d", r->rank.rank, r->rank.size, host, port);
+    const struct rt_comm_options o = {.rank = r->rank, .host = host, .port = port, .identity = hex, .join_timeout = (double)r->v->rank_timeout,
+                                      .timeout = (double)r->v->rank_timeout};
+    RT_TRY(rt_comm_open(&o, &r->comm, err));
+    rt_info(r->ctx->log, "%d ranks: each takes its share of every global batch and of the optimiser's states", r->rank.size);
+    if (r->rank.rank > 0 && r->ctx->log != NULL && r->ctx->log->level > RT_LOG_WARN) /* what is to be said, rank 0 says */
+        r->ctx->log->level = RT_LOG_WARN;
+out:
+    return st;
+}
+
+enum rt_status rt_train_agree_room(const struct rt_train_run *r, int64_t *limit, int64_t *micro, struct rt_err *err)
+{
+    enum rt_status st;
+    int64_t own[2] = {*limit, *micro}, *all = NULL;
+    RT_TRY(rt_alloc((size_t)rt_comm_size(r->comm), sizeof own, "what ranks have room for", &all, err));
+    RT_TRY(rt_comm_gather(r->comm, own, all, sizeof own, err));
+    for (int i = 0; i < rt_comm_size(r->comm); i++)
+        *limit = all[2 * i] < *limit ? all[2 * i] : *limit;
+    *micro = all[1];
+out:
+    rt_free(all);
+    return st;
+}
+
+enum rt_status rt_train_same_start(const struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st;
+    char *all = NULL;
+    const size_t n = sizeof r->init_sha256;
+    RT_TRY(rt_alloc((size_t)rt_comm_size(r->comm), n, "hashes of ranks", &all, err));
+    RT_TRY(rt_comm_gather(r->comm, r->init_sha256, all, n, err));
+    for (int i = 1; i < rt_comm_size(r->comm); i++)
+        if (memcmp(all, all + (size_t)i * n, n) != 0)
+            RT_FAIL(err, REFUSED, "rank %d begins with other parameters (SHA-256 %.12s..) than rank 0 (%.12s..): the same student on every machine", i,
+                    all + (size_t)i * n, all);
+out:
+    rt_free(all);
+    return st;
+}
+
+enum rt_status rt_train_from_first(const struct rt_train_run *r, void *data, size_t bytes, struct rt_err *err)
+{
+    return rt_comm_broadcast(r->comm, data, bytes, 0, err);
+}
+
+enum rt_status rt_train_stop_asked(const struct rt_train_run *r, bool *yes, struct rt_err *err)
+{
+    double asked = r->ctx->stop != NULL && r->ctx->stop(r->ctx->stop_self);
+    const enum rt_status st = rt_comm_sum(r->comm, &asked, 1, err);
+    *yes = st == RT_OK && asked > 0;
+    return st;
+}
+
+void rt_train_leave(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
+{
+    /* an interrupt is agreed on: all of them end by it */
+    if (st != RT_OK && st != RT_INTERRUPTED)
+        rt_comm_abort(r->comm, err != NULL && err->msg[0] != '\0' ? err->msg : rt_status_text(st));
+    rt_comm_free(r->comm);
+    r->comm = NULL;
+}
