@@ -1,10 +1,9 @@
 /* Absorbed latent attention with wgmma (compute capability 9.0), R 512 and dr 64.
  *
- * A block has one token and 64 of its heads; tiles of 32 cache rows arrive in a ring of four. Two warpgroups hold one half each of the output of all
- * heads, in registers, and take the tiles' scores in turn: while one makes probabilities of tile i, the other multiplies the scores of tile i + 1,
- * then both add tile i to their output. A step is bound by shared memory, from which wgmma reads the queries again for each tile. Everything that
- * wgmma reads lies in columns of 64 elements: [rows][128 bytes], 16-byte piece c of row r at c ^ (r % 8), which is the 128-byte swizzle; a tile is
- * read along its rows for the scores, across them for the output.
+ * A block has one token and 64 of its heads; tiles of 64 cache rows arrive in two buffers. Two warpgroups: for the scores each takes 32 keys, for
+ * the output each takes half of the latent for all heads, so that a tile is read from shared memory once for either. Only the maxima (float) and
+ * the probabilities (BF16) pass between them. Everything that wgmma reads lies in columns of 64 elements: [rows][128 bytes], 16-byte piece c of row
+ * r at c ^ (r % 8), which is the 128-byte swizzle; as operand of the scores a tile is read along its rows, as operand of the output across them.
  */
 #include <math.h>
 
@@ -16,15 +15,13 @@ namespace {
 typedef __nv_bfloat16 bf16;
 
 enum {
-    THREADS = 256, HEADS = 64, KEYS = 32, RING = 4, R = 512, DR = 64, WIDTH = R + DR, PIECES = WIDTH / 8, Q_COLUMN = HEADS * 128 /* bytes */,
-    K_COLUMN = KEYS * 128, TILE = WIDTH / 64 * K_COLUMN, K_AT = WIDTH / 64 * Q_COLUMN, P_AT = K_AT + RING * TILE, STAT_AT = P_AT + Q_COLUMN,
-    BYTES = STAT_AT + 4 * HEADS * 4 + 1024 /* to align */
+    THREADS = 256, HEADS = 64, KEYS = 64, R = 512, DR = 64, WIDTH = R + DR, PIECES = WIDTH / 8, COLUMN = 64 * 128 /* bytes */,
+    TILE = WIDTH / 64 * COLUMN, P_AT = 3 * TILE, STAT_AT = P_AT + COLUMN, BYTES = STAT_AT + 2 * HEADS * 4 + 1024 /* to align */
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* Piece c of row r, of columns of so many bytes. */
-template <int COLUMN>
+/* Piece c of row r of a tile of 64 rows. */
 __device__ __forceinline__ uint32_t at_piece(int r, int c)
 {
     return (uint32_t)(c / 8 * COLUMN + r * 128 + (((c ^ r) & 7) << 4));
@@ -38,17 +35,17 @@ __device__ __forceinline__ void load_queries(const struct rt_cuda_mla &a, int64_
         const int64_t head = valid ? head0 + h : 0;
         const bf16 *from = c < R / 8 ? (const bf16 *)a.q_lat + (token * a.nh + head) * R + c * 8
                                      : (const bf16 *)a.q_pe + token * a.q_pe_ld + head * a.q_pe_head + (c * 8 - R);
-        mma::copy16(to + at_piece<Q_COLUMN>(h, c), from, valid);
+        mma::copy16(to + at_piece(h, c), from, valid);
     }
 }
 
-/* A tile from `key` on; what lies behind `last` is read from there. */
+/* 64 rows from `key` on; what lies behind `last` is read from there. */
 __device__ __forceinline__ void load_keys(const bf16 *cache, int key, int last, uint32_t to)
 {
-#pragma unroll 3
+#pragma unroll 6
     for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
         const int r = i / PIECES, c = i % PIECES;
-        mma::copy16(to + at_piece<K_COLUMN>(r, c), cache + (int64_t)min(key + r, last) * WIDTH + c * 8, true);
+        mma::copy16(to + at_piece(r, c), cache + (int64_t)min(key + r, last) * WIDTH + c * 8, true);
     }
 }
 
@@ -104,90 +101,69 @@ __device__ __forceinline__ void output_product(float (&o)[128], uint64_t p, uint
                  : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80), F16(96), F16(112) : "l"(p), "l"(v));
 }
 
-/* In shared memory, [HEADS] each. */
-struct stats {
-    float *top, *factor; /* the maximum in use, and what o was to be multiplied with when it became that */
-    float *last, *sum;   /* at the end: each warpgroup's sum, and the maximum that it is of */
-};
-
-/* What a thread knows of its two rows, row and row + 8 of the block's 64 heads: the sum of its own keys, relative to the maximum `top`. */
+/* This thread's two rows (row, row + 8 of the block's 64 heads). */
 struct softmax {
-    float top[2], sum[2];
+    float top[2], sum[2]; /* sum: of this thread's keys */
 };
 
-/* Results below 2^-126 are 0. */
-__device__ __forceinline__ float power_of_2(float x)
+/* Scores to probabilities in shared memory, with the other warpgroup's maxima; o and sums by the factor that the new maximum asks for. */
+__device__ __forceinline__ void probabilities(float (&s)[16], float (&o)[128], softmax &x, float *maxima, uint32_t p, int row, int group)
 {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-/* Scores to probabilities in shared memory. A maximum stays in use until one that is 2^SLACK times as large comes: both make the same quotient in
- * the end, and o is rarely multiplied. */
-__device__ __forceinline__ void probabilities(float (&s)[16], softmax &x, const stats &t, uint32_t p, int row)
-{
-    enum { SLACK = 8 };
-    const int lane = threadIdx.x % 4;
+    const int t = threadIdx.x % 4;
     float m[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < 16; i++)
         m[i / 2 % 2] = fmaxf(m[i / 2 % 2], s[i]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float before = t.top[row + 8 * r];
         m[r] = fmaxf(m[r], __shfl_xor_sync(0xffffffffu, m[r], 1));
         m[r] = fmaxf(m[r], __shfl_xor_sync(0xffffffffu, m[r], 2));
-        const float now = m[r] > before + SLACK ? m[r] : before;
-        __syncwarp(); /* all have read the maximum */
-        if (lane == 0) {
-            t.top[row + 8 * r] = now;
-            t.factor[row + 8 * r] = power_of_2(before - now);
-        }
-        x.sum[r] *= power_of_2(x.top[r] - now);
+        if (t == 0)
+            maxima[group * HEADS + row + 8 * r] = m[r];
+    }
+    __syncthreads();
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float now = fmaxf(x.top[r], fmaxf(m[r], maxima[(group ^ 1) * HEADS + row + 8 * r]));
+        factor[r] = exp2f(x.top[r] - now);
         x.top[r] = now;
+        x.sum[r] *= factor[r];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float p0 = power_of_2(s[4 * j + 2 * r] - now), p1 = power_of_2(s[4 * j + 2 * r + 1] - now);
+            const float p0 = exp2f(s[4 * j + 2 * r] - now), p1 = exp2f(s[4 * j + 2 * r + 1] - now);
             x.sum[r] += p0 + p1;
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(p + at_piece<Q_COLUMN>(row + 8 * r, j) + lane * 4), "r"(mma::pack_bf16(p0, p1)) : "memory");
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(p + at_piece(row + 8 * r, group * 4 + j) + t * 4), "r"(mma::pack_bf16(p0, p1)) : "memory");
         }
     }
-}
-
-__device__ __forceinline__ void rescale(float (&o)[128], const stats &t, int row)
-{
-    const float factor[2] = {t.factor[row], t.factor[row + 8]};
-    if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-        for (int i = 0; i < 128; i++)
-            o[i] *= factor[i / 2 % 2];
-    }
+    for (int i = 0; i < 128; i++)
+        o[i] *= factor[i / 2 % 2];
 }
 
 /* The rows' sums over both warpgroups, then o / sum to where it belongs. */
-__device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (&o)[128], softmax &x, const stats &t, int64_t token, int head0,
-                                      int split, int row, int group, bool cut)
+__device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (&o)[128], softmax &x, float *sums, int64_t token, int head0, int split,
+                                      int row, int group, bool cut)
 {
-    const int lane = threadIdx.x % 4;
+    const int t = threadIdx.x % 4;
+    __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        x.sum[r] *= x.sum[r] > 0 ? power_of_2(x.top[r] - t.top[row + 8 * r]) : 1.0f; /* a warpgroup without a tile: 0 */
         x.sum[r] += __shfl_xor_sync(0xffffffffu, x.sum[r], 1);
         x.sum[r] += __shfl_xor_sync(0xffffffffu, x.sum[r], 2);
-        if (lane == 0)
-            (group == 0 ? t.last : t.sum)[row + 8 * r] = x.sum[r];
+        if (t == 0)
+            sums[group * HEADS + row + 8 * r] = x.sum[r];
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int h = head0 + row + 8 * r;
-        const float total = t.last[row + 8 * r] + t.sum[row + 8 * r], inverse = 1.0f / total;
+        const float total = sums[row + 8 * r] + sums[HEADS + row + 8 * r], inverse = 1.0f / total;
         if (h >= a.nh)
             continue;
-        const int64_t line = cut ? (token * a.parts.splits + split) * a.nh + h : token * a.nh + h, at = line * R + group * (R / 2) + lane * 2;
-        if (cut && group == 0 && lane == 0)
-            a.parts.lse[line] = t.top[row + 8 * r] + log2f(total);
+        const int64_t line = cut ? (token * a.parts.splits + split) * a.nh + h : token * a.nh + h, at = line * R + group * (R / 2) + t * 2;
+        if (cut && group == 0 && t == 0)
+            a.parts.lse[line] = x.top[r] + log2f(total);
 #pragma unroll
         for (int j = 0; j < 32; j++) {
             const float u = o[4 * j + 2 * r] * inverse, v = o[4 * j + 2 * r + 1] * inverse;
@@ -199,110 +175,47 @@ __device__ __forceinline__ void write(const struct rt_cuda_mla &a, const float (
     }
 }
 
-/* s = q k^T of a tile; begun, not awaited. */
-__device__ __forceinline__ void scores(float (&s)[16], uint32_t q, uint32_t tile)
+/* One part of a token's keys: key0 .. last. */
+__device__ __forceinline__ void part(const struct rt_cuda_mla &a, uint32_t base, float *stat, const bf16 *cache, int key0, int last, int64_t token,
+                                     int head0, int split, bool cut)
 {
-    products_begin(s);
-#pragma unroll
-    for (int k = 0; k < WIDTH / 16; k++)
-        score_product(s, operand(q + k / 4 * Q_COLUMN + k % 4 * 32, 16), operand(tile + k / 4 * K_COLUMN + k % 4 * 32, 16), k > 0);
-    products_commit();
-}
-
-/* Where a part of a token's keys is: key0 .. last, in `steps` tiles. */
-struct keys {
-    const bf16 *cache;
-    int key0, last, steps;
-    uint32_t queries, ring, p;
-};
-
-__device__ __forceinline__ void load_tile(const keys &k, int i)
-{
-    if (i < k.steps)
-        load_keys(k.cache, k.key0 + i * KEYS, k.last, k.ring + i % RING * TILE);
-    mma::copies_commit();
-}
-
-/* Tile i + 1 is here, and nobody reads tile i - 1 or its probabilities any more. */
-__device__ __forceinline__ void next_step()
-{
-    mma::copies_wait<RING - 3>();
-    written();
-    __syncthreads();
-}
-
-/* o += probabilities of tile i times this warpgroup's half of the latent. */
-__device__ __forceinline__ void add_tile(float (&o)[128], const keys &k, const stats &t, int i, int row, int group)
-{
-    rescale(o, t, row);
-    products_begin(o);
-#pragma unroll
-    for (int j = 0; j < KEYS / 16; j++)
-        output_product(o, operand(k.p + j * 32, 16), operand(k.ring + i % RING * TILE + group * 4 * K_COLUMN + j * 2048, K_COLUMN));
-    products_commit();
-    products_end(o);
-}
-
-/* Step i of the warpgroup that has its scores. */
-__device__ __forceinline__ void step_own(float (&o)[128], float (&s)[16], softmax &x, const keys &k, const stats &t, float scale, int i, int row,
-                                         int group)
-{
-    next_step();
-    load_tile(k, i + RING - 1);
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        const int key = k.key0 + i * KEYS + j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
-        s[j] = key <= k.last ? s[j] * scale : -INFINITY;
-    }
-    probabilities(s, x, t, k.p, row);
-    written();
-    __syncthreads();
-    add_tile(o, k, t, i, row, group);
-}
-
-/* Step i of the other one, which meanwhile makes the scores of tile i + 1; behind the last tile they are of whatever lies there, and not used. */
-__device__ __forceinline__ void step_other(float (&o)[128], float (&s)[16], const keys &k, const stats &t, int i, int row, int group)
-{
-    next_step();
-    scores(s, k.queries, k.ring + (i + 1) % RING * TILE);
-    load_tile(k, i + RING - 1);
-    __syncthreads();
-    products_end(s);
-    add_tile(o, k, t, i, row, group);
-}
-
-/* One part of a token's keys, by warpgroup GROUP, which has the scores of every other tile. */
-template <int GROUP>
-__device__ __forceinline__ void part(const struct rt_cuda_mla &a, const keys &k, const stats &t, int64_t token, int head0, int split, bool cut)
-{
-    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    float o[128] = {}, s[16] = {};
+    const int steps = (last - key0) / KEYS + 1;
+    const int group = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    float o[128] = {};
     softmax x = {{-INFINITY, -INFINITY}, {0, 0}};
-    if (GROUP == 0 && threadIdx.x < HEADS)
-        t.top[threadIdx.x] = -INFINITY;
-    for (int i = 0; i < RING - 1; i++)
-        load_tile(k, i);
-    mma::copies_wait<RING - 2>();
-    written();
-    __syncthreads();
-    if (GROUP == 0) {
-        scores(s, k.queries, k.ring);
+    load_keys(cache, key0, last, base + TILE);
+    mma::copies_commit();
+    for (int i = 0; i < steps; i++) {
+        const uint32_t tile = base + TILE + (i & 1) * TILE;
+        float s[16] = {};
+        mma::copies_wait<0>();
+        written();
+        __syncthreads(); /* the tile is here, and nobody reads the other one or the probabilities any more */
+        products_begin(s);
+#pragma unroll
+        for (int k = 0; k < WIDTH / 16; k++)
+            score_product(s, operand(base + k / 4 * COLUMN + k % 4 * 32, 16), operand(tile + group * 4096 + k / 4 * COLUMN + k % 4 * 32, 16), k > 0);
+        products_commit();
+        if (i + 1 < steps)
+            load_keys(cache, key0 + (i + 1) * KEYS, last, base + TILE + (~i & 1) * TILE);
+        mma::copies_commit();
         products_end(s);
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            const int key = key0 + i * KEYS + group * 32 + j / 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
+            s[j] = key <= last ? s[j] * a.scale : -INFINITY;
+        }
+        probabilities(s, o, x, stat, base + P_AT, row, group);
+        written();
+        __syncthreads();
+        products_begin(o);
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++)
+            output_product(o, operand(base + P_AT + k * 32, 16), operand(tile + group * 4 * COLUMN + k * 2048, COLUMN));
+        products_commit();
+        products_end(o);
     }
-    for (int i = 0; i < k.steps; i += 2) {
-        if (GROUP == 0)
-            step_own(o, s, x, k, t, a.scale, i, row, GROUP);
-        else
-            step_other(o, s, k, t, i, row, GROUP);
-        if (i + 1 == k.steps)
-            break;
-        if (GROUP == 0)
-            step_other(o, s, k, t, i + 1, row, GROUP);
-        else
-            step_own(o, s, x, k, t, a.scale, i + 1, row, GROUP);
-    }
-    mma::copies_wait<0>();
-    write(a, o, x, t, token, head0, split, row, GROUP, cut);
+    write(a, o, x, stat, token, head0, split, row, group, cut);
     __syncthreads();
 }
 
@@ -316,21 +229,14 @@ __global__ void __launch_bounds__(THREADS, 1) mla_sm90_kernel(const __grid_const
     extern __shared__ uint8_t raw[];
     const uint32_t base = (mma::shared_at(raw) + 1023) & ~1023u;
     float *stat = (float *)(void *)(raw + (base - mma::shared_at(raw)) + STAT_AT);
-    const stats t = {stat, stat + HEADS, stat + 2 * HEADS, stat + 3 * HEADS};
     const int64_t token = blockIdx.x / a.head_tiles;
     const int head0 = blockIdx.x % a.head_tiles * HEADS, pos = a.pos[token];
     const bf16 *cache = (const bf16 *)a.cache + a.slot[token] * a.capacity * WIDTH;
     if ((int)blockIdx.y * SPLIT > pos)
         return;
     load_queries(a, token, head0, base);
-    for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y) {
-        const int last = min(pos, split * SPLIT + SPLIT - 1);
-        const keys k = {cache, split * SPLIT, last, (last - split * SPLIT) / KEYS + 1, base, base + K_AT, base + P_AT};
-        if (threadIdx.x < 128)
-            part<0>(a, k, t, token, head0, split, pos >= SPLIT);
-        else
-            part<1>(a, k, t, token, head0, split, pos >= SPLIT);
-    }
+    for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y)
+        part(a, base, stat, cache, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), token, head0, split, pos >= SPLIT);
 #endif
 }
 

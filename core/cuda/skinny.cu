@@ -1,9 +1,8 @@
 /* Products of few rows with many weights (skinny.h).
  *
- * A block holds 128 rows of weights (of a gate and an up: 64 and 64) against 16 to 64 tokens and walks along the columns 128 bytes of a weight row
- * at a time, `stages` of them on their way through cp.async; four warps of 32 rows take one half of these columns, four the other. Where a weight
- * alone has too few rows to fill the GPU, the columns are cut as well and a second kernel adds the parts in ascending order. Experts are rows of a
- * table in device memory: one launch for all of them.
+ * A block holds 128 rows of weights (of a gate and an up: 64 and 64) against 8 to 64 tokens, 16 rows a warp, and walks along the columns 128 bytes
+ * of a weight row at a time, `stages` of them on their way through cp.async. Where a weight alone has too few rows to fill the GPU, the columns
+ * are cut as well and a second kernel adds the parts in ascending order. Experts are rows of a table in device memory: one launch for all of them.
  *
  * Shared memory of a stage: weights [128][128 bytes], then tokens [8 * octets][x_row bytes], then the tokens' scales. 16-byte pieces lie where
  * eight consecutive lanes reach all 32 banks: piece c of row r at c ^ 4 (r odd) where rows have 128 bytes, at c ^ 1 (r odd) where they have 256.
@@ -26,7 +25,7 @@ struct sizes {
     enum {
         columns = ROW / W, x_row = columns * X, x_at = TILE * ROW, scale_at = x_at + OCT * 8 * x_row,
         stage = scale_at + (X == 1 ? OCT * 8 * 4 : 0),
-        stages = OCT <= 3 ? (x_row == 256 ? 5 : 6) - (OCT == 3 && x_row == 128) : OCT == 4 ? (x_row == 256 ? 4 : 5) : (x_row == 256 ? 6 : 8),
+        stages = OCT == 2 ? (x_row == 256 ? 5 : 6) : OCT == 4 ? (x_row == 256 ? 4 : 5) : (x_row == 256 ? 3 : 4),
         total = stage * stages
     };
 };
@@ -71,116 +70,77 @@ __device__ __forceinline__ void load_stage(const product &p, const group &e, con
         mma::copy4(at + Z::scale_at + threadIdx.x * 4, p.x_scale + chunk * p.x_scale_ld + token[threadIdx.x]);
 }
 
-/* Where a warp works: 32 rows of the tile, and one half of a stage's columns; the halves' sums meet at the end. */
-struct place {
-    int row, half, g, t;
-};
-__device__ __forceinline__ place place_of()
-{
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    return {warp % 4 * 32 + lane / 4, warp / 4, lane / 4, lane % 4};
-}
-
-__device__ __forceinline__ uint2 load8(uint32_t at)
-{
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
-    return v;
-}
-
-/* The fragments of 16 rows for the two steps (of 16 columns each) of `pair`. */
-template <int W, int X>
-__device__ __forceinline__ void weights_of(uint32_t (&a)[2][4], uint32_t at, int row, const place &w, int pair)
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++) { /* rows row and row + 8 */
-        const uint32_t from = at + piece(row + 8 * i, w.half * 4 + w.t, ROW);
-        if (W == 2) {
-            const uint4 v = mma::load16(from);
-            a[0][i] = v.x, a[0][i + 2] = v.y, a[1][i] = v.z, a[1][i + 2] = v.w;
-            continue;
-        }
-        const uint2 v = load8(from + pair * 8);
-        if (X == 2) {
-            mma::e4m3_to_bf16(v.x, a[0][i], a[0][i + 2]);
-            mma::e4m3_to_bf16(v.y, a[1][i], a[1][i + 2]);
-        } else {
-            mma::e4m3_to_f16(v.x, a[0][i], a[0][i + 2]);
-            mma::e4m3_to_f16(v.y, a[1][i], a[1][i + 2]);
-        }
-    }
-}
-
-/* The fragments of a token for the two steps of `pair`. */
-template <int W, int X>
-__device__ __forceinline__ void token_of(uint32_t (&b)[4], uint32_t x_at, int token, const place &w, int pair)
-{
-    enum { x_row = ROW / W * X };
-    if (X == 1) {
-        const uint2 v = load8(x_at + piece(token, w.half * 4 + w.t, x_row) + pair * 8);
-        mma::e4m3_to_f16(v.x, b[0], b[1]);
-        mma::e4m3_to_f16(v.y, b[2], b[3]);
-    } else {
-        const uint4 v = mma::load16(x_at + piece(token, W == 1 ? w.half * 8 + w.t * 2 + pair : w.half * 4 + w.t, x_row));
-        b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-    }
-}
-
-/* sum += the warp's 32 rows times the tokens of one stage, over its half of the columns. */
+/* sum += the 16 rows of this warp times the tokens of one stage, 64 bytes of the weights' rows. half: which 64. */
 template <int W, int X, int OCT>
-__device__ __forceinline__ void multiply(float (&sum)[2][OCT][4], uint32_t at, const place &w, int octets)
+__device__ __forceinline__ void multiply(float (&sum)[OCT][4], uint32_t at, int half, int octets)
 {
     typedef sizes<W, X, OCT> Z;
-    enum { PAIRS = W == 1 ? 2 : 1, GROUP = OCT == 8 ? 4 : OCT == 3 ? 3 : 2 };
+    enum { STEPS = W == 1 ? 4 : 2 }; /* products of 16 columns */
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + g;
+    const uint4 w0 = mma::load16(at + piece(row, half * 4 + t, ROW)), w1 = mma::load16(at + piece(row + 8, half * 4 + t, ROW));
+    const uint32_t r0[4] = {w0.x, w0.y, w0.z, w0.w}, r1[4] = {w1.x, w1.y, w1.z, w1.w};
+    uint32_t a[STEPS][4];
 #pragma unroll
-    for (int pair = 0; pair < PAIRS; pair++) {
-        uint32_t a[2][2][4];
+    for (int i = 0; i < STEPS; i++) {
+        if (W == 2) {
+            a[i][0] = r0[2 * i % 4], a[i][1] = r1[2 * i % 4], a[i][2] = r0[(2 * i + 1) % 4], a[i][3] = r1[(2 * i + 1) % 4];
+        } else if (X == 2) {
+            mma::e4m3_to_bf16(r0[i], a[i][0], a[i][2]);
+            mma::e4m3_to_bf16(r1[i], a[i][1], a[i][3]);
+        } else {
+            mma::e4m3_to_f16(r0[i], a[i][0], a[i][2]);
+            mma::e4m3_to_f16(r1[i], a[i][1], a[i][3]);
+        }
+    }
 #pragma unroll
-        for (int m = 0; m < 2; m++)
-            weights_of<W, X>(a[m], at, w.row + 16 * m, w, pair);
+    for (int o = 0; o < OCT; o++) {
+        if (o >= octets)
+            break;
+        uint32_t b[8];
+        const int token = 8 * o + g, c = Z::x_row == 256 ? half * 8 + t * 2 : half * 4 + t;
+        const uint4 x0 = mma::load16(at + Z::x_at + piece(token, c, Z::x_row));
+        const uint4 x1 = Z::x_row == 256 ? mma::load16(at + Z::x_at + piece(token, c + 1, Z::x_row)) : x0;
+        const uint32_t x[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
 #pragma unroll
-        for (int o0 = 0; o0 < OCT; o0 += GROUP) {
-            if (o0 >= octets)
-                break;
-            uint32_t b[GROUP][4];
+        for (int i = 0; i < STEPS; i++) {
+            if (X == 1)
+                mma::e4m3_to_f16(x[i], b[2 * i], b[2 * i + 1]);
+            else
+                b[2 * i] = x[2 * i], b[2 * i + 1] = x[2 * i + 1];
+        }
 #pragma unroll
-            for (int o = 0; o < GROUP; o++)
-                token_of<W, X>(b[o], at + Z::x_at, 8 * (o0 + o) + w.g, w, pair);
-#pragma unroll
-            for (int step = 0; step < 2; step++)
-#pragma unroll
-                for (int o = 0; o < GROUP; o++)
-#pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        const uint32_t(&x)[4] = a[m][step];
-                        if (X == 1)
-                            mma::f16(sum[m][o0 + o], x[0], x[1], x[2], x[3], b[o][2 * step], b[o][2 * step + 1]);
-                        else
-                            mma::bf16(sum[m][o0 + o], x[0], x[1], x[2], x[3], b[o][2 * step], b[o][2 * step + 1]);
-                    }
+        for (int i = 0; i < STEPS; i++) {
+            if (X == 1)
+                mma::f16(sum[o], a[i][0], a[i][1], a[i][2], a[i][3], b[2 * i], b[2 * i + 1]);
+            else
+                mma::bf16(sum[o], a[i][0], a[i][1], a[i][2], a[i][3], b[2 * i], b[2 * i + 1]);
         }
     }
 }
 
 /* One stage into acc: E4M3 weights by way of the sum of these 128 columns, which takes their scales. */
 template <int W, int X, int OCT>
-__device__ __forceinline__ void compute(float (&acc)[2][OCT][4], uint32_t at, const place &w, float w_scale, int octets)
+__device__ __forceinline__ void compute(float (&acc)[OCT][4], uint32_t at, float w_scale, int octets)
 {
     typedef sizes<W, X, OCT> Z;
     if (W == 2) {
-        multiply<W, X, OCT>(acc, at, w, octets);
+        multiply<W, X, OCT>(acc, at, 0, octets);
+        multiply<W, X, OCT>(acc, at, 1, octets);
         return;
     }
-    float sum[2][OCT][4] = {};
-    multiply<W, X, OCT>(sum, at, w, octets);
+    float sum[OCT][4] = {};
+    multiply<W, X, OCT>(sum, at, 0, octets);
+    multiply<W, X, OCT>(sum, at, 1, octets);
 #pragma unroll
     for (int o = 0; o < OCT; o++) {
-        float2 s = make_float2(1.0f, 1.0f);
-        if (X == 1)
-            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(s.x), "=f"(s.y) : "r"(at + Z::scale_at + (8 * o + w.t * 2) * 4) : "memory");
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            acc[i / 4][o][i % 4] += (X == 1 ? sum[i / 4][o][i % 4] * (i % 2 ? s.y : s.x) : sum[i / 4][o][i % 4]) * w_scale;
+        float s0 = w_scale, s1 = w_scale;
+        if (X == 1 && o < octets) {
+            float2 s;
+            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(s.x), "=f"(s.y)
+                         : "r"(at + Z::scale_at + (8 * o + threadIdx.x % 4 * 2) * 4) : "memory");
+            sum[o][0] *= s.x, sum[o][1] *= s.y, sum[o][2] *= s.x, sum[o][3] *= s.y;
+        }
+        acc[o][0] += sum[o][0] * s0, acc[o][1] += sum[o][1] * s1, acc[o][2] += sum[o][2] * s0, acc[o][3] += sum[o][3] * s1;
     }
 }
 
@@ -201,23 +161,26 @@ __device__ __forceinline__ void store(void *y, int64_t i, bool f32, bool accumul
         ((__nv_bfloat16 *)y)[i] = __float2bfloat16_rn(accumulate ? __bfloat162float(((__nv_bfloat16 *)y)[i]) + v : v);
 }
 
-/* The tile's sums to memory by way of shared memory: tile [halves of the columns][tokens][TILE + 4]. */
+/* The tile's sums to memory by way of shared memory: tile [tokens][TILE + 4]. */
 template <int OCT>
-__device__ void finish(const product &p, const group &e, const float (&acc)[2][OCT][4], float *tile, const place &w, int64_t n0, int split)
+__device__ void finish(const product &p, const group &e, const float (&acc)[OCT][4], float *tile, int64_t n0, int split)
 {
-    enum { LD = TILE + 4, SECOND = OCT * 8 * LD };
+    enum { LD = TILE + 4 };
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4 * 2;
 #pragma unroll
-    for (int o = 0; o < OCT; o++)
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            tile[w.half * SECOND + (8 * o + w.t * 2 + i % 2) * LD + w.row + i / 2 * 8] = acc[i / 4][o][i % 4];
+    for (int o = 0; o < OCT; o++) {
+        tile[(8 * o + t) * LD + row] = acc[o][0];
+        tile[(8 * o + t + 1) * LD + row] = acc[o][1];
+        tile[(8 * o + t) * LD + row + 8] = acc[o][2];
+        tile[(8 * o + t + 1) * LD + row + 8] = acc[o][3];
+    }
     __syncthreads();
     if (p.out == RT_SKINNY_SWIGLU) {
         for (int i = threadIdx.x; i < e.rows * 64; i += THREADS) {
             const int r = i / 64, c = i % 64;
-            const float *gate = tile + r * LD + c, *up = gate + 64;
             if (n0 + c < p.N)
-                ((__nv_bfloat16 *)p.y)[(e.row0 + r) * p.ldy + n0 + c] = __float2bfloat16_rn(silu_times(gate[0] + gate[SECOND], up[0] + up[SECOND]));
+                ((__nv_bfloat16 *)p.y)[(e.row0 + r) * p.ldy + n0 + c] =
+                    __float2bfloat16_rn(silu_times(tile[r * LD + c], tile[r * LD + c + 64]));
         }
         return;
     }
@@ -227,7 +190,7 @@ __device__ void finish(const product &p, const group &e, const float (&acc)[2][O
         const int64_t n = pair ? n0 + c % 64 : n0 + c;
         if (n >= p.N)
             continue;
-        const float v = tile[r * LD + c] + tile[SECOND + r * LD + c];
+        const float v = tile[r * LD + c];
         if (p.out == RT_SKINNY_PARTS)
             ((float *)p.y)[(split * p.parts_rows + e.row0 + r) * p.ldy + n + (pair && c >= 64 ? p.N : 0)] = v;
         else
@@ -237,7 +200,7 @@ __device__ void finish(const product &p, const group &e, const float (&acc)[2][O
 
 /* grid: tiles * groups, splits */
 template <int W, int X, int OCT>
-__global__ void __launch_bounds__(THREADS, OCT == 8 ? 1 : 2) skinny_kernel(const __grid_constant__ product p)
+__global__ void __launch_bounds__(THREADS, 2) skinny_kernel(const __grid_constant__ product p)
 {
     typedef sizes<W, X, OCT> Z;
     extern __shared__ __align__(128) uint8_t shared[];
@@ -257,7 +220,6 @@ __global__ void __launch_bounds__(THREADS, OCT == 8 ? 1 : 2) skinny_kernel(const
         if (p.inverse != NULL && tile == 0 && (int)threadIdx.x < e.rows)
             p.inverse[p.perm[r]] = r;
     }
-    const place w = place_of();
     source s;
     s.row_bytes = p.K * W;
     s.c16 = threadIdx.x % 8;
@@ -268,9 +230,9 @@ __global__ void __launch_bounds__(THREADS, OCT == 8 ? 1 : 2) skinny_kernel(const
     }
     const int chunks = (int)((p.K + Z::columns - 1) / Z::columns), octets = (e.rows + 7) / 8;
     const int c0 = blockIdx.y * p.split_chunks, c1 = min(chunks, c0 + p.split_chunks);
-    const float *scale = W == 1 ? pick(e.scale, w.row < TILE / 2 ? p.first : p.second) + n0 / 128 * chunks : NULL;
+    const float *scale = W == 1 ? pick(e.scale, threadIdx.x < THREADS / 2 ? p.first : p.second) + n0 / 128 * chunks : NULL;
     const uint32_t base = mma::shared_at(shared);
-    float acc[2][OCT][4] = {}, next_scale = W == 1 && c0 < c1 ? scale[c0] : 0.0f;
+    float acc[OCT][4] = {}, next_scale = W == 1 && c0 < c1 ? scale[c0] : 0.0f;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < Z::stages - 1; i++) {
@@ -288,13 +250,13 @@ __global__ void __launch_bounds__(THREADS, OCT == 8 ? 1 : 2) skinny_kernel(const
         mma::copies_commit();
         if (W == 1 && c + 1 < c1)
             next_scale = scale[c + 1];
-        compute<W, X, OCT>(acc, base + at * Z::stage, w, w_scale, octets);
+        compute<W, X, OCT>(acc, base + at * Z::stage, w_scale, octets);
         at = at + 1 == Z::stages ? 0 : at + 1;
         to = to + 1 == Z::stages ? 0 : to + 1;
     }
     mma::copies_wait<0>();
     __syncthreads();
-    finish<OCT>(p, e, acc, (float *)shared, w, n0, blockIdx.y);
+    finish<OCT>(p, e, acc, (float *)shared, n0, blockIdx.y);
 }
 
 /* y[r,n] (+)= sum of the parts in ascending order + bias[n]; or h = silu(gate) up of the sums */
@@ -321,7 +283,7 @@ template <int W, int X, int OCT>
 enum rt_status start(struct rt_queue *q, const product &p, struct rt_err *err)
 {
     typedef sizes<W, X, OCT> Z;
-    static_assert(Z::total >= 2 * OCT * 8 * (TILE + 4) * 4, "the tile of sums lies over the stages");
+    static_assert(Z::total >= OCT * 8 * (TILE + 4) * 4, "the tile of sums lies over the stages");
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(skinny_kernel<W, X, OCT>, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::total));
     skinny_kernel<W, X, OCT><<<dim3((unsigned)(p.tiles * p.n_groups), (unsigned)p.splits), THREADS, Z::total, q->stream>>>(p);
@@ -333,10 +295,7 @@ out:
 template <int W, int X>
 enum rt_status start_rows(struct rt_queue *q, const product &p, int rows, struct rt_err *err)
 {
-    return rows <= 16   ? start<W, X, 2>(q, p, err)
-           : rows <= 24 ? start<W, X, 3>(q, p, err)
-           : rows <= 32 ? start<W, X, 4>(q, p, err)
-                        : start<W, X, 8>(q, p, err);
+    return rows <= 16 ? start<W, X, 2>(q, p, err) : rows <= 32 ? start<W, X, 4>(q, p, err) : start<W, X, 8>(q, p, err);
 }
 
 /* rows: the most of a group */

@@ -237,7 +237,9 @@ bool rt_cuda_skinny_moe_fits(const struct rt_moe_ffn_args *a)
     }
     if (quantised && type != RT_E4M3)
         return false;
-    return rows <= busy * (type == RT_E4M3 && !quantised ? RT_CUDA_SKINNY_ROWS_W8A16 : RT_CUDA_SKINNY_ROWS);
+    if (type == RT_E4M3 && !quantised)
+        return rows <= busy * RT_CUDA_SKINNY_ROWS_W8A16;
+    return rows <= busy * (a->perm != NULL ? RT_CUDA_SKINNY_ROWS_EXPERTS : RT_CUDA_SKINNY_ROWS);
 }
 
 enum rt_status rt_cuda_skinny_moe(struct rt_dev *dev, struct rt_queue *q, const struct rt_moe_ffn_args *a, struct rt_err *err)
