@@ -37,6 +37,7 @@
     {"clip", RT_OPT_FLOAT, V(clip), "1", 0, 1e9, NULL, "NORM", "greatest global norm of the gradient; 0: none", false, false}, \
     {"on-nan", RT_OPT_CHOICE, V(on_nan), "skip", 0, 0, "skip|stop", NULL, "a step whose loss or gradient is not finite is left out, or ends the run", false, false}, \
     {"grad-norms", RT_OPT_INT, V(grad_norms), "0", 0, 1e12, NULL, "N", "every N steps, the gradient norm of each term too; 0: never", false, true}, \
+    {"recompute", RT_OPT_CHOICE, V(recompute), "auto", 0, 0, "auto|0|1|2|3", NULL, "what backward computes again instead of keeping it; 0: nothing, 1: norms, 2: gate and up too, 3: layers; auto: as memory needs; the results are the same", false, true}, \
     {"loader-threads", RT_OPT_INT, V(loader_threads), "-1", -1, 256, NULL, "N", "threads that decode and pack sequences ahead; -1: as many as the device needs; 0: none; results do not depend on it", false, true}, \
     {"dtype", RT_OPT_CHOICE, V(dtype), "auto", 0, 0, "auto|bf16|f16|f32", NULL, "element type of the finished model; auto: that of the student's config", false, false}
 

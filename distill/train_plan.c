@@ -381,10 +381,41 @@ static size_t need(const struct rt_train_run *r)
     return r->device.be->own_memory ? on_device(&r->memory) : total(&r->memory);
 }
 
+/* Micro-batches are halved down to this many tokens before more is computed again: smaller ones cost more than a level does. */
+enum { MICRO_FLOOR = 512, MICRO_FLOOR_GPU = 8192 };
+
 static void plan_micro(struct rt_train_run *r, size_t operations)
 {
     rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
     r->memory.operations = operations;
+}
+
+/* Micro-batches of n tokens or of half of it, and so on, at the level asked for; or at the least level from 1 on at which they fit, and at 0 where a
+ * device with memory of its own has room for that too. A resumed run may have another level: the bits are the same. */
+static void choose_micro(struct rt_train_run *r, int64_t n, bool fixed, size_t operations, size_t limit)
+{
+    const int64_t longest = rt_train_longest(r), least = r->device.be->own_memory ? MICRO_FLOOR_GPU : MICRO_FLOOR;
+    const bool automatic = strcmp(r->v->recompute, "auto") == 0;
+    const int from = automatic ? 1 : r->v->recompute[0] - '0', to = automatic ? 3 : from;
+    for (r->o.recompute = from;; r->o.recompute++) {
+        const int64_t low = r->o.recompute < to && least > longest ? least : longest;
+        for (int64_t m = n;; m /= 2) {
+            r->o.micro_tokens = m > longest ? m : longest;
+            plan_micro(r, operations);
+            if (need(r) <= limit || fixed || m <= low)
+                break;
+        }
+        if (need(r) <= limit || r->o.recompute == to)
+            break;
+    }
+    if (!automatic || r->o.recompute > 1 || !r->device.be->own_memory)
+        return;
+    r->o.recompute = 0;
+    plan_micro(r, operations);
+    if (need(r) <= limit)
+        return;
+    r->o.recompute = 1;
+    plan_micro(r, operations);
 }
 
 static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
@@ -403,25 +434,27 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(operations_room(&r->device, &operations, err));
     if (n == 0)
         n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
-    for (;; n /= 2) {
-        r->o.micro_tokens = n > longest ? n : longest;
-        plan_micro(r, operations);
-        if (fixed || n <= longest || need(r) <= (size_t)limit)
-            break;
-    }
-    /* what backward would compute again is kept where there is room: the same bits, so a resumed run may differ in it */
-    r->o.keep_more = be->own_memory;
-    plan_micro(r, operations);
-    if (r->o.keep_more && need(r) > (size_t)limit) {
-        r->o.keep_more = false;
-        plan_micro(r, operations);
-    }
+    choose_micro(r, n, fixed, operations, (size_t)limit);
     if (need(r) > (size_t)limit)
         RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld), there are %s: "
-                "a smaller --max-length or --micro-tokens, or more %s", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest,
-                rt_human_bytes(b, (uint64_t)limit), be->own_memory ? "--gpu-memory" : "--memory");
+                "a smaller --max-length or --micro-tokens%s, or more %s", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest,
+                rt_human_bytes(b, (uint64_t)limit), r->o.recompute < 3 ? ", --recompute 3" : "", be->own_memory ? "--gpu-memory" : "--memory");
 out:
     return st;
+}
+
+/* What each level would take, the one that was taken in brackets. */
+static void log_recompute(const struct rt_train_run *r)
+{
+    static const char *const what[] = {"nothing is computed again", "norms are computed again", "norms, gate and up are computed again",
+                                       "layers are computed again"};
+    char text[160] = "", bytes[32];
+    size_t at = 0;
+    for (int i = 0; i < 4; i++)
+        at += (size_t)snprintf(text + at, sizeof text - at, i == r->o.recompute ? "%s[%d: %s]" : "%s%d: %s", i > 0 ? ", " : "", i,
+                               rt_human_bytes(bytes, rt_student_activation_bytes(&r->student.c, r->o.micro_tokens, rt_student_recompute(i),
+                                                                                 rt_device_act_size(&r->device))));
+    rt_info(r->ctx->log, "activations by --recompute: %s; %s in backward", text, what[r->o.recompute]);
 }
 
 static void log_plan(const struct rt_train_run *r)
@@ -433,6 +466,7 @@ static void log_plan(const struct rt_train_run *r)
     rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s operations, %s batch",
             rt_human_bytes(a, m->weights), rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations),
             rt_human_bytes(e, m->losses), rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->operations), rt_human_bytes(h, m->host));
+    log_recompute(r);
     rt_info(r->ctx->log, "loss: (%g CE%s + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
             r->o.w.ce, r->o.ce_rest ? " of targets without a row" : "", r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);
     if (r->o.w.alm > 0)
@@ -480,9 +514,9 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
     }
     const double flops = (double)r->total_tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, (double)tokens / (double)sequences);
     if (r->v->common.json)
-        printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
+        printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"recompute\":%d,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
                "\"moments\":%zu,\"activations\":%zu,\"losses\":%zu,\"projectors\":%zu,\"batch\":%zu,\"total\":%zu},\"flops\":%.6g,\"order_sha256\":\"%s\"}\n",
-               (long)r->total_steps, (long)r->total_tokens, (long)sequences, (long)r->student.p.count, (long)r->o.micro_tokens, m->weights, m->grads,
+               (long)r->total_steps, (long)r->total_tokens, (long)sequences, (long)r->student.p.count, (long)r->o.micro_tokens, r->o.recompute, m->weights, m->grads,
                m->moments, m->activations, m->losses, m->projectors, m->host, total(m), flops, r->order_sha256);
     else
         printf("steps         %ld\ntokens        %ld of %ld sequences\nparameters    %ld\nmicro-batch   %ld tokens\nmemory        %s\n"

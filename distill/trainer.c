@@ -24,7 +24,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
         .moments = rt_optimizer_shard_bytes(p, rt_comm_size(o->comm), act_size, o->adamw.bf16_moments),
-        .activations = rt_student_activation_bytes(c, o->micro_tokens, o->keep_more ? RT_KEEP_MORE : RT_KEEP_ALL, act_size),
+        .activations = rt_student_activation_bytes(c, o->micro_tokens, rt_student_recompute(o->recompute), act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
         .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size, o->adamw.bf16_moments) : 0,
@@ -128,7 +128,7 @@ static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_resu
         if (t->micro.n == 0)
             break;
         const struct rt_student_batch b = rt_losses_batch(&t->micro);
-        RT_TRY(rt_student_forward(t->s, &b, t->o.keep_more ? RT_KEEP_MORE : RT_KEEP_ALL, &t->acts, err));
+        RT_TRY(rt_student_forward(t->s, &b, rt_student_recompute(t->o.recompute), &t->acts, err));
         RT_TRY(rt_losses_run(&t->losses, t->s, &t->proj, &t->micro, w, r->items, true, sums, err));
     }
     RT_TRY(add_ranks(t, sums, err));

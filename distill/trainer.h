@@ -25,7 +25,7 @@ struct rt_trainer_options {
     const uint8_t *boundary;     /* NULL, or [vocab] (distill/spans.h): the sets' spans are trained on; borrowed */
     int k;                       /* ids a row, the most of any set (evaluation included); 0: no teacher rows */
     int64_t batch_tokens, micro_tokens; /* micro: at least the longest sequence */
-    bool keep_more;              /* RT_KEEP_MORE, for a device where it gives the same bits */
+    int recompute;               /* level 0 .. 3 (student/model.h): less memory, more work, the same bits */
     int64_t epochs;              /* 0: no end */
     uint64_t seed;
     int loader_threads;          /* 0: sequences are decoded when they are needed */

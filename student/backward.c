@@ -18,6 +18,29 @@ out:
     return st;
 }
 
+/* What layer i did not keep of its own: the way from its input to mid, and gate and up from there; leaves the normed mid in the scratch. */
+static enum rt_status compute_again(struct rt_student *s, int i, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    const struct rt_student_saved *v = &a->saved[i];
+    const int64_t n = a->batch.n, H = s->c->hidden;
+    const float eps = (float)s->c->eps;
+    if (a->keep == RT_KEEP_LAYERS) {
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .rstd = v->rstd1, .n = n, .cols = H, .eps = eps));
+        RT_TRY(rt_student_attention(s, i, err));
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = l->norm2, .sum = v->mid, .y = a->normed, .rstd = v->rstd2, .n = n,
+                     .cols = H, .eps = eps));
+    } else if (v->normed2 == NULL) {
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
+    }
+    if (a->keep <= RT_KEEP_ATTENTION)
+        RT_TRY(rt_student_gate_up(s, i, err));
+out:
+    return st;
+}
+
 /* dx (gradient at the layer's output, and at mid through the residual) += the path through the MLP. */
 static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *err)
 {
@@ -33,8 +56,6 @@ static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *e
                  .dgate = a->d_gate_up, .dup = rt_student_at(s, a->d_gate_up, I), .h = v->h != NULL ? NULL : a->h, .n = n, .I = I));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = rt_student_own(v->h, a->h), .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
                  .N = H));
-    if (v->normed2 == NULL)
-        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_gate_up, .x = rt_student_own(v->normed2, a->normed), .dw = grad_at(s, p->gate_up),
                  .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I));
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
@@ -122,6 +143,7 @@ enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, co
                      .dw = grad_at(s, s->p->final_norm), .n = n, .cols = H, .eps = (float)s->c->eps));
     for (int i = last - 1; i >= 0; i--) {
         RT_TRY(add_extra(s, i + 1, extra, n_extra, err));
+        RT_TRY(compute_again(s, i, err));
         RT_TRY(mlp_backward(s, i, err));
         RT_TRY(attention_backward(s, i, err));
     }

@@ -34,7 +34,8 @@ static void take_layer(struct cut *k, const struct rt_student_config *c, size_t 
     }
     take(k, n * q, k->act, &s->o);
     take(k, n * H, k->act, &s->mid);
-    take(k, n * 2 * (size_t)c->intermediate, k->act, &s->gate_up);
+    if (keep != RT_KEEP_ATTENTION)
+        take(k, n * 2 * (size_t)c->intermediate, k->act, &s->gate_up);
     take(k, n * (size_t)c->heads, sizeof(float), &s->lse);
     take(k, n, sizeof(float), &s->rstd1);
     take(k, n, sizeof(float), &s->rstd2);
@@ -59,18 +60,22 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
             hidden[l] = hidden[0];
     }
     for (int l = 0; l < c->layers; l++) {
-        if (l == 0 || keep >= RT_KEEP_ALL)
+        if (l == 0 || keep >= RT_KEEP_ATTENTION)
             take_layer(k, c, n, keep, &saved[k->arena == NULL ? 0 : l]);
         else if (k->arena != NULL)
             saved[l] = saved[0];
     }
+    if (keep == RT_KEEP_ATTENTION)
+        take(k, n * 2 * I, k->act, &a->gate_up);
+    for (int l = 0; l < c->layers && keep == RT_KEEP_ATTENTION && k->arena != NULL; l++)
+        saved[l].gate_up = a->gate_up;
     take(k, n * H, k->act, &a->final);
     take(k, n, sizeof(float), &a->rstd_final);
     take(k, n * H, k->act, &a->normed);
     take(k, n * H, k->act, &a->branch);
     take(k, n * I, k->act, &a->h);
     a->d_qk = NULL;
-    if (keep < RT_KEEP_ALL)
+    if (keep < RT_KEEP_LAYERS)
         return;
     take(k, n * H, k->act, &a->dx);
     take(k, n * (q + 2 * kv), k->act, &a->d_qkv);
@@ -152,7 +157,7 @@ out:
     return st;
 }
 
-static enum rt_status attention(struct rt_student *s, int i, struct rt_err *err)
+enum rt_status rt_student_attention(struct rt_student *s, int i, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_student_config *c = s->c;
@@ -175,6 +180,14 @@ out:
     return st;
 }
 
+enum rt_status rt_student_gate_up(struct rt_student *s, int i, struct rt_err *err)
+{
+    const struct rt_student_layer *l = &s->layer[i];
+    const struct rt_student_acts *a = &s->a;
+    return RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(a->saved[i].normed2, a->normed)}, .w = l->gate_up, .bias = l->gate_up_bias,
+                 .y = a->saved[i].gate_up, .n = a->batch.n, .K = s->c->hidden, .N = 2 * s->c->intermediate);
+}
+
 static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -182,8 +195,7 @@ static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_acts *a = &s->a;
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
     void *gate_up = a->saved[i].gate_up, *h = rt_student_own(a->saved[i].h, a->h);
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(a->saved[i].normed2, a->normed)}, .w = l->gate_up, .bias = l->gate_up_bias,
-                 .y = gate_up, .n = n, .K = H, .N = 2 * I));
+    RT_TRY(rt_student_gate_up(s, i, err));
     RT_TRY(RT_OP(s->d, swiglu_fwd, err, .gate = gate_up, .up = rt_student_at(s, gate_up, I), .ld = 2 * I, .h = h, .n = n, .I = I));
     RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
 out:
@@ -213,7 +225,7 @@ enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = i == 0 ? a->hidden[0] : a->saved[i - 1].mid, .add = i == 0 ? NULL : a->branch,
                      .w = s->layer[i].norm1, .sum = i == 0 ? NULL : a->hidden[i], .y = rt_student_own(v->normed1, a->normed), .rstd = v->rstd1, .n = b->n, .cols = H,
                      .eps = eps));
-        RT_TRY(attention(s, i, err));
+        RT_TRY(rt_student_attention(s, i, err));
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = s->layer[i].norm2, .sum = v->mid,
                      .y = rt_student_own(v->normed2, a->normed), .rstd = v->rstd2, .n = b->n, .cols = H, .eps = eps));
         RT_TRY(mlp(s, i, err));
@@ -221,7 +233,7 @@ enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_
     const int last = s->c->layers;
     RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->saved[last - 1].mid, .add = a->branch, .w = s->final_norm, .sum = a->hidden[last],
                  .y = a->final, .rstd = a->rstd_final, .n = b->n, .cols = H, .eps = eps));
-    a->done = keep >= RT_KEEP_ALL;
+    a->done = keep >= RT_KEEP_LAYERS;
 out:
     return st;
 }

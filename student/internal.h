@@ -8,7 +8,7 @@ struct rt_student_layer {
     struct rt_weight *norm1, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *norm2, *gate_up, *gate_up_bias, *down, *down_bias;
 };
 
-/* What a layer leaves for backward. Below RT_KEEP_ALL all layers share one set. */
+/* What a layer leaves for backward. Up to RT_KEEP_LAYERS all layers share one set, with RT_KEEP_ATTENTION gate_up. */
 struct rt_student_saved {
     void *qkv;  /* [n, (nh+2nkv)hd] q, k, v; q and k rotated in place where there are no q/k norms */
     void *qk;   /* [n, (nh+nkv)hd] normalised and rotated q, k; NULL where they lie in qkv */
@@ -28,6 +28,7 @@ struct rt_student_acts {
     struct rt_student_saved *saved; /* [layers] */
     void *final;
     float *rstd_final;
+    void *gate_up;                                   /* [n, 2I] of RT_KEEP_ATTENTION */
     void *normed, *branch, *h;                       /* [n, H] [n, H] [n, I] shared by the layers */
     void *dx, *d_qkv, *d_qk, *d_o, *d_gate_up, *d_h; /* backward */
     float *delta;
@@ -69,5 +70,9 @@ static inline void *rt_student_at(const struct rt_student *s, const void *p, int
 /* q and k of n tokens behind the projection: norm (where the model has one) and rotation. qk NULL: in place. */
 enum rt_status rt_student_rotate(const struct rt_student *s, const struct rt_student_layer *l, void *qkv, void *qk,
                                  const int32_t *pos, int64_t n, float *rstd_q, float *rstd_k, struct rt_err *err);
+
+/* Of the last forward: attention of layer i from its normed input, into what the layer saves and a.branch; gate and up from the normed mid. */
+enum rt_status rt_student_attention(struct rt_student *s, int i, struct rt_err *err);
+enum rt_status rt_student_gate_up(struct rt_student *s, int i, struct rt_err *err);
 
 #endif

@@ -8,8 +8,11 @@
  *   4. The loss is the caller's: op head_loss takes rt_student_head's weight and gradient over rows of the final states, and
  *      its dx comes back to rt_student_backward. Run it before backward; a tied head's gradient is the embedding's buffer.
  *   5. Same inputs, same bytes, whatever the number of threads.
- * Kept for backward, in elements a token and layer: 2H + (nh+2nkv)hd + nh hd + 2I, and (nh+nkv)hd more with q/k norms; norms and
- * silu*up are computed again, or kept too: 2H + I.
+ * Kept for backward, in elements a token and layer, by recompute level:
+ *   0  4H + (nh+2nkv)hd + nh hd + 3I, and (nh+nkv)hd with q/k norms, as in 1 and 2: nothing is computed again
+ *   1  2H + (nh+2nkv)hd + nh hd + 2I: norms and silu*up are
+ *   2  2H + (nh+2nkv)hd + nh hd: gate and up too, one product of three of the MLP
+ *   3  H: the layer, but for its last product
  */
 #ifndef RT_STUDENT_MODEL_H
 #define RT_STUDENT_MODEL_H
@@ -60,9 +63,12 @@ struct rt_student_batch {
 enum rt_student_keep {
     RT_KEEP_FINAL,  /* final states only */
     RT_KEEP_HIDDEN, /* and every hidden state */
-    RT_KEEP_ALL,    /* and what backward needs, with its scratch */
-    RT_KEEP_MORE,   /* and what backward would compute again: faster, the same bits (on cuda; on others another order of sums) */
+    RT_KEEP_LAYERS, /* and backward's scratch: level 3, from here on backward may follow; gradients are the same bits at every level */
+    RT_KEEP_ATTENTION, /* and what attention leaves: level 2 */
+    RT_KEEP_ALL,    /* and gate and up: level 1 */
+    RT_KEEP_MORE,   /* and everything that backward would compute again: level 0 */
 };
+static inline enum rt_student_keep rt_student_recompute(int level) { return (enum rt_student_keep)(RT_KEEP_MORE - level); } /* 0 .. 3 */
 /* Bytes of the activation arena for n tokens. */
 size_t rt_student_activation_bytes(const struct rt_student_config *c, int64_t n, enum rt_student_keep keep, size_t act_size);
 
@@ -86,7 +92,7 @@ struct rt_student_extra {
     int layer;        /* 0 .. layers: as rt_student_hidden; for the final states add to d_final instead */
     const void *grad; /* [n, H] act, gradient of the loss at that hidden state; several for one layer add up */
 };
-/* Gradients += from d_final [n, H] act (NULL: zero). After a forward with RT_KEEP_ALL or RT_KEEP_MORE, once. USAGE otherwise. */
+/* Gradients += from d_final [n, H] act (NULL: zero). After a forward with RT_KEEP_LAYERS or more, once. USAGE otherwise. */
 enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
                                    struct rt_err *err);
 

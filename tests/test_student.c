@@ -189,36 +189,44 @@ static void keep_modes(void **state)
     (void)state;
 }
 
-/* Nor do gradients on what is kept instead of computed again. */
-static void keep_more(void **state)
+/* Gradients are the same bits whatever is kept instead of computed again, and each level's arena is as large as it says. */
+static void recompute_levels(void **state)
 {
-    for (int kind = 0; kind < FX_N; kind++) {
+    (void)state;
+    const struct rt_backend *const backends[] = {&rt_backend_ref, &rt_backend_cpu};
+    for (int t = 0; t < 2 * FX_N; t++) {
         struct fx f;
         struct fx_docs docs;
         struct rt_err err = {0};
-        struct rt_arena acts = {0};
-        float *all;
-        fx_open(&f, &rt_backend_ref, 1, fx_config[kind]);
+        float *first = NULL;
+        size_t room[4];
+        fx_open(&f, backends[t % 2], 2, fx_config[t / 2]);
         fx_docs(&docs, &f, 5, lens, N_DOCS);
         const struct rt_student_batch b = fx_batch(&docs);
-        const size_t bytes = (size_t)f.p.elements * sizeof *all;
-        for (int64_t i = 0; i < docs.n * f.c.hidden; i++)
-            ((float *)f.dx)[i] = (float)(i % 7) - 3;
-        assert_ok(rt_student_forward(f.s, &b, RT_KEEP_ALL, &f.acts, &err));
-        assert_ok(rt_student_backward(f.s, f.dx, NULL, 0, &err));
-        assert_non_null(all = malloc(bytes));
-        memcpy(all, rt_student_grads(f.s), bytes);
-        assert_ok(rt_device_arena(&f.d, rt_student_activation_bytes(&f.c, docs.n, RT_KEEP_MORE, sizeof *all), "more", &acts, &err));
-        assert_ok(rt_student_zero_grads(f.s, &err));
-        assert_ok(rt_student_forward(f.s, &b, RT_KEEP_MORE, &acts, &err));
-        assert_true(acts.used == acts.size);
-        assert_ok(rt_student_backward(f.s, f.dx, NULL, 0, &err));
-        assert_memory_equal(all, rt_student_grads(f.s), bytes);
-        rt_device_arena_free(&f.d, &acts);
-        free(all);
+        const size_t bytes = (size_t)f.p.elements * sizeof *first;
+        for (int level = 0; level < 4; level++) {
+            struct rt_arena acts = {0};
+            /* of two hidden states, so that they are there at every level */
+            const struct rt_student_extra extra[2] = {{1, f.dx}, {0, f.dx}};
+            for (int64_t i = 0; i < docs.n * f.c.hidden; i++)
+                ((float *)f.dx)[i] = (float)(i % 7) - 3;
+            room[level] = rt_student_activation_bytes(&f.c, docs.n, rt_student_recompute(level), sizeof *first);
+            assert_true(level == 0 || room[level] < room[level - 1]);
+            assert_ok(rt_device_arena(&f.d, room[level], "activations", &acts, &err));
+            assert_ok(rt_student_zero_grads(f.s, &err));
+            assert_ok(rt_student_forward(f.s, &b, rt_student_recompute(level), &acts, &err));
+            assert_true(acts.used == acts.size);
+            assert_ok(rt_student_backward(f.s, f.dx, extra, 2, &err));
+            if (level == 0) {
+                assert_non_null(first = malloc(bytes));
+                memcpy(first, rt_student_grads(f.s), bytes);
+            }
+            assert_memory_equal(first, rt_student_grads(f.s), bytes);
+            rt_device_arena_free(&f.d, &acts);
+        }
+        free(first);
         fx_close(&f);
     }
-    (void)state;
 }
 
 /* Batches that break the rules are refused before anything runs. */
@@ -371,6 +379,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(finite_differences), cmocka_unit_test(packing_and_accumulation), cmocka_unit_test(packed_states_exact),
     cmocka_unit_test(backends_agree),     cmocka_unit_test(keep_modes),               cmocka_unit_test(bad_batches),
     cmocka_unit_test(threads_same_bytes), cmocka_unit_test(adamw_step),               cmocka_unit_test(schedules),
-    cmocka_unit_test(keep_more),
+    cmocka_unit_test(recompute_levels),
 };
 RT_SUITE(student, tests)

@@ -288,6 +288,42 @@ static void test_mix(void **state)
     assert_true(kl_rows == (double)all && targets == 5.0 * (double)all);
 }
 
+/* Less memory: smaller micro-batches first, then more is computed again, then a refusal that says what would help; the steps are the same. */
+static void test_recompute(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out[3] = {test_tmp("run-level0"), test_tmp("run-level3"), test_tmp("run-level-none")};
+    char *log, need[32];
+    bool level[4] = {false}, refused_once = false;
+    const char *const asked[] = {"0", "3"};
+    for (int i = 0; i < 2; i++) {
+        assert_ok(train(ARGS("--student", student, "--data", shards, "--out", out[i], "--steps", "4", "--batch-tokens", "80", "--lr", "1e-2", "--recompute", asked[i]),
+                        0, &log, &err));
+        assert_non_null(strstr(log, i == 0 ? "nothing is computed again" : "layers are computed again"));
+        free(log);
+    }
+    assert_same_file(out[0], out[1], "model/model.safetensors");
+    for (int64_t memory = 4 << 20; memory > 100000; memory -= memory / 50) {
+        snprintf(need, sizeof need, "%ld", (long)memory);
+        const enum rt_status st = train(ARGS("--student", student, "--data", shards, "--out", out[2], "--batch-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"),
+                                        0, &log, &err);
+        if (st == RT_NOMEM)
+            refused_once = strstr(err.msg, "training needs") != NULL;
+        else
+            assert_int_equal(st, RT_OK);
+        assert_true(st == RT_NOMEM || !refused_once);
+        for (int i = 0; i < 4 && st == RT_OK; i++) {
+            char mark[8];
+            snprintf(mark, sizeof mark, "[%d: ", i);
+            level[i] |= strstr(log, mark) != NULL;
+        }
+        rt_err_clear(&err);
+        free(log);
+    }
+    assert_true(!level[0] && level[1] && level[3] && refused_once);
+}
+
 #define RECIPE "--student", student, "--data", shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
     "--lr", "1e-2", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--save-every", "2", "--eval-data", lines, "--eval-every", "4"
 
@@ -447,7 +483,7 @@ static void test_experiment(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up),
+    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),

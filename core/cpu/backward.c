@@ -258,7 +258,7 @@ RT_INLINE void swiglu_row(const float *restrict g, const float *restrict u, cons
         dg[j] = dh[j] * u[j] * s * (1.0f + g[j] * (1.0f - s));
         du[j] = dh[j] * silu;
         if (with_h)
-            h[j] = silu * u[j];
+            h[j] = rt_silu(g[j]) * u[j]; /* the bits of swiglu_fwd */
     }
 }
 
