@@ -48,6 +48,8 @@ struct tile {
     int e, row, column; /* row: of the cluster's pair, within the expert */
 };
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 /* Tile t of the launch; *e is where the last one was found. */
 __device__ __forceinline__ struct tile find_tile(const struct params &p, int t, int *e)
 {
@@ -62,8 +64,6 @@ __device__ __forceinline__ struct tile find_tile(const struct params &p, int t, 
     out.row = (band * RASTER + within % high) * CLUSTER * BM;
     return out;
 }
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 template <bool GATED>
 __device__ __forceinline__ void produce(const struct params &p, const CUtensorMap *xmap, uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank)
@@ -281,8 +281,14 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
 }
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900 /* an empty kernel there, which nothing starts */
+#define CLUSTERED
+#else
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#endif
+
 template <bool GATED>
-__global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) void group8_kernel(const __grid_constant__ CUtensorMap xmap, const struct params p)
+__global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __grid_constant__ CUtensorMap xmap, const struct params p)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ unsigned char raw[];
