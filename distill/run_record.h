@@ -21,16 +21,19 @@
  *   "order_sha256"                    over the keys of all sequences of the run, in the order of training: equal for runs that saw the
  *                                     same tokens in the same order
  *   "student": {...}                  rt_student_describe
- *   "parameters", "steps", "planned_steps", "micro_tokens", "tokens" (trained on), "targets", "skipped_steps", "seconds", "tokens_per_second",
- *   "peak_memory" (bytes, resident, of this run; of rank 0 where there are several), "flops" (of the training, forward and backward), "device", "ranks"
+ *   "parameters", "steps", "planned_steps", "micro_tokens", "tokens" (trained on), "targets", "skipped_steps",
+ *   "clipped_steps" (how many), "seconds", "tokens_per_second", "peak_memory" (bytes, resident, of this run; of rank 0 where there are several), "flops" (of the training, forward and backward), "device", "ranks"
  *   "final": {"loss","ce","kl","feature","teacher_mass","student_mass","agreement","accuracy"}   means over the last tenth of the steps
  *   "model": "model"                  relative to RUN, null before the end
  *
  * metrics.jsonl
  *   "step" (from 1), "loss", "ce" (a target), "kl" (a row that has teacher rows), "feature", "teacher_mass", "student_mass" (of the
  *   teacher's ids, at T), "agreement" (argmax = the teacher's), "accuracy" (argmax = the label), "grad_norm" (before clipping),
- *   "clipped" (share of the gradient cut off: 1 - scale), "lr", "tokens" (so far), "targets" (of this step), "kl_rows" (of this step),
- *   "epoch" (fraction), "seconds", "tokens_per_second"; "skipped": true and "sequences": [...] where the step was left out;
+ *   "clipped" (share of the gradient cut off: 1 - scale), "clipped_steps" (share of the optimiser's steps so far that were clipped), "lr", "tokens" (so far), "targets" (of this step), "kl_rows" (of this step),
+ *   "epoch" (fraction), "seconds", "tokens_per_second", "mfu" (operations of the step, 6 N + 6 L nh hd len a token, over seconds times the peak of
+ *   the ranks' devices; null where that is not known), "memory" (bytes: of the device in use, or the process's peak), "seconds_left" (at the rate so far),
+ *   "data_wait" (seconds waited for data since the process began); "skipped": true and "sequences": [...] where the step was left out, "spike": true where
+ *   a gradient's spike was the reason;
  *   "grad_norm_ce", "grad_norm_kl", "grad_norm_feature" where asked for (--grad-norms)
  *
  * eval.jsonl

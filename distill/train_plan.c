@@ -490,6 +490,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(check_losses(r, err));
     RT_TRY(count_steps(r, err));
     r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true, strcmp(v->moments, "bf16") == 0, (uint64_t)v->common.seed};
+    r->o.max_spike = v->max_grad_spike;
     RT_TRY(rt_train_join(r, err));
     r->o.comm = r->comm;
     const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};

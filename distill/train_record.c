@@ -95,8 +95,7 @@ static double mean_length(const struct rt_train_run *r)
     return tokens / sequences;
 }
 
-/* Greatest resident memory since rt_train_peak_reset, else of the process's life. */
-static int64_t peak_memory(void)
+int64_t rt_train_peak_memory(void)
 {
     struct rusage usage = {0};
     char line[256];
@@ -169,9 +168,10 @@ static enum rt_status add_result(const struct rt_train_run *r, struct rt_json *v
     RT_TRY(rt_json_set_int(v, "tokens", t->tokens, err));
     RT_TRY(rt_json_set_int(v, "targets", t->targets, err));
     RT_TRY(rt_json_set_int(v, "skipped_steps", t->skipped, err));
+    RT_TRY(rt_json_set_int(v, "clipped_steps", t->clipped, err));
     RT_TRY(rt_json_set_double(v, "seconds", r->seconds, err));
     RT_TRY(rt_json_set_double(v, "tokens_per_second", (double)t->tokens / r->seconds, err));
-    RT_TRY(rt_json_set_int(v, "peak_memory", peak_memory(), err));
+    RT_TRY(rt_json_set_int(v, "peak_memory", rt_train_peak_memory(), err));
     RT_TRY(rt_json_set_double(v, "flops", (double)t->tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, mean_length(r)), err));
     RT_TRY(rt_json_set_object(v, "final", &final, err));
     RT_TRY(add_final(r, final, err));
@@ -254,6 +254,7 @@ enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step
         if (!isnan(s->term_norm[i]))
             RT_TRY(rt_json_set_double(line, terms[i], s->term_norm[i], err));
     RT_TRY(rt_json_set_double(line, "clipped", 1 - s->scale, err));
+    RT_TRY(rt_json_set_double(line, "clipped_steps", rt_trainer_clipped(&r->trainer), err));
     RT_TRY(rt_json_set_double(line, "lr", lr, err));
     RT_TRY(rt_json_set_int(line, "tokens", r->trainer.tokens, err));
     RT_TRY(rt_json_set_int(line, "targets", s->items, err));
@@ -261,6 +262,12 @@ enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step
     RT_TRY(rt_json_set_double(line, "epoch", s->epoch, err));
     RT_TRY(rt_json_set_double(line, "seconds", r->seconds, err));
     RT_TRY(rt_json_set_double(line, "tokens_per_second", (double)s->tokens / seconds, err));
+    RT_TRY(rt_json_set_double(line, "mfu", rt_train_mfu(r, s, seconds), err));
+    RT_TRY(rt_json_set_int(line, "memory", rt_train_memory(r), err));
+    RT_TRY(rt_json_set_double(line, "seconds_left", rt_train_seconds_left(r), err));
+    RT_TRY(rt_json_set_double(line, "data_wait", rt_loader_waited(r->trainer.loader), err));
+    if (s->spike)
+        RT_TRY(rt_json_set_bool(line, "spike", true, err));
     if (s->skipped)
         RT_TRY(name_sequences(r, s, line, err));
     RT_TRY(rt_rundir_metric(&r->dir, line, err));

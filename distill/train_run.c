@@ -112,41 +112,28 @@ out:
     return st;
 }
 
-static void log_step(const struct rt_train_run *r, const struct rt_step_result *s, double lr)
-{
-    const struct rt_loss_sums *m = &s->sums;
-    char ce[32] = "", kl[96] = "", feature[48] = "", alm[48] = "";
-    if (m->rows > 0)
-        snprintf(ce, sizeof ce, " ce %.4f", m->ce / (double)m->rows);
-    if (m->kl_rows > 0)
-        snprintf(kl, sizeof kl, " kl %.4f agreement %.3f", m->kl / (double)m->kl_rows, (double)m->agree / (double)m->kl_rows);
-    if (m->spans.spans > 0)
-        snprintf(alm, sizeof alm, " alm %.4f", m->spans.loss / (double)m->spans.spans);
-    if (m->feature_rows > 0)
-        snprintf(feature, sizeof feature, " feature %.4g", m->feature / (double)m->feature_rows);
-    rt_info(r->ctx->log, "step %ld/%ld loss %.4f%s%s%s%s grad_norm %.3g lr %.3g %.0f tokens/s", (long)r->trainer.step, (long)r->total_steps, s->loss,
-            ce, kl, feature, alm, s->grad_norm, lr, (double)r->trainer.tokens / r->seconds);
-}
-
-static enum rt_status after_nan(struct rt_train_run *r, const struct rt_step_result *s, int *in_a_row, struct rt_err *err)
+/* A step that was left out: says so, with its batch; the end of the run by --on-nan stop, or where too many follow each other. */
+static enum rt_status after_skip(struct rt_train_run *r, const struct rt_step_result *s, int *in_a_row, struct rt_err *err)
 {
     uint8_t key[RT_KEY_BYTES];
     uint32_t occurrence;
     int64_t line;
-    char hex[2 * RT_KEY_BYTES + 1];
+    char hex[2 * RT_KEY_BYTES + 1], what[160], batch[4400];
     struct rt_train_set *set = r->set[s->batch[0].set];
     rt_train_set_key(set, s->batch[0].seq, key, &occurrence, &line);
     rt_hex(hex, key, sizeof key);
+    snprintf(what, sizeof what, "step %ld: loss %g, gradient norm %g", (long)r->trainer.step, s->loss, s->grad_norm);
+    if (s->spike)
+        snprintf(what, sizeof what, "step %ld: loss %g, gradient norm %g, which is %.3g times its mean so far (--max-grad-spike %g)", (long)r->trainer.step,
+                 s->loss, s->grad_norm, s->grad_norm / s->usual_norm, r->v->max_grad_spike);
+    snprintf(batch, sizeof batch, "%ld sequences from %s line %ld (key %.12s)", (long)s->n, rt_train_set_info(set)->path, (long)line, hex);
     ++*in_a_row;
     if (r->rank.rank == 0)
-        rt_warn(r->ctx->log, "step %ld: loss %g, gradient norm %g: left out, %ld sequences from %s line %ld (key %.12s); all are in metrics.jsonl",
-            (long)r->trainer.step, s->loss, s->grad_norm, (long)s->n, rt_train_set_info(set)->path, (long)line, hex);
+        rt_warn(r->ctx->log, "%s: left out, %s; all are in metrics.jsonl", what, batch);
     if (strcmp(r->v->on_nan, "stop") == 0)
-        return rt_fail(err, RT_NUMERIC, "step %ld: loss %g, gradient norm %g in a batch of %ld sequences from %s line %ld (key %.12s); the last checkpoint is "
-                       "kept; --on-nan skip leaves such steps out", (long)r->trainer.step, s->loss, s->grad_norm, (long)s->n,
-                       rt_train_set_info(set)->path, (long)line, hex);
+        return rt_fail(err, RT_NUMERIC, "%s, in a batch of %.300s; the last checkpoint is kept; --on-nan skip leaves such steps out", what, batch);
     if (*in_a_row >= MAX_SKIPPED)
-        return rt_fail(err, RT_NUMERIC, "%d steps in a row were not finite, the last one %ld; the last checkpoint is kept: a lower --lr, or look at the data "
+        return rt_fail(err, RT_NUMERIC, "%d steps in a row were left out, the last one %ld; the last checkpoint is kept: a lower --lr, or look at the data "
                        "that metrics.jsonl names", *in_a_row, (long)r->trainer.step);
     return RT_OK;
 }
@@ -193,11 +180,11 @@ static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
         r->seconds += seconds;
         RT_TRY(rt_train_record_step(r, &s, lr, seconds, err));
         if (s.skipped)
-            RT_TRY(after_nan(r, &s, &skipped, err));
+            RT_TRY(after_skip(r, &s, &skipped, err));
         else
             skipped = 0;
         if (rt_now() - logged >= log_seconds || t->step == 1 || t->step == r->total_steps) {
-            log_step(r, &s, lr);
+            rt_train_log_step(r, &s, lr, seconds);
             logged = rt_now();
         }
         rt_progress_update(&progress, t->tokens, NULL);
@@ -262,6 +249,7 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     RT_TRY(rt_trainer_open(&r.trainer, r.student.s, r.set, r.weight, r.n_sets, &r.o, err));
     RT_TRY(resume(&r, err));
     RT_TRY(rt_train_record_run(&r, false, err));
+    rt_train_log_rate(&r);
     RT_TRY(loop(&r, err));
     RT_TRY(finish(&r, err));
     if (outcome != NULL)

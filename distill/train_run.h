@@ -14,7 +14,7 @@ struct rt_train_values {
     struct rt_str_list data, eval_data;
     double w_ce, w_kl, w_feature, w_alm, alm_tau, kd_temperature, teacher_temperature;
     const char *divergence, *tail, *feature_loss, *layer_map, *schedule, *on_nan, *dtype, *ce, *moments, *recompute;
-    double lr, min_lr, warmup, weight_decay, beta1, beta2, eps, clip;
+    double lr, min_lr, warmup, weight_decay, beta1, beta2, eps, clip, max_grad_spike;
     int64_t teacher_layers, epochs, steps, tokens, batch_tokens, micro_tokens, max_length, eval_every, save_every, keep, grad_norms, loader_threads, rank_timeout;
 };
 /* The options of `train`, ended by a NULL name. */
@@ -76,7 +76,20 @@ enum rt_status rt_train_stop_asked(const struct rt_train_run *r, bool *yes, stru
 /* The end of r->comm; where the run failed the others are told why. */
 void rt_train_leave(struct rt_train_run *r, enum rt_status st, const struct rt_err *err);
 
+/* train_rate.c */
+/* What MFU will be measured by. */
+void rt_train_log_rate(const struct rt_train_run *r);
+/* Operations of the step over those of all ranks' devices at their peak; NaN where the peak is not known. */
+double rt_train_mfu(const struct rt_train_run *r, const struct rt_step_result *s, double seconds);
+/* Bytes in use: of the device where it has memory of its own (by anybody), else the process's peak. */
+int64_t rt_train_memory(const struct rt_train_run *r);
+/* At the rate so far; NaN before the first step. */
+double rt_train_seconds_left(const struct rt_train_run *r);
+void rt_train_log_step(const struct rt_train_run *r, const struct rt_step_result *s, double lr, double seconds);
+
 /* train_record.c: rank 0 alone writes */
+/* Greatest resident memory since rt_train_peak_reset, else of the process's life. */
+int64_t rt_train_peak_memory(void);
 /* Begins a new peak of memory, so that arms of one process each have their own. */
 void rt_train_peak_reset(void);
 enum rt_status rt_train_record_run(struct rt_train_run *r, bool finished, struct rt_err *err);

@@ -169,6 +169,21 @@ out:
     return st;
 }
 
+/* Decides on the norm of a step and takes it into the mean: m += (min(norm, limit) - m) / min(n, SPAN). */
+static bool is_spike(struct rt_trainer *t, double norm)
+{
+    enum { SPAN = 50, LEAST = 10 }; /* norms in the mean; before there is anything to compare with */
+    const double limit = t->o.max_spike > 0 && t->norms >= LEAST ? t->o.max_spike * t->usual_norm : INFINITY;
+    t->norms++;
+    t->usual_norm += (fmin(norm, limit) - t->usual_norm) / (double)(t->norms < SPAN ? t->norms : SPAN);
+    return norm > limit;
+}
+
+double rt_trainer_clipped(const struct rt_trainer *t)
+{
+    return (double)t->clipped / (double)t->opt.step;
+}
+
 enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err)
 {
     enum rt_status st;
@@ -198,11 +213,15 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     t->tokens += r->tokens;
     t->targets += r->items;
     RT_TRY(norms(t, &r->grad_norm, &proj_norm, err));
+    r->usual_norm = t->usual_norm;
     r->skipped = !isfinite(r->loss) || !isfinite(r->grad_norm) || !isfinite(proj_norm);
+    r->spike = !r->skipped && is_spike(t, r->grad_norm);
+    r->skipped |= r->spike;
     if (!r->skipped) {
         RT_TRY(rt_optimizer_step(&t->opt, lr, 1, &report, err));
         r->skipped = report.skipped;
         r->scale = report.scale;
+        t->clipped += report.scale < 1;
     }
     if (!r->skipped)
         RT_TRY(rt_projectors_step(&t->proj, &t->o.adamw, lr, t->opt.step, proj_norm, err));
@@ -232,6 +251,9 @@ enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir
     RT_TRY(rt_json_set_int(state, "tokens", t->tokens, err));
     RT_TRY(rt_json_set_int(state, "targets", t->targets, err));
     RT_TRY(rt_json_set_int(state, "skipped", t->skipped, err));
+    RT_TRY(rt_json_set_int(state, "clipped", t->clipped, err));
+    RT_TRY(rt_json_set_double(state, "usual_norm", t->usual_norm, err));
+    RT_TRY(rt_json_set_int(state, "norms", t->norms, err));
     RT_TRY(rt_json_set_double(state, "seconds", seconds, err));
     RT_TRY(rt_ckpt_json(w, STATE_FILE, state, err));
     RT_TRY(rt_ckpt_commit(w, keep, err));
@@ -255,6 +277,9 @@ enum rt_status rt_trainer_restore(struct rt_trainer *t, const char *ckpt, double
     RT_TRY(rt_json_int(state, "tokens", 0, INT64_MAX, &t->tokens, err));
     RT_TRY(rt_json_int(state, "targets", 0, INT64_MAX, &t->targets, err));
     RT_TRY(rt_json_int(state, "skipped", 0, step, &t->skipped, err));
+    RT_TRY(rt_json_int(state, "clipped", 0, step, &t->clipped, err));
+    RT_TRY(rt_json_double(state, "usual_norm", &t->usual_norm, err));
+    RT_TRY(rt_json_int(state, "norms", 0, step, &t->norms, err));
     RT_TRY(rt_json_double(state, "seconds", seconds, err));
     RT_TRY(rt_student_restore(t->s, &t->opt, ckpt, opt_step, err));
     RT_TRY(rt_projectors_restore(&t->proj, ckpt, err));

@@ -3,7 +3,8 @@
  *
  * A step takes the next global batch of the order, counts its training rows N first, then runs micro-batches (forward, losses,
  * backward) whose gradients add up, and one AdamW step. A step whose loss or gradient norm is not finite changes nothing but the
- * place in the data.
+ * place in the data. So does one whose norm is a spike, but that the running mean learns of it, cut down to what would just have passed: a
+ * gradient that stays large is let through after a few steps.
  *
  * Several ranks: each runs its share of every global batch, gradients and sums are added up in rank order, and each rank updates its shard of the
  * parameters (ZeRO stage 1). Every function below is then called by all ranks alike, and gives all of them the same results; of a
@@ -21,6 +22,7 @@ struct rt_trainer_options {
     double teacher_T;
     bool ce_rest;                /* cross-entropy on rows without a teacher's row alone */
     struct rt_adamw adamw;
+    double max_spike;            /* 0: none. A gradient norm above max_spike times its mean so far is a spike: the step is skipped */
     struct rt_feature_map map;   /* n 0: no states */
     const uint8_t *boundary;     /* NULL, or [vocab] (distill/spans.h): the sets' spans are trained on; borrowed */
     int k;                       /* ids a row, the most of any set (evaluation included); 0: no teacher rows */
@@ -51,18 +53,21 @@ struct rt_trainer {
     struct rt_micro micro;
     struct rt_loader *loader;
     int64_t step;    /* batches taken; optimiser steps are opt.step */
-    int64_t tokens, targets, skipped; /* so far */
+    int64_t tokens, targets, skipped, clipped; /* so far */
+    double usual_norm;                /* running mean of gradient norms; what a spike is told by, part of a checkpoint */
+    int64_t norms;                    /* in it */
 };
 
 struct rt_step_result {
     struct rt_loss_sums sums;
     int64_t tokens, items;     /* of this batch; items: N */
     double loss, grad_norm, scale;
-    bool skipped, end;         /* end: the order has no more data, nothing was done */
+    bool skipped, spike, end;  /* spike: why it was skipped; end: the order has no more data, nothing was done */
     double term_norm[4];       /* ce, kl, feature, alm; NaN unless asked for */
     const struct rt_order_item *batch; /* [n] valid until the next step */
     int64_t n;
     double epoch;              /* behind it */
+    double usual_norm;         /* before it; 0: none yet */
 };
 
 /* max_length: longest sequence, of evaluation too. */
@@ -74,6 +79,8 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
 void rt_trainer_close(struct rt_trainer *t); /* zeroed is fine */
 /* term_norms: gradient norms of each term too, at the cost of as many passes more. */
 enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err);
+/* Share of the optimiser's steps whose gradient was clipped; NaN before the first. */
+double rt_trainer_clipped(const struct rt_trainer *t);
 /* Model, moments, projectors and state.json into a checkpoint of dir; and back from its directory. */
 enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir, int keep, double seconds, struct rt_err *err);
 enum rt_status rt_trainer_restore(struct rt_trainer *t, const char *ckpt, double *seconds, struct rt_err *err);

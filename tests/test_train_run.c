@@ -441,6 +441,37 @@ static void test_nan(void **state)
     assert_non_null(strstr(err.msg, "key "));
 }
 
+/* A spike of the gradient stops a run that is to stop, with the batch named and the checkpoint before it kept; another goes on and records it. What
+ * every line of the metrics holds. */
+static void test_spike(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_ckpt at;
+    const char *out = test_tmp("run-spike");
+    static const char *const keys[] = {"loss", "ce", "kl", "teacher_mass", "student_mass", "agreement", "grad_norm", "clipped_steps", "lr", "tokens_per_second",
+                                       "memory", "seconds_left", "data_wait"};
+    /* after ten steps every norm is above a thousandth of the mean */
+    const enum rt_status st = train(ARGS("--student", student, "--data", shards, "--batch-tokens", "80", "--steps", "30", "--w-kl", "1", "--kd-temperature", "2",
+                                         "--save-every", "5", "--max-grad-spike", "0.001", "--on-nan", "stop", "--out", out), 0, NULL, &err);
+    assert_int_equal(st, RT_NUMERIC);
+    assert_non_null(strstr(err.msg, "step 11: "));
+    assert_non_null(strstr(err.msg, "times its mean so far"));
+    assert_non_null(strstr(err.msg, "key "));
+    rt_err_clear(&err);
+    assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
+    assert_int_equal(at.step, 10);
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
+        if (!(metric(out, 9, keys[i]) >= 0))
+            fail_msg("metrics.jsonl: %s is %g", keys[i], metric(out, 9, keys[i]));
+    assert_true(isnan(metric(out, 9, "mfu"))); /* no peak is known for a CPU */
+    struct rt_buf b = read_file(out, "metrics.jsonl");
+    assert_true(b.len > 0 && rt_buf_puts(&b, "", &err) == RT_OK);
+    assert_non_null(strstr(b.data, "\"spike\":true"));
+    assert_non_null(strstr(b.data, "\"sequences\":["));
+    rt_buf_free(&b);
+}
+
 /* Arms begin with the same parameters and see the same sequences in the same order; a second start finds everything done. */
 static void test_experiment(void **state)
 {
@@ -485,7 +516,7 @@ static void test_experiment(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_resume, set_up),
-    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
+    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
 };
 RT_SUITE(train_run, tests)
