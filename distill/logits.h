@@ -36,19 +36,40 @@ struct rt_logits_plan {
     double seconds_flops, seconds_read; /* 0: rate unknown */
 };
 
-/* A device with the window that it works on. */
+/* A window on its way: filled by the main thread, scored by a lane, put by the writer. */
+struct rt_logits_window {
+    struct rt_corpus_window w;
+    int64_t number, skip;           /* sequences of it that are put already */
+    int64_t *load;                  /* [layers, experts]; NULL: no experts */
+    char dir[4096];                 /* where its state is kept */
+    struct rt_scored *scored;       /* its rows; NULL but between scoring and putting */
+    bool queued;                    /* the writer's; under the job's lock */
+};
+
+/* A device with the windows that it works on: one that it scores, and where the job overlaps, one whose rows are written meanwhile. */
 struct rt_logits_lane {
     struct rt_logits_job *j;
     struct rt_device device;
     struct rt_teacher *teacher;
-    struct rt_corpus_window w;
+    struct rt_logits_window slot[2], *at; /* at: the one of this round */
     int index;
-    int64_t window, skip;           /* number of the window; sequences of it that are put already */
-    int64_t *load;                  /* [layers, experts] of the window; NULL: no experts */
+    int64_t tokens;                 /* under way */
     int done, saved;                /* layers behind the states; behind the state on disk at the start */
-    char dir[4096];                 /* where its state is kept */
     pthread_t thread;               /* where there are several lanes */
     enum rt_status st;
+    struct rt_err err;
+};
+
+/* The thread that puts windows' rows, in the order in which they come: distill/logits_put.c. */
+struct rt_logits_writer {
+    pthread_t thread;
+    bool started, closing;
+    struct rt_pool *pool;           /* packs */
+    struct rt_logits_window **queue; /* [2 * lanes] */
+    int n;
+    int64_t tokens;                 /* that were put, */
+    double busy, waited;            /* seconds that took; and for which devices had nothing to do but to wait for it */
+    enum rt_status st;              /* the first error: nothing is put any more */
     struct rt_err err;
 };
 
@@ -73,13 +94,16 @@ struct rt_logits_job {
     int part, n_parts;
     double save_every;              /* seconds; INFINITY: on a stop alone */
     bool keep;                      /* states of windows are kept on disk */
+    bool overlap;                   /* a window's rows are put while the next one is scored; needs memory for two windows' rows */
+    int put_threads;                /* that pack rows */
     char plan_file[4096];
 
     struct rt_logits_lane *lane;    /* [lanes] */
     int lanes;
-    pthread_mutex_t lock;           /* of the log, the progress, and what follows */
+    struct rt_logits_writer writer;
+    pthread_mutex_t lock;           /* of the writer's queue and error, the log, the progress, and what follows */
     pthread_cond_t changed;
-    int turn;                       /* the lane whose rows may be put */
+    int turn;                       /* the lane whose rows may be handed to the writer */
     bool failed;                    /* a lane ended with an error: the others stop */
     int64_t tokens_done;            /* of windows behind the ones under way */
 };
@@ -95,6 +119,15 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err);
 void rt_logits_log_plan(struct rt_logits_job *j);
 /* The plan on stdout, for --dry-run. */
 void rt_logits_print_plan(const struct rt_logits_job *j);
+/* distill/logits_put.c. A window's rows, then its counts, are made to last before its state is dropped; so whatever happens, a window is whole in the set or
+ * can be scored again from its state. After an error of the writer lanes are asked to stop. */
+enum rt_status rt_logits_put_start(struct rt_logits_job *j, struct rt_err *err);
+/* Hands a scored window over, in turn; returns at once where the job overlaps, else when it is put (or could not be, with the writer's error). */
+enum rt_status rt_logits_put_push(struct rt_logits_job *j, struct rt_logits_window *w, struct rt_err *err);
+/* Waits until w is put; with the writer's error. */
+enum rt_status rt_logits_put_wait(struct rt_logits_job *j, struct rt_logits_window *w, struct rt_err *err);
+/* Waits until everything that was handed over is put, and ends the thread; with its error. Nothing where it was not started. */
+enum rt_status rt_logits_put_end(struct rt_logits_job *j, struct rt_err *err);
 /* distill/logits_run.c: opens a device a lane (--gpus); scores every window that is not there yet. */
 enum rt_status rt_logits_open_devices(struct rt_logits_job *j, struct rt_err *err);
 enum rt_status rt_logits_open_teachers(struct rt_logits_job *j, struct rt_err *err);

@@ -4,8 +4,12 @@
 #include <string.h>
 
 #include "core/io.h"
+#include "core/pool.h"
 #include "distill/logits.h"
 #include "formats/manifest.h"
+
+/* A token's row is packed in 7 us by one core, a whole state of 7168 dimensions in 100: more threads than this wait for one that writes. */
+enum { PACK_THREADS = 8 };
 
 /* Bytes that the shards will take: measured ratios of this format are near 5.5 bytes an entry. */
 static double shard_bytes(const struct rt_logits_job *j)
@@ -26,6 +30,18 @@ static int64_t feature_bytes(const struct rt_logits_job *j)
     return b;
 }
 
+/* Threads that pack rows: what they hold is a small part of the memory. */
+static uint64_t plan_packing(struct rt_logits_job *j)
+{
+    struct rt_row_identity id = {.n_ids = j->so.n_ids, .top_k = j->so.top_k, .n_lse = j->so.n_lse, .n_features = j->so.n_features, .boundary = j->so.boundary != NULL};
+    const int cores = j->v->common.threads > 0 ? (int)j->v->common.threads : rt_cpu_count();
+    memcpy(id.feature, j->so.feature, sizeof id.feature);
+    j->put_threads = cores < PACK_THREADS ? cores : PACK_THREADS;
+    while (j->put_threads > 1 && rt_shard_sink_pack_bytes(&id, j->survey.longest, j->put_threads) > (uint64_t)rt_command_memory(&j->v->common) / 16)
+        j->put_threads--;
+    return rt_shard_sink_pack_bytes(&id, j->survey.longest, j->put_threads);
+}
+
 /* One device's plan, with features held for the window or spilled to files. */
 static enum rt_status plan_memory(struct rt_logits_job *j, const struct rt_teacher_sizes *sizes, bool spill, struct rt_teacher_plan *out,
                                   struct rt_err *err)
@@ -33,8 +49,9 @@ static enum rt_status plan_memory(struct rt_logits_job *j, const struct rt_teach
     struct rt_teacher_options o = j->to;
     j->so.keep.spill = spill;
     j->so.keep.dir = j->keep ? j->v->out : NULL; /* each window's own, later */
-    o.token_bytes = rt_score_token_bytes(&j->so) + 24; /* ids, masks, text of the window */
-    o.memory -= (int64_t)rt_score_fixed_bytes(&j->so, &j->config, j->survey.longest);
+    const int windows = j->overlap ? 2 : 1;
+    o.token_bytes = windows * (rt_score_token_bytes(&j->so) + 24); /* ids, masks, text of the window */
+    o.memory -= windows * (int64_t)rt_score_fixed_bytes(&j->so, &j->config, j->survey.longest);
     const enum rt_status st = rt_teacher_plan_sizes(&o, sizes, out, err);
     j->to.token_bytes = o.token_bytes;
     j->to.memory = o.memory;
@@ -72,6 +89,20 @@ static enum rt_status plan_windows(struct rt_logits_job *j, struct rt_err *err)
     }
 out:
     return st;
+}
+
+/* Devices with memory of their own go on while the host writes rows, where it holds those of two windows and there is a next window; others have their
+ * cores busy, and need the memory for the window. */
+static enum rt_status plan_overlap(struct rt_logits_job *j, struct rt_err *err)
+{
+    const struct rt_teacher_options to = j->to;
+    struct rt_err why = {0};
+    j->overlap = to.device->be->own_memory;
+    if (j->overlap && plan_windows(j, &why) == RT_OK && rt_corpus_windows(j->corpus, j->plan.teacher.window) > j->lanes)
+        return RT_OK;
+    j->overlap = false;
+    j->to = to;
+    return plan_windows(j, err);
 }
 
 static enum rt_status published_bytes(struct rt_logits_job *j, struct rt_err *err)
@@ -114,7 +145,8 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
     j->to.data_tokens = j->survey.tokens;
     if (!v->common.quiet)
         rt_logits_measure(&j->lane[0].device, j->to.w8a8, v->teacher, &p->rates);
-    RT_TRY(plan_windows(j, err));
+    j->to.memory -= (int64_t)plan_packing(j) / j->lanes;
+    RT_TRY(plan_overlap(j, err));
     const struct rt_teacher_plan *t = &p->teacher;
     p->windows = rt_corpus_windows(j->corpus, t->window);
     p->passes = (p->windows + j->lanes - 1) / j->lanes;
@@ -125,7 +157,7 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
     if (j->keep || j->so.keep.spill) {
         const uint64_t all = rt_score_keep_bytes(&j->so, &j->config, rt_device_act_size(&j->lane[0].device), t->window);
         const uint64_t features = (uint64_t)t->window * (uint64_t)feature_bytes(j);
-        p->state_bytes = (uint64_t)j->lanes * (j->keep ? all : features);
+        p->state_bytes = (uint64_t)(j->overlap ? 2 : 1) * (uint64_t)j->lanes * (j->keep ? all : features);
     }
     p->seconds_flops = p->rates.flops > 0 ? p->flops / (p->rates.flops * j->lanes) : 0;
     p->seconds_read = p->rates.read > 0 ? (double)p->bytes_read / p->rates.read : 0;
@@ -165,6 +197,8 @@ void rt_logits_log_plan(struct rt_logits_job *j)
     if (j->so.n_features > 0)
         rt_info(j->ctx->log, "features: %s a token, %s", rt_human_bytes(a, (uint64_t)feature_bytes(j)),
                 j->so.keep.spill ? "in files until a window's rows are written: memory would make the window smaller" : "in memory until a window's rows are written");
+    rt_info(j->ctx->log, "rows: packed by %d thread%s, %s", j->put_threads, j->put_threads > 1 ? "s" : "",
+            j->overlap ? "while the next window is scored" : "before the next window begins");
     rt_info(j->ctx->log, "time: %s", time_text(p, j->lanes, text, sizeof text));
 }
 

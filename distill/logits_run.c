@@ -56,8 +56,8 @@ enum rt_status rt_logits_open_teachers(struct rt_logits_job *j, struct rt_err *e
         if (lane->device.be->attach != NULL)
             RT_TRY(lane->device.be->attach(lane->device.dev, err));
         RT_TRY(rt_teacher_open(&o, &lane->teacher, err));
-        if (loads > 0)
-            RT_TRY(rt_alloc(loads, sizeof *lane->load, "expert load", &lane->load, err));
+        for (int k = 0; k < (j->overlap ? 2 : 1) && loads > 0; k++)
+            RT_TRY(rt_alloc(loads, sizeof *lane->slot[k].load, "expert load", &lane->slot[k].load, err));
     }
     for (int i = 0; i < j->so.n_features; i++) {
         const struct rt_feature_spec *s = &j->so.feature[i];
@@ -78,8 +78,10 @@ void rt_logits_close(struct rt_logits_job *j)
         if (lane->device.dev != NULL && lane->device.be->attach != NULL)
             (void)lane->device.be->attach(lane->device.dev, NULL);
         rt_teacher_close(lane->teacher);
-        rt_corpus_window_free(&lane->w);
-        rt_free(lane->load);
+        for (int k = 0; k < 2; k++) {
+            rt_corpus_window_free(&lane->slot[k].w);
+            rt_free(lane->slot[k].load);
+        }
         rt_device_close(&lane->device);
     }
     rt_free(j->lane);
@@ -95,7 +97,7 @@ static bool lane_stop(void *self)
     struct rt_logits_lane *lane = self;
     struct rt_logits_job *j = lane->j;
     pthread_mutex_lock(&j->lock);
-    const bool failed = j->failed;
+    const bool failed = j->failed || j->writer.st != RT_OK;
     pthread_mutex_unlock(&j->lock);
     return failed || (j->ctx->stop != NULL && j->ctx->stop(j->ctx->stop_self));
 }
@@ -113,7 +115,7 @@ static int64_t under_way(const struct rt_logits_job *j)
 {
     int64_t n = 0;
     for (int i = 0; i < j->lanes; i++)
-        n += j->lane[i].w.tokens * j->lane[i].done / j->config.layers;
+        n += j->lane[i].tokens * j->lane[i].done / j->config.layers;
     return n;
 }
 
@@ -140,70 +142,64 @@ static void lane_progress(void *self, int done, int layers)
     char text[160], share[64];
     pthread_mutex_lock(&j->lock);
     if (lane->done == 0 && lane->saved > 0 && done == lane->saved) /* it goes on from there: no work of this run */
-        j->progress.first += lane->w.tokens * done / layers;
+        j->progress.first += lane->tokens * done / layers;
     lane->done = done;
     const int64_t all = j->tokens_done + under_way(j);
     share_of_limit(j, all, share, sizeof share);
-    snprintf(text, sizeof text, "window %" PRId64 "/%" PRId64 ", layer %d/%d%s", lane->window + 1, j->plan.windows, done, layers, share);
+    snprintf(text, sizeof text, "window %" PRId64 "/%" PRId64 ", layer %d/%d%s", lane->at->number + 1, j->plan.windows, done, layers, share);
     rt_progress_update(&j->progress, all, text);
     pthread_mutex_unlock(&j->lock);
 }
 
 /* ---- rows in input order ---- */
 
-/* Waits until the windows before this one are put. */
+/* Waits until the windows before this one are handed over. */
 static enum rt_status take_turn(struct rt_logits_lane *lane, struct rt_err *err)
 {
     struct rt_logits_job *j = lane->j;
     pthread_mutex_lock(&j->lock);
-    while (j->turn != lane->index && !j->failed)
+    while (j->turn != lane->index && !j->failed && j->writer.st == RT_OK)
         pthread_cond_wait(&j->changed, &j->lock);
     const bool mine = j->turn == lane->index;
     pthread_mutex_unlock(&j->lock);
     return mine ? RT_OK : rt_fail(err, RT_INTERRUPTED, "a window before it was not finished");
 }
 
-static enum rt_status lane_put(void *self, const struct rt_rows *rows, struct rt_err *err)
+/* Where the windows before it fail, the state after the last layer is kept: the teacher still holds it. */
+static enum rt_status hand_over(struct rt_logits_lane *lane, bool kept, struct rt_err *err)
 {
-    struct rt_logits_lane *lane = self;
-    const enum rt_status st = take_turn(lane, err);
-    return st == RT_OK ? lane->j->sink.put(lane->j->sink.self, rows, err) : st;
-}
-
-/* The window's rows are put: they and its counts are made to last, then its state is not needed any more. */
-static enum rt_status close_window(struct rt_logits_lane *lane, struct rt_err *err)
-{
-    struct rt_logits_job *j = lane->j;
-    enum rt_status st;
-    RT_TRY(take_turn(lane, err));
-    if (j->load.window != NULL)
-        memcpy(j->load.window, lane->load, (size_t)j->config.layers * (size_t)j->config.experts * sizeof *lane->load);
-    RT_TRY(rt_expert_load_save(&j->load, lane->window, err));
-    RT_TRY(rt_shard_sink_hold(j->shards, err));
-    RT_TRY(rt_score_drop(lane->dir, err));
-out:
+    struct rt_logits_window *w = lane->at;
+    enum rt_status st = take_turn(lane, err);
+    if (st == RT_OK)
+        return rt_logits_put_push(lane->j, w, err);
+    if (kept) {
+        rt_err_clear(err);
+        st = rt_scored_stop(w->scored, err);
+    }
+    rt_scored_free(w->scored);
+    w->scored = NULL;
     return st;
 }
 
 static enum rt_status score_window(struct rt_logits_lane *lane, struct rt_err *err)
 {
     struct rt_logits_job *j = lane->j;
+    struct rt_logits_window *w = lane->at;
     struct rt_score_options o = j->so;
-    struct rt_row_sink sink = {lane, lane_put, NULL};
     enum rt_status st;
-    if (lane->load != NULL)
-        memset(lane->load, 0, (size_t)j->config.layers * (size_t)j->config.experts * sizeof *lane->load);
-    o.load = lane->load;
+    if (w->load != NULL)
+        memset(w->load, 0, (size_t)j->config.layers * (size_t)j->config.experts * sizeof *w->load);
+    o.load = w->load;
     o.stop = lane_stop;
     o.progress = lane_progress;
     o.stop_self = o.progress_self = lane;
-    o.keep.dir = j->keep || o.keep.spill ? lane->dir : NULL;
-    o.keep.window = lane->window;
+    o.keep.dir = j->keep || o.keep.spill ? w->dir : NULL;
+    o.keep.window = w->number;
     o.keep.every = j->keep ? j->save_every : INFINITY;
     o.keep.note = lane_note;
     o.keep.note_self = lane;
-    RT_TRY(rt_teacher_score(lane->teacher, &o, lane->w.seqs, lane->w.n, lane->skip, &sink, err));
-    RT_TRY(close_window(lane, err));
+    RT_TRY(rt_teacher_score_window(lane->teacher, &o, w->w.seqs, w->w.n, &w->scored, err));
+    RT_TRY(hand_over(lane, o.keep.dir != NULL, err));
 out:
     return st;
 }
@@ -239,34 +235,39 @@ static enum rt_status window_dir(const struct rt_logits_job *j, int64_t window, 
     return rt_path_join(out, 4096, j->v->out, name, err);
 }
 
-/* The next windows that are not wholly put and counted; *n of them. first, index: sequences and windows before the next one. */
-static enum rt_status fill_round(struct rt_logits_job *j, int64_t *first, int64_t *index, int *n, struct rt_err *err)
+/* The next windows that are not wholly put and counted; *n of them. first, index: sequences and windows before the next one. counted: windows whose load
+ * was counted before the run began (the writer counts on). */
+static enum rt_status fill_round(struct rt_logits_job *j, int64_t counted, int64_t *first, int64_t *index, int *n, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     *n = 0;
+    for (int i = 0; i < j->lanes; i++) {
+        struct rt_logits_lane *lane = &j->lane[i];
+        lane->at = j->overlap && lane->at == &lane->slot[0] ? &lane->slot[1] : &lane->slot[0];
+        RT_TRY(rt_logits_put_wait(j, lane->at, err));
+    }
     while (*n < j->lanes) {
         struct rt_logits_lane *lane = &j->lane[*n];
-        RT_TRY(rt_corpus_next(j->corpus, j->plan.teacher.window, &lane->w, err));
-        if (lane->w.n == 0)
+        struct rt_logits_window *w = lane->at;
+        RT_TRY(rt_corpus_next(j->corpus, j->plan.teacher.window, &w->w, err));
+        if (w->w.n == 0)
             break;
         const int64_t put = j->resume.sequences > *first ? j->resume.sequences - *first : 0;
-        lane->skip = put < lane->w.n ? put : lane->w.n;
-        lane->window = (*index)++;
-        lane->done = 0;
-        *first += lane->w.n;
-        RT_TRY(window_dir(j, lane->window, lane->dir, err));
-        if (lane->skip == lane->w.n && (j->load.window == NULL || lane->window < j->load.windows)) {
-            RT_TRY(rt_score_drop(lane->dir, err)); /* ended between its rows and this */
-            j->tokens_done += lane->w.tokens;
-            j->progress.first += lane->w.tokens;
-            lane->w.tokens = 0;
+        w->skip = put < w->w.n ? put : w->w.n;
+        w->number = (*index)++;
+        *first += w->w.n;
+        RT_TRY(window_dir(j, w->number, w->dir, err));
+        if (w->skip == w->w.n && w->number < counted) {
+            RT_TRY(rt_score_drop(w->dir, err)); /* ended between its rows and this */
+            j->tokens_done += w->w.tokens;
+            j->progress.first += w->w.tokens;
             continue;
         }
-        lane->saved = rt_score_saved_layer(lane->dir);
+        lane->tokens = w->w.tokens;
+        lane->done = 0;
+        lane->saved = rt_score_saved_layer(w->dir);
         (*n)++;
     }
-    for (int i = *n; i < j->lanes; i++)
-        j->lane[i].w.tokens = 0;
 out:
     return st;
 }
@@ -281,10 +282,10 @@ static enum rt_status round_error(struct rt_logits_job *j, int n, struct rt_err 
             continue;
         if (worst == NULL || (worst->st == RT_INTERRUPTED && lane->st != RT_INTERRUPTED))
             worst = lane;
-        const int layer = j->keep && lane->st != RT_INTERRUPTED ? rt_score_saved_layer(lane->dir) : 0;
+        const int layer = j->keep && lane->st != RT_INTERRUPTED ? rt_score_saved_layer(lane->at->dir) : 0;
         if (layer > 0)
-            rt_info(j->ctx->log, "window %" PRId64 ": the state after layer %d of %d is kept in %s; the same command goes on from there", lane->window + 1,
-                    layer, j->config.layers, lane->dir);
+            rt_info(j->ctx->log, "window %" PRId64 ": the state after layer %d of %d is kept in %s; the same command goes on from there", lane->at->number + 1,
+                    layer, j->config.layers, lane->at->dir);
     }
     return worst != NULL ? rt_fail(err, worst->st, "%s", worst->err.msg) : RT_OK;
 }
@@ -329,26 +330,55 @@ static void tell_reading(const struct rt_logits_job *j)
             elapsed > 0 ? 100 * waited / elapsed : 0.0);
 }
 
+static void tell_writing(const struct rt_logits_job *j)
+{
+    const struct rt_logits_writer *p = &j->writer;
+    const double elapsed = rt_now() - j->progress.t_start;
+    if (p->tokens > 0)
+        rt_info(j->ctx->log, "rows: written in %.2f us a token by %d thread%s; %.1f%% of the time was spent waiting for that", p->busy / (double)p->tokens * 1e6,
+                j->put_threads, j->put_threads > 1 ? "s" : "", elapsed > 0 ? 100 * p->waited / elapsed : 0.0);
+}
+
+/* Rows of windows that were scored are put whatever ended the run; the writer's error is the one that a stop of the lanes only follows. */
+static enum rt_status end_writing(struct rt_logits_job *j, enum rt_status st, struct rt_err *err)
+{
+    struct rt_err why = {0};
+    pthread_mutex_lock(&j->lock);
+    if (st == RT_INTERRUPTED && j->writer.n > 0 && j->writer.st == RT_OK)
+        rt_info(j->ctx->log, "stopping once the rows of windows that were scored are written");
+    pthread_mutex_unlock(&j->lock);
+    const enum rt_status put = rt_logits_put_end(j, &why);
+    if (put == RT_OK || (st != RT_OK && st != RT_INTERRUPTED))
+        return st;
+    rt_err_clear(err);
+    return rt_fail(err, put, "%s", why.msg);
+}
+
 enum rt_status rt_logits_score(struct rt_logits_job *j, struct rt_err *err)
 {
+    const int64_t counted = j->load.window != NULL ? j->load.windows : INT64_MAX;
     int64_t first = 0, index = 0;
     int n;
     enum rt_status st;
     rt_progress_begin(&j->progress, j->ctx->log, "scoring", "tokens", j->survey.tokens);
+    RT_TRY(rt_logits_put_start(j, err));
     for (;;) {
-        RT_TRY(fill_round(j, &first, &index, &n, err));
+        RT_TRY(fill_round(j, counted, &first, &index, &n, err));
         if (n == 0)
             break;
         RT_TRY(run_round(j, n, err));
         for (int i = 0; i < n; i++) {
-            j->tokens_done += j->lane[i].w.tokens;
-            j->lane[i].w.tokens = 0;
+            j->tokens_done += j->lane[i].tokens;
+            j->lane[i].tokens = 0;
         }
         j->progress.done = j->tokens_done;
     }
-    RT_TRY(j->sink.finish(j->sink.self, err));
 out:
+    st = end_writing(j, st, err);
+    if (st == RT_OK)
+        st = j->sink.finish(j->sink.self, err);
     rt_progress_end(&j->progress);
     tell_reading(j);
+    tell_writing(j);
     return st;
 }

@@ -131,22 +131,35 @@ out:
     return st;
 }
 
+void rt_features_leave_device(struct rt_features *f)
+{
+    const struct rt_device *d = f->t->o.device;
+    for (int i = 0; i < RT_MAX_FEATURES; i++) {
+        if (f->weight[i] != NULL)
+            d->be->weight_free(d->dev, f->weight[i]);
+        if (f->matrix[i] != NULL)
+            d->be->free(d->dev, f->matrix[i]);
+        f->weight[i] = NULL;
+        f->matrix[i] = NULL;
+    }
+    if (f->projected != NULL)
+        d->be->free(d->dev, f->projected);
+    f->projected = NULL;
+    rt_free(f->host);
+    rt_free(f->piece);
+    f->host = NULL;
+    f->piece = NULL;
+}
+
 void rt_features_free(struct rt_features *f)
 {
     if (f->t == NULL)
         return;
-    const struct rt_device *d = f->t->o.device;
+    rt_features_leave_device(f);
     for (int i = 0; i < RT_MAX_FEATURES; i++) {
-        d->be->weight_free(d->dev, f->weight[i]);
-        if (f->matrix[i] != NULL)
-            d->be->free(d->dev, f->matrix[i]);
         rt_free(f->data[i]);
         rt_free(f->scale[i]);
     }
-    if (f->projected != NULL)
-        d->be->free(d->dev, f->projected);
-    rt_free(f->host);
-    rt_free(f->piece);
     rt_state_writer_free(f->writer);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_state_reader_free(f->reader[i]);

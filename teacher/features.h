@@ -34,6 +34,8 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
                                 struct rt_err *err);
 /* Where the files go and what they belong to; both are borrowed. */
 void rt_features_keep(struct rt_features *f, const char *dir, const char *identity);
+/* Every state is taken: what lies on the device is released, and attaching and freeing do not touch it any more. */
+void rt_features_leave_device(struct rt_features *f);
 void rt_features_free(struct rt_features *f);
 /* Stores the states x [n, H] act of `layer` where a feature asks for them. e4m3: scale = amax/448 of the row, code = rne(y/scale). */
 enum rt_status rt_features_take(struct rt_features *f, int layer, const void *x, int64_t n, struct rt_err *err);

@@ -173,12 +173,24 @@ out:
     return st;
 }
 
-static enum rt_status put_rows(const struct rt_score_options *o, const struct outputs *r, struct rt_features *f, struct rt_rows *seqs,
-                               int64_t n_seqs, int64_t skip, struct rt_row_sink *sink, struct rt_err *err)
+struct rt_scored {
+    struct rt_score_options o;
+    struct outputs r;
+    struct rt_features f;
+    struct rt_score_state state;
+    struct rt_rows *seqs;
+    int64_t n_seqs;
+};
+
+enum rt_status rt_scored_put(struct rt_scored *w, int64_t skip, struct rt_row_sink *sink, struct rt_err *err)
 {
+    const struct rt_score_options *o = &w->o;
+    const struct outputs *r = &w->r;
+    struct rt_rows *seqs = w->seqs;
+    const bool all = sink != NULL && sink->put_all != NULL && !w->f.spill; /* spilled features are in memory for one sequence at a time */
     enum rt_status st = RT_OK;
     int64_t at = 0, base = 0;
-    for (int64_t s = 0; s < n_seqs; base += seqs[s++].n_tokens) {
+    for (int64_t s = 0; s < w->n_seqs; base += seqs[s++].n_tokens) {
         struct rt_rows *q = &seqs[s];
         int64_t n = 0;
         while (at + n < r->n_rows && r->row_token[at + n] < base + q->n_tokens)
@@ -194,11 +206,13 @@ static enum rt_status put_rows(const struct rt_score_options *o, const struct ou
         q->next_logprob = r->next_logprob + at;
         q->next_rank = r->next_rank + at;
         q->boundary_logp = r->boundary != NULL ? r->boundary + at : NULL;
-        RT_TRY(rt_features_attach(f, base, q, err));
-        if (s >= skip && sink != NULL)
+        RT_TRY(rt_features_attach(&w->f, base, q, err));
+        if (s >= skip && sink != NULL && !all)
             RT_TRY(sink->put(sink->self, q, err));
         at += n;
     }
+    if (all && skip < w->n_seqs)
+        RT_TRY(sink->put_all(sink->self, seqs + skip, w->n_seqs - skip, err));
 out:
     return st;
 }
@@ -366,40 +380,80 @@ static int64_t longest_of(const struct rt_rows *seqs, int64_t n_seqs)
     return n;
 }
 
-enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
-                                struct rt_row_sink *sink, struct rt_err *err)
+/* Everything but the putting: on success all that w still needs is on the host. */
+static enum rt_status compute(struct rt_teacher *t, struct rt_scored *w, struct rt_err *err)
 {
-    struct outputs r = {0};
-    struct rt_features f = {0};
-    struct rt_score_state s = {0};
-    struct rt_layer_batch b = {.position = t->position, .n_seq = n_seqs};
+    const struct rt_score_options *o = &w->o;
+    struct rt_layer_batch b = {.position = t->position, .n_seq = w->n_seqs};
     int32_t *cu = NULL;
     int first = 0;
     enum rt_status st;
-    RT_TRY(rt_alloc((size_t)n_seqs + 1, sizeof *cu, "sequence ends", &cu, err));
-    RT_TRY(upload_positions(t, seqs, n_seqs, cu, &b.n, err));
+    RT_TRY(rt_alloc((size_t)w->n_seqs + 1, sizeof *cu, "sequence ends", &cu, err));
+    RT_TRY(upload_positions(t, w->seqs, w->n_seqs, cu, &b.n, err));
     b.cu_seqlens = cu;
-    RT_TRY(make_outputs(o, seqs, n_seqs, &r, err));
-    RT_TRY(rt_features_init(&f, t, o, b.n, longest_of(seqs, n_seqs), err));
-    RT_TRY(rt_score_state_init(&s, t, o, &f, seqs, n_seqs, b.n, err));
-    RT_TRY(rt_score_state_load(&s, &first, err));
+    RT_TRY(make_outputs(o, w->seqs, w->n_seqs, &w->r, err));
+    RT_TRY(rt_features_init(&w->f, t, o, b.n, longest_of(w->seqs, w->n_seqs), err));
+    RT_TRY(rt_score_state_init(&w->state, t, o, &w->f, w->seqs, w->n_seqs, b.n, err));
+    RT_TRY(rt_score_state_load(&w->state, &first, err));
     if (first == 0)
-        RT_TRY(embed_window(t, seqs, n_seqs, err));
+        RT_TRY(embed_window(t, w->seqs, w->n_seqs, err));
     else if (o->progress != NULL)
         o->progress(o->progress_self, first, t->c.layers);
     t->ctx.load = o->load;
     RT_TRY(rt_weights_begin(t->w, t->pass + pass_at(t, first), t->n_pass - pass_at(t, first), err));
-    RT_TRY(run_layers(t, o, &b, first, &s, err));
-    RT_TRY(finish_window(t, o, b.n, &f, &r, err));
-    st = put_rows(o, &r, &f, seqs, n_seqs, skip, sink, err);
-    if (st == RT_INTERRUPTED && o->keep.dir != NULL) {
-        rt_err_clear(err);
-        RT_TRY(stopped(&s, t->c.layers, err));
-    }
+    RT_TRY(run_layers(t, o, &b, first, &w->state, err));
+    RT_TRY(finish_window(t, o, b.n, &w->f, &w->r, err));
+    rt_features_leave_device(&w->f);
 out:
     rt_weights_end(t->w);
-    rt_features_free(&f);
-    free_outputs(&r);
     rt_free(cu);
+    return st;
+}
+
+enum rt_status rt_teacher_score_window(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs,
+                                       struct rt_scored **out, struct rt_err *err)
+{
+    struct rt_scored *w;
+    enum rt_status st;
+    RT_TRY(rt_alloc(1, sizeof *w, "a window's rows", &w, err));
+    w->o = *o;
+    w->seqs = seqs;
+    w->n_seqs = n_seqs;
+    st = compute(t, w, err);
+    if (st == RT_OK)
+        *out = w;
+    else
+        rt_scored_free(w);
+out:
+    return st;
+}
+
+enum rt_status rt_scored_stop(struct rt_scored *w, struct rt_err *err)
+{
+    return stopped(&w->state, w->state.t->c.layers, err);
+}
+
+void rt_scored_free(struct rt_scored *w)
+{
+    if (w == NULL)
+        return;
+    rt_features_free(&w->f);
+    free_outputs(&w->r);
+    rt_free(w);
+}
+
+enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
+                                struct rt_row_sink *sink, struct rt_err *err)
+{
+    struct rt_scored *w = NULL;
+    enum rt_status st;
+    RT_TRY(rt_teacher_score_window(t, o, seqs, n_seqs, &w, err));
+    st = rt_scored_put(w, skip, sink, err);
+    if (st == RT_INTERRUPTED && o->keep.dir != NULL) {
+        rt_err_clear(err);
+        RT_TRY(rt_scored_stop(w, err));
+    }
+out:
+    rt_scored_free(w);
     return st;
 }

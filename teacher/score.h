@@ -47,7 +47,7 @@ struct rt_score_options {
 };
 
 /* Scores one window: seqs [n_seqs] hold ids, loss_mask, key and the other members that describe a sequence; their row members are filled
- * and each is put into the sink, except the first `skip` ones (already there). Sum of n_tokens <= plan.window, each n_tokens in
+ * and each is put into the sink, except the first `skip` ones (already there); by put_all where the sink has it. Sum of n_tokens <= plan.window, each n_tokens in
  * [1, max_length]. sink NULL: nothing is put. NUMERIC names the layer after which a state was not finite, and the damaged tensor.
  *
  * With keep.dir: goes on from the state there, if it is this window's own and whole, with the same bytes as without a stop. After an error
@@ -55,6 +55,20 @@ struct rt_score_options {
  * INTERRUPTED is a stop: the state after the last layer is saved. */
 enum rt_status rt_teacher_score(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs, int64_t skip,
                                 struct rt_row_sink *sink, struct rt_err *err);
+
+/* rt_teacher_score in two halves, so that a window's rows can be put, by another thread, while the teacher goes through the next window.
+ *
+ * rt_teacher_score_window: the first half; *out holds the rows in host memory (rt_score_token_bytes a token). seqs and what they hold, o's boundary,
+ * projections and keep.dir are borrowed until rt_scored_free. Errors as above; then *out is untouched.
+ * rt_scored_put: the second half, by any thread, once. The device is not used. keep.dir stays.
+ * rt_scored_stop: instead of putting, before another window begins on the teacher and by a thread that may use the device: saves the state after the
+ * last layer where keep says so; always INTERRUPTED, with the text for people. */
+struct rt_scored;
+enum rt_status rt_teacher_score_window(struct rt_teacher *t, const struct rt_score_options *o, struct rt_rows *seqs, int64_t n_seqs,
+                                       struct rt_scored **out, struct rt_err *err);
+enum rt_status rt_scored_put(struct rt_scored *w, int64_t skip, struct rt_row_sink *sink, struct rt_err *err);
+enum rt_status rt_scored_stop(struct rt_scored *w, struct rt_err *err);
+void rt_scored_free(struct rt_scored *w); /* NULL is fine */
 
 /* What passes have read of the checkpoint so far, and the seconds for which there was nothing to do but to wait for that. */
 void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *waited);
