@@ -1,5 +1,6 @@
 /* A run of several ranks: how they meet and what they agree on. Rank 0 alone writes to RUN; every rank reads it. */
 #include <string.h>
+#include <unistd.h>
 
 #include "core/collective.h"
 #include "core/sha256.h"
@@ -44,21 +45,32 @@ enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err)
                                       .timeout = (double)r->v->rank_timeout};
     RT_TRY(rt_comm_open(&o, &r->comm, err));
     rt_info(r->ctx->log, "%d ranks: each takes its share of every global batch and of the optimiser's states", r->rank.size);
-    if (r->rank.rank > 0 && r->ctx->log != NULL && r->ctx->log->level > RT_LOG_WARN) /* what is to be said, rank 0 says */
-        r->ctx->log->level = RT_LOG_WARN;
 out:
     return st;
 }
 
+struct room {
+    int64_t limit, micro;
+    bool shared; /* memory of the machine that was not allotted: its ranks share it */
+    char machine[128];
+};
+
 enum rt_status rt_train_agree_room(const struct rt_train_run *r, int64_t *limit, int64_t *micro, struct rt_err *err)
 {
     enum rt_status st;
-    int64_t own[2] = {*limit, *micro}, *all = NULL;
-    RT_TRY(rt_alloc((size_t)rt_comm_size(r->comm), sizeof own, "what ranks have room for", &all, err));
-    RT_TRY(rt_comm_gather(r->comm, own, all, sizeof own, err));
-    for (int i = 0; i < rt_comm_size(r->comm); i++)
-        *limit = all[2 * i] < *limit ? all[2 * i] : *limit;
-    *micro = all[1];
+    const int n = rt_comm_size(r->comm);
+    struct room own = {.limit = *limit, .micro = *micro, .shared = r->v->common.memory == 0 && !r->device.be->own_memory}, *all = NULL;
+    gethostname(own.machine, sizeof own.machine - 1);
+    RT_TRY(rt_alloc((size_t)n, sizeof own, "what ranks have room for", &all, err));
+    RT_TRY(rt_comm_gather(r->comm, &own, all, sizeof own, err));
+    for (int i = 0; i < n; i++) {
+        int64_t beside = 0;
+        for (int k = 0; k < n; k++)
+            beside += strncmp(all[i].machine, all[k].machine, sizeof all[i].machine) == 0;
+        const int64_t room = all[i].shared ? all[i].limit / beside : all[i].limit;
+        *limit = room < *limit ? room : *limit;
+    }
+    *micro = all[0].micro;
 out:
     rt_free(all);
     return st;

@@ -230,6 +230,8 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
     rt_train_peak_reset();
     RT_TRY(rt_rank_from_env(&r.rank, err));
+    if (r.rank.rank > 0 && ctx->log != NULL && ctx->log->level > RT_LOG_WARN && !v->common.verbose) /* what is to be said, rank 0 says */
+        ctx->log->level = RT_LOG_WARN;
     RT_TRY(rt_train_prepare(&r, err));
     if (v->common.dry_run) {
         RT_TRY(rt_train_print_plan(&r, err));

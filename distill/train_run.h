@@ -65,7 +65,7 @@ int64_t rt_train_longest(const struct rt_train_run *r);
 /* train_ranks.c: every one of them is called by all ranks; with one rank they do nothing. */
 /* Meets the other ranks (r->comm), once data and order are known. */
 enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err);
-/* *limit = the least of all ranks, *micro = that of rank 0: all plan alike. */
+/* *limit = the least of all ranks (what is free on a machine counts once for all its ranks), *micro = that of rank 0: all plan alike. */
 enum rt_status rt_train_agree_room(const struct rt_train_run *r, int64_t *limit, int64_t *micro, struct rt_err *err);
 /* REFUSED where a rank begins with other parameters. */
 enum rt_status rt_train_same_start(const struct rt_train_run *r, struct rt_err *err);

@@ -314,7 +314,7 @@ static void test_recompute(void **state)
             assert_int_equal(st, RT_OK);
         assert_true(st == RT_NOMEM || !refused_once);
         for (int i = 0; i < 4 && st == RT_OK; i++) {
-            char mark[8];
+            char mark[16];
             snprintf(mark, sizeof mark, "[%d: ", i);
             level[i] |= strstr(log, mark) != NULL;
         }
