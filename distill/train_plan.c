@@ -493,6 +493,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     r->o.max_spike = v->max_grad_spike;
     RT_TRY(rt_train_join(r, err));
     r->o.comm = r->comm;
+    r->o.ranks = r->rank.size;
     const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};
     RT_TRY(rt_command_device_with(r->ctx, &v->common, ops, n_ops, &device, &r->device, err));
     RT_TRY(plan_memory(r, err));

@@ -23,7 +23,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
     *out = (struct rt_trainer_memory){
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
-        .moments = rt_optimizer_shard_bytes(p, rt_comm_size(o->comm), act_size, o->adamw.bf16_moments),
+        .moments = rt_optimizer_shard_bytes(p, o->ranks > 1 ? o->ranks : 1, act_size, o->adamw.bf16_moments),
         .activations = rt_student_activation_bytes(c, o->micro_tokens, rt_student_recompute(o->recompute), act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),

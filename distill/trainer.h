@@ -32,6 +32,7 @@ struct rt_trainer_options {
     uint64_t seed;
     int loader_threads;          /* 0: sequences are decoded when they are needed */
     size_t loader_bytes;         /* of sequences decoded ahead */
+    int ranks;                   /* for a plan: how many there are, or will be; 0 is 1 */
     struct rt_comm *comm;        /* NULL: one rank; else the one that the student's device was opened with, borrowed */
 };
 

@@ -218,8 +218,8 @@ train() { # out
         --save-every 4 --seed 3
     "$go" "$@"
 }
-# metrics without what depends on the clock
-steps() { sed 's/,"\(tokens_per_second\|seconds\|time\|wall\)[a-z_]*":[^,}]*//g' "$1/metrics.jsonl" >"$1/metrics.stripped"; }
+# metrics without what depends on the clock and on the process
+steps() { sed 's/,"\(tokens_per_second\|seconds\|time\|wall\|mfu\|memory\|data_wait\)[a-z_]*":[^,}]*//g' "$1/metrics.jsonl" >"$1/metrics.stripped"; }
 go=plain
 train "$d/run"
 steps "$d/run"

@@ -363,7 +363,7 @@ static void test_nobody(void **state)
 
 struct stranger {
     pthread_t thread;
-    int port;
+    int port, what;
 };
 
 /* Bytes of every kind at the meeting's door, from nothing at all to hellos with damage in each field. */
@@ -451,6 +451,48 @@ static void test_impostor(void **state)
     pthread_join(s.thread, NULL);
 }
 
+/* Somebody who says the right hello, and then sends what is no message: a length of any size is never believed. */
+static void *liar(void *self)
+{
+    struct stranger *s = self;
+    struct rt_err err = {0};
+    unsigned char hello[128] = "RETORT\1\n", answer[256 + 2 * 72], bytes[400] = {0};
+    int fd;
+    const uint32_t says[4] = {1, 1, 2, 4};
+    memcpy(hello + 8, says, sizeof says);
+    memcpy(hello + 24, "run", 3);
+    if (rt_net_connect("127.0.0.1", s->port, rt_net_deadline(5), &fd, &err) != RT_OK)
+        return NULL;
+    rt_net_send(fd, hello, sizeof hello, rt_net_deadline(5), &err);
+    rt_net_recv(fd, answer, sizeof answer, rt_net_deadline(5), &err);
+    /* 0: random; 1: last words of 2^63 bytes; 2: a sum of 2^40 bytes; 3: last words that break off */
+    for (size_t k = 0; k < sizeof bytes; k++)
+        bytes[k] = (unsigned char)rt_rng_u64(8, 1, k);
+    const struct {
+        uint32_t magic, op;
+        uint64_t seq, bytes;
+    } head[] = {{0x736d7472, 100, 0, (uint64_t)1 << 63}, {0x736d7472, 2, 0, (uint64_t)1 << 40}, {0x736d7472, 100, 0, 300}};
+    if (s->what > 0)
+        memcpy(bytes, &head[s->what - 1], sizeof head[0]);
+    rt_net_send(fd, bytes, s->what == 3 ? 100 : sizeof bytes, rt_net_deadline(5), &err);
+    rt_net_close(fd);
+    return NULL;
+}
+
+static void test_liar(void **state)
+{
+    (void)state;
+    for (int what = 0; what < 4; what++) {
+        struct rank r = {.rank = 0, .size = 2, .port = free_port()};
+        struct stranger s = {.port = r.port, .what = what};
+        assert_int_equal(pthread_create(&s.thread, NULL, liar, &s), 0);
+        lost(&r);
+        assert_int_equal(r.st, RT_IO);
+        assert_non_null(strstr(r.err.msg, what == 0 || what == 2 ? "out of step" : "it ended"));
+        pthread_join(s.thread, NULL);
+    }
+}
+
 /* A port that somebody has is refused at once. */
 static void test_taken(void **state)
 {
@@ -517,6 +559,6 @@ static void test_meeting_place(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_shard),    cmocka_unit_test(test_collectives), cmocka_unit_test(test_backend),  cmocka_unit_test(test_lost),
     cmocka_unit_test(test_silent),   cmocka_unit_test(test_out_of_step), cmocka_unit_test(test_identity), cmocka_unit_test(test_nobody),
-    cmocka_unit_test(test_strangers), cmocka_unit_test(test_impostor),   cmocka_unit_test(test_taken),    cmocka_unit_test(test_meeting_place),
+    cmocka_unit_test(test_strangers), cmocka_unit_test(test_impostor),   cmocka_unit_test(test_liar),        cmocka_unit_test(test_taken),    cmocka_unit_test(test_meeting_place),
 };
 RT_SUITE(ranks, tests)
