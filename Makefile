@@ -60,7 +60,7 @@ all: deps $(B)/retort ## build the program (default)
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  variables: MODE=release|debug|asan  DEV=1  V=1  PORTABLE=1 (static libraries)  PREFIX=/usr/local'
+	@echo '  variables: MODE=release|debug|asan  DEV=1  V=1  PORTABLE=1 (static libraries)  CUDA=auto|1|0  CUDA_ARCH="80 90a"  PREFIX=/usr/local'
 
 deps:
 	@sh tests/deps.sh
