@@ -1,4 +1,4 @@
-/* The teacher engine: streaming, scoring, generation, features, refusals. Numbers against transformers are in test_oracle.c. */
+/* The teacher engine: scoring, generation, features, refusals. Numbers against transformers are in test_oracle.c. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,168 +10,7 @@
 #include "teacher/decode.h"
 #include "teacher/features.h"
 #include "teacher/score.h"
-#include "tests/far_device.h"
-#include "tests/suite.h"
-
-enum { SEQS = 5, MOST = 40 };
-static const int64_t lengths[SEQS] = {17, 1, 40, 2, 29};
-
-struct setup {
-    struct rt_device d;
-    struct rt_teacher *t;
-    uint32_t ids[SEQS][MOST];
-    uint8_t mask[SEQS][MOST];
-    struct rt_rows seqs[SEQS];
-};
-
-static void fill_sequences(struct setup *s, int64_t n_ids)
-{
-    for (int i = 0; i < SEQS; i++) {
-        for (int64_t j = 0; j < lengths[i]; j++) {
-            s->ids[i][j] = (uint32_t)(((uint64_t)(i + 1) * 7919 + (uint64_t)j * 104729 + (uint64_t)(j * j)) % (uint64_t)n_ids);
-            s->mask[i][j] = j >= lengths[i] / 2;
-        }
-        s->seqs[i] = (struct rt_rows){.n_tokens = lengths[i], .ids = s->ids[i], .loss_mask = s->mask[i], .source_line = i + 1};
-        rt_rows_key(s->ids[i], lengths[i], s->seqs[i].key);
-    }
-}
-
-static void open_device(struct rt_device *d, const char *backend, int threads)
-{
-    struct rt_err err = {0};
-    const struct rt_backend *be;
-    assert_ok(rt_backend_select(backend, NULL, 0, &be, &err));
-    assert_ok(rt_device_open(be, &(const struct rt_dev_options){.threads = threads}, d, &err));
-}
-
-static void set_up(struct setup *s, const char *dir, const char *backend, int threads, int64_t memory)
-{
-    struct rt_err err = {0};
-    memset(s, 0, sizeof *s);
-    open_device(&s->d, backend, threads);
-    const struct rt_teacher_options o = {.dir = dir, .device = &s->d, .memory = memory, .max_length = MOST, .data_tokens = 89};
-    assert_ok(rt_teacher_open(&o, &s->t, &err));
-    fill_sequences(s, rt_teacher_config(s->t)->vocab_size);
-}
-
-static void tear_down(struct setup *s)
-{
-    rt_teacher_close(s->t);
-    rt_device_close(&s->d);
-}
-
-/* A sink that keeps every byte of every block. */
-struct kept {
-    struct rt_buf bytes;
-    int64_t blocks;
-};
-
-static enum rt_status keep(void *self, const struct rt_rows *r, struct rt_err *err)
-{
-    struct kept *k = self;
-    const size_t n = (size_t)r->n_rows;
-    enum rt_status st;
-    k->blocks++;
-    RT_TRY(rt_buf_append(&k->bytes, r->position, n * 4, err));
-    RT_TRY(rt_buf_append(&k->bytes, r->topk_ids, n * (size_t)r->k * 4, err));
-    RT_TRY(rt_buf_append(&k->bytes, r->topk_logits, n * (size_t)r->k * 4, err));
-    RT_TRY(rt_buf_append(&k->bytes, r->lse, n * (size_t)r->n_lse * 4, err));
-    RT_TRY(rt_buf_append(&k->bytes, r->next_id, n * 4, err));
-    RT_TRY(rt_buf_append(&k->bytes, r->next_logprob, n * 4, err));
-    RT_TRY(rt_buf_append(&k->bytes, r->next_rank, n * 4, err));
-out:
-    return st;
-}
-
-static struct rt_score_options score_options(const struct setup *s)
-{
-    return (struct rt_score_options){.top_k = 8, .n_ids = rt_teacher_config(s->t)->vocab_size, .n_lse = 2, .lse_temperature = {1, 2}};
-}
-
-static struct kept score(struct setup *s, const struct rt_score_options *o)
-{
-    struct kept k = {0};
-    struct rt_err err = {0};
-    struct rt_row_sink sink = {.self = &k, .put = keep};
-    assert_ok(rt_teacher_score(s->t, o, s->seqs, SEQS, 0, &sink, &err));
-    return k;
-}
-
-/* A device with memory of its own: all weights there; a ring there and the bytes kept on the host; a ring there and everything read again. */
-static void same_bytes_from_a_far_device(void **state)
-{
-    enum { WINDOWS = 3 };
-    static const struct { uint64_t gpu; int64_t host; bool gpu_resident, resident; } runs[] = {
-        {(uint64_t)8 << 30, (int64_t)4 << 30, true, true}, {0, (int64_t)4 << 30, false, true}, {0, 0, false, false},
-    };
-    const struct rt_backend far = far_backend();
-    struct setup s;
-    (void)state;
-    set_up(&s, test_data("tests/data/cases/v3_fp8"), "cpu", 2, (int64_t)1 << 30);
-    struct rt_score_options so = score_options(&s);
-    struct kept want = score(&s, &so);
-    tear_down(&s);
-    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
-        struct rt_err err = {0};
-        memset(&s, 0, sizeof s);
-        assert_ok(rt_device_open(&far, &(const struct rt_dev_options){.threads = 2}, &s.d, &err));
-        struct rt_teacher_options o = {.dir = test_data("tests/data/cases/v3_fp8"), .device = &s.d, .max_length = MOST, .data_tokens = 89};
-        struct rt_teacher_sizes z;
-        struct rt_teacher_plan p;
-        far_memory((uint64_t)64 << 30);
-        o.memory = (int64_t)4 << 30;
-        assert_ok(rt_teacher_measure(&o, &z, &err));
-        assert_ok(rt_teacher_plan_sizes(&o, &z, &p, &err));
-        const uint64_t states = p.gpu_bytes - p.gpu_weight_budget;
-        far_memory(runs[i].gpu > 0 ? runs[i].gpu : states + 2 * z.largest_part);
-        o.memory = runs[i].host > 0 ? runs[i].host : (int64_t)(p.window_bytes + RT_TEACHER_FIXED_BYTES + z.staging);
-        assert_ok(rt_teacher_open(&o, &s.t, &err));
-        assert_int_equal(rt_teacher_plan(s.t)->gpu_resident, runs[i].gpu_resident);
-        assert_int_equal(rt_teacher_plan(s.t)->resident, runs[i].resident);
-        fill_sequences(&s, rt_teacher_config(s.t)->vocab_size);
-        uint64_t read = 0;
-        for (int w = 0; w < WINDOWS; w++) {
-            struct kept got = score(&s, &so);
-            assert_int_equal(got.bytes.len, want.bytes.len);
-            assert_memory_equal(got.bytes.data, want.bytes.data, want.bytes.len);
-            rt_buf_free(&got.bytes);
-            const uint64_t now = rt_weights_bytes_read(s.t->w);
-            assert_int_equal(now > read, w == 0 || !runs[i].resident);
-            read = now;
-        }
-        tear_down(&s);
-    }
-    rt_buf_free(&want.bytes);
-}
-
-static void same_bytes_whatever_threads_and_memory(void **state)
-{
-    (void)state;
-    struct kept first = {0};
-    /* all weights kept; too little memory for that, so that they are streamed twice; other thread counts */
-    static const struct { int threads; int64_t memory; bool resident; } runs[] = {
-        {1, (int64_t)1 << 30, true}, {2, (int64_t)1 << 30, true}, {3, (int64_t)1 << 30, true}, {2, (int64_t)RT_TEACHER_FIXED_BYTES + 1200000, false},
-    };
-    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
-        struct setup s;
-        set_up(&s, test_data("tests/data/cases/v3_fp8"), "cpu", runs[i].threads, runs[i].memory);
-        assert_int_equal(rt_teacher_plan(s.t)->resident, runs[i].resident);
-        const struct rt_score_options o = score_options(&s);
-        for (int pass = 0; pass < 2; pass++) {
-            struct kept k = score(&s, &o);
-            assert_int_equal(k.blocks, SEQS);
-            if (first.blocks == 0) {
-                first = k;
-                continue;
-            }
-            assert_int_equal(k.bytes.len, first.bytes.len);
-            assert_memory_equal(k.bytes.data, first.bytes.data, k.bytes.len);
-            rt_buf_free(&k.bytes);
-        }
-        tear_down(&s);
-    }
-    rt_buf_free(&first.bytes);
-}
+#include "tests/teacher_fixture.h"
 
 /* Rows of a sequence in a window of others are its rows alone, but for the rounding of differently shaped products (1e-5 relative is
  * a hundred times float32's resolution). */
@@ -637,8 +476,7 @@ static void interruption(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(same_bytes_whatever_threads_and_memory),
-    cmocka_unit_test(same_bytes_from_a_far_device), cmocka_unit_test(sequences_do_not_see_each_other),
+    cmocka_unit_test(sequences_do_not_see_each_other),
     cmocka_unit_test(completion_rows_alone), cmocka_unit_test(features_leave_in_the_same_pass), cmocka_unit_test(expert_load_adds_up),
     cmocka_unit_test(generation_agrees_with_scoring), cmocka_unit_test(generation_streams_what_does_not_fit),
     cmocka_unit_test(mtp_predicts_the_token_after_next), cmocka_unit_test(bad_configurations), cmocka_unit_test(refusals_name_the_numbers),
