@@ -18,6 +18,8 @@ void rt_sha256_init(struct rt_sha256 *s);
 void rt_sha256_update(struct rt_sha256 *s, const void *data, size_t n);
 void rt_sha256_final(struct rt_sha256 *s, uint8_t out[32]);
 void rt_sha256(const void *data, size_t n, uint8_t out[32]);
+/* h = the state after n blocks of 64 bytes, in plain C: what the processor's own instructions, where it has them, are held against. */
+void rt_sha256_plain(uint32_t h[8], const uint8_t *blocks, size_t n);
 /* Lower-case hexadecimal of n bytes; out holds 2n + 1. */
 void rt_hex(char *out, const uint8_t *data, size_t n);
 

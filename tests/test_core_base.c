@@ -120,6 +120,24 @@ static void sha256_in_pieces(void **state)
     }
 }
 
+/* The processor's instructions and plain C: the same state, from blocks that lie anywhere. */
+static void sha256_either_way(void **state)
+{
+    uint8_t data[64 * 9 + 15];
+    (void)state;
+    for (size_t i = 0; i < sizeof data; i++)
+        data[i] = (uint8_t)(i * i + (i >> 3));
+    for (size_t at = 0; at < 16; at++)
+        for (size_t n = 0; n < 9; n++) {
+            struct rt_sha256 s, plain;
+            rt_sha256_init(&s);
+            plain = s;
+            rt_sha256_update(&s, data + at, 64 * n);
+            rt_sha256_plain(plain.h, data + at, n);
+            assert_memory_equal(s.h, plain.h, sizeof s.h);
+        }
+}
+
 static const char *const rank_names[] = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
     "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
@@ -271,7 +289,7 @@ static void human_numbers(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(philox_known_answers), cmocka_unit_test(uniform_and_normal_moments), cmocka_unit_test(permutations),
-    cmocka_unit_test(streams),              cmocka_unit_test(sha256_known_answers),       cmocka_unit_test(sha256_in_pieces),
+    cmocka_unit_test(streams),              cmocka_unit_test(sha256_known_answers),       cmocka_unit_test(sha256_in_pieces), cmocka_unit_test(sha256_either_way),
     cmocka_unit_test(ranks),                cmocka_unit_test(log_lines),                  cmocka_unit_test(progress_lines),
     cmocka_unit_test(human_numbers),
 };
