@@ -30,6 +30,9 @@ echo "== memory: a checkpoint eight times larger than --memory"
 show sh bench/memory.sh "$build"
 echo "== shards: bytes a token"
 show sh bench/shards.sh "$build"
+echo "== shards: microseconds a token of writing them"
+show "$build/bench_shards_put" "$work/put"
+show "$build/bench_shards_put" "$work/put" 64 2048 7168
 echo "== two tokenizers: what of a teacher's rows crosses"
 show "$build/bench_retarget_overlap" examples/tiny_teacher examples/crossing_student examples/prompts/almanac_train.jsonl
 echo "== two tokenizers: rows a second, from shards to shards"
