@@ -8,7 +8,8 @@
 #include "distill/logits.h"
 #include "formats/manifest.h"
 
-/* A row of 64 entries is packed in 4 us by one core, a whole state of 7168 dimensions in about 130: more threads than this would wait for the one that writes. */
+/* A row of 64 entries is packed in 4 us by one core, a whole state of 7168 dimensions in about 130: more threads than this would wait
+ * for the one that writes. */
 enum { PACK_THREADS = 8 };
 
 /* Bytes that the shards will take: measured ratios of this format are near 5.5 bytes an entry. */
