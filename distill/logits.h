@@ -15,7 +15,7 @@
 struct rt_logits_values {
     struct rt_common common;
     const char *teacher, *data, *out, *cache, *lse, *features, *numerics, *overlong, *rows, *part, *template_name, *save_state;
-    int64_t max_length, window, rows_per_shard;
+    int64_t max_length, window, rows_per_shard, readers;
     bool boundary;
 };
 

@@ -141,6 +141,7 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
     j->to.w8a8 = strcmp(v->numerics, "w8a8") == 0;
     j->to.memory = rt_command_memory(&v->common) / j->lanes;
     j->to.gpu_memory = v->common.gpu_memory;
+    j->to.readers = (int)v->readers;
     j->to.max_length = j->survey.longest;
     j->to.window = j->to.window > 0 ? j->to.window : v->window;
     j->to.data_tokens = j->survey.tokens;

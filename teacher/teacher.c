@@ -41,7 +41,7 @@ static enum rt_status check_options(const struct rt_teacher_options *o, const st
 static enum rt_status open_weights(const struct rt_teacher_options *o, struct rt_teacher_config *c, struct rt_weights **out, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .resident = o->slots > 0};
+    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .resident = o->slots > 0, .threads = o->readers};
     RT_TRY(rt_teacher_config_load(o->dir, c, err));
     wo.mtp = o->mtp && c->mtp_layers > 0;
     RT_TRY(check_options(o, c, err));

@@ -28,6 +28,7 @@ struct rt_teacher_options {
     bool w8a8;             /* else w8a16 */
     int64_t memory;        /* bytes of host memory */
     int64_t gpu_memory;    /* bytes of a device that has memory of its own; 0: what is free */
+    int readers;           /* threads that read weights; 0: 8 for a device with memory of its own, else 1 */
     int64_t gpu_ring;      /* there: bytes of the ring through which weights pass; 0: planned. As much as there is: nothing stays */
     int64_t max_length;    /* longest sequence, in tokens; at most the model's maximum */
     int64_t window;        /* scoring: tokens of a window; 0: planned from memory and data_tokens */
