@@ -92,7 +92,8 @@ struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; };
 /* y = x w^T (+ bias), or += with accumulate. x [n, K] dense, or ldx for act elements; w [N, K]; y [n, N] act, or float32 with y_f32.
  * x.scale given: the product of 128-column blocks is (code sum) * x scale * weight scale, summed in float32.
  * With accumulate the bias is added as well.
- * row_exact: row i depends on row i of x alone, bit for bit, whatever n is (generation needs it). */
+ * row_exact: row i depends on row i of x alone, bit for bit, whatever n is (generation needs it). cuda keeps this where its kernels for few rows
+ * take the call, and otherwise for equal n: there the same batch plan gives the same text. */
 struct rt_linear_fwd_args {
     struct rt_act x; int64_t ldx; const struct rt_weight *w, *bias; void *y; int64_t ldy;
     int64_t n, K, N; bool accumulate, y_f32, row_exact;
