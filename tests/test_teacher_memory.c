@@ -78,8 +78,43 @@ static void same_bytes_whatever_threads_and_memory(void **state)
     rt_buf_free(&first.bytes);
 }
 
+/* DeepSeek-V3 on cards of several sizes, from its numbers alone: what the plan promises, and that it adds up. */
+static void windows_of_the_full_model(void **state)
+{
+    static const struct { uint64_t gpu; int64_t data, least; } cards[] = {
+        {(uint64_t)80 << 30, 1 << 24, 1 << 20}, {(uint64_t)40000 << 20, 1 << 18, 1 << 18}, {(uint64_t)24 << 30, 1 << 18, 1 << 17}, {(uint64_t)16 << 30, 1 << 18, 1 << 15},
+    };
+    struct rt_backend far = far_backend();
+    const struct rt_device d = {.be = &far};
+    struct rt_teacher_sizes z = {.largest_part = 1853500000, .largest_expert = 44056000, .model_bytes = 671000000000, .staging = 128 << 20};
+    z.config = (struct rt_teacher_config){.vocab_size = 129280, .hidden = 7168, .layers = 61, .dense_first = 3, .heads = 128, .q_lora = 1536, .kv_lora = 512,
+                                          .dn = 128, .dr = 64, .dv = 128, .inter = 18432, .moe_inter = 2048, .experts = 256, .shared = 1, .top_k = 8,
+                                          .n_group = 8, .topk_group = 4, .max_position = 163840, .fp8 = true};
+    (void)state;
+    far.act = RT_BF16;
+    for (size_t i = 0; i < sizeof cards / sizeof *cards; i++) {
+        struct rt_err err = {0};
+        struct rt_teacher_plan p;
+        const struct rt_teacher_options o = {.dir = "v3", .device = &d, .w8a8 = true, .memory = (int64_t)16 << 30, .gpu_memory = (int64_t)cards[i].gpu, .max_length = 4096,
+                                             .data_tokens = cards[i].data, .token_bytes = 600};
+        far_memory((uint64_t)80 << 30);
+        assert_ok(rt_teacher_plan_sizes(&o, &z, &p, &err));
+        print_message("    %2d GiB: window %ld, states %.1f, operations %.1f, weights %.1f of which ring %.1f, table %.1f GB\n", (int)(cards[i].gpu >> 30), (long)p.window,
+                      (double)p.gpu_state * 1e-9, (double)p.gpu_scratch * 1e-9, (double)p.gpu_weight_budget * 1e-9, (double)p.gpu_ring * 1e-9, (double)p.gpu_embed * 1e-9);
+        assert_true(p.window >= cards[i].least);
+        assert_true(p.gpu_state + p.gpu_scratch + p.gpu_weight_budget + p.gpu_embed <= cards[i].gpu);
+        assert_true(p.gpu_ring <= p.gpu_weight_budget && p.gpu_ring >= z.largest_part);
+        assert_false(p.gpu_resident);
+    }
+    struct rt_err err = {0};
+    struct rt_teacher_plan p;
+    const struct rt_teacher_options small = {.dir = "v3", .device = &d, .w8a8 = true, .memory = (int64_t)16 << 30, .gpu_memory = (int64_t)6 << 30, .max_length = 4096};
+    assert_status(rt_teacher_plan_sizes(&small, &z, &p, &err), NOMEM);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(same_bytes_whatever_threads_and_memory),
     cmocka_unit_test(same_bytes_from_a_far_device),
+    cmocka_unit_test(windows_of_the_full_model),
 };
 RT_SUITE(teacher_memory, tests)
