@@ -38,7 +38,9 @@ static enum rt_status add(const struct rt_tensors *ts, struct rt_part_plan *p, i
         snprintf(full, sizeof full, "%s.weight_scale_inv", name);
         RT_TRY(rt_tensors_get(ts, full, RT_DT(RT_F32), 2, blocks, &t->scale, err));
     }
-    p->bytes += rt_arena_round(t->weight->bytes) + (t->scale != NULL ? rt_arena_round(t->scale->bytes) : 0);
+    t->at = p->bytes;
+    t->scale_at = t->at + rt_arena_round(t->weight->bytes);
+    p->bytes = t->scale_at + (t->scale != NULL ? rt_arena_round(t->scale->bytes) : 0);
     p->n++;
 out:
     return st;

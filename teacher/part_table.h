@@ -11,6 +11,7 @@ struct rt_part_tensor {
     const struct rt_tensor *weight; /* NULL: absent in this model */
     const struct rt_tensor *scale;  /* weight_scale_inv, or NULL */
     int64_t rows, cols;
+    size_t at, scale_at;            /* where both lie in the part's block */
 };
 struct rt_part_plan {
     struct rt_part_tensor t[RT_PART_WEIGHTS];

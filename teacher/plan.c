@@ -14,6 +14,19 @@ enum {
 #define GPU_FIXED (768 * MIB)
 #define GPU_SCRATCH_MOST (6144 * MIB)
 
+/* Of generation: [layers][slots][max_length] rows of the compressed cache. */
+static uint64_t cache_bytes(const struct rt_teacher_options *o, const struct rt_teacher_config *c)
+{
+    return (uint64_t)c->layers * (uint64_t)o->slots * (uint64_t)o->max_length * (uint64_t)(c->kv_lora + c->dr) * rt_device_act_size(o->device);
+}
+
+/* As large as a window may become where memory does not matter. */
+static int64_t largest_useful(const struct rt_teacher_options *o)
+{
+    const int64_t data = o->data_tokens > 0 ? o->data_tokens : WINDOW_UNKNOWN, most = o->window > 0 ? o->window : data < WINDOW_MOST ? data : WINDOW_MOST;
+    return most > o->max_length ? most : o->max_length;
+}
+
 /* Device bytes of everything but weights for a window of n tokens. */
 uint64_t rt_teacher_state_bytes(const struct rt_teacher_options *o, const struct rt_teacher_config *c, int64_t chunk, int64_t n)
 {
@@ -23,7 +36,7 @@ uint64_t rt_teacher_state_bytes(const struct rt_teacher_options *o, const struct
     b += 2 * rt_arena_round((size_t)(o->max_length * (c->dr / 2)) * sizeof(float));
     b += rt_arena_round((size_t)n * (size_t)c->hidden * act) + 2 * rt_arena_round((size_t)n * sizeof(int32_t));
     if (cached)
-        b += rt_arena_round((size_t)c->layers * (size_t)o->slots * (size_t)o->max_length * (size_t)(c->kv_lora + c->dr) * act);
+        b += rt_arena_round(cache_bytes(o, c));
     return b + 64;
 }
 
@@ -35,14 +48,10 @@ static enum rt_status plan_host(const struct rt_teacher_options *o, const struct
     *p = (struct rt_teacher_plan){.model_bytes = model, .largest_part = largest};
     if (o->slots > 0) {
         p->window = p->chunk = o->batch_tokens;
-        p->cache_bytes = (uint64_t)c->layers * (uint64_t)o->slots * (uint64_t)o->max_length * (uint64_t)(c->kv_lora + c->dr) *
-                         rt_device_act_size(o->device);
+        p->cache_bytes = cache_bytes(o, c);
     } else {
         p->chunk = o->max_length > CHUNK_TOKENS ? o->max_length : CHUNK_TOKENS;
-        int64_t most = o->window > 0 ? o->window : o->data_tokens > 0 && o->data_tokens < WINDOW_MOST ? o->data_tokens
-                       : o->data_tokens > 0 ? WINDOW_MOST : WINDOW_UNKNOWN;
-        if (most < o->max_length)
-            most = o->max_length;
+        const int64_t most = largest_useful(o);
         if (p->chunk > most)
             p->chunk = most;
         if (o->chunk > 0)
@@ -145,11 +154,7 @@ static enum rt_status gpu_window(const struct rt_teacher_options *o, const struc
 {
     const struct rt_teacher_config *c = &z->config;
     char need[32], have[32];
-    int64_t most = o->window > 0 ? o->window : o->data_tokens > 0 && o->data_tokens < WINDOW_MOST ? o->data_tokens
-                   : o->data_tokens > 0 ? WINDOW_MOST : WINDOW_UNKNOWN;
-    if (most < o->max_length)
-        most = o->max_length;
-    most = rt_act_rows(most);
+    const int64_t most = rt_act_rows(largest_useful(o));
     const int64_t at_most = o->chunk > 0 ? o->chunk : most < CHUNK_GPU ? most : CHUNK_GPU;
     p->chunk = rt_act_rows(at_most > o->max_length ? at_most : o->max_length);
     /* the ring first; in little memory, one part in use and one on its way */
@@ -176,8 +181,7 @@ static enum rt_status plan_gpu(const struct rt_teacher_options *o, const struct 
     RT_TRY(gpu_memory(o, &p->gpu_bytes, err));
     if (o->slots > 0) {
         p->window = p->chunk = rt_act_rows(o->batch_tokens);
-        p->cache_bytes = (uint64_t)c->layers * (uint64_t)o->slots * (uint64_t)o->max_length * (uint64_t)(c->kv_lora + c->dr) *
-                         rt_device_act_size(o->device);
+        p->cache_bytes = cache_bytes(o, c);
     } else {
         RT_TRY(gpu_window(o, z, p, err));
     }

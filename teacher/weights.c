@@ -50,17 +50,12 @@ static struct rt_entry *find_entry(struct rt_weights *w, struct rt_part_id id)
 }
 
 /* The tensor inside a block of device memory (NULL: its description alone). */
-static struct rt_weight_src source_of(const struct rt_weights *w, const struct rt_part_tensor *t, const char *block, size_t *at)
+static struct rt_weight_src source_of(const struct rt_weights *w, const struct rt_part_tensor *t, const char *block)
 {
     struct rt_weight_src src = {.name = t->weight->name, .dtype = t->weight->dtype, .rows = t->rows, .cols = t->cols,
                                 .resident = w->o.resident};
-    const void *data = block != NULL ? block + *at : NULL;
-    const float *scale = NULL;
-    *at += rt_arena_round(t->weight->bytes);
-    if (t->scale != NULL) {
-        scale = block != NULL ? (const float *)(const void *)(block + *at) : NULL;
-        *at += rt_arena_round(t->scale->bytes);
-    }
+    const void *data = block != NULL ? block + t->at : NULL;
+    const float *scale = block != NULL && t->scale != NULL ? (const float *)(const void *)(block + t->scale_at) : NULL;
     if (w->o.device->be->own_memory) {
         src.device_data = data;
         src.device_scale = scale;
@@ -98,10 +93,9 @@ static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
         w->entry[i].id = (struct rt_part_id){RT_PART_MTP, c->layers + (int)(i - n - 1), 0};
     for (int64_t i = 0; i < w->n_entries; i++) {
         struct rt_entry *e = &w->entry[i];
-        size_t at = 0;
         RT_TRY(rt_part_plan(w->ts, c, e->id, &e->plan, err));
         for (int t = 0; t < e->plan.n; t++) {
-            const struct rt_weight_src src = source_of(w, &e->plan.t[t], NULL, &at);
+            const struct rt_weight_src src = source_of(w, &e->plan.t[t], NULL);
             e->extra += w->o.device->be->weight_bytes(&src);
         }
         w->largest = e->plan.bytes > w->largest ? e->plan.bytes : w->largest;
@@ -264,10 +258,9 @@ static enum rt_status load_part(struct rt_weights *w, struct rt_item *it, struct
     const struct rt_device *d = w->o.device;
     struct rt_part *p = it->part;
     enum rt_status st = RT_OK;
-    size_t at = 0;
     for (int i = 0; i < it->e->plan.n; i++) {
         const struct rt_part_tensor *t = &it->e->plan.t[i];
-        const struct rt_weight_src src = source_of(w, t, p->block, &at);
+        const struct rt_weight_src src = source_of(w, t, p->block);
         RT_TRY(d->be->weight_load(d->dev, d->q, &src, &p->w[t->slot], err));
         p->fp8[t->slot] = src.dtype == RT_E4M3;
     }

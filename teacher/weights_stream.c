@@ -32,26 +32,12 @@ struct chunk {
     char *keep;        /* own: where they are to be kept; or NULL */
 };
 
+/* Piece 2 i is weight i of the part, 2 i + 1 its scale. */
 static const struct rt_tensor *piece_tensor(const struct rt_part_plan *plan, int piece, size_t *at)
 {
-    size_t sum = 0;
-    for (int i = 0; i < plan->n; i++) {
-        const struct rt_part_tensor *t = &plan->t[i];
-        if (2 * i == piece) {
-            *at = sum;
-            return t->weight;
-        }
-        sum += rt_arena_round(t->weight->bytes);
-        if (t->scale == NULL)
-            continue;
-        if (2 * i + 1 == piece) {
-            *at = sum;
-            return t->scale;
-        }
-        sum += rt_arena_round(t->scale->bytes);
-    }
-    RT_ASSERT(false);
-    return NULL;
+    const struct rt_part_tensor *t = &plan->t[piece / 2];
+    *at = piece % 2 ? t->scale_at : t->at;
+    return piece % 2 ? t->scale : t->weight;
 }
 
 /* Pieces in the order of their files and offsets: a disk that seeks is spared. */
@@ -361,7 +347,7 @@ enum rt_status rt_stream_begin(struct rt_stream *s, struct rt_item *item, int64_
     bool any = false;
     s->item = item;
     s->n_items = n;
-    s->next = s->released = s->reading = s->fenced = 0;
+    s->released = s->reading = s->fenced = 0;
     s->head = s->tail = 0;
     s->cancel = false;
     rt_err_clear(&s->err);

@@ -52,7 +52,7 @@ struct rt_stream {
     uint64_t head, tail;           /* endless line: taken up to head, free below tail */
 
     struct rt_item *item;
-    int64_t n_items, next, released, reading, fenced; /* fenced: the copy queue waits for the use of the items before it */
+    int64_t n_items, released, reading, fenced; /* fenced: the copy queue waits for the use of the items before it */
     struct rt_event **spare;       /* events to use again */
     int64_t n_spare, spare_cap;
     uint64_t read_bytes;

@@ -203,3 +203,20 @@ void fx_fetch(const struct fx *f, const void *x, int64_t n, float *out)
     assert_true(rt_to_f32(out, tmp, f->d.be->act, (size_t)n));
     free(tmp);
 }
+
+float *fx_forward_logits(struct fx *f, const struct fx_docs *docs)
+{
+    struct rt_err err = {0};
+    const struct rt_student_batch b = fx_batch(docs);
+    assert_ok(rt_student_forward(f->s, &b, RT_KEEP_FINAL, &f->acts, &err));
+    const struct rt_student_head head = rt_student_head(f->s);
+    const size_t bytes = (size_t)(docs->n * head.V) * sizeof(float);
+    float *out = malloc(bytes);
+    void *dev = NULL;
+    assert_ok(f->d.be->alloc(f->d.dev, bytes, &dev, &err));
+    assert_ok(RT_OP(&f->d, linear_fwd, &err, .x = {.data = (void *)(uintptr_t)rt_student_hidden(f->s, RT_LAYER_FINAL)}, .w = head.w, .y = dev,
+                    .n = docs->n, .K = head.H, .N = head.V, .y_f32 = true));
+    assert_ok(rt_device_download(&f->d, out, dev, bytes, &err));
+    f->d.be->free(f->d.dev, dev);
+    return out;
+}

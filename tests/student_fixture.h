@@ -44,6 +44,8 @@ struct rt_student_batch fx_batch(const struct fx_docs *docs);
 double fx_loss(struct fx *f, const struct fx_docs *docs, bool backward);
 /* Gradient of entry i as float; freed with free. */
 float *fx_grad(const struct fx *f, int i);
+/* Logits [n, V] of whole documents through the forward, as float; freed with free. */
+float *fx_forward_logits(struct fx *f, const struct fx_docs *docs);
 /* act elements of the last forward as float, [n]. */
 void fx_fetch(const struct fx *f, const void *x, int64_t n, float *out);
 

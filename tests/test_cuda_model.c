@@ -306,24 +306,6 @@ static void test_checkpoint(void **state)
     }
 }
 
-/* Logits [n, V] of the whole document through the forward. */
-static float *forward_logits(struct fx *f, const struct fx_docs *docs)
-{
-    struct rt_err err = {0};
-    const struct rt_student_batch b = fx_batch(docs);
-    assert_ok(rt_student_forward(f->s, &b, RT_KEEP_FINAL, &f->acts, &err));
-    const struct rt_student_head head = rt_student_head(f->s);
-    const size_t bytes = (size_t)(docs->n * head.V) * sizeof(float);
-    float *out = malloc(bytes);
-    void *dev = NULL;
-    assert_ok(f->d.be->alloc(f->d.dev, bytes, &dev, &err));
-    assert_ok(RT_OP(&f->d, linear_fwd, &err, .x = {.data = (void *)(uintptr_t)rt_student_hidden(f->s, RT_LAYER_FINAL)}, .w = head.w, .y = dev,
-                    .n = docs->n, .K = head.H, .N = head.V, .y_f32 = true));
-    assert_ok(rt_device_download(&f->d, out, dev, bytes, &err));
-    f->d.be->free(f->d.dev, dev);
-    return out;
-}
-
 /* Greedy text of the decoder, token by token from a prompt: each token is the greatest logit of float32 too, or one so near to it that bfloat16
  * cannot tell (a logit's error is near 1 % of the spread of logits); and the decoder's logits are the forward's. */
 static void test_generation(void **state)
@@ -355,7 +337,7 @@ static void test_generation(void **state)
             if (t + 1 >= PROMPT && t + 1 < LEN)
                 docs.ids[t + 1] = best;
         }
-        float *want = forward_logits(&cpu, &docs), *whole = forward_logits(&gpu, &docs);
+        float *want = fx_forward_logits(&cpu, &docs), *whole = fx_forward_logits(&gpu, &docs);
         cuda_close("decoder against float32", mine, want, LEN, V, 2e-2, 5e-2); /* layers of bfloat16 */
         cuda_close("decoder against the forward", mine, whole, LEN, V, 1e-2, 2e-2);
         double spread = 0;

@@ -8,24 +8,6 @@
 
 enum { MAX_NEW = 12, PROMPTS = 5, SAMPLES = 2 };
 
-/* Logits [n, V] of the whole document through the forward. */
-static float *forward_logits(struct fx *f, const struct fx_docs *docs)
-{
-    struct rt_err err = {0};
-    const struct rt_student_batch b = fx_batch(docs);
-    assert_ok(rt_student_forward(f->s, &b, RT_KEEP_FINAL, &f->acts, &err));
-    const struct rt_student_head head = rt_student_head(f->s);
-    const size_t bytes = (size_t)(docs->n * head.V) * sizeof(float);
-    float *out = malloc(bytes);
-    void *dev = NULL;
-    assert_ok(f->d.be->alloc(f->d.dev, bytes, &dev, &err));
-    assert_ok(RT_OP(&f->d, linear_fwd, &err, .x = {.data = (void *)(uintptr_t)rt_student_hidden(f->s, RT_LAYER_FINAL)}, .w = head.w, .y = dev,
-                    .n = docs->n, .K = head.H, .N = head.V, .y_f32 = true));
-    assert_ok(rt_device_download(&f->d, out, dev, bytes, &err));
-    f->d.be->free(f->d.dev, dev);
-    return out;
-}
-
 /* A document fed in chunks, interleaved with another one in a second slot: each row is the forward's. */
 static void rows_equal_forward(void **state)
 {
@@ -40,7 +22,7 @@ static void rows_equal_forward(void **state)
             fx_open(&f, fx_backend(names[b]), 2, fx_config[kind]);
             fx_docs(&docs[0], &f, 5, (const int[]){20}, 1);
             fx_docs(&docs[1], &f, 6, (const int[]){20}, 1);
-            float *whole[2] = {forward_logits(&f, &docs[0]), forward_logits(&f, &docs[1])};
+            float *whole[2] = {fx_forward_logits(&f, &docs[0]), fx_forward_logits(&f, &docs[1])};
             const int64_t V = f.c.vocab_size;
             assert_ok(rt_student_decoder_create(f.s, &o, &d, &err));
             const struct rt_batch_step step = rt_student_decoder_step(d);
