@@ -14,6 +14,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "bench/median.h"
 #include "core/cpu/cpu.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -213,14 +214,6 @@ struct bench_result {
     double ratio[BENCH_PAIRS], median, low, high, cpu_median; /* plain / ours */
     double ours_median, plain_median;                         /* seconds */
 };
-
-static inline int bench_by_value(const void *a, const void *b)
-{
-    double x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return (x > y) - (x < y);
-}
 
 static inline double bench_median(const double *v, int n)
 {

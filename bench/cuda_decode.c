@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/median.h"
 #include "core/backend.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -34,12 +35,6 @@ static void need(struct bench *b, enum rt_status st)
         return;
     fprintf(stderr, "bench_cuda_decode: %s\n", b->err.msg);
     exit(rt_exit_code(st));
-}
-
-static int by_value(const void *x, const void *y)
-{
-    const double a = *(const double *)x, b = *(const double *)y;
-    return (a > b) - (a < b);
 }
 
 /* ---- memory ---- */
@@ -134,7 +129,7 @@ static double measure(struct bench *b, run_fn run, const void *ctx, int64_t n, i
         if (i >= 0)
             t[i] = seconds / turns;
     }
-    qsort(t, REPEATS, sizeof *t, by_value);
+    qsort(t, REPEATS, sizeof *t, bench_by_value);
     return t[REPEATS / 2];
 }
 

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/median.h"
 #include "core/backend.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -42,14 +43,6 @@ static void need(struct bench *b, enum rt_status st)
     exit(rt_exit_code(st));
 }
 
-static int by_value(const void *a, const void *b)
-{
-    double x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return (x > y) - (x < y);
-}
-
 static void measure(struct bench *b, const char *name, double bytes, enum rt_status (*run)(struct bench *b), bool waits)
 {
     const struct rt_backend *be = b->d.be;
@@ -64,7 +57,7 @@ static void measure(struct bench *b, const char *name, double bytes, enum rt_sta
         if (i >= 0)
             t[i] = waits ? rt_now() - t0 : seconds;
     }
-    qsort(t, REPEATS, sizeof *t, by_value);
+    qsort(t, REPEATS, sizeof *t, bench_by_value);
     const double rate = bytes / t[REPEATS / 2];
     if (b->copy_rate == 0)
         b->copy_rate = rate;

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/median.h"
 #include "core/backend.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -49,14 +50,6 @@ static void need(struct bench *b, enum rt_status st)
     exit(rt_exit_code(st));
 }
 
-static int by_value(const void *a, const void *b)
-{
-    double x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return (x > y) - (x < y);
-}
-
 static double timed(struct bench *b, enum rt_status (*run)(struct bench *b))
 {
     const struct rt_backend *be = b->d.be;
@@ -70,7 +63,7 @@ static double timed(struct bench *b, enum rt_status (*run)(struct bench *b))
         if (i >= 0)
             t[i] = seconds;
     }
-    qsort(t, REPEATS, sizeof *t, by_value);
+    qsort(t, REPEATS, sizeof *t, bench_by_value);
     return t[REPEATS / 2];
 }
 

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/median.h"
 #include "core/backend.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -223,14 +224,6 @@ static void one_step(struct bench *b, bool kl, double t[4])
         need(b, rt_fail(&b->err, RT_NUMERIC, "the norm of the gradients is not finite"));
 }
 
-static int by_value(const void *a, const void *b)
-{
-    double x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return (x > y) - (x < y);
-}
-
 static void measure(struct bench *b, const char *name, bool kl)
 {
     double t[4][REPEATS], one[4], median[4];
@@ -240,7 +233,7 @@ static void measure(struct bench *b, const char *name, bool kl)
             t[j][i] = one[j];
     }
     for (int j = 0; j < 4; j++) {
-        qsort(t[j], REPEATS, sizeof t[j][0], by_value);
+        qsort(t[j], REPEATS, sizeof t[j][0], bench_by_value);
         median[j] = t[j][REPEATS / 2];
     }
     const double micro = median[0] + median[1] + median[2], per_token = micro / (double)b->n + median[3] / STEP_TOKENS;

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/median.h"
 #include "core/cpu/cpu.h"
 #include "core/log.h"
 #include "core/mem.h"
@@ -71,14 +72,6 @@ struct work {
     bool exact;
 };
 
-static int by_value(const void *a, const void *b)
-{
-    double x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return (x > y) - (x < y);
-}
-
 static void measure(struct bench *b, const struct work *w)
 {
     double ours[MOST_REPEATS], theirs[MOST_REPEATS];
@@ -96,8 +89,8 @@ static void measure(struct bench *b, const struct work *w)
             theirs[r] = flop / (t2 - t1) * 1e-9;
         }
     }
-    qsort(ours, (size_t)b->repeats, sizeof *ours, by_value);
-    qsort(theirs, (size_t)b->repeats, sizeof *theirs, by_value);
+    qsort(ours, (size_t)b->repeats, sizeof *ours, bench_by_value);
+    qsort(theirs, (size_t)b->repeats, sizeof *theirs, bench_by_value);
     const double best = ours[b->repeats - 1], mid = ours[b->repeats / 2], ref = theirs[b->repeats - 1],
                  ref_mid = theirs[b->repeats / 2];
     printf("%-24s %6lld %6lld %6lld x%-4lld  %7.1f %7.1f   %7.1f %7.1f   %5.0f%% %5.0f%%\n", w->name, (long long)w->m, (long long)w->n,

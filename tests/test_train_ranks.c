@@ -127,54 +127,29 @@ static void run_well(int size, const char *const *args)
 }
 
 #define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
-#define RECIPE "--student", student, "--data", shards, "--data", lines, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", \
+#define RECIPE "--student", files.student, "--data", files.shards, "--data", files.lines, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", \
     "--lr", "3e-3", "--weight-decay", "0.1", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--rank-timeout", "20", "--threads", "1", "--grad-norms", "50"
 
-static const char *student, *shards, *lines;
-static struct tf_data *data;
+static struct tf_files files;
 
 static int set_up(void **state)
 {
-    struct tf f;
     (void)state;
-    if (data != NULL)
-        return 0;
-    data = malloc(sizeof *data);
-    tf_open(&f, &rt_backend_cpu, 1, TF_UNTIED, 0.4f);
-    tf_data(data, f.c.vocab_size, 11);
-    tf_score(data, &f);
-    tf_close(&f);
-    student = strdup(tf_write_student("ranks-student", TF_TIED, 1));
-    shards = strdup(tf_write_shards("ranks-shards", data));
-    lines = strdup(tf_write_lines("ranks-lines.jsonl", data));
+    tf_files_make(&files, "ranks");
     return 0;
 }
 
 static int tear_down(void **state)
 {
     (void)state;
-    free(data);
-    free((char *)(uintptr_t)student);
-    free((char *)(uintptr_t)shards);
-    free((char *)(uintptr_t)lines);
-    data = NULL;
+    tf_files_free(&files);
     return 0;
-}
-
-static struct rt_buf read_file(const char *dir, const char *name)
-{
-    struct rt_err err = {0};
-    struct rt_buf b = {0};
-    char path[4096];
-    assert_ok(rt_path_join(path, sizeof path, dir, name, &err));
-    assert_ok(rt_file_read_all(path, 1 << 24, &b, &err));
-    return b;
 }
 
 /* The greatest relative difference of a member over the lines of two runs' metrics; *n lines. */
 static double worst(const char *a, const char *b, const char *key, int *n)
 {
-    struct rt_buf x = read_file(a, "metrics.jsonl"), y = read_file(b, "metrics.jsonl");
+    struct rt_buf x = tf_read(a, "metrics.jsonl"), y = tf_read(b, "metrics.jsonl");
     char *save_x = NULL, *save_y = NULL, *p = strtok_r(x.data, "\n", &save_x), *q = strtok_r(y.data, "\n", &save_y);
     double most = 0;
     for (*n = 0; p != NULL && q != NULL; ++*n, p = strtok_r(NULL, "\n", &save_x), q = strtok_r(NULL, "\n", &save_y)) {
@@ -204,7 +179,7 @@ static void test_equal(void **state)
     const char *out[MAX_RANKS + 1] = {NULL, test_tmp("ranks-one"), test_tmp("ranks-two"), test_tmp("ranks-three")};
     int n;
     for (int size = 1; size <= MAX_RANKS; size++)
-        run_well(size, ARGS(RECIPE, "--steps", "100", "--eval-data", lines, "--out", out[size]));
+        run_well(size, ARGS(RECIPE, "--steps", "100", "--eval-data", files.lines, "--out", out[size]));
     for (int size = 2; size <= MAX_RANKS; size++) {
         for (size_t i = 0; i < sizeof close / sizeof close[0]; i++) {
             const double d = worst(out[1], out[size], close[i], &n);
@@ -215,7 +190,7 @@ static void test_equal(void **state)
             assert_true(worst(out[1], out[size], equal[i], &n) == 0);
         assert_int_equal(n, 100);
     }
-    struct rt_buf eval = read_file(out[3], RT_EVAL_FILE);
+    struct rt_buf eval = tf_read(out[3], RT_EVAL_FILE);
     n = 0;
     for (size_t i = 0; i < eval.len; i++)
         n += eval.data[i] == '\n';
@@ -225,7 +200,7 @@ static void test_equal(void **state)
 
 static void assert_same_file(const char *a, const char *b, const char *name)
 {
-    struct rt_buf x = read_file(a, name), y = read_file(b, name);
+    struct rt_buf x = tf_read(a, name), y = tf_read(b, name);
     assert_int_equal(x.len, y.len);
     assert_memory_equal(x.data, y.data, x.len);
     rt_buf_free(&x);

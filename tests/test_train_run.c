@@ -98,19 +98,9 @@ static struct rt_json *load(const char *dir, const char *name)
     return v;
 }
 
-static struct rt_buf read_file(const char *dir, const char *name)
-{
-    struct rt_err err = {0};
-    struct rt_buf b = {0};
-    char path[4096];
-    assert_ok(rt_path_join(path, sizeof path, dir, name, &err));
-    assert_ok(rt_file_read_all(path, 1 << 24, &b, &err));
-    return b;
-}
-
 static void assert_same_file(const char *a, const char *b, const char *name)
 {
-    struct rt_buf x = read_file(a, name), y = read_file(b, name);
+    struct rt_buf x = tf_read(a, name), y = tf_read(b, name);
     assert_int_equal(x.len, y.len);
     assert_memory_equal(x.data, y.data, x.len);
     rt_buf_free(&x);
@@ -120,7 +110,7 @@ static void assert_same_file(const char *a, const char *b, const char *name)
 /* metrics.jsonl without what a clock says. */
 static void assert_same_metrics(const char *a, const char *b)
 {
-    struct rt_buf x = read_file(a, "metrics.jsonl"), y = read_file(b, "metrics.jsonl");
+    struct rt_buf x = tf_read(a, "metrics.jsonl"), y = tf_read(b, "metrics.jsonl");
     static const char *const keys[] = {"step", "loss", "ce", "kl", "grad_norm", "lr", "tokens", "targets", "accuracy"};
     char *save_x = NULL, *save_y = NULL;
     char *p = strtok_r(x.data, "\n", &save_x), *q = strtok_r(y.data, "\n", &save_y);
@@ -143,34 +133,19 @@ static void assert_same_metrics(const char *a, const char *b)
 }
 
 /* One student, its own rows as shards, and the same sequences as lines. */
-static const char *student, *shards, *lines;
-static struct tf_data *data;
+static struct tf_files files;
 
 static int set_up(void **state)
 {
-    struct tf f;
     (void)state;
-    if (data != NULL)
-        return 0;
-    data = malloc(sizeof *data);
-    tf_open(&f, &rt_backend_cpu, 1, TF_UNTIED, 0.4f);
-    tf_data(data, f.c.vocab_size, 11);
-    tf_score(data, &f);
-    tf_close(&f);
-    student = strdup(tf_write_student("run-student", TF_TIED, 1));
-    shards = strdup(tf_write_shards("run-shards", data));
-    lines = strdup(tf_write_lines("run-lines.jsonl", data));
+    tf_files_make(&files, "run");
     return 0;
 }
 
 static int tear_down(void **state)
 {
     (void)state;
-    free(data);
-    free((char *)(uintptr_t)student);
-    free((char *)(uintptr_t)shards);
-    free((char *)(uintptr_t)lines);
-    data = NULL;
+    tf_files_free(&files);
     return 0;
 }
 
@@ -188,17 +163,17 @@ static void test_refusals(void **state)
     struct rt_err err = {0};
     const char *out = test_tmp("run-refused"), *file = test_tmp("run-file"), *longer = test_tmp("run-long.jsonl");
     char below[600];
-    refused(ARGS("--student", student, "--data", shards, "--out", out, "--w-kl", "1", "--kd-temperature", "3"), RT_REFUSED, "T = 3 is not stored (stored: 1, 2)");
-    refused(ARGS("--student", student, "--data", shards, "--out", out, "--w-kl", "1", "--teacher-temperature", "0.6"), RT_REFUSED, "T = 0.6 is not stored");
-    refused(ARGS("--student", student, "--data", lines, "--out", out, "--w-kl", "0.5"), RT_REFUSED, "without teacher rows");
-    refused(ARGS("--student", student, "--data", lines, "--out", out, "--w-feature", "0.5"), RT_REFUSED, "no hidden states");
-    refused(ARGS("--student", student, "--data", shards, "--out", out, "--w-ce", "0"), RT_USAGE, "nothing would be learnt");
-    refused(ARGS("--student", student, "--data", shards, "--out", out, "--memory", "10000"), RT_NOMEM, "training needs");
-    refused(ARGS("--data", shards, "--out", out), RT_USAGE, "--init-config");
+    refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--w-kl", "1", "--kd-temperature", "3"), RT_REFUSED, "T = 3 is not stored (stored: 1, 2)");
+    refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--w-kl", "1", "--teacher-temperature", "0.6"), RT_REFUSED, "T = 0.6 is not stored");
+    refused(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--w-kl", "0.5"), RT_REFUSED, "without teacher rows");
+    refused(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--w-feature", "0.5"), RT_REFUSED, "no hidden states");
+    refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--w-ce", "0"), RT_USAGE, "nothing would be learnt");
+    refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--memory", "10000"), RT_NOMEM, "training needs");
+    refused(ARGS("--data", files.shards, "--out", out), RT_USAGE, "--init-config");
     assert_false(rt_path_exists(out));
     assert_ok(rt_publish_bytes(file, "x", 1, &err));
     snprintf(below, sizeof below, "%s/run", file);
-    assert_int_not_equal(train(ARGS("--student", student, "--data", shards, "--out", below), 0, NULL, &err), RT_OK);
+    assert_int_not_equal(train(ARGS("--student", files.student, "--data", files.shards, "--out", below), 0, NULL, &err), RT_OK);
     rt_err_clear(&err);
     struct rt_buf b = {0};
     for (int i = 0; i < 70; i++)
@@ -206,16 +181,16 @@ static void test_refusals(void **state)
     assert_ok(rt_buf_printf(&b, &err, "]}\n"));
     assert_ok(rt_publish_bytes(longer, b.data, b.len, &err));
     rt_buf_free(&b);
-    refused(ARGS("--student", student, "--data", longer, "--out", out), RT_REFUSED, "has 70 tokens, the student takes 64");
+    refused(ARGS("--student", files.student, "--data", longer, "--out", out), RT_REFUSED, "has 70 tokens, the student takes 64");
     struct tf_data *other = malloc(sizeof *other);
-    *other = *data;
+    *other = *files.data;
     memset(other->id.tokenizer_sha256, 'b', 64);
     const char *foreign = tf_write_shards("run-foreign", other);
-    refused(ARGS("--student", student, "--data", foreign, "--out", out), RT_REFUSED, "bbbbbbbb");
-    *other = *data;
+    refused(ARGS("--student", files.student, "--data", foreign, "--out", out), RT_REFUSED, "bbbbbbbb");
+    *other = *files.data;
     other->id.vocab_size = other->id.n_ids = 62;
     foreign = tf_write_shards("run-wider", other);
-    refused(ARGS("--student", student, "--data", foreign, "--out", out), RT_REFUSED, "ids up to 61");
+    refused(ARGS("--student", files.student, "--data", foreign, "--out", out), RT_REFUSED, "ids up to 61");
     free(other);
 }
 
@@ -226,11 +201,11 @@ static void test_tail_warning(void **state)
     struct rt_err err = {0};
     char *log, mass[32];
     struct rt_shard_set *set = NULL;
-    assert_ok(rt_shard_set_open(shards, &set, &err));
+    assert_ok(rt_shard_set_open(files.shards, &set, &err));
     snprintf(mass, sizeof mass, "hold %.3f", rt_shard_set_info(set)->mass[1]);
     assert_true(rt_shard_set_info(set)->mass[1] < 0.95);
     rt_shard_set_free(set);
-    assert_ok(train(ARGS("--student", student, "--data", shards, "--out", test_tmp("run-dry"), "--w-kl", "1", "--kd-temperature", "2", "--tail", "renorm",
+    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--out", test_tmp("run-dry"), "--w-kl", "1", "--kd-temperature", "2", "--tail", "renorm",
                          "--dry-run", "--quiet", "--json"), 0, &log, &err));
     assert_non_null(strstr(log, mass));
     assert_non_null(strstr(log, "renorm"));
@@ -240,7 +215,7 @@ static void test_tail_warning(void **state)
 
 static double metric(const char *run, int64_t line, const char *key)
 {
-    struct rt_buf b = read_file(run, "metrics.jsonl");
+    struct rt_buf b = tf_read(run, "metrics.jsonl");
     char *save = NULL, *p = strtok_r(b.data, "\n", &save);
     struct rt_err err = {0};
     struct rt_json *v = NULL;
@@ -264,10 +239,10 @@ static void test_mix(void **state)
     char *log, a[600], b[600];
     double epoch = 0, targets = 0, kl_rows = 0;
     const char *out = test_tmp("run-mix");
-    snprintf(a, sizeof a, "%s:.5", shards);
-    snprintf(b, sizeof b, "%s:2", lines);
-    refused(ARGS("--student", student, "--data", a, "--data", b, "--out", out, "--w-ce", "0", "--w-kl", "1"), RT_REFUSED, "nothing would be learnt from it");
-    assert_ok(train(ARGS("--student", student, "--data", a, "--data", b, "--out", out, "--w-ce", "0.25", "--w-kl", "0.75", "--kd-temperature", "2",
+    snprintf(a, sizeof a, "%s:.5", files.shards);
+    snprintf(b, sizeof b, "%s:2", files.lines);
+    refused(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out, "--w-ce", "0", "--w-kl", "1"), RT_REFUSED, "nothing would be learnt from it");
+    assert_ok(train(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out, "--w-ce", "0.25", "--w-kl", "0.75", "--kd-temperature", "2",
                          "--batch-tokens", "80", "--epochs", "2"), 0, &log, &err));
     assert_non_null(strstr(log, "take the cross-entropy alone"));
     assert_non_null(strstr(log, "(20.0 % of an epoch's tokens)")); /* 0.5 of 2.5 */
@@ -283,8 +258,8 @@ static void test_mix(void **state)
     }
     int64_t all = 0; /* all shards once in two epochs, all lines four times */
     for (int s = 0; s < TF_SEQS; s++)
-        for (int64_t i = 1; i < data->len[s]; i++)
-            all += data->mask[s][i];
+        for (int64_t i = 1; i < files.data->len[s]; i++)
+            all += files.data->mask[s][i];
     assert_true(kl_rows == (double)all && targets == 5.0 * (double)all);
 }
 
@@ -298,7 +273,7 @@ static void test_recompute(void **state)
     bool level[4] = {false}, refused_once = false;
     const char *const asked[] = {"0", "3"};
     for (int i = 0; i < 2; i++) {
-        assert_ok(train(ARGS("--student", student, "--data", shards, "--out", out[i], "--steps", "4", "--batch-tokens", "80", "--lr", "1e-2", "--recompute", asked[i]),
+        assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--out", out[i], "--steps", "4", "--batch-tokens", "80", "--lr", "1e-2", "--recompute", asked[i]),
                         0, &log, &err));
         assert_non_null(strstr(log, i == 0 ? "nothing is computed again" : "layers are computed again"));
         free(log);
@@ -306,7 +281,7 @@ static void test_recompute(void **state)
     assert_same_file(out[0], out[1], "model/model.safetensors");
     for (int64_t memory = 4 << 20; memory > 100000; memory -= memory / 50) {
         snprintf(need, sizeof need, "%ld", (long)memory);
-        const enum rt_status st = train(ARGS("--student", student, "--data", shards, "--out", out[2], "--batch-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"),
+        const enum rt_status st = train(ARGS("--student", files.student, "--data", files.shards, "--out", out[2], "--batch-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"),
                                         0, &log, &err);
         if (st == RT_NOMEM)
             refused_once = strstr(err.msg, "training needs") != NULL;
@@ -324,8 +299,8 @@ static void test_recompute(void **state)
     assert_true(!level[0] && level[1] && level[3] && refused_once);
 }
 
-#define RECIPE "--student", student, "--data", shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
-    "--lr", "1e-2", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--save-every", "2", "--eval-data", lines, "--eval-every", "4"
+#define RECIPE "--student", files.student, "--data", files.shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
+    "--lr", "1e-2", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--save-every", "2", "--eval-data", files.lines, "--eval-every", "4"
 
 static const char *const compared[] = {"model/model.safetensors", "model/config.json", "ckpt-00000009/adam_v.safetensors",
                                        "ckpt-00000009/projector.safetensors", "eval/run-lines-4.jsonl", "eval/run-lines-9.jsonl"};
@@ -371,7 +346,7 @@ static void test_resume(void **state)
     assert_ok(rt_json_double(rt_json_get(run, "final"), "ce", &ce, &err));
     assert_true(ce > 0);
     rt_json_free(run);
-    struct rt_buf evals = read_file(killed, RT_EVAL_FILE);
+    struct rt_buf evals = tf_read(killed, RT_EVAL_FILE);
     int n = 0;
     for (size_t i = 0; i < evals.len; i++)
         n += evals.data[i] == '\n';
@@ -390,8 +365,8 @@ static void test_lines_and_shards(void **state)
         struct rt_device d = {0};
         struct rt_json *line = NULL;
         struct rt_buf rows = {0};
-        const struct rt_student_source source = {student, NULL, NULL, NULL};
-        const struct rt_eval_run_options o = {.data = i == 0 ? lines : shards, .T = 2, .memory = 1 << 28, .micro_tokens = i == 0 ? 0 : 40};
+        const struct rt_student_source source = {files.student, NULL, NULL, NULL};
+        const struct rt_eval_run_options o = {.data = i == 0 ? files.lines : files.shards, .T = 2, .memory = 1 << 28, .micro_tokens = i == 0 ? 0 : 40};
         assert_ok(rt_device_open(&rt_backend_cpu, &(struct rt_dev_options){.threads = 2}, &d, &err));
         assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
         assert_ok(rt_json_new_object(&line, &err));
@@ -423,7 +398,7 @@ static void test_nan(void **state)
     struct rt_ckpt at;
     const char *out = test_tmp("run-nan");
     char *log;
-    const char *const argv[] = {"--student", student, "--data", shards, "--batch-tokens", "80", "--steps", "30", "--lr", "10", "--eps", "1e-20", "--clip", "0",
+    const char *const argv[] = {"--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "30", "--lr", "10", "--eps", "1e-20", "--clip", "0",
                                 "--schedule", "constant", "--warmup", "0", "--save-every", "1", "--weight-decay", "10", "--beta1", "0", "--out", out, NULL};
     const enum rt_status st = train(argv, 0, &log, &err);
     /* weights grow by a factor of 99 a step until a product overflows */
@@ -434,7 +409,7 @@ static void test_nan(void **state)
     free(log);
     assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
     assert_true(at.step >= 1);
-    const char *const stop_argv[] = {"--student", student, "--data", shards, "--batch-tokens", "80", "--steps", "30", "--lr", "10", "--eps", "1e-20", "--clip", "0",
+    const char *const stop_argv[] = {"--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "30", "--lr", "10", "--eps", "1e-20", "--clip", "0",
                                      "--schedule", "constant", "--warmup", "0", "--save-every", "1", "--weight-decay", "10", "--beta1", "0", "--out",
                                      test_tmp("run-nan-stop"), "--on-nan", "stop", NULL};
     assert_int_equal(train(stop_argv, 0, NULL, &err), RT_NUMERIC);
@@ -452,7 +427,7 @@ static void test_spike(void **state)
     static const char *const keys[] = {"loss", "ce", "kl", "teacher_mass", "student_mass", "agreement", "grad_norm", "clipped_steps", "lr", "tokens_per_second",
                                        "memory", "seconds_left", "data_wait"};
     /* after ten steps every norm is above a thousandth of the mean */
-    const enum rt_status st = train(ARGS("--student", student, "--data", shards, "--batch-tokens", "80", "--steps", "30", "--w-kl", "1", "--kd-temperature", "2",
+    const enum rt_status st = train(ARGS("--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "30", "--w-kl", "1", "--kd-temperature", "2",
                                          "--save-every", "5", "--max-grad-spike", "0.001", "--on-nan", "stop", "--out", out), 0, NULL, &err);
     assert_int_equal(st, RT_NUMERIC);
     assert_non_null(strstr(err.msg, "step 11: "));
@@ -465,7 +440,7 @@ static void test_spike(void **state)
         if (!(metric(out, 9, keys[i]) >= 0))
             fail_msg("metrics.jsonl: %s is %g", keys[i], metric(out, 9, keys[i]));
     assert_true(isnan(metric(out, 9, "mfu"))); /* no peak is known for a CPU */
-    struct rt_buf b = read_file(out, "metrics.jsonl");
+    struct rt_buf b = tf_read(out, "metrics.jsonl");
     assert_true(b.len > 0 && rt_buf_puts(&b, "", &err) == RT_OK);
     assert_non_null(strstr(b.data, "\"spike\":true"));
     assert_non_null(strstr(b.data, "\"sequences\":["));
@@ -482,8 +457,8 @@ static void test_experiment(void **state)
     char path[600];
     struct command c;
     for (int again = 0; again < 2; again++) {
-        command_open(&c, &rt_cmd_experiment, ARGS("--student", student, "--data", shards, "--arms", "hard,soft", "--kd-temperature", "2", "--seeds", "2", "--steps",
-                                                  "3", "--batch-tokens", "60", "--lr", "1e-2", "--eval-data", shards, "--out", out));
+        command_open(&c, &rt_cmd_experiment, ARGS("--student", files.student, "--data", files.shards, "--arms", "hard,soft", "--kd-temperature", "2", "--seeds", "2", "--steps",
+                                                  "3", "--batch-tokens", "60", "--lr", "1e-2", "--eval-data", files.shards, "--out", out));
         assert_ok(command_run(&c, &err));
         assert_true(again == 0 || strstr(c.text, "finished already") != NULL);
         command_close(&c);

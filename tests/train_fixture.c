@@ -1,6 +1,7 @@
 #include "tests/train_fixture.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -202,4 +203,42 @@ float *tf_grads(const struct tf *f)
     float *g = malloc((size_t)f->p.elements * sizeof *g);
     assert_true(rt_to_f32(g, rt_student_grads(f->s), f->d.be->act, (size_t)f->p.elements));
     return g;
+}
+
+void tf_files_make(struct tf_files *f, const char *suite)
+{
+    struct tf t;
+    char name[3][64];
+    if (f->data != NULL)
+        return;
+    f->data = malloc(sizeof *f->data);
+    tf_open(&t, &rt_backend_cpu, 1, TF_UNTIED, 0.4f);
+    tf_data(f->data, t.c.vocab_size, 11);
+    tf_score(f->data, &t);
+    tf_close(&t);
+    snprintf(name[0], sizeof name[0], "%s-student", suite);
+    snprintf(name[1], sizeof name[1], "%s-shards", suite);
+    snprintf(name[2], sizeof name[2], "%s-lines.jsonl", suite);
+    f->student = strdup(tf_write_student(name[0], TF_TIED, 1));
+    f->shards = strdup(tf_write_shards(name[1], f->data));
+    f->lines = strdup(tf_write_lines(name[2], f->data));
+}
+
+void tf_files_free(struct tf_files *f)
+{
+    free(f->data);
+    free(f->student);
+    free(f->shards);
+    free(f->lines);
+    *f = (struct tf_files){0};
+}
+
+struct rt_buf tf_read(const char *dir, const char *name)
+{
+    struct rt_err err = {0};
+    struct rt_buf b = {0};
+    char path[4096];
+    assert_ok(rt_path_join(path, sizeof path, dir, name, &err));
+    assert_ok(rt_file_read_all(path, 1 << 24, &b, &err));
+    return b;
 }

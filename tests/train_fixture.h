@@ -45,6 +45,16 @@ const char *tf_write_student(const char *name, int config, uint64_t seed);
 const char *tf_write_shards(const char *name, struct tf_data *t);
 const char *tf_write_lines(const char *name, const struct tf_data *t);
 
+/* One student, its own rows as shards, and the same sequences as lines: files named after the suite. */
+struct tf_files {
+    char *student, *shards, *lines;
+    struct tf_data *data;
+};
+void tf_files_make(struct tf_files *f, const char *suite); /* does nothing where they are there */
+void tf_files_free(struct tf_files *f);
+/* A whole file of a directory. */
+struct rt_buf tf_read(const char *dir, const char *name);
+
 /* Options of an engine: CE and KL at T = 2, bucket. */
 struct rt_trainer_options tf_options(void);
 /* Whole blocks of parameters are the same bytes. */
