@@ -71,14 +71,14 @@ struct rt_cuda_dnn {
 static bool load(struct rt_dnn_api *api, char *why, int cap)
 {
     static const char *const names[] = {"libcudnn.so.9", NULL};
-    api->library = rt_cuda_dlopen(names);
-    if (api->library == NULL) {
+    api->module = rt_cuda_dlopen(names);
+    if (api->module == NULL) {
         snprintf(why, (size_t)cap, "libcudnn.so.9 was not found");
         return false;
     }
 #define RT_DNN_LOAD(name) \
     do { \
-        void *entry_ = dlsym(api->library, #name); \
+        void *entry_ = dlsym(api->module, #name); \
         if (entry_ == NULL) { \
             snprintf(why, (size_t)cap, "libcudnn.so.9 has no " #name); \
             return false; \
@@ -131,8 +131,8 @@ void rt_cuda_dnn_close(struct rt_cuda_dnn *dnn)
         entry_clear(&dnn->api, &dnn->entry[i]);
     if (dnn->api.handle != NULL)
         dnn->api.cudnnDestroy(dnn->api.handle);
-    if (dnn->api.library != NULL)
-        dlclose(dnn->api.library);
+    if (dnn->api.module != NULL)
+        dlclose(dnn->api.module);
     pthread_mutex_destroy(&dnn->lock);
     rt_free(dnn);
 }

@@ -21,7 +21,7 @@ struct rt_dnn_api {
 #define RT_DNN_MEMBER(name) __typeof__(name) *name;
     RT_DNN_ENTRIES(RT_DNN_MEMBER)
 #undef RT_DNN_MEMBER
-    void *library;
+    void *module; /* what dlopen gave */
     cudnnHandle_t handle;
     size_t version;                   /* 91400: 9.14.0 */
 };
