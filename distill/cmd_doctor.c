@@ -8,7 +8,7 @@
 struct values {
     struct rt_common common;
     const char *teacher, *student, *data, *shards, *out;
-    int64_t max_length, batch_tokens, lines, top_k;
+    int64_t max_length, batch_tokens, lines, top_k, rescore;
     bool forward;
 };
 
@@ -24,6 +24,7 @@ static const struct rt_opt options[] = {
     {"top-k", RT_OPT_INT, V(top_k), "64", 1, 65536, NULL, "K", "ids a row that will be stored", false, false},
     {"lines", RT_OPT_INT, V(lines), "0", 0, 1e15, NULL, "N", "lines of data whose rendering is checked one by one; 0: all", false, false},
     {"forward", RT_OPT_FLAG, V(forward), "true", 0, 0, NULL, NULL, "let models that fit into --memory score some of the data", false, false},
+    {"rescore", RT_OPT_INT, V(rescore), "0", 0, 1e6, NULL, "N", "rows of --shards that --teacher computes again, on --device, against what is stored; 0: 64 where the teacher fits into --memory. Any teacher takes one pass over its weights", false, false},
     {0},
 };
 
@@ -70,7 +71,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     enum rt_status st;
     struct rt_doctor d = {.teacher = v->teacher, .student = v->student, .data = v->data, .shards = v->shards, .out = v->out, .max_length = v->max_length,
                           .batch_tokens = v->batch_tokens, .memory = rt_command_memory(&v->common), .lines = v->lines, .top_k = (int)v->top_k,
-                          .forward = v->forward, .log = ctx->log};
+                          .forward = v->forward, .rescore = v->rescore, .log = ctx->log};
     int n_ops;
     const enum rt_op *ops = rt_teacher_score_ops(&n_ops);
     (void)pos;
@@ -99,7 +100,8 @@ const struct rt_command rt_cmd_doctor = {
     .help = "Any of the four may be left out: what needs it is then not checked. One line a check, PASS, WARN or FAIL, with what to do. The exit code\n"
             "is 1 where a check fails.\n\n"
             "    retort doctor --teacher DeepSeek-R1/ --student Qwen2.5-7B/ --data traces/\n"
-            "    retort doctor --student Qwen2.5-7B/ --shards shards/ --memory 64G",
+            "    retort doctor --student Qwen2.5-7B/ --shards shards/ --memory 64G\n"
+            "    retort doctor --teacher DeepSeek-R1/ --shards shards/ --device cpu --rescore 64 --max-length 256    (is the signal right?)",
     .options = options,
     .values_size = sizeof(struct values),
     .run = run,

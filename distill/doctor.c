@@ -50,6 +50,8 @@ enum rt_status rt_doctor_run(struct rt_doctor *d, struct rt_err *err)
     RT_TRY(rt_doctor_costs(d, err));
     if (d->forward)
         RT_TRY(rt_doctor_forward(d, err));
+    if (d->forward || d->rescore > 0)
+        RT_TRY(rt_doctor_rescore(d, err));
 out:
     return st;
 }

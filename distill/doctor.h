@@ -41,6 +41,7 @@ struct rt_doctor {
     int64_t room;                                        /* of a GPU, for what a student's training has to hold; 0: memory */
     int top_k;
     bool forward;                                        /* models that fit into memory score some text */
+    int64_t rescore;                                     /* rows of shards that the teacher computes again; 0: some, where it fits into memory */
     struct rt_log *log;
     struct rt_device device;
     struct rt_checks checks;
@@ -71,6 +72,8 @@ enum rt_status rt_doctor_crossing(struct rt_doctor *d, struct rt_err *err);
 enum rt_status rt_doctor_shards(struct rt_doctor *d, struct rt_err *err);
 /* doctor_forward.c: do the models predict the next token rather than another? */
 enum rt_status rt_doctor_forward(struct rt_doctor *d, struct rt_err *err);
+/* doctor_rescore.c: rows of the shards computed again by their teacher on this device, against what is stored. */
+enum rt_status rt_doctor_rescore(struct rt_doctor *d, struct rt_err *err);
 /* doctor_cost.c: memory, disk, operations. */
 enum rt_status rt_doctor_costs(struct rt_doctor *d, struct rt_err *err);
 
