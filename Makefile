@@ -123,7 +123,7 @@ demo: all ## the main job on the embedded teacher: traces, logits, five students
 demo-crossing: all ## soft labels across tokenizers: hard, exact, strict and likelihoods of spans, SEEDS=3
 	@sh examples/crossing.sh $(B)/retort build/crossing $(or $(SEEDS),3)
 
-oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOKENIZER_CASES=FILE] [BACKENDS="ref cpu"]
+oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOKENIZER_CASES=FILE] [BACKENDS="ref cpu cuda"]
 	@$(B)/retort-tests --oracle --cases "$(CASES)" --tokenizers "$(TOKENIZERS)" --tokenizer-cases "$(TOKENIZER_CASES)" \
 	    --backends "$(if $(BACKENDS),$(BACKENDS),ref cpu)"
 

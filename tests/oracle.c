@@ -100,6 +100,29 @@ int64_t *oracle_expected_ints(const struct rt_tensors *t, const char *name, int6
     return out;
 }
 
+void oracle_upload(const struct rt_device *d, void *dst, const float *src, int64_t n)
+{
+    struct rt_err err = {0};
+    void *tmp;
+    if (d->be->alloc(d->dev, (size_t)n * sizeof(float), &tmp, &err) != RT_OK)
+        return;
+    rt_device_upload(d, tmp, src, (size_t)n * sizeof(float), &err);
+    RT_OP(d, convert, &err, .src = tmp, .dst = dst, .n = n);
+    rt_device_sync(d, &err);
+    d->be->free(d->dev, tmp);
+}
+
+void oracle_download(const struct rt_device *d, float *dst, const void *src, int64_t n)
+{
+    struct rt_err err = {0};
+    void *tmp;
+    if (d->be->alloc(d->dev, (size_t)n * sizeof(float), &tmp, &err) != RT_OK)
+        return;
+    RT_OP(d, convert, &err, .src = src, .dst = tmp, .n = n, .to_f32 = true);
+    rt_device_download(d, dst, tmp, (size_t)n * sizeof(float), &err);
+    d->be->free(d->dev, tmp);
+}
+
 /* Teacher or student, by what config.json names. */
 static void run_case(struct oracle *o, const struct rt_device *d, const char *dir, const struct rt_tensors *expected)
 {
@@ -189,7 +212,7 @@ int rt_oracle_main(int argc, char **argv)
             cases = argv[i + 1];
     }
     if (dirs[0] == '\0' && toks[0] == '\0') {
-        fprintf(stderr, "usage: make oracle CASES=\"DIR ...\" [TOKENIZERS=\"NAME=DIR ...\" TOKENIZER_CASES=FILE] [BACKENDS=\"ref cpu\"]\n");
+        fprintf(stderr, "usage: make oracle CASES=\"DIR ...\" [TOKENIZERS=\"NAME=DIR ...\" TOKENIZER_CASES=FILE] [BACKENDS=\"ref cpu cuda\"]\n");
         return 2;
     }
     char *copy = strdup(dirs), *save = NULL;

@@ -29,7 +29,13 @@ double oracle_row_error(const float *a, const float *b, int64_t cols);
 float *oracle_expected(const struct rt_tensors *t, const char *name, int64_t *n);
 int64_t *oracle_expected_ints(const struct rt_tensors *t, const char *name, int64_t *n);
 
+/* Elements of act <-> float32. */
+void oracle_upload(const struct rt_device *d, void *dst, const float *src, int64_t n);
+void oracle_download(const struct rt_device *d, float *dst, const void *src, int64_t n);
+
 void oracle_teacher(struct oracle *o, const struct rt_device *d, const char *dir, const struct rt_tensors *expected);
+/* Where act is BF16. ids [n] */
+void oracle_teacher_bf16(struct oracle *o, const struct rt_device *d, const char *dir, const struct rt_tensors *expected, const uint32_t *ids, int64_t n);
 void oracle_student(struct oracle *o, const struct rt_device *d, const char *dir, const struct rt_tensors *expected);
 void oracle_tokenizer(struct oracle *o, const char *name, const char *dir, const char *cases);
 /* dir against every backend of the list. */

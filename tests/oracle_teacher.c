@@ -22,30 +22,6 @@ struct run {
     float *final;
 };
 
-/* Elements of act <-> float32 for the backends at hand. */
-static void upload(const struct rt_device *d, void *dst, const float *src, int64_t n)
-{
-    struct rt_err err = {0};
-    void *tmp;
-    if (d->be->alloc(d->dev, (size_t)n * sizeof(float), &tmp, &err) != RT_OK)
-        return;
-    rt_device_upload(d, tmp, src, (size_t)n * sizeof(float), &err);
-    RT_OP(d, convert, &err, .src = tmp, .dst = dst, .n = n);
-    rt_device_sync(d, &err);
-    d->be->free(d->dev, tmp);
-}
-
-static void download(const struct rt_device *d, float *dst, const void *src, int64_t n)
-{
-    struct rt_err err = {0};
-    void *tmp;
-    if (d->be->alloc(d->dev, (size_t)n * sizeof(float), &tmp, &err) != RT_OK)
-        return;
-    RT_OP(d, convert, &err, .src = src, .dst = tmp, .n = n, .to_f32 = true);
-    rt_device_download(d, dst, tmp, (size_t)n * sizeof(float), &err);
-    d->be->free(d->dev, tmp);
-}
-
 static void compare_state(void *self, int layer, const void *x, int64_t n)
 {
     struct run *r = self;
@@ -57,7 +33,7 @@ static void compare_state(void *self, int layer, const void *x, int64_t n)
     else
         snprintf(name, sizeof name, "%s.hidden_%d", r->mode, layer);
     float *b = oracle_expected(r->ex, name, &count);
-    download(r->d, a, x, n * r->H);
+    oracle_download(r->d, a, x, n * r->H);
     if (layer == RT_LAYER_FINAL)
         memcpy(r->final, a, (size_t)(n * r->H) * sizeof *a);
     if (b != NULL && count == n * r->H)
@@ -99,7 +75,7 @@ static void w8a16(struct run *r, const uint32_t *ids)
     }
     if (r->d->be->alloc(r->d->dev, (size_t)(r->n * r->H) * rt_device_act_size(r->d), &final, &err) != RT_OK)
         return;
-    upload(r->d, final, r->final, r->n * r->H);
+    oracle_upload(r->d, final, r->final, r->n * r->H);
     compare_logits(r, "logits", final, ids, 1e-4);
     if (rt_teacher_config(r->t)->mtp_layers > 0)
         compare_logits(r, "mtp_logits", final, ids, 1e-4);
@@ -256,10 +232,10 @@ static bool one_layer(struct run *r, const float *in, float *out, void *arg)
     void *x;
     if (r->d->be->alloc(r->d->dev, (size_t)(r->n * r->H) * rt_device_act_size(r->d), &x, &err) != RT_OK)
         return false;
-    upload(r->d, x, in, r->n * r->H);
+    oracle_upload(r->d, x, in, r->n * r->H);
     const bool good = rt_teacher_run_layer(r->t, *(const int *)arg, x, r->n, &err) == RT_OK;
     if (good)
-        download(r->d, out, x, r->n * r->H);
+        oracle_download(r->d, out, x, r->n * r->H);
     else
         oracle_fail(r->o, "w8a8", err.msg);
     r->d->be->free(r->d->dev, x);
@@ -272,7 +248,7 @@ static bool mtp(struct run *r, const float *in, float *out, void *arg)
     void *x;
     if (r->d->be->alloc(r->d->dev, (size_t)(r->n * r->H) * rt_device_act_size(r->d), &x, &err) != RT_OK)
         return false;
-    upload(r->d, x, in, r->n * r->H);
+    oracle_upload(r->d, x, in, r->n * r->H);
     const bool good = rt_teacher_mtp_logits(r->t, arg, x, r->n, out, &err) == RT_OK;
     if (!good)
         oracle_fail(r->o, "w8a8.mtp_logits", err.msg);
@@ -304,7 +280,7 @@ static void w8a8(struct run *r, uint32_t *ids)
     void *x;
     struct rt_err err = {0};
     if (final != NULL && r->d->be->alloc(r->d->dev, (size_t)(r->n * r->H) * rt_device_act_size(r->d), &x, &err) == RT_OK) {
-        upload(r->d, x, final, r->n * r->H);
+        oracle_upload(r->d, x, final, r->n * r->H);
         compare_logits(r, "logits", x, ids, 1e-4);
         r->d->be->free(r->d->dev, x);
     }
@@ -350,11 +326,16 @@ void oracle_teacher(struct oracle *o, const struct rt_device *d, const char *dir
     uint32_t *ids = malloc((size_t)r.n * sizeof *ids);
     for (int64_t i = 0; i < r.n; i++)
         ids[i] = (uint32_t)wide[i];
+    if (d->be->act == RT_BF16) {
+        oracle_teacher_bf16(o, d, dir, expected, ids, r.n);
+        goto out;
+    }
     run_mode(&r, dir, "w8a16", ids);
     if (rt_tensors_find(expected, "w8a8.hidden_0") != NULL)
         run_mode(&r, dir, "w8a8", ids);
     else
         oracle_skip(o, "w8a8", "no FP8 checkpoint");
+out:
     free(ids);
     free(wide);
 }

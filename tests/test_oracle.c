@@ -221,9 +221,45 @@ static void other_epsilon(void **state)
     expect(dir, "cpu", true, "another epsilon");
 }
 
+/* The checks for backends of bfloat16, on one of float32: they hold there, and see a wrong scale. */
+static void bf16_checks(const char *dir, bool fails)
+{
+    struct rt_err err = {0};
+    struct oracle o = {.quiet = true, .name = "v3_fp8", .backend = "cpu"};
+    struct rt_device d = {0};
+    struct rt_tensors *ex;
+    char path[600];
+    int64_t n;
+    snprintf(path, sizeof path, "%s/expected.safetensors", dir);
+    assert_ok(rt_tensors_open(path, &ex, &err));
+    assert_ok(rt_device_open(&rt_backend_cpu, &(const struct rt_dev_options){0}, &d, &err));
+    int64_t *wide = oracle_expected_ints(ex, "input_ids", &n);
+    uint32_t *ids = malloc((size_t)n * sizeof *ids);
+    for (int64_t i = 0; i < n; i++)
+        ids[i] = (uint32_t)wide[i];
+    oracle_teacher_bf16(&o, &d, dir, ex, ids, n);
+    free(ids);
+    free(wide);
+    rt_tensors_free(ex);
+    rt_device_close(&d);
+    if (o.passed < 6 || (fails ? o.failed == 0 : o.failed > 0))
+        fail_msg("%s: %d checks hold, %d fail", dir, o.passed, o.failed);
+}
+
+static void bf16_checks_hold_and_fail(void **state)
+{
+    (void)state;
+    bf16_checks(test_data("tests/data/cases/v3_fp8"), false);
+    const char *dir = test_tmp("bf16");
+    copy_case("v3_fp8", dir);
+    change(dir, "model.layers.1.mlp.experts.3.down_proj.weight_scale_inv", double_first_scale);
+    bf16_checks(dir, true);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(shipped_cases_hold), cmocka_unit_test(two_experts_swapped), cmocka_unit_test(one_scale_wrong),
     cmocka_unit_test(scales_dropped), cmocka_unit_test(other_rope), cmocka_unit_test(other_rope_layout), cmocka_unit_test(other_gating),
     cmocka_unit_test(labels_shifted), cmocka_unit_test(rows_shifted), cmocka_unit_test(other_epsilon),
+    cmocka_unit_test(bf16_checks_hold_and_fail),
 };
 RT_SUITE(oracle, tests)
