@@ -1,6 +1,6 @@
 /* Rows of a shard set computed again by their teacher, on the device at hand, and held against what is stored: is the signal right?
  *
- * Rows are picked evenly over the set; a row needs its sequence up to its own token. Nothing of what made the stored rows is used but the engine: the
+ * Rows are picked evenly over the set; a row needs its sequence up to its own token. What picks and sums the stored rows is not used: the
  * final states' logits over the whole vocabulary are taken to the host, and first choice, log-sum-exps, log-probability and divergence
  * are computed there from all of them.
  */
@@ -23,16 +23,19 @@ enum {
 /* What may differ, by how both sides were computed. Logits and log-sum-exps (times T) in units of the spread (standard deviation) of a row's logits. */
 struct bound {
     const char *why;
-    double kl, logits, sure; /* mean; what 95 % of rows stay within; share of sure first choices that agree */
+    double kl, logits, first; /* mean; what 95 % of rows stay within; share of sure first choices that agree */
 };
 static const struct bound bounds[] = {
     /* sums in another order: 1e-4 of a state's norm (what references are held to) through the head, with room for a row near a tie of two experts */
     {"float32 on both sides", 1e-4, 1e-3, 0.99},
     /* roundings of 2^-9 at each of some dozen operations a layer, and experts chosen otherwise near ties */
     {"bfloat16 rounds every operation", 0.03, 0.1, 0.99},
-    /* a changed e4m3 code is a step of 1/16 in its factor, and moves its row and those after it by percents */
-    {"activations in FP8", 0.15, 0.25, 0.95},
 };
+/* w8a8: what rounding activations to FP8 does to this model on this text is computed here, too, as the distance between w8a8 and w8a16. Two sides that
+ * round from different last bits are two draws of it, up to twice as far apart (with some slack; errors grow by the root). A set of nonsense is at 1.4. */
+#define DRAWS_KL 2.5
+#define DRAWS_LOGITS 2
+static const struct bound fp8_least = {"", 1e-3, 0.02, 0.95}, fp8_most = {"", 1, 1, 0.95};
 
 struct picked {
     int64_t n, n_seqs, tokens, longest, k, n_lse;
@@ -43,9 +46,11 @@ struct picked {
     float *logit, *lse, *next_logprob;
 };
 
+/* Of one row, stored against computed here. */
 struct found {
-    double kl, kl_worst, *logits, *sums; /* [n]: of each row */
-    int64_t first, sure, sure_first, rank;
+    double kl, logits, sums, lead; /* lead: of the first choice here over the second, as logits are */
+    double fp8_kl, fp8_logits;     /* w8a8 against w8a16, both here */
+    bool first, rank;
 };
 
 static void drop(struct picked *p)
@@ -164,13 +169,22 @@ static double divergence(const uint32_t *ids, const float *logit, int64_t k, dou
     return kl;
 }
 
-/* Row `i` as stored against all logits z [n] computed here. */
-static void compare(const struct picked *p, const struct rt_row_identity *id, const struct bound *b, int64_t i, const float *z, struct found *f)
+/* Mean square of the differences between the row's stored ids' logits `logit` and z. */
+static double apart(const uint32_t *ids, const float *logit, int64_t k, const float *z)
+{
+    double off = 0;
+    for (int64_t j = 0; j < k; j++)
+        off += (logit[j] - z[ids[j]]) * ((double)logit[j] - z[ids[j]]) / (double)k;
+    return isfinite(off) ? off : INFINITY;
+}
+
+/* Row `i` as stored against all logits z [n_ids] computed here. */
+static void compare(const struct picked *p, const struct rt_row_identity *id, int64_t i, const float *z, struct found *f)
 {
     const int64_t n = id->n_ids, k = p->k;
-    const uint32_t *ids = p->top + i * k;
+    const uint32_t *ids = p->top + i * k, next = p->next[i];
     int64_t first = 0, rank = 0;
-    double mean = 0, var = 0, off = 0, sums, second = -INFINITY, one = 0;
+    double mean = 0, var = 0, second = -INFINITY, one = 0;
     for (int64_t v = 0; v < n; v++) {
         mean += z[v] / (double)n;
         if (z[v] > z[first])
@@ -179,31 +193,44 @@ static void compare(const struct picked *p, const struct rt_row_identity *id, co
     for (int64_t v = 0; v < n; v++) {
         var += (z[v] - mean) * (z[v] - mean) / (double)n;
         second = v != first && z[v] > second ? z[v] : second;
-        rank += z[v] > z[p->next[i]] || (z[v] == z[p->next[i]] && v < (int64_t)p->next[i]);
+        rank += z[v] > z[next] || (z[v] == z[next] && v < (int64_t)next);
     }
-    const double spread = sqrt(var) > 0 ? sqrt(var) : 1;
-    for (int64_t j = 0; j < k; j++) {
-        const double e = p->logit[i * k + j] - z[ids[j]];
-        off += e * e / (double)k;
-    }
-    const double here = log_sum_exp(z, n, z[first], 1);
-    sums = fabs(p->next_logprob[i] - (z[p->next[i]] - here));
+    const double spread = sqrt(var) > 0 ? sqrt(var) : 1, here = log_sum_exp(z, n, z[first], 1);
+    double sums = fabs(p->next_logprob[i] - (z[next] - here));
     for (int64_t l = 0; l < p->n_lse; l++) {
         const double T = id->lse_temperature[l];
         sums = fmax(sums, T * fabs(p->lse[i * p->n_lse + l] - log_sum_exp(z, n, z[first], T)));
         if (T == 1)
             one = p->lse[i * p->n_lse + l];
     }
-    const double kl = divergence(ids, p->logit + i * k, k, one, z, here);
-    const bool same = ids[0] == first, sure = z[first] - second > 2 * b->logits * spread;
-    f->kl += kl / (double)p->n;
-    f->kl_worst = fmax(f->kl_worst, kl);
-    f->logits[i] = isfinite(off) ? sqrt(off) / spread : INFINITY;
-    f->sums[i] = isfinite(sums) ? sums / spread : INFINITY;
-    f->first += same;
-    f->sure += sure;
-    f->sure_first += sure && same;
-    f->rank += rank == (int64_t)p->rank[i];
+    f->kl = divergence(ids, p->logit + i * k, k, one, z, here);
+    f->logits = sqrt(apart(ids, p->logit + i * k, k, z)) / spread;
+    f->sums = isfinite(sums) ? sums / spread : INFINITY;
+    f->lead = (z[first] - second) / spread;
+    f->first = ids[0] == first;
+    f->rank = rank == (int64_t)p->rank[i];
+}
+
+/* Logits of the same row in w8a16 (plain) and w8a8, over the stored ids. */
+static void compare_fp8(const struct picked *p, const struct rt_row_identity *id, int64_t i, const float *plain, const float *z, struct found *f)
+{
+    const uint32_t *ids = p->top + i * p->k;
+    double spread = 0, mean = 0, most = z[0], most_plain = plain[0];
+    for (int64_t v = 0; v < id->n_ids; v++) {
+        mean += z[v] / (double)id->n_ids;
+        most = z[v] > most ? z[v] : most;
+        most_plain = plain[v] > most_plain ? plain[v] : most_plain;
+    }
+    for (int64_t v = 0; v < id->n_ids; v++)
+        spread += (z[v] - mean) * (z[v] - mean) / (double)id->n_ids;
+    const double lse = log_sum_exp(z, id->n_ids, most, 1), lse_plain = log_sum_exp(plain, id->n_ids, most_plain, 1);
+    double off = 0;
+    f->fp8_kl = 0;
+    for (int64_t v = 0; v < id->n_ids; v++)
+        f->fp8_kl += exp(z[v] - lse) * ((z[v] - lse) - (plain[v] - lse_plain));
+    for (int64_t j = 0; j < p->k; j++)
+        off += ((double)z[ids[j]] - plain[ids[j]]) * ((double)z[ids[j]] - plain[ids[j]]) / (double)p->k;
+    f->fp8_logits = sqrt(off) / (spread > 0 ? sqrt(spread) : 1);
 }
 
 /* ---- all of them ---- */
@@ -245,28 +272,23 @@ out:
     return st;
 }
 
-static enum rt_status rescore(struct rt_doctor *d, struct picked *p, const struct bound *b, bool w8a8, struct found *f, struct rt_err *err)
+/* Logits of the picked rows, [n, vocab_size], into z; takes a pass over the weights. */
+static enum rt_status compute(struct rt_doctor *d, struct picked *p, bool w8a8, float *z, struct rt_err *err)
 {
     struct rt_teacher *t = NULL;
     struct taken x = {.d = &d->device, .p = p, .H = d->tc.hidden};
-    float *z = NULL;
-    const int64_t V = d->tc.vocab_size, block = p->n < LOGIT_ROWS ? p->n : LOGIT_ROWS;
+    const int64_t V = d->tc.vocab_size;
     const size_t row = (size_t)x.H * rt_device_act_size(&d->device);
     enum rt_status st;
-    /* logits here and, where the device is the host, there */
-    const int64_t logits = 2 * block * V * (int64_t)sizeof *z;
+    /* logits of a block where the device is the host, and all that are kept */
+    const int64_t logits = ((p->n < LOGIT_ROWS ? p->n : LOGIT_ROWS) + 2 * p->n) * V * (int64_t)sizeof *z;
     const struct rt_teacher_options o = {.dir = d->teacher, .device = &d->device, .w8a8 = w8a8, .memory = d->memory - logits, .max_length = p->longest,
                                          .window = p->tokens, .data_tokens = p->tokens};
-    RT_TRY(rt_alloc((size_t)p->n, sizeof *f->logits, "rows", &f->logits, err));
-    RT_TRY(rt_alloc((size_t)p->n, sizeof *f->sums, "rows", &f->sums, err));
-    RT_TRY(rt_alloc((size_t)(block * V), sizeof *z, "logits", &z, err));
     RT_TRY(rt_teacher_open(&o, &t, err));
     RT_TRY(states(d, t, p, &x, err));
-    for (int64_t i = 0; i < p->n; i += block) {
-        const int64_t n = p->n - i < block ? p->n - i : block;
-        RT_TRY(rt_teacher_logits(t, -1, (const char *)x.x + (size_t)i * row, n, z, err));
-        for (int64_t r = 0; r < n; r++)
-            compare(p, rt_shard_set_identity(d->set), b, i + r, z + r * V, f);
+    for (int64_t i = 0; i < p->n; i += LOGIT_ROWS) {
+        const int64_t n = p->n - i < LOGIT_ROWS ? p->n - i : LOGIT_ROWS;
+        RT_TRY(rt_teacher_logits(t, -1, (const char *)x.x + (size_t)i * row, n, z + i * V, err));
     }
 out:
     if (x.x != NULL)
@@ -274,7 +296,28 @@ out:
     if (x.index != NULL)
         d->device.be->free(d->device.dev, x.index);
     rt_teacher_close(t);
+    return st;
+}
+
+static enum rt_status rescore(struct rt_doctor *d, struct picked *p, bool w8a8, struct found *f, struct rt_err *err)
+{
+    const struct rt_row_identity *id = rt_shard_set_identity(d->set);
+    const int64_t V = d->tc.vocab_size;
+    float *z = NULL, *plain = NULL;
+    enum rt_status st;
+    RT_TRY(rt_alloc((size_t)(p->n * V), sizeof *z, "logits", &z, err));
+    RT_TRY(compute(d, p, w8a8, z, err));
+    for (int64_t i = 0; i < p->n; i++)
+        compare(p, id, i, z + i * V, &f[i]);
+    if (!w8a8)
+        goto out;
+    RT_TRY(rt_alloc((size_t)(p->n * V), sizeof *plain, "logits", &plain, err));
+    RT_TRY(compute(d, p, false, plain, err));
+    for (int64_t i = 0; i < p->n; i++)
+        compare_fp8(p, id, i, plain + i * V, z + i * V, &f[i]);
+out:
     rt_free(z);
+    rt_free(plain);
     return st;
 }
 
@@ -286,36 +329,66 @@ static int ascending(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-/* Sorts v; what 95 % of its values stay within. */
-static double most_of(double *v, int64_t n)
+/* What 95 % of rows stay within, of the member at `offset`; *worst: all. v [n] is scratch. */
+static double most_of(const struct found *f, int64_t n, size_t offset, double *v, double *worst)
 {
+    for (int64_t i = 0; i < n; i++)
+        v[i] = *(const double *)(const void *)((const char *)&f[i] + offset);
     qsort(v, (size_t)n, sizeof *v, ascending);
+    *worst = v[n - 1];
     return v[(n * 95 + 99) / 100 - 1];
 }
 
-static enum rt_status report(struct rt_doctor *d, const struct picked *p, const struct bound *b, struct found *f, const char *mode, struct rt_err *err)
+static double clamped(double v, double least, double most)
+{
+    return v < least ? least : v > most ? most : v;
+}
+
+/* text: why, where it is made here. */
+static struct bound bound_of(const struct rt_doctor *d, bool w8a8, const struct found *f, int64_t n, double *scratch, char text[160])
+{
+    double kl = 0, worst;
+    if (!w8a8)
+        return bounds[d->device.be->act != RT_F32 || strstr(rt_shard_set_identity(d->set)->mode, "/f32/") == NULL];
+    for (int64_t i = 0; i < n; i++)
+        kl += f[i].fp8_kl / (double)n;
+    const double logits = most_of(f, n, offsetof(struct found, fp8_logits), scratch, &worst);
+    snprintf(text, 160, "activations in FP8, which move this model from w8a16 by %.2e here, its logits by %.2e", kl, logits);
+    return (struct bound){text, clamped(DRAWS_KL * kl, fp8_least.kl, fp8_most.kl), clamped(DRAWS_LOGITS * logits, fp8_least.logits, fp8_most.logits), fp8_least.first};
+}
+
+static enum rt_status report(struct rt_doctor *d, const struct picked *p, bool w8a8, const struct found *f, double *v, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_checks *k = &d->checks;
-    const double n = (double)p->n, logits = most_of(f->logits, p->n), sums = most_of(f->sums, p->n), sure = f->sure > 0 ? (double)f->sure_first / (double)f->sure : 1;
+    char why[160], sure[160] = "none of them leads by more than the errors may explain";
+    double kl = 0, kl_worst = 0, logits_worst, sums_worst;
+    int64_t first = 0, rank = 0, n_sure = 0, sure_first = 0;
+    const struct bound b = bound_of(d, w8a8, f, p->n, v, why);
+    const double logits = most_of(f, p->n, offsetof(struct found, logits), v, &logits_worst), sums = most_of(f, p->n, offsetof(struct found, sums), v, &sums_worst);
+    for (int64_t i = 0; i < p->n; i++) {
+        kl += f[i].kl / (double)p->n;
+        kl_worst = fmax(kl_worst, f[i].kl);
+        first += f[i].first;
+        rank += f[i].rank;
+        n_sure += f[i].lead > 2 * b.logits;
+        sure_first += f[i].lead > 2 * b.logits && f[i].first;
+    }
+    const double share = n_sure > 0 ? (double)sure_first / (double)n_sure : 1, n = (double)p->n;
+    if (n_sure > 0)
+        snprintf(sure, sizeof sure, "and in %.1f %% of the %" PRId64 " where it leads by more than the errors may explain, at least %.0f %%", 100 * share, n_sure, 100 * b.first);
 #define LEVEL(good) ((good) ? RT_CHECK_PASS : RT_CHECK_FAIL)
-    RT_TRY(rt_check_add(k, err, LEVEL(f->kl <= b->kl), "shards.rescored.kl", "%" PRId64 " rows of %" PRId64 " sequences computed again in %s (stored: %s): mean KL %.2e nats, at most %.2g (%s); worst row %.2e%s",
-                        p->n, p->n_seqs, mode, rt_shard_set_identity(d->set)->mode, f->kl, b->kl, b->why, f->kl_worst,
-                        f->kl <= b->kl ? "" : ": the rows are not this teacher's on this text; score it again"));
-    RT_TRY(rt_check_add(k, err, LEVEL(logits <= b->logits), "shards.rescored.logits", "95 %% of rows within %.2e of the spread of a row's logits, at most %.2g; worst row %.2e", logits, b->logits,
-                        f->logits[p->n - 1]));
-    RT_TRY(rt_check_add(k, err, LEVEL(sums <= 2 * b->logits), "shards.rescored.sums", "log-sum-exp at every T (times T) and the next token's log-probability: 95 %% of rows within %.2e of that spread, at most %.2g; "
-                        "rank the same in %.1f %%", sums, 2 * b->logits, 100 * (double)f->rank / n));
-    RT_TRY(rt_check_add(k, err, LEVEL(sure >= b->sure), "shards.rescored.first", "the first choice is the same in %.1f %% of all rows, and in %.1f %% of the %" PRId64 " where it leads by more than the errors explain, at least %.0f %%",
-                        100 * (double)f->first / n, 100 * sure, f->sure, 100 * b->sure));
+    RT_TRY(rt_check_add(k, err, LEVEL(kl <= b.kl), "shards.rescored.kl", "%" PRId64 " rows of %" PRId64 " sequences computed again in %s/%s/%s (stored: %s): mean KL %.2e nats, at most %.2g (%s); worst row %.2e%s",
+                        p->n, p->n_seqs, w8a8 ? "w8a8" : "w8a16", d->device.be->act == RT_F32 ? "f32" : "bf16", d->device.be->name, rt_shard_set_identity(d->set)->mode, kl, b.kl, b.why,
+                        kl_worst, kl <= b.kl ? "" : ": the rows are not this teacher's on this text; score it again"));
+    RT_TRY(rt_check_add(k, err, LEVEL(logits <= b.logits), "shards.rescored.logits", "95 %% of rows within %.2e of the spread of a row's logits, at most %.2g; worst row %.2e", logits, b.logits,
+                        logits_worst));
+    RT_TRY(rt_check_add(k, err, LEVEL(sums <= 2 * b.logits), "shards.rescored.sums", "log-sum-exp at every T (times T) and the next token's log-probability: 95 %% of rows within %.2e of that spread, at most %.2g; "
+                        "worst row %.2e; rank the same in %.1f %%", sums, 2 * b.logits, sums_worst, 100 * (double)rank / n));
+    RT_TRY(rt_check_add(k, err, LEVEL(share >= b.first), "shards.rescored.first", "the first choice is the same in %.1f %% of all rows, %s", 100 * (double)first / n, sure));
 #undef LEVEL
 out:
     return st;
-}
-
-static const struct bound *bound_of(bool w8a8, const char *stored, const struct rt_device *d)
-{
-    return &bounds[w8a8 ? 2 : d->be->act != RT_F32 || strstr(stored, "/f32/") == NULL];
 }
 
 /* A check of that name has failed. */
@@ -330,20 +403,19 @@ static bool failed(const struct rt_doctor *d, const char *name)
 enum rt_status rt_doctor_rescore(struct rt_doctor *d, struct rt_err *err)
 {
     struct picked p = {0};
-    struct found f = {0};
+    struct found *f = NULL;
+    double *scratch = NULL;
     struct rt_err bad = {0};
-    char bytes[32], mode[64];
+    char bytes[32];
     enum rt_status st;
     const struct rt_row_identity *id = d->set != NULL ? rt_shard_set_identity(d->set) : NULL;
     if (id == NULL || !d->have_teacher || d->teacher_bytes == 0 || id->top_k == 0 || id->origin.mode[0] != '\0' || failed(d, "shards.teacher") ||
         failed(d, "shards.integrity"))
         return RT_OK;
-    if (d->rescore == 0 && d->teacher_bytes > (uint64_t)d->memory / 2)
-        return rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.rescored", "not checked: it takes a pass over %s of weights; --rescore %d asks for it",
-                            rt_human_bytes(bytes, d->teacher_bytes), ROWS);
     const bool w8a8 = strncmp(id->mode, "w8a8/", 5) == 0;
-    const struct bound *b = bound_of(w8a8, id->mode, &d->device);
-    snprintf(mode, sizeof mode, "%s/%s/%s", w8a8 ? "w8a8" : "w8a16", d->device.be->act == RT_F32 ? "f32" : "bf16", d->device.be->name);
+    if (d->rescore == 0 && d->teacher_bytes > (uint64_t)d->memory / 2)
+        return rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.rescored", "not checked: it takes %s over %s of weights; --rescore %d asks for it",
+                            w8a8 ? "two passes" : "a pass", rt_human_bytes(bytes, d->teacher_bytes), ROWS);
     st = pick(d, &p, &bad);
     if (st == RT_OK && p.n == 0) {
         drop(&p);
@@ -351,15 +423,19 @@ enum rt_status rt_doctor_rescore(struct rt_doctor *d, struct rt_err *err)
     }
     const double start = rt_now();
     if (st == RT_OK)
-        st = rescore(d, &p, b, w8a8, &f, &bad);
+        st = rt_alloc((size_t)p.n, sizeof *f, "rows", &f, &bad);
+    if (st == RT_OK)
+        st = rt_alloc((size_t)p.n, sizeof *scratch, "rows", &scratch, &bad);
+    if (st == RT_OK)
+        st = rescore(d, &p, w8a8, f, &bad);
     if (st != RT_OK) {
         st = rt_check_add(&d->checks, err, RT_CHECK_FAIL, "shards.rescored", "%s", bad.msg);
     } else {
         rt_info(d->log, "%" PRId64 " rows (%" PRId64 " tokens) were computed again in %.1f s", p.n, p.tokens, rt_now() - start);
-        st = report(d, &p, b, &f, mode, err);
+        st = report(d, &p, w8a8, f, scratch, err);
     }
-    rt_free(f.logits);
-    rt_free(f.sums);
+    rt_free(f);
+    rt_free(scratch);
     drop(&p);
     return st;
 }
