@@ -1,8 +1,9 @@
 /* Teachers on a backend of bfloat16: each layer from its expected input, with the experts that its tokens chose; then the head, and the whole model.
  *
  * Bounds. bfloat16 rounds to 2^-9 at most, 1.1e-3 on average (root mean square), and a layer has about a dozen roundings behind one another (states,
- * norms, low ranks, queries and keys, probabilities, products, the sum with the stream): 4e-3 of a state, 1e-2 where they add up. FP8 activations come
- * from rounded values, so that one in sixteen takes the neighbouring code, a step of 2^-4 at most: 1e-2 in each product's result.
+ * norms, low ranks, queries and keys, probabilities, products, the sum with the stream): 4e-3 of a state, 1e-2 where they add up. FP8 activations are made
+ * from such values: 4e-3 of a value is a twentieth of e4m3's step, so that one code in twenty is its neighbour, a tenth away: 2e-2 in each product's
+ * result, 5e-2 behind the five of a layer, twice that in rows that have bad luck. (One wrong scale of a block of 128x128 in one expert: 0.25, and 0.7.)
  * A token near a tie chooses another expert than in float32: its state then differs by that expert's share. Such rows are told by the experts themselves
  * (those of `ref` from the same input) and are held to a bound of their own; how many choices agree is a check. */
 #include <math.h>
@@ -16,12 +17,14 @@
 struct limits {
     double tensor, row, changed, routing;
 };
-static const struct limits w8a16_limits = {1e-2, 2e-2, 0.5, 0.95}, w8a8_limits = {4e-2, 8e-2, 0.6, 0.90};
+static const struct limits w8a16_limits = {1e-2, 2e-2, 0.6, 0.95}, w8a8_limits = {0.1, 0.15, 0.7, 0.95};
 /* The head is one product of rounded states and BF16 weights, summed and given out in float32. */
 #define HEAD_TENSOR 5e-3
-/* Logits of the whole model: a hundredth of their spread, and some rows with another expert; of a divergence half the square of that. */
-#define MODEL_KL 2e-2
-#define MODEL_FIRST 0.9
+/* Logits of the whole model: most rows within some hundredths of their size. A row near a tie of experts in any layer, and by attention those behind it a
+ * little, differs by a third: some such rows among a few dozen make the mean divergence, and change first choices. */
+#define MODEL_MEDIAN 5e-2
+#define MODEL_KL 0.2
+#define MODEL_FIRST 0.8
 
 struct run {
     struct oracle *o;
@@ -196,6 +199,12 @@ static double log_sum_exp(const float *z, int64_t n)
     return most + log(sum);
 }
 
+static int ascending(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
 /* From ids to logits: divergence of the two distributions, and first choices. */
 static void whole(struct run *r)
 {
@@ -205,7 +214,7 @@ static void whole(struct run *r)
     struct rt_err err = {0};
     char name[64];
     int64_t count = 0, same = 0;
-    double kl = 0;
+    double kl = 0, *row = malloc((size_t)r->n * sizeof *row);
     void *x = NULL;
     float *b, *a = malloc((size_t)(r->n * V) * sizeof *a);
     r->final = malloc((size_t)(r->n * r->H) * sizeof *r->final);
@@ -231,7 +240,11 @@ static void whole(struct run *r)
                 top_q = q[v] > q[top_q] ? v : top_q;
             }
             same += top_p == top_q;
+            row[i] = oracle_row_error(q, p, V);
         }
+        qsort(row, (size_t)r->n, sizeof *row, ascending);
+        snprintf(name, sizeof name, "%s.model/median_row", r->mode);
+        oracle_check(r->o, name, row[r->n / 2], MODEL_MEDIAN, false);
         snprintf(name, sizeof name, "%s.model/kl", r->mode);
         oracle_check(r->o, name, kl, MODEL_KL, false);
         snprintf(name, sizeof name, "%s.model/first_choice", r->mode);
@@ -241,6 +254,7 @@ static void whole(struct run *r)
         r->d->be->free(r->d->dev, x);
     free(a);
     free(b);
+    free(row);
     free(r->final);
 }
 
