@@ -142,6 +142,11 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
     j->to.memory = rt_command_memory(&v->common) / j->lanes;
     j->to.gpu_memory = v->common.gpu_memory;
     j->to.readers = (int)v->readers;
+    if (j->lanes > 1 && j->to.device->be->own_memory) { /* shared by the devices, each of which needs some to copy from what others read */
+        j->to.devices = j->lanes;
+        j->to.readers = ((j->to.readers > 0 ? j->to.readers : 8) + j->lanes - 1) / j->lanes;
+        j->to.readers = j->to.readers < 2 ? 2 : j->to.readers;
+    }
     j->to.max_length = j->survey.longest;
     j->to.window = j->to.window > 0 ? j->to.window : v->window;
     j->to.data_tokens = j->survey.tokens;
@@ -154,7 +159,7 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
     p->passes = (p->windows + j->lanes - 1) / j->lanes;
     p->fill = (double)j->survey.tokens / ((double)p->windows * (double)t->window);
     p->flops = (double)j->survey.tokens * rt_teacher_flops(&j->config, (double)j->survey.tokens / (double)j->survey.sequences);
-    p->bytes_read = t->resident ? t->model_bytes : (uint64_t)p->windows * t->model_bytes;
+    p->bytes_read = t->resident ? t->model_bytes : (uint64_t)(j->to.devices > 1 ? p->passes : p->windows) * t->model_bytes;
     p->shard_bytes = (uint64_t)shard_bytes(j);
     if (j->keep || j->so.keep.spill) {
         const uint64_t all = rt_score_keep_bytes(&j->so, &j->config, rt_device_act_size(&j->lane[0].device), t->window);

@@ -55,6 +55,7 @@ enum rt_status rt_logits_open_teachers(struct rt_logits_job *j, struct rt_err *e
         o.device = &lane->device;
         if (lane->device.be->attach != NULL)
             RT_TRY(lane->device.be->attach(lane->device.dev, err));
+        o.with = i > 0 ? j->lane[0].teacher : NULL;
         RT_TRY(rt_teacher_open(&o, &lane->teacher, err));
         for (int k = 0; k < (j->overlap ? 2 : 1) && loads > 0; k++)
             RT_TRY(rt_alloc(loads, sizeof *lane->slot[k].load, "expert load", &lane->slot[k].load, err));
@@ -73,7 +74,7 @@ out:
 
 void rt_logits_close(struct rt_logits_job *j)
 {
-    for (int i = 0; i < j->lanes && j->lane != NULL; i++) {
+    for (int i = j->lanes - 1; i >= 0 && j->lane != NULL; i--) { /* the first one's reader serves the others */
         struct rt_logits_lane *lane = &j->lane[i];
         if (lane->device.dev != NULL && lane->device.be->attach != NULL)
             (void)lane->device.be->attach(lane->device.dev, NULL);
@@ -213,6 +214,7 @@ static void *lane_main(void *self)
     lane->st = d->be->attach != NULL ? d->be->attach(d->dev, &lane->err) : RT_OK;
     if (lane->st == RT_OK)
         lane->st = score_window(lane, &lane->err);
+    rt_teacher_expect(lane->teacher, false);
     pthread_mutex_lock(&j->lock);
     if (lane->st == RT_OK)
         j->turn = lane->index + 1;
@@ -295,6 +297,8 @@ static enum rt_status run_round(struct rt_logits_job *j, int n, struct rt_err *e
     int started = 0;
     j->turn = 0;
     j->failed = false;
+    for (int i = 0; i < n; i++)
+        rt_teacher_expect(j->lane[i].teacher, true);
     if (n == 1) {
         lane_main(&j->lane[0]);
         return round_error(j, 1, err);
@@ -308,6 +312,8 @@ static enum rt_status run_round(struct rt_logits_job *j, int n, struct rt_err *e
         pthread_cond_broadcast(&j->changed);
         pthread_mutex_unlock(&j->lock);
     }
+    for (int i = started; i < n; i++)
+        rt_teacher_expect(j->lane[i].teacher, false);
     for (int i = 0; i < started; i++)
         pthread_join(j->lane[i].thread, NULL);
     const enum rt_status st = started < n ? rt_fail(err, RT_NOMEM, "cannot start a thread for device %d", started) : RT_OK;

@@ -41,7 +41,8 @@ static enum rt_status check_options(const struct rt_teacher_options *o, const st
 static enum rt_status open_weights(const struct rt_teacher_options *o, struct rt_teacher_config *c, struct rt_weights **out, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .resident = o->slots > 0, .threads = o->readers};
+    struct rt_weights_options wo = {.dir = o->dir, .config = c, .device = o->device, .resident = o->slots > 0, .threads = o->readers,
+                                    .with = o->with != NULL ? o->with->w : NULL};
     RT_TRY(rt_teacher_config_load(o->dir, c, err));
     wo.mtp = o->mtp && c->mtp_layers > 0;
     RT_TRY(check_options(o, c, err));
@@ -159,6 +160,11 @@ void rt_teacher_close(struct rt_teacher *t)
         t->o.device->be->free(t->o.device->dev, t->block);
     rt_free(t->pass);
     rt_free(t);
+}
+
+void rt_teacher_expect(struct rt_teacher *t, bool expected)
+{
+    rt_weights_expect(t->w, expected);
 }
 
 const struct rt_teacher_config *rt_teacher_config(const struct rt_teacher *t)

@@ -29,6 +29,9 @@ struct rt_teacher_options {
     int64_t memory;        /* bytes of host memory */
     int64_t gpu_memory;    /* bytes of a device that has memory of its own; 0: what is free */
     int readers;           /* threads that read weights; 0: 8 for a device with memory of its own, else 1 */
+    struct rt_teacher *with; /* NULL, or a teacher of the same options on another device with memory of its own: files are read once for both. Closed after
+                            * this one */
+    int devices;           /* that share files so, for the plan; 0: one. memory is this one's share */
     int64_t gpu_ring;      /* there: bytes of the ring through which weights pass; 0: planned. As much as there is: nothing stays */
     int64_t max_length;    /* longest sequence, in tokens; at most the model's maximum */
     int64_t window;        /* scoring: tokens of a window; 0: planned from memory and data_tokens */
@@ -84,6 +87,8 @@ uint64_t rt_teacher_state_bytes(const struct rt_teacher_options *o, const struct
 /* Both: what open would plan. */
 enum rt_status rt_teacher_plan_memory(const struct rt_teacher_options *o, struct rt_teacher_plan *out, struct rt_err *err);
 
+/* As rt_weights_expect. */
+void rt_teacher_expect(struct rt_teacher *t, bool expected);
 const struct rt_teacher_config *rt_teacher_config(const struct rt_teacher *t);
 const struct rt_teacher_plan *rt_teacher_plan(const struct rt_teacher *t);
 /* 64 hexadecimal digits: identity of the checkpoint. */

@@ -15,7 +15,7 @@ struct rt_weights {
     int64_t n_entries;
     int64_t *layer_base; /* entry of a layer's attention; [layers + mtp_layers + 1] */
     uint64_t model_bytes, largest, largest_expert;
-    int64_t resident_left, host_left; /* bytes that may still be kept on the device, and in host memory beside it */
+    int64_t resident_left; /* bytes that may still be kept on the device */
     double waited;
     struct rt_stream stream;
     struct rt_item *item;
@@ -94,6 +94,7 @@ static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
     for (int64_t i = 0; i < w->n_entries; i++) {
         struct rt_entry *e = &w->entry[i];
         RT_TRY(rt_part_plan(w->ts, c, e->id, &e->plan, err));
+        rt_entry_order(e);
         for (int t = 0; t < e->plan.n; t++) {
             const struct rt_weight_src src = source_of(w, &e->plan.t[t], NULL);
             e->extra += w->o.device->be->weight_bytes(&src);
@@ -146,7 +147,8 @@ enum rt_status rt_weights_set_budget(struct rt_weights *w, const struct rt_weigh
         w->resident_left = (int64_t)all;
         return RT_OK;
     }
-    w->host_left = own ? (int64_t)(b->host - staging) : 0;
+    if (own)
+        rt_feed_allow(w->stream.feed, b->host - staging);
     return make_ring(w, place, own && b->ring > 0 ? b->ring : 4 * w->largest, own ? "--gpu-memory" : "--memory", err);
 }
 
@@ -161,7 +163,7 @@ enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_wei
     if (st == RT_OK)
         st = plan_entries(w, err);
     if (st == RT_OK)
-        st = rt_stream_init(&w->stream, o->device, w->ts, o->threads, err);
+        st = rt_stream_init(&w->stream, o->device, w->ts, w->entry, w->n_entries, o->threads, o->with != NULL ? &o->with->stream : NULL, err);
     if (st != RT_OK) {
         rt_weights_free(w);
         return st;
@@ -194,21 +196,18 @@ void rt_weights_free(struct rt_weights *w)
     if (w == NULL)
         return;
     rt_weights_end(w);
-    for (int64_t i = 0; w->entry != NULL && i < w->n_entries; i++) {
+    for (int64_t i = 0; w->entry != NULL && i < w->n_entries; i++)
         free_part(w, w->entry[i].kept);
-        if (w->entry[i].host != NULL)
-            w->o.device->be->host_free(w->o.device->dev, w->entry[i].host);
-    }
+    rt_stream_free(&w->stream);
     rt_free(w->entry);
     rt_free(w->layer_base);
-    rt_stream_free(&w->stream);
     rt_tensors_free(w->ts);
     rt_free(w);
 }
 
 /* ---- passes ---- */
 
-/* Decides which parts of the pass are kept, on the device or as bytes beside it, and makes the blocks of those. */
+/* Decides which parts of the pass are kept, on the device (makes their blocks) or as bytes beside it. */
 static enum rt_status prepare_item(struct rt_weights *w, struct rt_item *it, struct rt_err *err)
 {
     const struct rt_backend *be = w->o.device->be;
@@ -226,9 +225,8 @@ static enum rt_status prepare_item(struct rt_weights *w, struct rt_item *it, str
         RT_TRY(be->alloc(w->o.device->dev, e->plan.bytes, &it->part->block, err));
         it->part->resident = true;
         w->resident_left -= cost;
-    } else if (e->host == NULL && (int64_t)e->plan.bytes <= w->host_left) {
-        RT_TRY(be->host_alloc(w->o.device->dev, e->plan.bytes, &e->host, err));
-        w->host_left -= (int64_t)e->plan.bytes;
+    } else if (w->stream.own) {
+        rt_feed_keep(w->stream.feed, e - w->entry);
     }
 out:
     return st;
@@ -301,6 +299,16 @@ enum rt_status rt_weights_release(struct rt_weights *w, const struct rt_part *pa
     it->part = NULL;
     w->released++;
     return st;
+}
+
+void rt_weights_expect(struct rt_weights *w, bool expected)
+{
+    if (!w->stream.own)
+        return;
+    if (expected)
+        rt_feed_expect(w->stream.feed, w->stream.member);
+    else
+        rt_feed_end(w->stream.feed, w->stream.member);
 }
 
 void rt_weights_end(struct rt_weights *w)

@@ -54,11 +54,13 @@ struct rt_weights_options {
     bool resident;   /* the parts are used many times (generation): ask the backend for faster copies */
     bool mtp;        /* check and offer the MTP layers' parts */
     int threads;     /* that read; 0: 8 for a device with memory of its own, else 1 */
+    struct rt_weights *with; /* NULL, or the same checkpoint for another device: files are read once for both, where these have memory of their own.
+                              * Freed after this one */
 };
 enum { RT_WEIGHTS_MAX_THREADS = 32 };
 
 struct rt_weights_budget {
-    uint64_t host;
+    uint64_t host;           /* of devices that share a reader: each adds its own */
     uint64_t device, ring; /* devices with memory of their own: bytes for parts there, and how many of them make the ring (0: chosen) */
 };
 
@@ -67,7 +69,7 @@ struct rt_weights;
 enum rt_status rt_weights_open(const struct rt_weights_options *o, struct rt_weights **out, struct rt_err *err);
 /* Memory for parts, rings included; once, before the first pass. NOMEM where it does not hold the largest part, with the numbers. */
 enum rt_status rt_weights_set_budget(struct rt_weights *w, const struct rt_weights_budget *budget, struct rt_err *err);
-/* Host bytes that reading into a device with memory of its own takes at least (0 for others). */
+/* Host bytes that reading into this device takes at least, where it has memory of its own (0 for others). */
 uint64_t rt_weights_staging(const struct rt_weights *w);
 void rt_weights_free(struct rt_weights *w); /* NULL is fine */
 
@@ -89,6 +91,8 @@ enum rt_status rt_weights_begin(struct rt_weights *w, const struct rt_part_id *p
 /* The next part of the pass; valid until it is released. Parts are released in the order in which they came. */
 enum rt_status rt_weights_next(struct rt_weights *w, const struct rt_part **out, struct rt_err *err);
 enum rt_status rt_weights_release(struct rt_weights *w, const struct rt_part *part, struct rt_err *err);
+/* Of devices that share a reader: a pass will begin soon, and what others read until then is to be there for it; or none will after all. */
+void rt_weights_expect(struct rt_weights *w, bool expected);
 /* Ends a pass, also an unfinished one. Without a pass: does nothing. */
 void rt_weights_end(struct rt_weights *w);
 

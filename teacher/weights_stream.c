@@ -1,66 +1,23 @@
 #include "teacher/weights_stream.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "core/io.h"
 #include "core/mem.h"
 
-enum {
-    CHUNK = 8 << 20,  /* bytes of one read: large enough for a disk's full rate, small enough to spread a tensor over threads */
-    PAGE = 4096,      /* alignment of O_DIRECT */
-    SLOTS = 2,        /* of each thread: one is read while the other is copied */
-    SLOT_BYTES = CHUNK + 2 * PAGE,
-};
-
 /* A thread's copies under way: each slot has at most one, so that the queue never fills up under the lock. */
 struct slot {
-    char *data;
+    struct rt_feed_ref ref;
     struct rt_event *copied;
     bool busy;
 };
 
-/* What a thread takes: bytes of a tensor file and where they go. */
+/* What a thread takes, and where it goes in the part's block. */
 struct chunk {
     struct rt_item *item;
-    int file;
-    uint64_t offset, bytes;
-    char *place;       /* in the part's block */
-    const char *kept;  /* own: these bytes are in pinned host memory already; or NULL */
-    char *keep;        /* own: where they are to be kept; or NULL */
+    struct rt_feed_chunk c;
+    char *place;
 };
-
-/* Piece 2 i is weight i of the part, 2 i + 1 its scale. */
-static const struct rt_tensor *piece_tensor(const struct rt_part_plan *plan, int piece, size_t *at)
-{
-    const struct rt_part_tensor *t = &plan->t[piece / 2];
-    *at = piece % 2 ? t->scale_at : t->at;
-    return piece % 2 ? t->scale : t->weight;
-}
-
-/* Pieces in the order of their files and offsets: a disk that seeks is spared. */
-static void order_pieces(struct rt_item *it)
-{
-    const struct rt_part_plan *plan = &it->e->plan;
-    size_t at;
-    it->n_pieces = 0;
-    it->left = 0;
-    for (int i = 0; i < plan->n; i++)
-        for (int s = 0; s < 1 + (plan->t[i].scale != NULL); s++) {
-            const struct rt_tensor *t = piece_tensor(plan, 2 * i + s, &at), *u;
-            int8_t k = it->n_pieces++;
-            it->left += t->bytes;
-            for (; k > 0; k--) {
-                u = piece_tensor(plan, it->order[k - 1], &at);
-                if (u->file < t->file || (u->file == t->file && u->offset < t->offset))
-                    break;
-                it->order[k] = it->order[k - 1];
-            }
-            it->order[k] = (int8_t)(2 * i + s);
-        }
-}
 
 static enum rt_status get_event(struct rt_stream *s, struct rt_event **out, struct rt_err *err)
 {
@@ -79,23 +36,31 @@ static void put_event(struct rt_stream *s, struct rt_event **e)
     *e = NULL;
 }
 
-enum rt_status rt_stream_init(struct rt_stream *s, const struct rt_device *d, const struct rt_tensors *ts, int threads, struct rt_err *err)
+enum rt_status rt_stream_init(struct rt_stream *s, const struct rt_device *d, const struct rt_tensors *ts, const struct rt_entry *entry, int64_t n,
+                              int threads, const struct rt_stream *with, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->changed, NULL);
     s->d = d;
     s->ts = ts;
+    s->entry = entry;
     s->own = d->be->own_memory;
     s->threads = threads > 0 ? threads : s->own ? 8 : 1;
     if (s->threads > RT_WEIGHTS_MAX_THREADS)
         s->threads = RT_WEIGHTS_MAX_THREADS;
     if (!s->own)
         goto out;
-    RT_TRY(rt_alloc((size_t)rt_tensors_n_files(ts), sizeof *s->direct, "file table", &s->direct, err));
-    for (int i = 0; i < rt_tensors_n_files(ts); i++)
-        s->direct[i] = open(rt_tensors_file(ts, i), O_RDONLY | O_CLOEXEC | O_DIRECT); /* -1 on a file system without: read the plain way */
-    RT_TRY(d->be->queue_create(d->dev, &s->copies, err));
+    struct rt_feed *feed = with != NULL ? with->feed : NULL;
+    if (feed == NULL)
+        RT_TRY(rt_feed_create(d, ts, entry, n, &feed, err));
+    st = rt_feed_join(feed, s->threads, &s->member, err);
+    if (st == RT_OK)
+        s->feed = feed;
+    if (with == NULL) /* the reference of its making */
+        rt_feed_drop(feed, d);
+    if (st == RT_OK)
+        st = d->be->queue_create(d->dev, &s->copies, err);
 out:
     return st;
 }
@@ -109,9 +74,7 @@ void rt_stream_free(struct rt_stream *s)
     rt_free(s->spare);
     if (s->copies != NULL)
         s->d->be->queue_free(s->d->dev, s->copies);
-    for (int i = 0; s->direct != NULL && i < rt_tensors_n_files(s->ts); i++)
-        rt_file_close(s->direct[i]);
-    rt_free(s->direct);
+    rt_feed_drop(s->feed, s->d);
     if (s->ring != NULL)
         s->d->be->free(s->d->dev, s->ring);
     pthread_mutex_destroy(&s->lock);
@@ -121,7 +84,7 @@ void rt_stream_free(struct rt_stream *s)
 
 uint64_t rt_stream_staging(const struct rt_stream *s)
 {
-    return s->own ? (uint64_t)s->threads * SLOTS * SLOT_BYTES : 0;
+    return s->own ? rt_feed_staging(s->threads) : 0;
 }
 
 /* ---- the threads ---- */
@@ -165,18 +128,14 @@ out:
     return st;
 }
 
-static void hand_out(struct rt_item *it, struct chunk *c)
+static void hand_out(const struct rt_stream *s, struct rt_item *it, struct chunk *c)
 {
     size_t at;
-    const struct rt_tensor *t = piece_tensor(&it->e->plan, it->order[it->piece], &at);
-    const uint64_t left = t->bytes - it->piece_at, bytes = left < CHUNK ? left : CHUNK;
-    *c = (struct chunk){.item = it, .file = t->file, .offset = t->offset + it->piece_at, .bytes = bytes};
-    at += it->piece_at;
-    c->place = (char *)it->part->block + at;
-    if (it->e->host != NULL && it->e->host_full)
-        c->kept = (const char *)it->e->host + at;
-    else if (it->e->host != NULL)
-        c->keep = (char *)it->e->host + at;
+    const struct rt_tensor *t = rt_entry_piece(it->e, it->e->order[it->piece], &at);
+    const uint64_t left = t->bytes - it->piece_at, bytes = left < RT_FEED_CHUNK ? left : RT_FEED_CHUNK;
+    c->item = it;
+    c->c = (struct rt_feed_chunk){.entry = it->e - s->entry, .no = it->chunk++, .file = t->file, .offset = t->offset + it->piece_at, .bytes = bytes};
+    c->place = (char *)it->part->block + at + it->piece_at;
     it->piece_at += bytes;
     if (it->piece_at == t->bytes) {
         it->piece_at = 0;
@@ -184,77 +143,48 @@ static void hand_out(struct rt_item *it, struct chunk *c)
     }
 }
 
-/* The next chunk of the pass, waiting for space; false: no more, or an error is set. Under the lock. */
-static bool take(struct rt_stream *s, struct chunk *c)
-{
-    for (;;) {
-        if (s->cancel || s->err.status != RT_OK)
-            return false;
-        while (s->reading < s->n_items && (s->item[s->reading].part == NULL || s->item[s->reading].state != RT_ITEM_WAITING ||
-                                           (s->item[s->reading].placed && s->item[s->reading].piece == s->item[s->reading].n_pieces)))
-            s->reading++;
-        if (s->reading == s->n_items)
-            return false;
-        struct rt_item *it = &s->item[s->reading];
-        if (it->n_pieces == 0)
-            order_pieces(it);
-        if (!it->placed) {
-            it->placed = it->part->block != NULL;
-            if (!it->placed && place(s, it, &s->err) != RT_OK)
-                return false;
-            if (!it->placed) {
-                pthread_cond_wait(&s->changed, &s->lock);
-                continue;
-            }
-        }
-        hand_out(it, c);
-        return true;
-    }
-}
+enum taken { TAKEN, NONE_LEFT, NO_ROOM };
 
-/* dst = the chunk's bytes, through O_DIRECT into a slot where it works; *data points at them. */
-static enum rt_status read_slot(struct rt_stream *s, const struct chunk *c, struct slot *slot, const char **data, struct rt_err *err)
+/* The next chunk of the pass; NONE_LEFT also where an error is set. Under the lock. */
+static enum taken take(struct rt_stream *s, struct chunk *c)
 {
-    const char *path = rt_tensors_file(s->ts, c->file);
-    const uint64_t skip = c->offset % PAGE, want = skip + c->bytes;
-    if (s->direct[c->file] >= 0) {
-        const size_t whole = (size_t)((want + PAGE - 1) / PAGE * PAGE);
-        size_t done = 0;
-        while (done < want) { /* the file may end within the last page */
-            const ssize_t got = pread(s->direct[c->file], slot->data + done, whole - done, (off_t)(c->offset - skip + done));
-            if (got < 0 && errno == EINTR)
-                continue;
-            if (got <= 0 || (done + (size_t)got < want && got % PAGE != 0))
-                break; /* a real error comes out of the plain read below, with its words */
-            done += (size_t)got;
-        }
-        if (done >= want) {
-            *data = slot->data + skip;
-            return RT_OK;
-        }
+    if (s->cancel || s->err.status != RT_OK)
+        return NONE_LEFT;
+    while (s->reading < s->n_items && (s->item[s->reading].part == NULL || s->item[s->reading].state != RT_ITEM_WAITING ||
+                                       (s->item[s->reading].placed && s->item[s->reading].piece == s->item[s->reading].e->n_pieces)))
+        s->reading++;
+    if (s->reading == s->n_items)
+        return NONE_LEFT;
+    struct rt_item *it = &s->item[s->reading];
+    if (!it->placed) {
+        it->left = it->e->stored;
+        it->placed = it->part->block != NULL;
+        if (!it->placed && place(s, it, &s->err) != RT_OK)
+            return NONE_LEFT;
+        if (!it->placed)
+            return NO_ROOM;
     }
-    *data = slot->data;
-    return rt_file_pread(rt_tensors_fd(s->ts, c->file), path, slot->data, (size_t)c->bytes, c->offset, err);
+    hand_out(s, it, c);
+    return TAKEN;
 }
 
 /* Under the lock: the chunk is on its way; the last one of an item makes it READ. */
-static enum rt_status arrived(struct rt_stream *s, const struct chunk *c, const char *from, struct slot *slot, struct rt_err *err)
+static enum rt_status arrived(struct rt_stream *s, const struct chunk *c, struct slot *slot, struct rt_err *err)
 {
     const struct rt_backend *be = s->d->be;
     struct rt_item *it = c->item;
     enum rt_status st = RT_OK;
     if (s->own) {
-        RT_TRY(be->upload(s->d->dev, s->copies, c->place, from, (size_t)c->bytes, err));
+        RT_TRY(be->upload(s->d->dev, s->copies, c->place, slot->ref.data, (size_t)c->c.bytes, err));
         RT_TRY(be->event_record(s->d->dev, s->copies, slot->copied, err));
         slot->busy = true;
     }
-    it->left -= c->bytes;
-    if (c->kept == NULL)
-        s->read_bytes += c->bytes;
+    it->left -= c->c.bytes;
+    if (!s->own || slot->ref.read)
+        s->read_bytes += c->c.bytes;
     if (it->left > 0)
         goto out;
     if (s->own) {
-        it->e->host_full = it->e->host != NULL;
         RT_TRY(get_event(s, &it->copied, err));
         RT_TRY(be->event_record(s->d->dev, s->copies, it->copied, err));
     }
@@ -264,25 +194,25 @@ out:
     return st;
 }
 
-static enum rt_status fetch(struct rt_stream *s, const struct chunk *c, struct slot *slot, const char **from, struct rt_err *err)
+/* Waits for the slot's copy and gives its bytes back. */
+static enum rt_status clear_slot(struct rt_stream *s, struct slot *slot, struct rt_err *err)
+{
+    const enum rt_status st = slot->busy ? s->d->be->event_sync(s->d->dev, slot->copied, err) : RT_OK;
+    slot->busy = false;
+    rt_feed_put(s->feed, &slot->ref);
+    return st;
+}
+
+static enum rt_status fetch(struct rt_stream *s, const struct chunk *c, struct slot *slot, struct rt_err *err)
 {
     char name[64];
-    enum rt_status st = RT_OK;
-    *from = c->kept;
-    if (s->own && slot->busy)
-        st = s->d->be->event_sync(s->d->dev, slot->copied, err);
-    if (s->own)
-        slot->busy = false;
-    if (st != RT_OK || c->kept != NULL)
-        return st;
-    if (!s->own) {
-        st = rt_file_pread(rt_tensors_fd(s->ts, c->file), rt_tensors_file(s->ts, c->file), c->place, (size_t)c->bytes, c->offset, err);
+    enum rt_status st;
+    if (s->own) {
+        st = clear_slot(s, slot, err);
+        if (st == RT_OK)
+            st = rt_feed_get(s->feed, s->d, s->member, &c->c, &slot->ref, err);
     } else {
-        st = read_slot(s, c, slot, from, err);
-        if (st == RT_OK && c->keep != NULL) {
-            memcpy(c->keep, *from, (size_t)c->bytes);
-            *from = c->keep;
-        }
+        st = rt_file_pread(rt_tensors_fd(s->ts, c->c.file), rt_tensors_file(s->ts, c->c.file), c->place, (size_t)c->c.bytes, c->c.offset, err);
     }
     if (st != RT_OK)
         rt_err_context(err, "%s", rt_part_name(c->item->e->id, name));
@@ -293,43 +223,49 @@ static enum rt_status make_slots(struct rt_stream *s, struct slot *slot, struct 
 {
     enum rt_status st;
     RT_TRY(s->d->be->attach(s->d->dev, err));
-    for (int i = 0; i < SLOTS && s->own; i++) {
-        RT_TRY(s->d->be->host_alloc(s->d->dev, SLOT_BYTES, (void **)&slot[i].data, err));
+    for (int i = 0; i < RT_FEED_SLOTS && s->own; i++)
         RT_TRY(s->d->be->event_create(s->d->dev, &slot[i].copied, err));
-    }
 out:
     return st;
 }
 
 static void free_slots(struct rt_stream *s, struct slot *slot)
 {
-    for (int i = 0; i < SLOTS; i++) {
-        if (slot[i].busy)
-            (void)s->d->be->event_sync(s->d->dev, slot[i].copied, NULL);
+    for (int i = 0; i < RT_FEED_SLOTS && s->own; i++) {
+        (void)clear_slot(s, &slot[i], NULL);
         if (slot[i].copied != NULL)
             s->d->be->event_free(s->d->dev, slot[i].copied);
-        if (slot[i].data != NULL)
-            s->d->be->host_free(s->d->dev, slot[i].data);
     }
 }
 
 static void *thread_main(void *self)
 {
     struct rt_stream *s = self;
-    struct slot slot[SLOTS] = {{0}};
+    struct slot slot[RT_FEED_SLOTS] = {0};
     struct rt_err err = {0};
     struct chunk c;
     enum rt_status st = make_slots(s, slot, &err);
     int at = 0;
+    bool held = false; /* bytes of the reader that others may wait for */
     pthread_mutex_lock(&s->lock);
-    while (st == RT_OK && take(s, &c)) {
-        const char *from = NULL;
-        struct slot *use = &slot[at++ % SLOTS];
+    while (st == RT_OK) {
+        const enum taken got = take(s, &c);
+        if (got == NONE_LEFT)
+            break;
+        if (got == NO_ROOM && !held) {
+            pthread_cond_wait(&s->changed, &s->lock);
+            continue;
+        }
         pthread_mutex_unlock(&s->lock);
-        st = fetch(s, &c, use, &from, &err);
+        struct slot *use = &slot[at++ % RT_FEED_SLOTS];
+        if (got == TAKEN)
+            st = fetch(s, &c, use, &err);
+        for (int i = 0; got == NO_ROOM && st == RT_OK && i < RT_FEED_SLOTS; i++)
+            st = clear_slot(s, &slot[i], &err);
         pthread_mutex_lock(&s->lock);
-        if (st == RT_OK)
-            st = arrived(s, &c, from, use, &err);
+        if (got == TAKEN && st == RT_OK)
+            st = arrived(s, &c, use, &err);
+        held = s->own && got == TAKEN;
     }
     if (st != RT_OK && s->err.status == RT_OK)
         s->err = err;
@@ -362,6 +298,8 @@ enum rt_status rt_stream_begin(struct rt_stream *s, struct rt_item *item, int64_
         s->spare = spare;
         s->spare_cap = 4 * n;
     }
+    if (s->own && n > 0)
+        rt_feed_begin(s->feed, s->member, item[0].e - s->entry);
     for (int i = 0; any && i < s->threads; i++) {
         if (pthread_create(&s->thread[i], NULL, thread_main, s) != 0) {
             if (i > 0)
@@ -379,19 +317,20 @@ enum rt_status rt_stream_wait(struct rt_stream *s, struct rt_item *it, struct rt
     const struct rt_backend *be = s->d->be;
     enum rt_status st = RT_OK;
     pthread_mutex_lock(&s->lock);
-    while (it->state == RT_ITEM_WAITING && s->err.status == RT_OK)
-        pthread_cond_wait(&s->changed, &s->lock);
-    if (it->state == RT_ITEM_WAITING)
-        st = rt_fail(err, s->err.status, "%s", s->err.msg);
-    if (st == RT_OK && s->own && it->copied != NULL) {
+    if (s->own && (it->state == RT_ITEM_WAITING || it->copied != NULL)) {
         st = get_event(s, &it->stall0, err);
         if (st == RT_OK)
             st = get_event(s, &it->stall1, err);
+        if (st == RT_OK) /* from where the device has nothing else to do, be it that bytes have not come from the disk or that they are not copied */
+            st = be->event_record(s->d->dev, s->d->q, it->stall0, err);
     }
+    while (st == RT_OK && it->state == RT_ITEM_WAITING && s->err.status == RT_OK)
+        pthread_cond_wait(&s->changed, &s->lock);
+    if (st == RT_OK && it->state == RT_ITEM_WAITING)
+        st = rt_fail(err, s->err.status, "%s", s->err.msg);
     pthread_mutex_unlock(&s->lock);
     if (st != RT_OK || it->copied == NULL)
         return st;
-    RT_TRY(be->event_record(s->d->dev, s->d->q, it->stall0, err));
     RT_TRY(be->event_wait(s->d->dev, s->d->q, it->copied, err));
     RT_TRY(be->event_record(s->d->dev, s->d->q, it->stall1, err));
 out:
@@ -422,6 +361,8 @@ void rt_stream_end(struct rt_stream *s, double *stalled)
     s->cancel = true;
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
+    if (s->own)
+        rt_feed_end(s->feed, s->member);
     for (; s->running > 0; s->running--)
         pthread_join(s->thread[s->running - 1], NULL);
     if (s->own) {
@@ -431,7 +372,7 @@ void rt_stream_end(struct rt_stream *s, double *stalled)
         for (int64_t i = 0; i < s->n_items; i++) {
             struct rt_item *it = &s->item[i];
             double seconds = 0;
-            if (sound && it->stall1 != NULL && be->event_elapsed(s->d->dev, it->stall0, it->stall1, &seconds, NULL) == RT_OK)
+            if (sound && it->stall1 != NULL && it->state != RT_ITEM_WAITING && be->event_elapsed(s->d->dev, it->stall0, it->stall1, &seconds, NULL) == RT_OK)
                 *stalled += seconds;
             put_event(s, &it->copied);
             put_event(s, &it->used);

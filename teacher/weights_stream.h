@@ -1,7 +1,7 @@
 /* The parts of one pass on their way from the checkpoint to where they are used. Internal to the weights files.
  *
  * Threads take chunks of the pass's bytes in order. Where the device's memory is the host's, a chunk is read to its place. Elsewhere it is
- * read into a pinned slot of the thread and copied from there; the copies run on a queue of their own, beside the products. Places are
+ * taken from the reader (teacher/feed.h), which several devices share, and copied from its memory; the copies run on a queue of their own, beside the products. Places are
  * cut from one ring in the order of the pass; the space of a released part is taken again at once, the copy queue waiting on the
  * device until the work that used it is done.
  */
@@ -13,18 +13,9 @@
 #include <stdint.h>
 
 #include "core/backend.h"
+#include "teacher/feed.h"
 #include "teacher/part_table.h"
 #include "teacher/weights.h"
-
-/* A part of the checkpoint and where it is kept between passes. */
-struct rt_entry {
-    struct rt_part_id id;
-    struct rt_part_plan plan;
-    size_t extra;         /* what the backend takes beyond the bytes as stored */
-    struct rt_part *kept; /* ready for use, on the device: never read again; or NULL */
-    void *host;           /* own_memory: its bytes in pinned host memory, complete when host_full; or NULL */
-    bool host_full;
-};
 
 enum rt_item_state { RT_ITEM_WAITING, RT_ITEM_READ, RT_ITEM_DONE };
 
@@ -36,8 +27,7 @@ struct rt_item {
     struct rt_event *copied, *used, *stall0, *stall1; /* own_memory */
     enum rt_item_state state;
     bool placed;
-    int8_t piece, n_pieces;        /* the next piece (a tensor or its scale), in file order */
-    int8_t order[2 * RT_PART_WEIGHTS];
+    int piece, chunk;              /* the next piece (a tensor or its scale), in file order; chunks handed out */
     uint64_t piece_at, left;       /* bytes of the piece handed out; bytes not arrived */
 };
 
@@ -62,12 +52,16 @@ struct rt_stream {
     pthread_cond_t changed;
     bool cancel;
     struct rt_err err;             /* of a thread */
-    int *direct;                   /* [files] descriptors opened with O_DIRECT, -1: none; own only */
+    struct rt_feed *feed;          /* own: where bytes come from, */
+    const struct rt_entry *entry;  /* whose entry 0 this is */
+    int member;
 };
 
-enum rt_status rt_stream_init(struct rt_stream *s, const struct rt_device *d, const struct rt_tensors *ts, int threads, struct rt_err *err);
+/* entry [n]: of the checkpoint, borrowed. with: NULL, or a stream of the same checkpoint to another device, whose reader it shares (own). */
+enum rt_status rt_stream_init(struct rt_stream *s, const struct rt_device *d, const struct rt_tensors *ts, const struct rt_entry *entry, int64_t n,
+                              int threads, const struct rt_stream *with, struct rt_err *err);
 void rt_stream_free(struct rt_stream *s); /* a zeroed one is fine */
-/* Pinned bytes that the threads take (own), else 0. */
+/* Pinned bytes that this stream's threads need (own), else 0. */
 uint64_t rt_stream_staging(const struct rt_stream *s);
 /* Starts the threads on items [n] whose state is WAITING; item is borrowed until rt_stream_end. */
 enum rt_status rt_stream_begin(struct rt_stream *s, struct rt_item *item, int64_t n, struct rt_err *err);
