@@ -24,7 +24,7 @@ static const struct rt_opt options[] = {
     {"part", RT_OPT_STRING, V(part), "0/1", 0, 0, NULL, "I/N", "score one of N shares, I from 0; directories of all shares merge by copying them together", false, false},
     {"template", RT_OPT_STRING, V(template_name), NULL, 0, 0, NULL, "NAME", "chat template to use instead of the teacher's own", false, false},
     {"window", RT_OPT_INT, V(window), "0", 0, 1e9, NULL, "N", "tokens that go through a layer together; 0 plans it from memory", false, false},
-    {"readers", RT_OPT_INT, V(readers), "0", 0, RT_WEIGHTS_MAX_THREADS, NULL, "N", "threads that read the checkpoint; 0 takes 8 where a GPU waits for them, else 1. A single slow disk may give more to fewer", false, true},
+    {"readers", RT_OPT_INT, V(readers), "0", 0, RT_WEIGHTS_MAX_THREADS, NULL, "N", "threads that read the checkpoint; 0 takes as many as its files were read fastest by in a second before the run where a GPU waits for them, else 1", false, true},
     {"save-state", RT_OPT_STRING, V(save_state), "auto", 0, 0, NULL, "WHEN", "when the window under way is saved, to go on within it after a crash: auto once a minute of work is at stake and saving takes under 2% of the time, layer after every layer, stop on an interrupt alone, never, or every so many minutes; costs one state of the window on disk each time", false, true},
     {"rows-per-shard", RT_OPT_INT, V(rows_per_shard), "0", 0, 1e9, NULL, "N", "cut shards after so many rows; 0 takes 65536", false, false},
     {0},

@@ -7,10 +7,11 @@
 #include "core/pool.h"
 #include "distill/logits.h"
 #include "formats/manifest.h"
+#include "teacher/feed.h"
 
 /* A row of 64 entries is packed in 4 us by one core, a whole state of 7168 dimensions in about 130: more threads than this would wait
  * for the one that writes. */
-enum { PACK_THREADS = 8 };
+enum { PACK_THREADS = 8, MOST_READERS = 16 };
 
 /* Bytes that the shards will take: measured ratios of this format are near 5.5 bytes an entry. */
 static double shard_bytes(const struct rt_logits_job *j)
@@ -131,6 +132,27 @@ out:
     return st;
 }
 
+/* How many threads read, and how fast. Devices of one machine share them; each needs some to copy from what others read. */
+static void plan_reading(struct rt_logits_job *j)
+{
+    const struct rt_logits_values *v = j->v;
+    const bool own = j->to.device->be->own_memory;
+    struct rt_logits_rates *r = &j->plan.rates;
+    int most = !own ? 1 : v->readers > 0 ? (int)v->readers : MOST_READERS;
+    while (own && v->readers == 0 && most > 1 && rt_feed_staging(most) > (uint64_t)j->to.memory / 8)
+        most /= 2;
+    if (!v->common.quiet || own) /* there the plan depends on it */
+        rt_logits_measure(j->to.device, j->to.w8a8, v->teacher, most, v->readers > 0, r);
+    j->to.readers = v->readers > 0 ? (int)v->readers : r->readers > 0 ? r->readers : most < 8 ? most : 8;
+    if (j->lanes > 1 && own) {
+        j->to.devices = j->lanes;
+        j->to.readers = (j->to.readers + j->lanes - 1) / j->lanes;
+        j->to.readers = j->to.readers < 2 ? 2 : j->to.readers;
+    }
+    if (!own)
+        j->to.readers = (int)v->readers;
+}
+
 enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
 {
     struct rt_logits_plan *p = &j->plan;
@@ -141,17 +163,11 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
     j->to.w8a8 = strcmp(v->numerics, "w8a8") == 0;
     j->to.memory = rt_command_memory(&v->common) / j->lanes;
     j->to.gpu_memory = v->common.gpu_memory;
-    j->to.readers = (int)v->readers;
-    if (j->lanes > 1 && j->to.device->be->own_memory) { /* shared by the devices, each of which needs some to copy from what others read */
-        j->to.devices = j->lanes;
-        j->to.readers = ((j->to.readers > 0 ? j->to.readers : 8) + j->lanes - 1) / j->lanes;
-        j->to.readers = j->to.readers < 2 ? 2 : j->to.readers;
-    }
+    j->to.threads = ((v->common.threads > 0 ? (int)v->common.threads : rt_cpu_count()) + j->lanes - 1) / j->lanes;
     j->to.max_length = j->survey.longest;
     j->to.window = j->to.window > 0 ? j->to.window : v->window;
     j->to.data_tokens = j->survey.tokens;
-    if (!v->common.quiet)
-        rt_logits_measure(&j->lane[0].device, j->to.w8a8, v->teacher, &p->rates);
+    plan_reading(j);
     j->to.memory -= (int64_t)plan_packing(j) / j->lanes;
     RT_TRY(plan_overlap(j, err));
     const struct rt_teacher_plan *t = &p->teacher;

@@ -1,15 +1,13 @@
 /* How fast this machine multiplies and reads: what a run is held against. */
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 
-#include "core/io.h"
 #include "core/mem.h"
 #include "core/rng.h"
 #include "distill/logits.h"
-#include "formats/safetensors.h"
+#include "teacher/read_probe.h"
 
-enum { WIDTH = 2048, MOST_ROWS = 1 << 14, READ_MOST = 256 << 20, READ_PIECE = 4 << 20 };
+enum { WIDTH = 2048, MOST_ROWS = 1 << 14 };
 #define LONG_ENOUGH 0.03 /* seconds */
 
 struct product {
@@ -119,50 +117,37 @@ out:
     return st;
 }
 
-/* Reads a stretch from the middle of the largest file, after asking the system to forget it: the disk's speed, not the cache's. */
-static enum rt_status measure_reading(const char *teacher, struct rt_logits_rates *out, struct rt_err *err)
+/* Each count of threads for a fifth of a second: long enough for some chunks of each on a slow disk. */
+static enum rt_status measure_reading(const char *teacher, int most, bool exact, struct rt_logits_rates *out, struct rt_err *err)
 {
     struct rt_tensors *ts = NULL;
-    char *buf = NULL;
-    int best = -1;
-    uint64_t size, most = 0, n;
+    struct rt_read_probe p;
+    char one[32], other[32];
     enum rt_status st;
     RT_TRY(rt_tensors_open(teacher, &ts, err));
-    RT_TRY(rt_alloc(READ_PIECE, 1, "a read buffer", &buf, err));
-    for (int i = 0; i < rt_tensors_n_files(ts); i++) {
-        int fd = -1;
-        RT_TRY(rt_file_open(rt_tensors_file(ts, i), &fd, &size, err));
-        rt_file_close(fd);
-        if (size > most) {
-            most = size;
-            best = i;
-        }
-    }
-    if (best < 0 || most < (uint64_t)READ_PIECE)
+    RT_TRY(rt_read_probe(ts, most, 0.2, &p, err));
+    if (p.best < 0)
         goto out;
-    const char *path = rt_tensors_file(ts, best), *base = strrchr(path, '/');
-    const int fd = rt_tensors_fd(ts, best);
-    const uint64_t from = (most / 3 + READ_PIECE) / READ_PIECE * READ_PIECE - READ_PIECE;
-    (void)posix_fadvise(fd, (off_t)from, READ_MOST, POSIX_FADV_DONTNEED);
-    const double t0 = rt_now();
-    for (n = 0; n + READ_PIECE <= most - from && n < READ_MOST && rt_now() - t0 < 0.2; n += READ_PIECE)
-        RT_TRY(rt_file_pread(fd, path, buf, READ_PIECE, from + n, err));
-    const double seconds = rt_now() - t0;
-    out->read = n > 0 && seconds > 0 ? (double)n / seconds : 0;
-    snprintf(out->read_name, sizeof out->read_name, "measured on %.60s", base != NULL ? base + 1 : path);
+    const int at = exact ? p.n - 1 : p.best;
+    out->read = p.rate[at];
+    out->readers = p.readers[at];
+    if (p.n > 1)
+        snprintf(out->read_name, sizeof out->read_name, "measured with %d reader%s; 1: %s/s, %d: %s/s", out->readers, out->readers > 1 ? "s" : "",
+                 rt_human_bytes(one, (uint64_t)p.rate[0]), p.readers[p.n - 1], rt_human_bytes(other, (uint64_t)p.rate[p.n - 1]));
+    else
+        snprintf(out->read_name, sizeof out->read_name, "measured with 1 reader");
 out:
-    rt_free(buf);
     rt_tensors_free(ts);
     return st;
 }
 
-void rt_logits_measure(const struct rt_device *d, bool fp8, const char *teacher, struct rt_logits_rates *out)
+void rt_logits_measure(const struct rt_device *d, bool fp8, const char *teacher, int readers, bool exact, struct rt_logits_rates *out)
 {
     struct rt_err none = {0};
     *out = (struct rt_logits_rates){0};
     if (measure_product(d, fp8, &out->flops, &none) != RT_OK)
         out->flops = 0;
     snprintf(out->flops_name, sizeof out->flops_name, "%s product measured here", fp8 ? "an e4m3" : d->be->act == RT_BF16 ? "a bfloat16" : "a float32");
-    if (measure_reading(teacher, out, &none) != RT_OK)
+    if (measure_reading(teacher, readers, exact, out, &none) != RT_OK)
         out->read = 0;
 }

@@ -323,7 +323,7 @@ static enum rt_status run_round(struct rt_logits_job *j, int n, struct rt_err *e
 
 static void tell_reading(const struct rt_logits_job *j)
 {
-    char a[32];
+    char a[32], b[32], raw[64] = "";
     uint64_t bytes = 0, one;
     double waited = 0, seconds;
     for (int i = 0; i < j->lanes; i++) {
@@ -331,9 +331,11 @@ static void tell_reading(const struct rt_logits_job *j)
         bytes += one;
         waited += seconds / j->lanes;
     }
-    const double elapsed = rt_now() - j->progress.t_start;
-    rt_info(j->ctx->log, "weights: %s read; %.1f%% of the time was spent waiting for them", rt_human_bytes(a, bytes),
-            elapsed > 0 ? 100 * waited / elapsed : 0.0);
+    const double elapsed = rt_now() - j->progress.t_start, rate = elapsed > 0 ? (double)bytes / elapsed : 0;
+    if (j->plan.rates.read > 0 && waited > 0.1 * elapsed) /* reading binds */
+        snprintf(raw, sizeof raw, ", %.0f%% of what reading alone gave", 100 * rate / j->plan.rates.read);
+    rt_info(j->ctx->log, "weights: %s read, %s/s over the whole time%s; %.1f%% of the time was spent waiting for them", rt_human_bytes(a, bytes),
+            rt_human_bytes(b, (uint64_t)rate), raw, elapsed > 0 ? 100 * waited / elapsed : 0.0);
 }
 
 static void tell_writing(const struct rt_logits_job *j)

@@ -45,6 +45,7 @@ static enum rt_status plan_host(const struct rt_teacher_options *o, const struct
 {
     char need[32], have[32];
     const uint64_t memory = o->memory > 0 ? (uint64_t)o->memory : 0;
+    const uint64_t process = RT_TEACHER_PROCESS_BYTES + (uint64_t)(o->threads > 0 ? o->threads : 2) * RT_TEACHER_THREAD_BYTES;
     *p = (struct rt_teacher_plan){.model_bytes = model, .largest_part = largest};
     if (o->slots > 0) {
         p->window = p->chunk = o->batch_tokens;
@@ -59,26 +60,26 @@ static enum rt_status plan_host(const struct rt_teacher_options *o, const struct
         const uint64_t one = rt_teacher_state_bytes(o, c, p->chunk, 1), two = rt_teacher_state_bytes(o, c, p->chunk, 1025);
         const uint64_t a_token = (two - one) / 1024 + (uint64_t)o->token_bytes + 1;
         /* two of the largest part: one in use, one on its way */
-        const uint64_t fixed = one + RT_TEACHER_FIXED_BYTES + 2 * largest;
+        const uint64_t fixed = one + process + 2 * largest;
         int64_t fits = memory > fixed ? (int64_t)((memory - fixed) / a_token) : 0;
         const int64_t least = o->window > 0 ? o->window : o->max_length;
         if (fits < least && p->chunk > o->max_length && o->chunk == 0) { /* a smaller chunk may do */
             p->chunk = o->max_length;
-            const uint64_t small = rt_teacher_state_bytes(o, c, p->chunk, 1) + RT_TEACHER_FIXED_BYTES + 2 * largest;
+            const uint64_t small = rt_teacher_state_bytes(o, c, p->chunk, 1) + process + 2 * largest;
             fits = memory > small ? (int64_t)((memory - small) / a_token) : 0;
         }
         p->window = fits < most ? fits : most;
         if (p->window < o->max_length || (o->window > 0 && p->window < o->window))
-            return rt_fail(err, RT_NOMEM, "%s: a window of %ld tokens needs %s of memory, --memory gives %s; raise it, or shorten sequences with --max-length",
+            return rt_fail(err, RT_NOMEM, "%s: a window of %ld tokens needs %s of memory, --memory gives %s; raise it, use fewer --threads, or shorten sequences with --max-length",
                            o->dir, (long)(o->window > 0 ? o->window : o->max_length),
-                           rt_human_bytes(need, rt_teacher_state_bytes(o, c, p->chunk, o->window > 0 ? o->window : o->max_length) + RT_TEACHER_FIXED_BYTES + 2 * largest),
+                           rt_human_bytes(need, rt_teacher_state_bytes(o, c, p->chunk, o->window > 0 ? o->window : o->max_length) + process + 2 * largest),
                            rt_human_bytes(have, memory));
     }
     p->window_bytes = rt_teacher_state_bytes(o, c, p->chunk, p->window) + (uint64_t)(p->window * o->token_bytes);
-    if (p->window_bytes + RT_TEACHER_FIXED_BYTES + largest > memory)
+    if (p->window_bytes + process + largest > memory)
         return rt_fail(err, RT_NOMEM, "%s: states of %ld tokens and caches need %s, --memory gives %s; use fewer slots or shorter sequences", o->dir,
-                       (long)p->window, rt_human_bytes(need, p->window_bytes + RT_TEACHER_FIXED_BYTES + largest), rt_human_bytes(have, memory));
-    p->weight_budget = memory - p->window_bytes - RT_TEACHER_FIXED_BYTES;
+                       (long)p->window, rt_human_bytes(need, p->window_bytes + process + largest), rt_human_bytes(have, memory));
+    p->weight_budget = memory - p->window_bytes - process;
     p->resident = p->weight_budget >= model;
     return RT_OK;
 }

@@ -18,8 +18,11 @@
 #include "teacher/layer.h"
 #include "teacher/weights.h"
 
-/* What the process takes beside a teacher's own buffers, counted in every plan: OpenBLAS, scratch of kernels, encoders, the program. */
-#define RT_TEACHER_FIXED_BYTES ((uint64_t)64 << 20)
+/* What the process takes beside a teacher's own buffers, counted in every plan: the program, encoders; and for each thread of a device that is the host
+ * scratch and OpenBLAS's buffer. */
+#define RT_TEACHER_PROCESS_BYTES ((uint64_t)48 << 20)
+#define RT_TEACHER_THREAD_BYTES ((uint64_t)8 << 20)
+#define RT_TEACHER_FIXED_BYTES (RT_TEACHER_PROCESS_BYTES + 2 * RT_TEACHER_THREAD_BYTES) /* with two threads, and for devices with memory of their own */
 enum { RT_TEACHER_EMBED_IDS = 1 << 16 }; /* ids that go up at a time where the embedding table is on the device */
 
 struct rt_teacher_options {
@@ -28,6 +31,7 @@ struct rt_teacher_options {
     bool w8a8;             /* else w8a16 */
     int64_t memory;        /* bytes of host memory */
     int64_t gpu_memory;    /* bytes of a device that has memory of its own; 0: what is free */
+    int threads;           /* of a device that is the host, for the plan; 0: two */
     int readers;           /* threads that read weights; 0: 8 for a device with memory of its own, else 1 */
     struct rt_teacher *with; /* NULL, or a teacher of the same options on another device with memory of its own: files are read once for both. Closed after
                             * this one */

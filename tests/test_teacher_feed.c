@@ -7,6 +7,7 @@
 
 #include "core/io.h"
 #include "teacher/part_table.h"
+#include "teacher/read_probe.h"
 #include "tests/far_device.h"
 #include "tests/teacher_fixture.h"
 
@@ -218,9 +219,40 @@ static void a_short_file_is_told_to_all(void **state)
     }
 }
 
+/* Rates are measured on files that are large enough to tell, with the counts that were asked for. */
+static void reading_is_measured(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_tensors *ts;
+    struct rt_read_probe p;
+    char path[512];
+    const char header[] = "{\"a\":{\"dtype\":\"F32\",\"shape\":[25165824],\"data_offsets\":[0,100663296]}}       ";
+    const uint64_t n = sizeof header - 1;
+    snprintf(path, sizeof path, "%s", test_tmp("probe.safetensors"));
+    FILE *f = fopen(path, "wb");
+    fwrite(&n, sizeof n, 1, f);
+    fwrite(header, 1, n, f);
+    fclose(f);
+    assert_int_equal(truncate(path, (off_t)(sizeof n + n + 100663296)), 0);
+    assert_ok(rt_tensors_open(path, &ts, &err));
+    assert_ok(rt_read_probe(ts, 4, 0.02, &p, &err));
+    assert_int_equal(p.n, 3);
+    assert_int_equal(p.readers[2], 4);
+    assert_in_range(p.best, 0, 2);
+    for (int i = 0; i < p.n; i++)
+        assert_true(p.rate[i] > 0);
+    rt_tensors_free(ts);
+    assert_ok(rt_tensors_open(test_data("tests/data/cases/v3_fp8"), &ts, &err));
+    assert_ok(rt_read_probe(ts, 4, 0.02, &p, &err));
+    assert_int_equal(p.best, -1);
+    rt_tensors_free(ts);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(files_are_read_once),
     cmocka_unit_test(whoever_begins_later_or_ends_early),
     cmocka_unit_test(a_short_file_is_told_to_all),
+    cmocka_unit_test(reading_is_measured),
 };
 RT_SUITE(teacher_feed, tests)
