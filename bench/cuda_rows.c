@@ -139,7 +139,7 @@ static enum rt_status group_gather16(struct bench *b)
 
 static enum rt_status group_swiglu(struct bench *b)
 {
-    return rt_cuda_moe_swiglu(b->d.q, &b->group, b->a, b->a + 2 * 2048, 2 * 2048, (struct rt_act){b->c, b->scale}, 2048, &b->err);
+    return rt_cuda_moe_swiglu(b->d.q, &b->group, b->a, b->a + 2 * 2048, 2 * 2048, (struct rt_act){b->c, b->scale}, 2048, false, &b->err);
 }
 
 static enum rt_status group_combine(struct bench *b)

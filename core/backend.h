@@ -39,7 +39,7 @@ struct rt_weight; /* a matrix or vector prepared for use as weight; what it hold
 
 /* A matrix as operand of a product: act elements (scale NULL), or e4m3 codes [rows, cols] with one scale for each run of 128
  * columns, scale[cols/128][rows] (column block major; rows is the n of the call that made it, and of the call that reads it):
- * value = code * scale. cuda puts its rows of scales rt_act_rows(n) apart and may write codes and scales of the rows added: owners make room
+ * value = code * scale. pow2 of what makes it: scales are powers of two (quant). cuda puts its rows of scales rt_act_rows(n) apart and may write codes and scales of the rows added: owners make room
  * for rt_act_rows(n) rows of both. Made by quant, norm_fwd, swiglu_fwd. A product takes it with E4M3 weights only (else UNSUPPORTED); an act operand
  * takes any weight, E4M3 ones dequantised (float32 product of code and scale). */
 struct rt_act {
@@ -83,11 +83,12 @@ struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; vo
  * all ones. add and sum are dense (so ldx is dense where sum is x). */
 struct rt_norm_fwd_args {
     const void *x, *add; const struct rt_weight *w; void *sum, *y; struct rt_act yq; float *rstd;
-    int64_t n, cols, ldx, ldy; float eps;
+    int64_t n, cols, ldx, ldy; float eps; bool pow2; /* of yq */
 };
 
-/* q = e4m3 form of x, 1x128: s = max(amax, 1e-12)/448 (float32), code = rne(x/s). cols % 128 == 0. */
-struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; };
+/* q = e4m3 form of x, 1x128: s = max(amax, 1e-12)/448 (float32), with pow2 the least power of two that is not below it (ue8m0 of DeepSeek-V3.1);
+ * code = rne(x/s). cols % 128 == 0. */
+struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; bool pow2; };
 
 /* y = x w^T (+ bias), or += with accumulate. x [n, K] dense, or ldx for act elements; w [N, K]; y [n, N] act, or float32 with y_f32.
  * x.scale given: the product of 128-column blocks is (code sum) * x scale * weight scale, summed in float32.
@@ -120,7 +121,7 @@ struct rt_attn_fwd_args {
 
 /* h = silu(gate) * up; gate and up are [n, I] with row distance ld (both halves of one [n, 2I], or two matrices). h [n, I] dense = or
  * NULL, hq its e4m3 form or {NULL}. */
-struct rt_swiglu_fwd_args { const void *gate, *up; int64_t ld; void *h; struct rt_act hq; int64_t n, I; };
+struct rt_swiglu_fwd_args { const void *gate, *up; int64_t ld; void *h; struct rt_act hq; int64_t n, I; bool pow2; };
 
 /* ---- teacher ---- */
 /* k[t,h,:] = [kv[t,h,0:dn], k_pe[t,:]]; kv [n, nh, dn+dv] dense, k_pe rows at distance k_pe_ld, k [n, nh, dn+dr] dense =. */
@@ -146,7 +147,7 @@ struct rt_moe_sort_args { const int32_t *ids; int32_t *perm; int32_t *offset; in
 struct rt_moe_ffn_args {
     struct rt_act x; const int32_t *perm; const float *weight; const int32_t *offset; /* offset: [host] [n_experts + 1] */
     const struct rt_weight *const *gate, *const *up, *const *down;                    /* [host] [n_experts] */
-    void *y; int64_t n; int n_experts, k, H, I; bool row_exact;
+    void *y; int64_t n; int n_experts, k, H, I; bool row_exact, pow2; /* pow2: of what is quantised inside */
 };
 
 /* Head of a scored window: z = x w^T over the ids [0, n_ids) in tiles, never [n, V] for the window. Each output [n]: topk_ids

@@ -76,7 +76,7 @@ static void identify(struct rt_logits_job *j)
                                    .projection_seed = j->so.projection_seed, .n_features = j->so.n_features, .boundary = j->so.boundary != NULL};
     snprintf(id->teacher_sha256, sizeof id->teacher_sha256, "%s", rt_teacher_sha256(j->lane[0].teacher));
     snprintf(id->teacher_name, sizeof id->teacher_name, "%s", base != NULL && base[1] != '\0' ? base + 1 : j->v->teacher);
-    snprintf(id->mode, sizeof id->mode, "%s/%s/%s", j->v->numerics, j->lane[0].device.be->act == RT_F32 ? "f32" : "bf16", j->lane[0].device.be->name);
+    snprintf(id->mode, sizeof id->mode, "%s%s/%s/%s", j->v->numerics, j->to.w8a8 && j->config.ue8m0 ? "-ue8m0" : "", j->lane[0].device.be->act == RT_F32 ? "f32" : "bf16", j->lane[0].device.be->name);
     if (j->model.tok != NULL)
         snprintf(id->tokenizer_sha256, sizeof id->tokenizer_sha256, "%s", rt_tokenizer_sha256(j->model.tok));
     if (j->model.tmpl != NULL)

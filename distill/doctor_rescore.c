@@ -412,7 +412,7 @@ enum rt_status rt_doctor_rescore(struct rt_doctor *d, struct rt_err *err)
     if (id == NULL || !d->have_teacher || d->teacher_bytes == 0 || id->top_k == 0 || id->origin.mode[0] != '\0' || failed(d, "shards.teacher") ||
         failed(d, "shards.integrity"))
         return RT_OK;
-    const bool w8a8 = strncmp(id->mode, "w8a8/", 5) == 0;
+    const bool w8a8 = strncmp(id->mode, "w8a8", 4) == 0;
     if (d->rescore == 0 && d->teacher_bytes > (uint64_t)d->memory / 2)
         return rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.rescored", "not checked: it takes %s over %s of weights; --rescore %d asks for it",
                             w8a8 ? "two passes" : "a pass", rt_human_bytes(bytes, d->teacher_bytes), ROWS);

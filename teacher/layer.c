@@ -142,18 +142,18 @@ static enum rt_status project(struct rt_layer_ctx *x, const struct rt_part *p, c
     enum rt_status st;
     RT_TRY(RT_OP(x->d, norm_fwd, err, .x = hidden, .w = p->w[RT_W_INPUT_NORM],
                  .y = plain_form(x, p, c->q_lora > 0 ? RT_W_Q_A : RT_W_Q_B, RT_W_KV_A, x->xn), .yq = quant, .n = n, .cols = s.H,
-                 .eps = (float)c->eps));
+                 .eps = (float)c->eps, .pow2 = c->ue8m0));
     if (c->q_lora > 0) {
         RT_TRY(product(x, p, RT_W_Q_A, x->xn, x->xq, n, s.H, s.ql, x->qa, false, exact, err));
         RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->qa, .w = p->w[RT_W_Q_A_NORM], .y = plain_form(x, p, RT_W_Q_B, RT_W_Q_B, x->qan),
-                     .yq = x->w8a8 ? x->qaq : none(), .n = n, .cols = s.ql, .eps = LATENT_EPS));
+                     .yq = x->w8a8 ? x->qaq : none(), .n = n, .cols = s.ql, .eps = LATENT_EPS, .pow2 = c->ue8m0));
         RT_TRY(product(x, p, RT_W_Q_B, x->qan, x->qaq, n, s.ql, s.q, x->q, false, exact, err));
     } else {
         RT_TRY(product(x, p, RT_W_Q_B, x->xn, x->xq, n, s.H, s.q, x->q, false, exact, err));
     }
     RT_TRY(product(x, p, RT_W_KV_A, x->xn, x->xq, n, s.H, s.ckv, x->ckv, false, exact, err));
     RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->ckv, .ldx = s.ckv, .w = p->w[RT_W_KV_A_NORM], .y = x->latent,
-                 .yq = x->w8a8 ? x->latq : none(), .n = n, .cols = s.R, .eps = LATENT_EPS));
+                 .yq = x->w8a8 ? x->latq : none(), .n = n, .cols = s.R, .eps = LATENT_EPS, .pow2 = c->ue8m0));
     RT_TRY(RT_OP(x->d, rope, err, .x = at(x, x->q, c->dn), .ld = s.q, .head_ld = s.dq, .cos = x->rope_cos, .sin = x->rope_sin,
                  .position = position, .n = n, .heads = c->heads, .dim = c->dr, .interleaved = true));
     RT_TRY(RT_OP(x->d, rope, err, .x = at(x, x->ckv, s.R), .ld = s.ckv, .cos = x->rope_cos, .sin = x->rope_sin, .position = position,
@@ -168,7 +168,7 @@ static enum rt_status project_out(struct rt_layer_ctx *x, const struct rt_part *
     const struct sizes s = sizes_of(x->c);
     enum rt_status st;
     if (x->w8a8 && p->fp8[RT_W_O])
-        RT_TRY(RT_OP(x->d, quant, err, .x = x->o, .q = x->oq, .n = n, .cols = s.o));
+        RT_TRY(RT_OP(x->d, quant, err, .x = x->o, .q = x->oq, .n = n, .cols = s.o, .pow2 = x->c->ue8m0));
     RT_TRY(product(x, p, RT_W_O, x->o, x->oq, n, s.o, s.H, hidden, true, exact, err));
 out:
     return st;
@@ -209,7 +209,7 @@ static enum rt_status attention_cached(struct rt_layer_ctx *x, const struct rt_p
     RT_TRY(project(x, p, b->position, hidden, b->n, true, err));
     /* the cache row is [latent | k_pe]: the normalised latent goes back over the raw one */
     RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->ckv, .ldx = s.ckv, .w = p->w[RT_W_KV_A_NORM], .y = x->ckv, .ldy = s.ckv, .n = b->n,
-                 .cols = s.R, .eps = LATENT_EPS));
+                 .cols = s.R, .eps = LATENT_EPS, .pow2 = c->ue8m0));
     RT_TRY(RT_OP(x->d, cache_put, err, .x = x->ckv, .ldx = s.ckv, .cache = b->cache, .slot = b->slot, .pos = b->position, .n = b->n,
                  .capacity = b->capacity, .width = s.ckv));
     RT_TRY(RT_OP(x->d, head_matmul, err, .x = x->q, .x_ld = s.q, .x_head = s.dq, .w = p->w[RT_W_KV_B], .y = x->q_lat,
@@ -253,7 +253,7 @@ static enum rt_status plain_mlp(struct rt_layer_ctx *x, const struct rt_part *p,
     return RT_OP(x->d, moe_ffn, err, .x = operand(x, p, RT_W_GATE, x->fx, x->fxq), .offset = all,
                  .gate = (const struct rt_weight *const[]){p->w[RT_W_GATE]}, .up = (const struct rt_weight *const[]){p->w[RT_W_UP]},
                  .down = (const struct rt_weight *const[]){p->w[RT_W_DOWN]}, .y = hidden, .n = n, .n_experts = 1, .k = 1,
-                 .H = x->c->hidden, .I = (int)inter, .row_exact = exact);
+                 .H = x->c->hidden, .I = (int)inter, .row_exact = exact, .pow2 = x->c->ue8m0);
 }
 
 /* Experts that go together where they are streamed: a routing group, because a token's rows in it are then added to its state at once. */
@@ -282,7 +282,7 @@ static enum rt_status routed(struct rt_layer_ctx *x, void *hidden, int64_t n, bo
         }
         RT_TRY(RT_OP(x->d, moe_ffn, err, .x = operand(x, x->held[0], RT_W_GATE, x->fx, x->fxq), .perm = x->perm,
                      .weight = x->route_weight, .offset = x->offset + e0, .gate = x->wg, .up = x->wu, .down = x->wd, .y = hidden, .n = n,
-                     .n_experts = held, .k = c->top_k, .H = c->hidden, .I = c->moe_inter, .row_exact = exact));
+                     .n_experts = held, .k = c->top_k, .H = c->hidden, .I = c->moe_inter, .row_exact = exact, .pow2 = c->ue8m0));
         for (int i = 0; i < held; i++)
             RT_TRY(rt_weights_release(x->w, x->held[i], err));
     }
@@ -316,7 +316,7 @@ enum rt_status rt_layer_forward(struct rt_layer_ctx *ctx, int layer, const struc
     RT_TRY(rt_weights_next(ctx->w, &p, err));
     RT_TRY(attention(ctx, p, b, x, err));
     RT_TRY(RT_OP(ctx->d, norm_fwd, err, .x = x, .w = p->w[RT_W_POST_NORM], .y = ctx->fx, .yq = ctx->w8a8 ? ctx->fxq : none(), .n = b->n,
-                 .cols = c->hidden, .eps = (float)c->eps));
+                 .cols = c->hidden, .eps = (float)c->eps, .pow2 = c->ue8m0));
     RT_TRY(rt_weights_release(ctx->w, p, err));
     RT_TRY(rt_weights_next(ctx->w, &p, err));
     if (layer < c->dense_first)

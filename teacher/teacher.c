@@ -27,8 +27,6 @@ static enum rt_status check_options(const struct rt_teacher_options *o, const st
         return RT_OK;
     if (!c->fp8)
         return rt_fail(err, RT_UNSUPPORTED, "%s: --numerics w8a8 needs an FP8 checkpoint; this one has none: use w8a16", o->dir);
-    if (c->ue8m0)
-        return rt_fail(err, RT_UNSUPPORTED, "%s: --numerics w8a8 with scale_fmt ue8m0 is not supported: use w8a16", o->dir);
     const int width[] = {c->hidden, c->q_lora, c->kv_lora, c->heads * c->dv, c->inter, c->moe_inter};
     for (size_t i = 0; i < sizeof width / sizeof *width; i++)
         if (width[i] % 128 != 0)

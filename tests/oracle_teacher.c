@@ -135,7 +135,7 @@ static enum rt_status noisy_norm(struct rt_dev *dev, struct rt_queue *q, const s
     plain.yq = (struct rt_act){0};
     enum rt_status st = noise.inner->norm_fwd(dev, q, &plain, err);
     if (st == RT_OK && a->yq.data != NULL)
-        st = noisy_quant(dev, q, &(const struct rt_quant_args){.x = a->y, .q = a->yq, .n = a->n, .cols = a->cols}, err);
+        st = noisy_quant(dev, q, &(const struct rt_quant_args){.x = a->y, .q = a->yq, .n = a->n, .cols = a->cols, .pow2 = a->pow2}, err);
     return st;
 }
 

@@ -56,6 +56,12 @@ static void *block(int64_t n, size_t size)
     return p;
 }
 
+/* Scales that are powers of two, in every other case. */
+static bool pow2_of(const struct moe_case *c)
+{
+    return c->n % 2 != 0;
+}
+
 /* out [n, H] = the expert over every row, rounded where the GPU rounds; fused: gate and up are not. */
 static void mlp(struct cuda_pair *p, const struct moe_case *c, bool fused, struct rt_act x, const struct rt_weight *gate, const struct rt_weight *up,
                 const struct rt_weight *down, float *out)
@@ -73,7 +79,7 @@ static void mlp(struct cuda_pair *p, const struct moe_case *c, bool fused, struc
     assert_ok(RT_OP(&p->ref, swiglu_fwd, &err, .gate = g, .up = u, .ld = I, .h = h, .n = n, .I = I));
     cuda_round(h, n * I);
     if (c->quantised)
-        assert_ok(RT_OP(&p->ref, quant, &err, .x = h, .q = hq, .n = n, .cols = I));
+        assert_ok(RT_OP(&p->ref, quant, &err, .x = h, .q = hq, .n = n, .cols = I, .pow2 = pow2_of(c)));
     assert_ok(RT_OP(&p->ref, linear_fwd, &err, .x = c->quantised ? hq : (struct rt_act){h, NULL}, .w = down, .y = out, .n = n, .K = I, .N = H));
     rt_free(g);
     rt_free(u);
@@ -144,7 +150,7 @@ static void moe_case(struct cuda_pair *p, const struct moe_case *c, int way)
     const bool fused = c->quantised && (nk <= 64 * c->E || grouped);
     assert_ok(RT_OP(&p->gpu, moe_ffn, &err, .x = dx, .perm = c->dense ? NULL : dperm, .weight = c->dense ? NULL : dweight,
                     .offset = c->dense ? (const int32_t[]){0, (int32_t)n} : offset + c->first, .gate = list[0], .up = list[1], .down = list[2], .y = dy,
-                    .n = n, .n_experts = c->listed, .k = c->k, .H = c->H, .I = c->I));
+                    .n = n, .n_experts = c->listed, .k = c->k, .H = c->H, .I = c->I, .pow2 = pow2_of(c)));
     give_back(p->gpu.dev, encode, lt);
     cuda_get_act(p, got, dy, n * H);
     p->gpu.be->set_scratch(p->gpu.dev, (uint64_t)2 << 30);
@@ -194,6 +200,7 @@ static void test_experts(void **state)
         {"w8a8, groups, one expert cut", 701, 256, 256, 2, 4, 0, 4, 2, -1, true, true, false, 1 << 20},
         {"w8a8, an expert of 3 rows", 203, 512, 128, 1, 2, 0, 2, -1, -1, true, true, false, 0},
         {"few rows, w8a8", 20, 256, 128, 2, 5, 0, 5, -1, 3, true, true, false, 0},
+        {"few rows, w8a8, powers of two", 21, 256, 128, 2, 5, 0, 5, -1, 3, true, true, false, 0},
         {"few rows, w8a16", 20, 256, 128, 2, 5, 1, 4, -1, 3, true, false, false, 0},
         {"few rows, bf16", 20, 256, 128, 2, 5, 1, 4, -1, 3, false, false, false, 0},
     };

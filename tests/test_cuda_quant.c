@@ -33,14 +33,14 @@ static void room_free(struct cuda_pair *p, struct rt_act q)
 }
 
 /* q on the GPU is the e4m3 form that ref makes of x [n, cols], bit for bit; the rows added are zeros. */
-static void check_form(struct cuda_pair *p, struct rt_act q, const float *x, int64_t n, int64_t cols)
+static void check_form(struct cuda_pair *p, struct rt_act q, const float *x, int64_t n, int64_t cols, bool pow2)
 {
     struct rt_err err = {0};
     const int64_t rows = rt_act_rows(n), blocks = cols / 128;
     uint8_t *code = (uint8_t *)floats(rows * cols / 4 + 1);
     struct rt_act want = {floats(n * cols / 4 + 1), floats(n * blocks)};
     float *scale = floats(rows * blocks);
-    assert_ok(RT_OP(&p->ref, quant, &err, .x = x, .q = want, .n = n, .cols = cols));
+    assert_ok(RT_OP(&p->ref, quant, &err, .x = x, .q = want, .n = n, .cols = cols, .pow2 = pow2));
     cuda_get(p, code, q.data, (size_t)(rows * cols));
     cuda_get(p, scale, q.scale, (size_t)(rows * blocks) * sizeof *scale);
     for (int64_t t = 0; t < rows; t++) {
@@ -95,10 +95,11 @@ static void norm_call(struct cuda_pair *p, const struct norm *c, struct norm_dat
     float *rstd = which & RSTD ? cuda_bytes(p, NULL, (size_t)n * sizeof *rstd) : NULL;
     struct rt_act yq = {0};
     float *got = floats(n * (ldx > ldy ? ldx : ldy)), *row = floats(n * cols);
+    const bool pow2 = which & RSTD;
     if (which & YQ)
         yq = room(p, n, cols);
     assert_ok(RT_OP(&p->gpu, norm_fwd, &err, .x = x, .add = add, .w = d->w.gpu, .sum = sum, .y = y, .yq = yq, .rstd = rstd, .n = n, .cols = cols,
-                    .ldx = c->ldx, .ldy = which & Y_OVER_X ? c->ldx : c->ldy, .eps = 1e-6f));
+                    .ldx = c->ldx, .ldy = which & Y_OVER_X ? c->ldx : c->ldy, .eps = 1e-6f, .pow2 = pow2));
     if (sum != NULL) {
         cuda_get_act(p, got, sum, n * cols);
         assert_memory_equal(memcpy(keep ? d->sum : row, got, (size_t)(n * cols) * sizeof *row), d->sum, (size_t)(n * cols) * sizeof *row);
@@ -117,7 +118,7 @@ static void norm_call(struct cuda_pair *p, const struct norm *c, struct norm_dat
         assert_memory_equal(memcpy(keep ? d->rstd : row, got, (size_t)n * sizeof *row), d->rstd, (size_t)n * sizeof *row);
     }
     if (which & YQ)
-        check_form(p, yq, d->y, n, cols);
+        check_form(p, yq, d->y, n, cols, pow2);
     cuda_free(p, x);
     cuda_free(p, add);
     if (which & SUM)
@@ -236,8 +237,10 @@ static void test_quant(void **state)
         dense(rows, x, n, cols, ld);
         void *dev = cuda_act(&p, x, n * ld);
         struct rt_act q = room(&p, n, cols);
-        assert_ok(RT_OP(&p.gpu, quant, &err, .x = dev, .q = q, .n = n, .cols = cols, .ldx = ld));
-        check_form(&p, q, rows, n, cols);
+        for (int pow2 = 0; pow2 < 2; pow2++) {
+            assert_ok(RT_OP(&p.gpu, quant, &err, .x = dev, .q = q, .n = n, .cols = cols, .ldx = ld, .pow2 = pow2));
+            check_form(&p, q, rows, n, cols, pow2);
+        }
         cuda_free(&p, dev);
         room_free(&p, q);
         rt_free(x);
@@ -271,8 +274,8 @@ static void glu_case(struct cuda_pair *p, const struct glu *c)
     for (int both = 0; both < 2 && I % 128 == 0; both++) {
         struct rt_act q = room(p, n, I);
         out = both ? cuda_act(p, NULL, n * I) : NULL;
-        assert_ok(RT_OP(&p->gpu, swiglu_fwd, &err, .gate = dev, .up = dev_up, .ld = c->ld, .h = out, .hq = q, .n = n, .I = I));
-        check_form(p, q, h, n, I);
+        assert_ok(RT_OP(&p->gpu, swiglu_fwd, &err, .gate = dev, .up = dev_up, .ld = c->ld, .h = out, .hq = q, .n = n, .I = I, .pow2 = both > 0));
+        check_form(p, q, h, n, I, both > 0);
         if (both) {
             cuda_get_act(p, again, out, n * I);
             assert_memory_equal(again, h, (size_t)(n * I) * sizeof *h);

@@ -343,13 +343,13 @@ static void check_swiglu(struct cuda_pair *p, const struct group *c, const struc
         for (int64_t r = 0; r < d->base[j + 1] - d->base[j]; r++)
             if (flat_of(d, j, r) < 0)
                 memset(want + (d->base[j] + r) * I, 0, (size_t)I * sizeof *want);
-    assert_ok(rt_cuda_moe_swiglu(p->gpu.q, &d->g, dev, (char *)dev + 2 * I, 2 * I, (struct rt_act){out, NULL}, c->I, &err));
+    assert_ok(rt_cuda_moe_swiglu(p->gpu.q, &d->g, dev, (char *)dev + 2 * I, 2 * I, (struct rt_act){out, NULL}, c->I, false, &err));
     cuda_get_act(p, h, out, rows * I);
     cuda_close("swiglu of a group", h, want, rows, I, CUDA_BF16_ONCE, 2 * CUDA_BF16_ONCE);
     cuda_free(p, out);
     if (I % 128 == 0) {
         struct rt_act q = {cuda_bytes(p, NULL, (size_t)(rows * I)), cuda_bytes(p, NULL, (size_t)(rows * (I / 128)) * sizeof(float))};
-        assert_ok(rt_cuda_moe_swiglu(p->gpu.q, &d->g, dev, (char *)dev + 2 * I, 2 * I, q, c->I, &err));
+        assert_ok(rt_cuda_moe_swiglu(p->gpu.q, &d->g, dev, (char *)dev + 2 * I, 2 * I, q, c->I, false, &err));
         check_blocks(p, c, d, q, I, h, false);
         cuda_free(p, q.data);
         cuda_free(p, q.scale);

@@ -43,7 +43,7 @@ static void doctor(struct rt_doctor *d, const char *backend)
     struct rt_err err = {0};
     const struct rt_backend *be;
     const struct rt_dev_options o = {.threads = 1};
-    d->teacher = CASE;
+    d->teacher = d->teacher != NULL ? d->teacher : CASE;
     d->out = ".";
     d->memory = d->memory > 0 ? d->memory : (int64_t)1 << 30;
     d->batch_tokens = 1024;
@@ -201,6 +201,39 @@ static void rows_of_a_damaged_checkpoint_fail(void **state)
     close_doctor(&d);
 }
 
+/* A checkpoint of V3.1's kind: activations are rounded with scales that are powers of two, on each backend, and the rows say so. */
+static void scales_of_powers_of_two(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_shard_set *set;
+    char cmd[2400], dir[512];
+    snprintf(dir, sizeof dir, "%s", test_tmp("ue8m0"));
+    snprintf(cmd, sizeof cmd, "cp -r '%s' '%s' && rm '%s'/expected.safetensors && sed -i 's/\"fmt\": \"e4m3\"/\"fmt\": \"e4m3\", \"scale_fmt\": \"ue8m0\"/' '%s'/config.json && grep -q ue8m0 '%s'/config.json",
+             CASE, dir, dir, dir, dir);
+    assert_int_equal(system(cmd), 0);
+    const char *rows = score("ue8m0-rows", dir, "w8a8"), *plain = score("plain-rows", CASE, "w8a8");
+    for (int b = 0; b < 2; b++) {
+        struct rt_doctor d = {.shards = rows, .teacher = dir};
+        doctor(&d, b == 0 ? "cpu" : "ref");
+        expect(&d, "shards.rescored.kl", RT_CHECK_PASS, "stored: w8a8-ue8m0/f32/cpu");
+        expect(&d, "shards.rescored.logits", RT_CHECK_PASS, "");
+        close_doctor(&d);
+    }
+    /* the same weights without: other rows */
+    struct rt_rows r;
+    float one[64];
+    assert_ok(rt_shard_set_open(rows, &set, &err));
+    assert_ok(rt_shard_set_get(set, 0, &r, &err));
+    memcpy(one, r.topk_logits, sizeof one);
+    rt_shard_set_free(set);
+    assert_ok(rt_shard_set_open(plain, &set, &err));
+    assert_ok(rt_shard_set_get(set, 0, &r, &err));
+    assert_true(memcmp(one, r.topk_logits, sizeof one) != 0);
+    assert_string_equal(rt_shard_set_identity(set)->mode, "w8a8/f32/cpu");
+    rt_shard_set_free(set);
+}
+
 static void what_is_left_out_is_said(void **state)
 {
     (void)state;
@@ -223,6 +256,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(sound_rows_pass),
     cmocka_unit_test(wrong_rows_fail),
     cmocka_unit_test(rows_of_a_damaged_checkpoint_fail),
+    cmocka_unit_test(scales_of_powers_of_two),
     cmocka_unit_test(what_is_left_out_is_said),
 };
 RT_SUITE(doctor_rescore, tests)

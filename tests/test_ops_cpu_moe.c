@@ -112,7 +112,7 @@ struct ffn {
     enum rt_dtype dtype;
     int64_t n;
     int experts, k, H, I;
-    bool exact, dense;
+    bool exact, dense, pow2;
     struct rt_act x;
     int32_t *perm, *offset;
     float *weight, *scale;
@@ -132,7 +132,7 @@ static enum rt_status run_ffn(struct rt_device *d, const void *ctx, float **out,
         RT_OP(d, moe_ffn, err, .x = t->x, .perm = t->dense ? NULL : t->perm, .weight = t->weight, .offset = t->offset,
               .gate = (const struct rt_weight *const *)w[0], .up = (const struct rt_weight *const *)w[1],
               .down = (const struct rt_weight *const *)w[2], .y = out[0], .n = t->n, .n_experts = t->experts, .k = t->k, .H = t->H,
-              .I = t->I, .row_exact = t->exact);
+              .I = t->I, .row_exact = t->exact, .pow2 = t->pow2);
     for (int e = 0; e < t->experts; e++)
         for (int i = 0; i < 3; i++)
             d->be->weight_free(d->dev, w[i][e]);
@@ -234,6 +234,8 @@ static void experts_e4m3_activations(void **state)
         assert_ok(RT_OP(&all->ref, quant, &err, .x = x, .q = t.x, .n = t.n, .cols = t.H));
         /* The gated states are rounded to e4m3 inside: where a last bit tips one over, a term of 384 changes by 1/8. */
         hold(all, "moe_ffn of e4m3", run_ffn, &t, 1, &size, 5e-3);
+        t.pow2 = true; /* coarser scales: steps of up to 1/4 */
+        hold(all, "moe_ffn of e4m3, scales powers of two", run_ffn, &t, 1, &size, 1e-2);
         free(x);
         free_ffn(&t);
     }

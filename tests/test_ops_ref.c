@@ -105,6 +105,11 @@ static void quantisation_of_blocks(void **state)
     assert_true(rt_e4m3_to_f32(code[128]) == 448 && rt_e4m3_to_f32(code[129]) == 224 && code[130] == 0);
     assert_near(rt_e4m3_to_f32(code[COLS]), 44, 0); /* 1e-13 * 448e12 = 44.8, between 44 and 48 */
 
+    /* powers of two, not below the exact scale: 1 stays, 1.25/448 becomes 1/256 (448/256 = 1.75), the floor 2^-48 */
+    x[128] = 1.25f;
+    assert_ok(RT_OP(&d, quant, &err, .x = x, .q = {code, scale}, .n = N, .cols = COLS, .pow2 = true));
+    assert_true(scale[0] == 1 && scale[2] == 1 / 128.0f && scale[1] == 0x1p-48f && scale[3] == 0x1p-48f);
+    assert_true(rt_e4m3_to_f32(code[0]) == -448 && rt_e4m3_to_f32(code[128]) == 160 && rt_e4m3_to_f32(code[129]) == 448);
     /* norm and swiglu give the e4m3 form of what they give in act elements */
     float y[N * COLS], gate[N * COLS], s1[2 * N], s2[2 * N];
     uint8_t c1[N * COLS], c2[N * COLS];

@@ -94,9 +94,9 @@ void rt_cpu_weight_products(const struct rt_weight *const *w, int parts, int64_t
 
 /* ---- e4m3 forms (cpu_quant.c) ---- */
 /* Row `row` of the e4m3 form q (of n rows) from x [cols]; cols % 128 == 0. */
-void rt_cpu_quant_row(const float *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols);
+void rt_cpu_quant_row(const float *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols, bool pow2);
 /* x [cols] = what its e4m3 form stands for. */
-void rt_cpu_quant_round(float *x, int64_t cols);
+void rt_cpu_quant_round(float *x, int64_t cols, bool pow2);
 /* SHAPE unless cols divides into blocks. */
 enum rt_status rt_cpu_quant_check(const char *op, int64_t cols, struct rt_err *err);
 /* UNSUPPORTED where x is in e4m3 form and w is not, SHAPE where K does not divide into blocks. */

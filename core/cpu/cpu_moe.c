@@ -241,7 +241,7 @@ static void inner_item(void *ctx, int64_t item, int worker)
     for (int64_t i = 0; i < p.rows; i++) {
         rt_cpu_swiglu_row(h + i * a->I, both + i * 2 * p.cols, both + (i * 2 + 1) * p.cols, p.cols);
         if (a->x.scale != NULL)
-            rt_cpu_quant_round(h + i * a->I, p.cols);
+            rt_cpu_quant_round(h + i * a->I, p.cols, a->pow2);
     }
 }
 

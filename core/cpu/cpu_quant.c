@@ -16,7 +16,13 @@ RT_INLINE uint32_t to_e4m3(float v)
     return code | (u >> 24 & 0x80);
 }
 
-RT_INLINE float block_scale(const float *x)
+/* The least power of two that is not below s, a positive normal number. */
+RT_INLINE float power_above(float s)
+{
+    return rt_from_bits((rt_to_bits(s) + 0x7fffff) & 0x7f800000);
+}
+
+RT_INLINE float block_scale(const float *x, bool pow2)
 {
     float m[16] = {0};
     for (int i = 0; i < RT_CPU_BLOCK; i += 16)
@@ -27,33 +33,33 @@ RT_INLINE float block_scale(const float *x)
     float amax = 1e-12f;
     for (int j = 0; j < 16; j++)
         amax = m[j] > amax ? m[j] : amax;
-    return amax / 448.0f;
+    return pow2 ? power_above(amax / 448.0f) : amax / 448.0f;
 }
 
-RT_SIMD static void quant_row(const float *restrict x, uint8_t *restrict code, float *restrict scale, int64_t scale_ld, int64_t cols)
+RT_SIMD static void quant_row(const float *restrict x, uint8_t *restrict code, float *restrict scale, int64_t scale_ld, int64_t cols, bool pow2)
 {
     for (int64_t b = 0; b < cols / RT_CPU_BLOCK; b++) {
         const float *from = x + b * RT_CPU_BLOCK;
         uint8_t *to = code + b * RT_CPU_BLOCK;
-        const float s = block_scale(from);
+        const float s = block_scale(from, pow2);
         for (int j = 0; j < RT_CPU_BLOCK; j++)
             to[j] = (uint8_t)to_e4m3(from[j] / s);
         scale[b * scale_ld] = s;
     }
 }
 
-void rt_cpu_quant_row(const float *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols)
+void rt_cpu_quant_row(const float *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols, bool pow2)
 {
-    quant_row(x, (uint8_t *)q->data + row * cols, q->scale + row, n, cols);
+    quant_row(x, (uint8_t *)q->data + row * cols, q->scale + row, n, cols, pow2);
 }
 
-void rt_cpu_quant_round(float *x, int64_t cols)
+void rt_cpu_quant_round(float *x, int64_t cols, bool pow2)
 {
     uint8_t code[RT_CPU_BLOCK];
     float scale;
     const struct rt_act q = {code, &scale};
     for (int64_t j = 0; j < cols; j += RT_CPU_BLOCK) {
-        quant_row(x + j, code, &scale, 1, RT_CPU_BLOCK);
+        quant_row(x + j, code, &scale, 1, RT_CPU_BLOCK, pow2);
         rt_cpu_dequant_row(x + j, &q, 0, 1, RT_CPU_BLOCK);
     }
 }
@@ -84,7 +90,7 @@ static void quant_rows(void *ctx, int64_t row0, int64_t row1, __attribute__((unu
     const struct rt_quant_args *a = ((const struct quant_job *)ctx)->a;
     const int64_t ldx = a->ldx != 0 ? a->ldx : a->cols;
     for (int64_t i = row0; i < row1; i++)
-        rt_cpu_quant_row((const float *)a->x + i * ldx, &a->q, i, a->n, a->cols);
+        rt_cpu_quant_row((const float *)a->x + i * ldx, &a->q, i, a->n, a->cols, a->pow2);
 }
 
 enum rt_status rt_cpu_quant(struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q, const struct rt_quant_args *a,

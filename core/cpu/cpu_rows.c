@@ -81,7 +81,7 @@ static void norm_rows(void *ctx, int64_t row0, int64_t row1, int worker)
             float *y = a->y != NULL ? (float *)a->y + i * ldy : tile + a->cols;
             scale_row(y, s, rms, a->w != NULL ? a->w->f32 : NULL, a->cols);
             if (a->yq.data != NULL)
-                rt_cpu_quant_row(y, &a->yq, i, a->n, a->cols);
+                rt_cpu_quant_row(y, &a->yq, i, a->n, a->cols, a->pow2);
         }
         if (a->rstd != NULL)
             a->rstd[i] = 1 / rms;
@@ -123,7 +123,7 @@ static void swiglu_rows(void *ctx, int64_t row0, int64_t row1, int worker)
         float *h = a->h != NULL ? (float *)a->h + i * a->I : rt_cpu_tile(job->dev, worker);
         rt_cpu_swiglu_row(h, (const float *)a->gate + i * ld, (const float *)a->up + i * ld, a->I);
         if (a->hq.data != NULL)
-            rt_cpu_quant_row(h, &a->hq, i, a->n, a->I);
+            rt_cpu_quant_row(h, &a->hq, i, a->n, a->I, a->pow2);
     }
 }
 

@@ -42,6 +42,7 @@ struct params {
     uint8_t *hcode;
     float *hscale;
     int N;
+    bool pow2;
 };
 
 struct tile {
@@ -189,7 +190,7 @@ __device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[6
 }
 
 /* One row of silu(gate) * up, 128 columns over four lanes: codes and their scale. */
-__device__ __forceinline__ void store_gated(uint8_t *code, float *scale, const float (&gate)[64], const float (&up)[64], int half, int lane, bool inside)
+__device__ __forceinline__ void store_gated(uint8_t *code, float *scale, const float (&gate)[64], const float (&up)[64], int half, int lane, bool inside, bool pow2)
 {
     float h[32], amax = 0;
 #pragma unroll
@@ -202,7 +203,7 @@ __device__ __forceinline__ void store_gated(uint8_t *code, float *scale, const f
         }
     amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
     amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
-    const struct qscale q = quant_scale(amax);
+    const struct qscale q = quant_scale(amax, pow2);
     if (inside && lane == 0)
         *scale = q.s;
 #pragma unroll
@@ -256,8 +257,8 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
         const int64_t at = (int64_t)x.base + row;
         if (GATED) {
             float *hs = p.hscale + (int64_t)x.base * (p.N / BN) + (int64_t)w.column * x.padded + row;
-            store_gated(p.hcode + at * p.N + w.column * BN, hs, acc0, acc1, 0, lane, left > 0);
-            store_gated(p.hcode + (at + 8) * p.N + w.column * BN, hs + 8, acc0, acc1, 1, lane, left > 8);
+            store_gated(p.hcode + at * p.N + w.column * BN, hs, acc0, acc1, 0, lane, left > 0, p.pow2);
+            store_gated(p.hcode + (at + 8) * p.N + w.column * BN, hs + 8, acc0, acc1, 1, lane, left > 8, p.pow2);
         } else {
             const int64_t to = p.rows - at; /* rows from here on that exist */
             __nv_bfloat16 *y = p.y + at * p.ldy + (int64_t)w.column * 2 * BN;
@@ -441,6 +442,7 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     p.accumulate = g->accumulate;
     p.hcode = (uint8_t *)g->hq.data;
     p.hscale = g->hq.scale;
+    p.pow2 = g->pow2;
     RT_TRY(gated ? launch<true>(q, &xmap, &p, tiles, err) : launch<false>(q, &xmap, &p, tiles, err));
 out:
     rt_cuda_temp_free(q, device);

@@ -26,6 +26,7 @@ struct rt_cuda_group8 {
     bool accumulate;
     /* gated: hq = e4m3 form of bf16(silu(x w^T) * (x up^T)), codes [rows, N] and the experts' blocks of scales [N/128][padded] */
     struct rt_act hq;
+    bool pow2;
 };
 
 /* What dev->encode_map is to hold: NULL where the device or the driver has no bulk tensor copies. */

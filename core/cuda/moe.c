@@ -145,7 +145,7 @@ static enum rt_status run_products(struct rt_queue *q, const struct rt_moe_ffn_a
         if (count > 0)
             RT_TRY(product_pair(q, x, padded, a->gate[g->first + j], a->up[g->first + j], r->gate_up + base * 2 * I * 2, count, err));
     }
-    RT_TRY(rt_cuda_moe_swiglu(q, t, r->gate_up, r->gate_up + I * 2, 2 * I, r->h, a->I, err));
+    RT_TRY(rt_cuda_moe_swiglu(q, t, r->gate_up, r->gate_up + I * 2, 2 * I, r->h, a->I, a->pow2, err));
     for (int j = 0; j < g->n; j++) {
         const int64_t base = g->base[j], padded = g->base[j + 1] - base, count = g->offset[j + 1] - g->offset[j];
         if (count > 0)
@@ -165,7 +165,7 @@ static bool own_form(const struct rt_dev *dev, const struct rt_moe_ffn_args *a)
 static enum rt_status own_gated(struct rt_queue *q, const struct rt_moe_ffn_args *a, int first, int n, const int64_t *base, struct rt_act x,
                                 struct rt_act h, struct rt_err *err)
 {
-    const struct rt_cuda_group8 g = {.x = x, .base = base, .n_experts = n, .K = a->H, .N = a->I, .w = a->gate + first, .up = a->up + first, .hq = h};
+    const struct rt_cuda_group8 g = {.x = x, .base = base, .n_experts = n, .K = a->H, .N = a->I, .w = a->gate + first, .up = a->up + first, .hq = h, .pow2 = a->pow2};
     return rt_cuda_group8(q, &g, err);
 }
 
@@ -253,7 +253,7 @@ static enum rt_status chunk(struct rt_dev *dev, struct rt_queue *q, const struct
         RT_TRY(rt_cuda_temp(q, (size_t)(padded * I) * 4, &r.gate_up, err));
         RT_TRY(product_pair(q, x, padded, a->gate[e], a->up[e], r.gate_up, n, err));
         const struct rt_swiglu_fwd_args s = {.gate = r.gate_up, .up = r.gate_up + I * 2, .ld = 2 * I, .h = quantised ? NULL : r.h.data,
-                                             .hq = quantised ? r.h : (struct rt_act){0}, .n = n, .I = I};
+                                             .hq = quantised ? r.h : (struct rt_act){0}, .n = n, .I = I, .pow2 = a->pow2};
         RT_TRY(rt_cuda_swiglu_fwd(dev, q, &s, err));
         RT_TRY(product(q, r.h, padded, a->down[e], (char *)a->y + first * H * 2, n, H, true, false, err));
     }

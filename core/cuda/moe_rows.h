@@ -48,7 +48,7 @@ enum rt_status rt_cuda_moe_gather(struct rt_queue *q, const struct rt_cuda_moe_g
  * experts' blocks of scales [I/128][padded], I a multiple of 128. Else bf16 [rows, I] dense, I a multiple of 8. ld is a multiple of 8; gate,
  * up and h lie at multiples of 16 bytes. Padding rows are written without reading gate and up. */
 enum rt_status rt_cuda_moe_swiglu(struct rt_queue *q, const struct rt_cuda_moe_group *g, const void *gate, const void *up, int64_t ld,
-                                  struct rt_act h, int I, struct rt_err *err);
+                                  struct rt_act h, int I, bool pow2, struct rt_err *err);
 
 /* y[t,:] += sum over the token's rows r in the group, in ascending order (ascending expert), of weight[t*k+j] * out[r,:]: products and sums
  * float32 beginning with y[t,:], rounded once. y [n, H] and out [rows, H] bf16 dense, weight [n*k] on the device; H a multiple of 8. Tokens

@@ -22,6 +22,7 @@ struct norm {
     int64_t n, rows, ldx, ldy; /* rows: n, or rt_act_rows(n) where codes are asked for */
     int cols;
     float eps, per_col; /* 1 / cols */
+    bool pow2;
 };
 
 __device__ __forceinline__ float rstd_of(const struct norm &p, float squares)
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ stru
         if (p.code == NULL)
             continue;
         unpack(y, x);
-        const struct qscale q = quant_scale(block_amax(vector_amax(x)));
+        const struct qscale q = quant_scale(block_amax(vector_amax(x)), p.pow2);
         if (c < nv && row < p.rows) {
             *(uint2 *)(p.code + row * p.cols + (int64_t)c * VEC) = live ? code8(x, q) : make_uint2(0, 0);
             if (c % QLANES == 0)
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(SLOW_THREADS) norm_slow_kernel(const __grid_co
         }
         if (p.code == NULL)
             continue;
-        const struct qscale q = quant_scale(warp_max(amax));
+        const struct qscale q = quant_scale(warp_max(amax), p.pow2);
 #pragma unroll
         for (int i = 0; i < QBLOCK / 32; i++)
             p.code[row * p.cols + c + lane + 32 * i] = live ? code1(y[i], q) : 0;
@@ -224,6 +225,7 @@ enum rt_status rt_cuda_norm_fwd(struct rt_dev *, struct rt_queue *q, const struc
     p.y = (bf16 *)a->y;
     p.code = (uint8_t *)a->yq.data;
     p.scale = a->yq.scale;
+    p.pow2 = a->pow2;
     p.rstd = a->rstd;
     p.n = a->n;
     p.rows = quantised ? rt_act_rows(a->n) : a->n;

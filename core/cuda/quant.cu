@@ -20,6 +20,7 @@ struct gate {
     const int4 *group;     /* rows of a group (struct rt_cuda_moe_group), or NULL */
     int64_t n, rows, ld;   /* h has n rows; codes have `rows`, a multiple of 4 */
     int cols, turns;       /* turns: blocks that share 4 rows */
+    bool pow2;
 };
 
 /* Where a row's scales begin, and how far apart they are. */
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(256) tile_kernel(const __grid_constant__ struc
         if (!Q)
             continue;
         unpack(x[r], v);
-        const struct qscale q = quant_scale(block_amax(vector_amax(v)));
+        const struct qscale q = quant_scale(block_amax(vector_amax(v)), p.pow2);
         scale[r] = live >> r & 1 ? q.s : 0.0f;
         if (c < nv)
             *(uint2 *)(p.code + (row0 + r) * p.cols + (int64_t)c * VEC) = code8(v, q); /* of zeros: zeros */
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(32 * SLOW_WARPS) chunk_kernel(const __grid_con
         }
         if (p.code == NULL)
             continue;
-        const struct qscale q = quant_scale(warp_max(amax));
+        const struct qscale q = quant_scale(warp_max(amax), p.pow2);
 #pragma unroll
         for (int i = 0; i < QBLOCK / 32; i++)
             p.code[row * p.cols + c + threadIdx.x + 32 * i] = code1(v[i], q);
@@ -176,6 +177,7 @@ enum rt_status rt_cuda_quant(struct rt_dev *, struct rt_queue *q, const struct r
     p.x = (const bf16 *)a->x;
     p.code = (uint8_t *)a->q.data;
     p.scale = a->q.scale;
+    p.pow2 = a->pow2;
     p.n = a->n;
     p.rows = rt_act_rows(a->n);
     p.ld = ld_or(a->ldx, a->cols);
@@ -195,6 +197,7 @@ enum rt_status rt_cuda_swiglu_fwd(struct rt_dev *, struct rt_queue *q, const str
     p.h = (bf16 *)a->h;
     p.code = (uint8_t *)a->hq.data;
     p.scale = a->hq.scale;
+    p.pow2 = a->pow2;
     p.n = a->n;
     p.rows = quantised ? rt_act_rows(a->n) : a->n;
     p.ld = ld_or(a->ld, a->I);
@@ -203,7 +206,7 @@ enum rt_status rt_cuda_swiglu_fwd(struct rt_dev *, struct rt_queue *q, const str
 }
 
 enum rt_status rt_cuda_moe_swiglu(struct rt_queue *q, const struct rt_cuda_moe_group *g, const void *gate, const void *up, int64_t ld,
-                                  struct rt_act h, int I, struct rt_err *err)
+                                  struct rt_act h, int I, bool pow2, struct rt_err *err)
 {
     const bool quantised = h.scale != NULL;
     const enum rt_status st = check("swiglu of a group of experts", g->rows, I, quantised, err);
@@ -217,6 +220,7 @@ enum rt_status rt_cuda_moe_swiglu(struct rt_queue *q, const struct rt_cuda_moe_g
     else
         p.h = (bf16 *)h.data;
     p.scale = h.scale;
+    p.pow2 = pow2;
     p.group = (const int4 *)g->row;
     p.n = p.rows = g->rows;
     p.ld = ld_or(ld, I);

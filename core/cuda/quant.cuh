@@ -1,6 +1,8 @@
 /* The e4m3 form of activations on the device: blocks of 128 columns, scale = max(amax, 1e-12)/448, code = rne(x / scale). Bit for bit what the
  * reference makes of the same x. For .cu files alone.
  *
+ * With pow2 the scale is the least power of two that is not below that.
+ *
  * Operations that make a row and its e4m3 form (norm_fwd, swiglu_fwd) make the codes of the row rounded to bf16, whether the row is stored or
  * not: what a product sees does not depend on which outputs were asked for.
  */
@@ -28,11 +30,13 @@ __device__ __forceinline__ float divided(float a, float b, float inverse)
     return fmaf(-fmaf(first, b, -a), inverse, first);
 }
 
-/* amax: the absolute value of a bf16 number. */
-__device__ __forceinline__ struct qscale quant_scale(float amax)
+/* amax: the absolute value of a bf16 number. pow2: the least power of two that is not below amax/448. */
+__device__ __forceinline__ struct qscale quant_scale(float amax, bool pow2)
 {
     struct qscale q;
     q.s = divided(fmaxf(amax, 1e-12f), 448.0f, 1.0f / 448.0f);
+    if (pow2)
+        q.s = __uint_as_float((__float_as_uint(q.s) + 0x7fffff) & 0x7f800000);
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(q.inverse) : "f"(q.s));
     return q;
 }

@@ -185,6 +185,7 @@ enum rt_status gate_up(struct rt_dev *dev, struct rt_queue *q, const struct rt_m
         quant.q.scale = (float *)x->h_scale;
         quant.n = x->rows;
         quant.cols = a->I;
+        quant.pow2 = a->pow2;
         RT_TRY(rt_cuda_quant(dev, q, &quant, err));
     }
 out:

@@ -53,9 +53,9 @@ enum rt_status REF(weight_vec)(const struct rt_weight *w, int64_t n, const real 
 enum rt_status REF(weight_check)(const struct rt_weight *w, const char *op, int64_t rows, int64_t cols, struct rt_err *err);
 
 /* e4m3 form of one block of 128 values; returns its scale. float32 throughout. */
-float REF(quant_block)(const real *x, uint8_t *code);
+float REF(quant_block)(const real *x, bool pow2, uint8_t *code);
 /* code [n, cols] and scale [cols/128][n] of row `row` from x [cols]. */
-void REF(quant_row)(const real *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols);
+void REF(quant_row)(const real *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols, bool pow2);
 
 /* Row `row` (of n) of an operand, dot row `out` of w. w_row is weight_row's answer, for act elements; e4m3 operands take the codes. */
 double REF(dot_row)(const struct rt_act *x, int64_t ldx, int64_t row, int64_t n, const struct rt_weight *w, int64_t out,

@@ -53,7 +53,7 @@ REF_OP(swiglu_fwd)
         if (a->h != NULL)
             memcpy((real *)a->h + t * a->I, h, (size_t)a->I * sizeof *h);
         if (a->hq.data != NULL)
-            REF(quant_row)(h, &a->hq, t, a->n, a->I);
+            REF(quant_row)(h, &a->hq, t, a->n, a->I, a->pow2);
     }
 out:
     rt_free(h);

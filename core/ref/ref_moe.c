@@ -160,10 +160,10 @@ static void ffn_row(const struct rt_moe_ffn_args *a, const struct ffn *f, int e,
         const real u = (real)REF(dot_row)(&a->x, a->H, t, a->n, a->up[e], i, row_of(f->up, i, a->H), a->H);
         f->h[i] = (real)(g * ref_sigmoid(g) * u);
     }
-    struct rt_act h = {f->h, NULL};
+    struct rt_act h = {.data = f->h};
     if (a->x.scale != NULL) {
         h = f->hq;
-        REF(quant_row)(f->h, &h, 0, 1, a->I);
+        REF(quant_row)(f->h, &h, 0, 1, a->I, a->pow2);
     }
     for (int i = 0; i < a->H; i++)
         y[i] = (real)(y[i] + weight * REF(dot_row)(&h, a->I, 0, 1, a->down[e], i, row_of(f->down, i, a->I), a->I));

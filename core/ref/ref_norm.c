@@ -2,21 +2,29 @@
 #include "core/ref/ref.h"
 #include "core/rms.h"
 
-float REF(quant_block)(const real *x, uint8_t *code)
+/* The least power of two that is not below s, a positive normal number. */
+static float power_above(float s)
+{
+    int e;
+    const float m = frexpf(s, &e); /* s = m 2^e, 0.5 <= m < 1 */
+    return ldexpf(1, m > 0.5f ? e : e - 1);
+}
+
+float REF(quant_block)(const real *x, bool pow2, uint8_t *code)
 {
     float amax = 0;
     for (int j = 0; j < REF_BLOCK; j++)
         amax = fmaxf(amax, fabsf((float)x[j]));
-    const float s = fmaxf(amax, 1e-12f) / 448.0f;
+    const float exact = fmaxf(amax, 1e-12f) / 448.0f, s = pow2 ? power_above(exact) : exact;
     for (int j = 0; j < REF_BLOCK; j++)
         code[j] = rt_f32_to_e4m3((float)x[j] / s);
     return s;
 }
 
-void REF(quant_row)(const real *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols)
+void REF(quant_row)(const real *x, const struct rt_act *q, int64_t row, int64_t n, int64_t cols, bool pow2)
 {
     for (int64_t b = 0; b < cols / REF_BLOCK; b++)
-        q->scale[b * n + row] = REF(quant_block)(x + b * REF_BLOCK, (uint8_t *)q->data + row * cols + b * REF_BLOCK);
+        q->scale[b * n + row] = REF(quant_block)(x + b * REF_BLOCK, pow2, (uint8_t *)q->data + row * cols + b * REF_BLOCK);
 }
 
 static enum rt_status check_blocks(const char *op, int64_t cols, struct rt_err *err)
@@ -33,7 +41,7 @@ REF_OP(quant)
         return st;
     const int64_t ldx = ref_ld(a->ldx, a->cols);
     for (int64_t t = 0; t < a->n; t++)
-        REF(quant_row)((const real *)a->x + t * ldx, &a->q, t, a->n, a->cols);
+        REF(quant_row)((const real *)a->x + t * ldx, &a->q, t, a->n, a->cols, a->pow2);
     return RT_OK;
 }
 
@@ -75,7 +83,7 @@ REF_OP(norm_fwd)
         if (a->y != NULL)
             memcpy((real *)a->y + t * ldy, y, (size_t)a->cols * sizeof *y);
         if (a->yq.data != NULL)
-            REF(quant_row)(y, &a->yq, t, a->n, a->cols);
+            REF(quant_row)(y, &a->yq, t, a->n, a->cols, a->pow2);
         if (a->rstd != NULL)
             a->rstd[t] = (float)(1 / (double)rms);
     }
