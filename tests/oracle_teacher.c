@@ -132,10 +132,18 @@ static enum rt_status noisy_quant(struct rt_dev *dev, struct rt_queue *q, const 
 static enum rt_status noisy_norm(struct rt_dev *dev, struct rt_queue *q, const struct rt_norm_fwd_args *a, struct rt_err *err)
 {
     struct rt_norm_fwd_args plain = *a;
+    void *own = NULL; /* where the engine does not want the row itself */
+    enum rt_status st = RT_OK;
     plain.yq = (struct rt_act){0};
-    enum rt_status st = noise.inner->norm_fwd(dev, q, &plain, err);
+    if (a->y == NULL && a->yq.data != NULL)
+        st = noise.inner->alloc(dev, (size_t)(a->n * a->cols) * sizeof(float), &own, err);
+    plain.y = own != NULL ? own : a->y;
+    if (st == RT_OK)
+        st = noise.inner->norm_fwd(dev, q, &plain, err);
     if (st == RT_OK && a->yq.data != NULL)
-        st = noisy_quant(dev, q, &(const struct rt_quant_args){.x = a->y, .q = a->yq, .n = a->n, .cols = a->cols, .pow2 = a->pow2}, err);
+        st = noisy_quant(dev, q, &(const struct rt_quant_args){.x = plain.y, .q = a->yq, .n = a->n, .cols = a->cols, .pow2 = a->pow2}, err);
+    if (own != NULL)
+        noise.inner->free(dev, own);
     return st;
 }
 
