@@ -314,6 +314,12 @@ struct rt_backend {
      * by it: it is part of a plan). */
     enum rt_status (*memory)(struct rt_dev *dev, struct rt_dev_memory *out, struct rt_err *err);
     void (*set_scratch)(struct rt_dev *dev, uint64_t bytes);
+    /* own_memory only, else NULL: from now on large products take the algorithm that is fastest, measured once a shape when it is first met, on the
+     * operands that it comes with. Choices are part of a plan, since sums in another order differ in their last bits: they are read from the file `path`
+     * and written there as they are made (NULL: kept in memory alone). Without this call a product takes the library's first choice. note [cap]: "" or a
+     * sentence for the log (a file of another GPU is left aside). Errors: FORMAT a damaged file, IO. While
+     * nothing else uses the device. */
+    enum rt_status (*tune)(struct rt_dev *dev, const char *path, char *note, int cap, struct rt_err *err);
     enum rt_status (*queue_create)(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err);
     void (*queue_free)(struct rt_dev *dev, struct rt_queue *q);
     enum rt_status (*queue_sync)(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);

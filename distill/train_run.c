@@ -77,6 +77,24 @@ out:
     return st == RT_OK ? rt_train_from_first(r, yes, sizeof *yes, err) : st;
 }
 
+/* Where products are measured, a rank's choices are kept in RUN: with them a resumed run goes on with the same bytes. */
+static enum rt_status measure_products(struct rt_train_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct rt_device *d = &r->device;
+    char path[4096], name[64] = "products.txt", note[512] = "";
+    if (d->be->tune == NULL)
+        goto out;
+    if (r->rank.rank > 0)
+        snprintf(name, sizeof name, "products-%d.txt", r->rank.rank);
+    RT_TRY(rt_path_join(path, sizeof path, r->v->out, name, err));
+    RT_TRY(d->be->tune(d->dev, path, note, sizeof note, err));
+    if (note[0] != 0)
+        rt_warn(r->ctx->log, "%s", note);
+out:
+    return st;
+}
+
 /* ---- the loop ---- */
 
 static enum rt_status save(struct rt_train_run *r, struct rt_err *err)
@@ -248,6 +266,7 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
             *outcome = (struct rt_train_outcome){true, r.total_steps, r.total_tokens};
         goto out;
     }
+    RT_TRY(measure_products(&r, err));
     RT_TRY(rt_trainer_open(&r.trainer, r.student.s, r.set, r.weight, r.n_sets, &r.o, err));
     RT_TRY(resume(&r, err));
     RT_TRY(rt_train_record_run(&r, false, err));

@@ -15,6 +15,7 @@ enum rt_status rt_cuda_host_alloc(struct rt_dev *dev, size_t bytes, void **out, 
 void rt_cuda_host_free(struct rt_dev *dev, void *p);
 enum rt_status rt_cuda_memory(struct rt_dev *dev, struct rt_dev_memory *out, struct rt_err *err);
 void rt_cuda_set_scratch(struct rt_dev *dev, uint64_t bytes);
+enum rt_status rt_cuda_tune(struct rt_dev *dev, const char *path, char *note, int cap, struct rt_err *err); /* lt.c */
 enum rt_status rt_cuda_queue_create(struct rt_dev *dev, struct rt_queue **out, struct rt_err *err);
 void rt_cuda_queue_free(struct rt_dev *dev, struct rt_queue *q);
 enum rt_status rt_cuda_queue_sync(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);

@@ -6,6 +6,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "core/cuda/device.h"
+#include "core/cuda/race.h"
+#include "core/cuda/tune.h"
 #include "core/mem.h"
 
 int64_t rt_cuda_lt_bucket(int64_t n)
@@ -23,18 +26,13 @@ int64_t rt_cuda_lt_bucket(int64_t n)
 #define LT_FUNCTIONS(X) \
     X(Create) X(Destroy) X(GetVersion) X(Matmul) X(MatmulAlgoGetHeuristic) X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute) \
     X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceDestroy) \
-    X(MatmulPreferenceSetAttribute)
+    X(MatmulPreferenceSetAttribute) X(MatmulAlgoCheck) X(MatmulAlgoConfigGetAttribute)
 
-enum { OLDEST = 120000, BLOCK_SCALED = 120900, ENTRIES = 1024 };
-
-/* What an algorithm depends on; compared as bytes, so made from zeroed memory. */
-struct key {
-    int64_t M, N, K, lda, ldb, ldd, batch, a_stride, b_stride, d_stride;
-    int32_t align_a, align_b, align_d, flags;
-};
+enum { OLDEST = 120000, BLOCK_SCALED = 120900, ENTRIES = 1024, CANDIDATES = RT_RACE_MOST };
+_Static_assert(sizeof(cublasLtMatmulAlgo_t) == RT_ALGO_WORDS * sizeof(uint64_t), "an algorithm of another size");
 
 struct entry {
-    struct key key;
+    struct rt_product_key key;
     bool used, found; /* found: the library has an algorithm */
     cublasLtMatmulAlgo_t algo;
 };
@@ -50,6 +48,8 @@ struct rt_cuda_lt {
     pthread_mutex_t lock; /* of what follows */
     int n;
     struct entry table[ENTRIES];
+    struct rt_tune *tune;   /* NULL: the library's first choice is taken */
+    bool warm;              /* a product was measured already */
 };
 
 /* The descriptors of one call. */
@@ -109,7 +109,33 @@ void rt_cuda_lt_close(struct rt_cuda_lt *lt)
     if (lt->lib != NULL)
         (void)dlclose(lt->lib);
     (void)pthread_mutex_destroy(&lt->lock);
+    rt_tune_close(lt->tune);
     rt_free(lt);
+}
+
+enum rt_status rt_cuda_tune(struct rt_dev *dev, const char *path, char *note, int cap, struct rt_err *err)
+{
+    struct rt_cuda_lt *lt = dev->lt;
+    struct rt_tune *tune = NULL;
+    struct cudaDeviceProp prop;
+    char gpu[sizeof prop.name + 32];
+    enum rt_status st = RT_OK;
+    note[0] = 0;
+    if (lt == NULL) {
+        snprintf(note, (size_t)cap, "products are not measured: %s", dev->lt_why);
+        return RT_OK;
+    }
+    RT_CUDA_TRY(cudaGetDeviceProperties(&prop, dev->index));
+    snprintf(gpu, sizeof gpu, "%s, %d multiprocessors", prop.name, prop.multiProcessorCount);
+    RT_TRY(rt_tune_open(path, gpu, lt->version, RT_CUDA_WORKSPACE, &tune, note, cap, err));
+    (void)pthread_mutex_lock(&lt->lock);
+    rt_tune_close(lt->tune);
+    lt->tune = tune;
+    memset(lt->table, 0, sizeof lt->table); /* what was chosen before this may not be what the file says */
+    lt->n = 0;
+    (void)pthread_mutex_unlock(&lt->lock);
+out:
+    return st;
 }
 
 bool rt_cuda_lt_block_scaled(const struct rt_dev *dev)
@@ -186,9 +212,9 @@ static int32_t alignment(const void *p, int64_t ld, int64_t stride, size_t size)
     return (int32_t)(bits & -bits);
 }
 
-static struct key key_of(const struct rt_lt_call *c, int64_t N, int64_t K)
+static struct rt_product_key key_of(const struct rt_lt_call *c, int64_t N, int64_t K)
 {
-    struct key k;
+    struct rt_product_key k;
     const size_t in = c->a_scale != NULL ? 1 : 2;
     memset(&k, 0, sizeof k);
     k.M = c->M;
@@ -210,14 +236,15 @@ static struct key key_of(const struct rt_lt_call *c, int64_t N, int64_t K)
     return k;
 }
 
-static bool ask(const struct rt_cuda_lt *lt, const struct plan *p, const struct key *k, cublasLtMatmulAlgo_t *out)
+/* The library's candidates for k in its own order, at most `most`; returns how many there are. */
+static int ask(const struct rt_cuda_lt *lt, const struct plan *p, const struct rt_product_key *k, int most, cublasLtMatmulAlgo_t *out)
 {
     const uint64_t space = RT_CUDA_WORKSPACE;
     const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     const uint32_t a = (uint32_t)k->align_a, b = (uint32_t)k->align_b, d = (uint32_t)k->align_d;
     cublasLtMatmulPreference_t pref = NULL;
-    cublasLtMatmulHeuristicResult_t found;
-    int n = 0;
+    cublasLtMatmulHeuristicResult_t found[CANDIDATES];
+    int n = 0, kept = 0;
     bool ok = lt->MatmulPreferenceCreate(&pref) == CUBLAS_STATUS_SUCCESS;
 #define PREFER(name, value) ok = ok && lt->MatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_##name, &value, sizeof value) == CUBLAS_STATUS_SUCCESS
     PREFER(MAX_WORKSPACE_BYTES, space);
@@ -227,16 +254,16 @@ static bool ask(const struct rt_cuda_lt *lt, const struct plan *p, const struct 
     PREFER(MIN_ALIGNMENT_C_BYTES, d);
     PREFER(MIN_ALIGNMENT_D_BYTES, d);
 #undef PREFER
-    ok = ok && lt->MatmulAlgoGetHeuristic(lt->handle, p->op, p->a, p->b, p->d, p->d, pref, 1, &found, &n) == CUBLAS_STATUS_SUCCESS && n == 1 &&
-         found.state == CUBLAS_STATUS_SUCCESS;
-    if (ok)
-        *out = found.algo;
+    ok = ok && lt->MatmulAlgoGetHeuristic(lt->handle, p->op, p->a, p->b, p->d, p->d, pref, most, found, &n) == CUBLAS_STATUS_SUCCESS;
+    for (int i = 0; ok && i < n; i++)
+        if (found[i].state == CUBLAS_STATUS_SUCCESS)
+            out[kept++] = found[i].algo;
     if (pref != NULL)
         (void)lt->MatmulPreferenceDestroy(pref);
-    return ok;
+    return kept;
 }
 
-static uint64_t hash(const struct key *k)
+static uint64_t hash(const struct rt_product_key *k)
 {
     const unsigned char *p = (const unsigned char *)k;
     uint64_t h = 1469598103934665603u;
@@ -246,7 +273,7 @@ static uint64_t hash(const struct key *k)
 }
 
 /* The entry of k, or the free one where it belongs. */
-static struct entry *find(struct rt_cuda_lt *lt, const struct key *k)
+static struct entry *find(struct rt_cuda_lt *lt, const struct rt_product_key *k)
 {
     struct entry *e = &lt->table[hash(k) % ENTRIES];
     while (e->used && memcmp(&e->key, k, sizeof *k) != 0)
@@ -254,45 +281,158 @@ static struct entry *find(struct rt_cuda_lt *lt, const struct key *k)
     return e;
 }
 
-/* The algorithm for c with N tokens' columns and K as given; false: there is none. */
-static bool choose(struct rt_cuda_lt *lt, const struct rt_lt_call *c, int64_t N, int64_t K, cublasLtMatmulAlgo_t *out)
+static cublasStatus_t multiply(struct rt_queue *q, const struct rt_lt_call *c, const struct plan *p, void *d, const cublasLtMatmulAlgo_t *algo)
 {
-    const struct key k = key_of(c, N, K);
+    const struct rt_cuda_lt *lt = q->dev->lt;
+    const float one = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;
+    return lt->Matmul(lt->handle, p->op, &one, c->a, p->a, c->b, p->b, &beta, d, p->d, d, p->d, algo, q->workspace, RT_CUDA_WORKSPACE, q->stream);
+}
+
+/* ---- measuring ---- */
+
+/* FLOPs from which a product is measured: some 10 microseconds; what is smaller is bound by its launch. */
+static const double worth_measuring = 4e9;
+/* Seconds of work before measurements: clocks fall within a second under load, and which algorithm is fastest depends on them; later products are
+ * met between others, but for the writing of a file. */
+static const double first_warm_up = 1.0, warm_up = 0.05;
+
+struct measure {
+    struct rt_queue *q;
+    const struct rt_lt_call *c;
+    const cublasLtMatmulAlgo_t *algo;
+    struct plan p;
+    void *d; /* where products go: c->d, or a copy's place where they would be added to it */
+};
+
+static bool run_candidate(void *measure, int i)
+{
+    const struct measure *m = measure;
+    return multiply(m->q, m->c, &m->p, m->d, &m->algo[i]) == CUBLAS_STATUS_SUCCESS;
+}
+
+/* Sizes as c has them, not those of its bucket: there is no memory for more. An output that is added to is left alone; where there is no room for its copy,
+ * the library's first choice is kept, with times of 0. */
+static enum rt_status measure_product(struct rt_queue *q, const struct rt_lt_call *c, const cublasLtMatmulAlgo_t *algo, int n,
+                                      struct rt_product_choice *out, struct rt_err *err)
+{
+    struct rt_cuda_lt *lt = q->dev->lt;
+    struct measure m = {.q = q, .c = c, .algo = algo, .d = c->d};
+    struct rt_race_result r;
+    const size_t size = c->d_f32 ? 4 : 2, bytes = (size_t)(c->ldd * c->N + c->d_stride * (c->batch - 1)) * size;
+    const int32_t align = out->key.align_d;
+    struct rt_err no_room = {0};
+    void *copy = NULL;
+    enum rt_status st = RT_OK;
+    memcpy(out->algo, &algo[0], sizeof out->algo);
+    if (c->accumulate && rt_cuda_temp(q, bytes + 16, &copy, &no_room) != RT_OK)
+        return no_room.status == RT_NOMEM ? RT_OK : rt_fail(err, no_room.status, "%s", no_room.msg);
+    if (!make_plan(lt, c, c->N, c->K, &m.p))
+        RT_FAIL(err, INTERNAL, "cuBLASLt refuses a description of a product of %ld x %ld x %ld", (long)c->N, (long)c->M, (long)c->K);
+    if (c->accumulate) {
+        m.d = (char *)copy + (align < 16 ? align : 0); /* aligned as d is */
+        RT_CUDA_TRY(cudaMemcpyAsync(m.d, c->d, bytes, cudaMemcpyDeviceToDevice, q->stream));
+    }
+    RT_TRY(rt_cuda_race(q, n, run_candidate, &m, lt->warm ? warm_up : first_warm_up, &r, err));
+    lt->warm = true;
+    memcpy(out->algo, &algo[r.best], sizeof out->algo);
+    out->rank = r.best;
+    out->first_ns = r.first_ns;
+    out->best_ns = r.best_ns;
+out:
+    rt_cuda_temp_free(q, copy);
+    free_plan(lt, &m.p);
+    return st;
+}
+
+/* An algorithm from a file: does the library take it for p, and does it add split sums in a fixed order? */
+static bool sound(const struct rt_cuda_lt *lt, const struct plan *p, const cublasLtMatmulAlgo_t *algo)
+{
+    cublasLtMatmulHeuristicResult_t result;
+    uint32_t reduction = 0;
+    size_t written;
+    return lt->MatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction, sizeof reduction, &written) == CUBLAS_STATUS_SUCCESS &&
+           (reduction & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) == 0 &&
+           lt->MatmulAlgoCheck(lt->handle, p->op, p->a, p->b, p->d, p->d, algo, &result) == CUBLAS_STATUS_SUCCESS && result.state == CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= RT_CUDA_WORKSPACE;
+}
+
+/* algo[0] of the n candidates becomes the one that was measured as the fastest, now or before. p: of the key's sizes. */
+static enum rt_status tuned(struct rt_queue *q, const struct rt_lt_call *c, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo,
+                            int n, struct rt_err *err)
+{
+    const struct rt_cuda_lt *lt = q->dev->lt;
+    const struct rt_product_choice *known = rt_tune_find(lt->tune, k);
+    struct rt_product_choice now = {.key = *k};
+    enum rt_status st = RT_OK;
+    if (known == NULL) {
+        RT_TRY(measure_product(q, c, algo, n, &now, err));
+        RT_TRY(rt_tune_add(lt->tune, &now, err));
+        known = &now;
+    } else {
+        cublasLtMatmulAlgo_t kept;
+        memcpy(&kept, known->algo, sizeof kept);
+        if (!sound(lt, p, &kept))
+            RT_FAIL(err, FORMAT, "%s: the algorithm kept for a product of %ld x %ld x %ld is not one that cuBLASLt takes; delete the file and products are "
+                    "measured again", rt_tune_path(lt->tune), (long)c->N, (long)c->M, (long)c->K);
+    }
+    memcpy(&algo[0], known->algo, sizeof algo[0]);
+out:
+    return st;
+}
+
+static bool measured(const struct rt_cuda_lt *lt, const struct rt_lt_call *c)
+{
+    return lt->tune != NULL && 2.0 * (double)c->M * (double)c->N * (double)c->K * (double)c->batch >= worth_measuring;
+}
+
+/* The algorithm for c with N tokens' columns and K as given. */
+static enum rt_status choose(struct rt_queue *q, const struct rt_lt_call *c, int64_t N, int64_t K, cublasLtMatmulAlgo_t *out, bool *found,
+                             struct rt_err *err)
+{
+    struct rt_cuda_lt *lt = q->dev->lt;
+    const struct rt_product_key k = key_of(c, N, K);
+    enum rt_status st = RT_OK;
     struct plan p = {0};
     (void)pthread_mutex_lock(&lt->lock);
     struct entry *e = find(lt, &k);
     if (!e->used) {
+        cublasLtMatmulAlgo_t algo[CANDIDATES];
         if (lt->n >= ENTRIES * 3 / 4) { /* many shapes: begin again */
             memset(lt->table, 0, sizeof lt->table);
             lt->n = 0;
             e = find(lt, &k);
         }
+        const int n = make_plan(lt, c, N, K, &p) ? ask(lt, &p, &k, measured(lt, c) ? CANDIDATES : 1, algo) : 0;
+        if (n > 0 && measured(lt, c))
+            RT_TRY(tuned(q, c, &k, &p, algo, n, err));
         e->key = k;
         e->used = true;
-        e->found = make_plan(lt, c, N, K, &p) && ask(lt, &p, &k, &e->algo);
+        e->found = n > 0;
+        if (e->found)
+            e->algo = algo[0];
         lt->n++;
-        free_plan(lt, &p);
     }
-    const bool found = e->found;
+    *found = e->found;
     *out = e->algo;
+out:
+    free_plan(lt, &p);
     (void)pthread_mutex_unlock(&lt->lock);
-    return found;
+    return st;
 }
 
 static enum rt_status run(struct rt_queue *q, const struct rt_lt_call *c, int64_t N, int64_t K, bool *done, struct rt_err *err)
 {
     struct rt_cuda_lt *lt = q->dev->lt;
-    const float one = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;
     cublasLtMatmulAlgo_t algo;
     struct plan p = {0};
     enum rt_status st = RT_OK;
     *done = false;
-    if (!choose(lt, c, N, K, &algo))
+    RT_TRY(choose(q, c, N, K, &algo, done, err));
+    if (!*done)
         return RT_OK;
     if (!make_plan(lt, c, c->N, c->K, &p))
         RT_FAIL(err, INTERNAL, "cuBLASLt refuses a description of a product of %ld x %ld x %ld", (long)c->N, (long)c->M, (long)c->K);
-    const cublasStatus_t s = lt->Matmul(lt->handle, p.op, &one, c->a, p.a, c->b, p.b, &beta, c->d, p.d, c->d, p.d, &algo, q->workspace,
-                                        RT_CUDA_WORKSPACE, q->stream);
+    const cublasStatus_t s = multiply(q, c, &p, c->d, &algo);
     *done = s == CUBLAS_STATUS_SUCCESS;
     if (s != CUBLAS_STATUS_SUCCESS && s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE)
         RT_FAIL(err, DEVICE, "GPU: cublasLtMatmul, %ld x %ld x %ld: status %d", (long)c->N, (long)c->M, (long)c->K, (int)s);
@@ -329,6 +469,12 @@ enum rt_status rt_cuda_lt_open(__attribute__((unused)) struct rt_dev *dev, struc
 
 void rt_cuda_lt_close(__attribute__((unused)) struct rt_cuda_lt *lt)
 {
+}
+
+enum rt_status rt_cuda_tune(struct rt_dev *dev, __attribute__((unused)) const char *path, char *note, int cap, __attribute__((unused)) struct rt_err *err)
+{
+    snprintf(note, (size_t)cap, "products are not measured: %s", dev->lt_why);
+    return RT_OK;
 }
 
 bool rt_cuda_lt_block_scaled(__attribute__((unused)) const struct rt_dev *dev)

@@ -4,6 +4,7 @@
  * The algorithm of a product is the first that the library's heuristic gives for its shape, with the token dimension rounded up to the end of
  * its bucket, so that it depends on shapes and alignments alone, never on what ran before. Split sums are added in float32 and in a fixed
  * order (no atomic reduction). Chosen algorithms are kept in a table; entries may be used by several threads.
+ * After rt_cuda_tune (core/backend.h, tune) a large product takes the fastest of the heuristic's 16 instead, by the file of tune.h.
  */
 #ifndef RT_CORE_CUDA_LT_H
 #define RT_CORE_CUDA_LT_H
@@ -24,7 +25,7 @@ struct rt_lt_call {
     int64_t M, N, K, lda, ldb, ldd, batch, a_stride, b_stride, d_stride;
     bool ta, tb, accumulate, d_f32, bucket_n, bucket_k, f16;
 };
-/* *done false: the library is not there, or has no algorithm for this; nothing was enqueued. */
+/* The output may be written several times where the product is measured. *done false: the library is not there, or has no algorithm for this; nothing was enqueued. */
 enum rt_status rt_cuda_lt_matmul(struct rt_queue *q, const struct rt_lt_call *c, bool *done, struct rt_err *err);
 
 /* Can this device multiply e4m3 codes with block scales? */

@@ -18,6 +18,7 @@ const struct rt_backend rt_backend_cuda = {
     .host_free = rt_cuda_host_free,
     .memory = rt_cuda_memory,
     .set_scratch = rt_cuda_set_scratch,
+    .tune = rt_cuda_tune,
     .queue_create = rt_cuda_queue_create,
     .queue_free = rt_cuda_queue_free,
     .queue_sync = rt_cuda_queue_sync,
