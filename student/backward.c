@@ -86,6 +86,9 @@ static enum rt_status qkv_backward(struct rt_student *s, int i, struct rt_err *e
                  .q = qk, .q_ld = ld_qk, .q_head = hd, .k = rt_student_at(s, qk, q), .k_ld = ld_qk, .k_head = hd,
                  .v = rt_student_at(s, v->qkv, q + kv), .v_ld = ld, .v_head = hd, .o = v->o, .dout = a->d_o, .lse = v->lse, .dq = d_qk,
                  .dk = rt_student_at(s, d_qk, q), .dv = rt_student_at(s, a->d_qkv, q + kv), .delta = a->delta));
+    if (l->q_norm == NULL && l->k_norm == NULL) /* as in rt_student_rotate */
+        return RT_OP(s->d, headnorm_rope_bwd, err, .dy = d_qk, .lddy = ld_qk, .x = v->qkv, .ldx = ld, .dx = a->d_qkv, .lddx = ld, .cos = s->cos,
+                     .sin = s->sin, .position = a->pos, .n = n, .heads = c->heads + c->kv_heads, .d = hd, .eps = eps);
     RT_TRY(RT_OP(s->d, headnorm_rope_bwd, err, .dy = d_qk, .lddy = ld_qk, .x = v->qkv, .ldx = ld, .w = l->q_norm, .rstd = v->rstd_q,
                  .dx = a->d_qkv, .lddx = ld, .dw = grad_at(s, p->q_norm), .cos = s->cos, .sin = s->sin, .position = a->pos, .n = n,
                  .heads = c->heads, .d = c->head_dim, .eps = eps));

@@ -3,6 +3,7 @@
 #include <cuda_fp8.h>
 
 #include "core/cuda/gemm_kernels.h"
+#include "core/cuda/student_rows.h"
 
 namespace {
 
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(THREADS) fill_bias_kernel(void *y, bool y_f32,
             store(y, y_f32, i * ldy + j, load(bias, bias_f32, j) + (accumulate ? load(y, y_f32, i * ldy + j) : 0.0f));
 }
 
-/* ---- column sums: each block adds a chunk of rows, then one thread a column adds the chunks ---- */
+/* ---- column sums: each block adds a chunk of rows, then rt_cuda_add_columns adds the chunks ---- */
 
 enum { SUM_COLS = 32, SUM_LANES = 8, SUM_WIDE = 8 };
 
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(SUM_COLS *SUM_LANES) chunk_sums(const __nv_bfl
     for (int j = 0; j < WIDTH; j++)
         sum[j] = 0.0f;
     if (col < N)
+#pragma unroll 4
         for (int64_t i = first + threadIdx.y; i < end; i += SUM_LANES) {
             if (WIDTH == SUM_WIDE) {
                 const uint4 v = *reinterpret_cast<const uint4 *>(x + i * ldx + col);
@@ -167,17 +169,6 @@ __global__ void __launch_bounds__(SUM_COLS *SUM_LANES) chunk_sums(const __nv_bfl
         if (at < N)
             part[(int64_t)blockIdx.y * N + at] = total;
     }
-}
-
-__global__ void __launch_bounds__(THREADS) add_chunks(const float *__restrict__ part, int64_t chunks, int64_t N, __nv_bfloat16 *__restrict__ out)
-{
-    const int64_t j = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (j >= N)
-        return;
-    float total = 0.0f;
-    for (int64_t c = 0; c < chunks; c++)
-        total += part[c * N + j];
-    out[j] = __float2bfloat16_rn(__bfloat162float(out[j]) + total);
 }
 
 }
@@ -233,8 +224,7 @@ enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ld
     else
         chunk_sums<1><<<grid, block, 0, q->stream>>>((const __nv_bfloat16 *)x, ldx, n, N, chunk, part);
     RT_TRY(rt_cuda_launched("chunk_sums", err));
-    add_chunks<<<blocks_for(N, THREADS), THREADS, 0, q->stream>>>(part, chunks, N, (__nv_bfloat16 *)out);
-    RT_TRY(rt_cuda_launched("add_chunks", err));
+    RT_TRY(rt_cuda_add_columns(q, part, (int)chunks, N, out, err));
 out:
     rt_cuda_temp_free(q, part);
     return st;

@@ -49,18 +49,35 @@ template <int N> __device__ void store_halves(bf16 *p, int half, const struct ha
     vec8::store<N>(p + half, v->hi);
 }
 
+template <int N> struct angles {
+    float cos[N], sin[N];
+};
+
 /* sign 1: by the angle; -1: back. */
-template <int N> __device__ void turn(const struct heads &a, int64_t at, float sign, struct halves<N> *v)
+template <int N> __device__ struct angles<N> load_angles(const struct heads &a, int64_t at, float sign)
 {
-    float c[N], s[N];
-    vec8::load<N>(a.cos + at, c);
-    vec8::load<N>(a.sin + at, s);
+    struct angles<N> by;
+    vec8::load<N>(a.cos + at, by.cos);
+    vec8::load<N>(a.sin + at, by.sin);
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        by.sin[i] *= sign;
+    return by;
+}
+
+template <int N> __device__ void turn_by(const struct angles<N> &by, struct halves<N> *v)
+{
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float u = v->lo[i], w = v->hi[i], si = sign * s[i];
-        v->lo[i] = u * c[i] - w * si;
-        v->hi[i] = u * si + w * c[i];
+        const float u = v->lo[i], w = v->hi[i];
+        v->lo[i] = u * by.cos[i] - w * by.sin[i];
+        v->hi[i] = u * by.sin[i] + w * by.cos[i];
     }
+}
+
+template <int N> __device__ void turn(const struct heads &a, int64_t at, float sign, struct halves<N> *v)
+{
+    turn_by<N>(load_angles<N>(a, at, sign), v);
 }
 
 template <int N> __device__ float dot(const struct halves<N> &a, const struct halves<N> &b)
@@ -74,7 +91,7 @@ template <int N> __device__ float dot(const struct halves<N> &a, const struct ha
 
 /* A group of a.lanes lanes takes a head at a time; with N = 8 the head lies in its registers, else it is walked. All lanes of a warp run the same
  * number of rounds (`live` says who has work), so that they meet in the shuffles. */
-template <int N, bool NORM> __global__ void __launch_bounds__(256) heads_fwd_kernel(const struct heads a)
+template <int N> __global__ void __launch_bounds__(256) heads_fwd_kernel(const struct heads a)
 {
     const int half = a.d / 2, lane = (int)threadIdx.x % a.lanes;
     const int64_t groups = (int64_t)gridDim.x * (256 / a.lanes), all = a.n * a.heads;
@@ -83,29 +100,24 @@ template <int N, bool NORM> __global__ void __launch_bounds__(256) heads_fwd_ker
         const int64_t t = live ? g / a.heads : 0, h = live ? g % a.heads : 0;
         const bf16 *x = a.x + t * a.ldx + h * a.d;
         struct halves<N> v;
-        float rstd = 1;
-        if (NORM) {
-            float sum = 0;
-            for (int j = lane * N; live && j < half; j += a.lanes * N) {
-                load_halves<N>(x + j, half, &v);
-                sum += dot<N>(v, v);
-            }
-            rstd = rsqrtf(vec8::warp_sum(sum, a.lanes) / (float)a.d + a.eps);
-            if (live && lane == 0 && a.rstd != NULL)
-                a.rstd[g] = rstd;
+        float sum = 0;
+        for (int j = lane * N; live && j < half; j += a.lanes * N) {
+            load_halves<N>(x + j, half, &v);
+            sum += dot<N>(v, v);
         }
+        const float rstd = rsqrtf(vec8::warp_sum(sum, a.lanes) / (float)a.d + a.eps);
+        if (live && lane == 0 && a.rstd != NULL)
+            a.rstd[g] = rstd;
         const int64_t turn_at = live ? (int64_t)a.position[t] * half : 0;
         for (int j = lane * N; live && j < half; j += a.lanes * N) {
             load_halves<N>(x + j, half, &v);
-            if (NORM) {
-                struct halves<N> w;
-                vec8::load_vector<N>(a.w, j, w.lo);
-                vec8::load_vector<N>(a.w, j + half, w.hi);
+            struct halves<N> w;
+            vec8::load_vector<N>(a.w, j, w.lo);
+            vec8::load_vector<N>(a.w, j + half, w.hi);
 #pragma unroll
-                for (int i = 0; i < N; i++) {
-                    v.lo[i] *= rstd * w.lo[i];
-                    v.hi[i] *= rstd * w.hi[i];
-                }
+            for (int i = 0; i < N; i++) {
+                v.lo[i] *= rstd * w.lo[i];
+                v.hi[i] *= rstd * w.hi[i];
             }
             turn<N>(a, turn_at + j, 1, &v);
             store_halves<N>(a.out + t * a.ldout + h * a.d + j, half, &v);
@@ -113,18 +125,31 @@ template <int N, bool NORM> __global__ void __launch_bounds__(256) heads_fwd_ker
     }
 }
 
-/* Without a norm: the rotation back. */
-template <int N> __global__ void __launch_bounds__(256) heads_turn_back_kernel(const struct heads a)
+/* Without a norm: the rotation alone, by the angle (sign 1) or back (-1), of rows `from` into a.out. A thread takes the same pairs of several heads, whose
+ * angles are the same. */
+enum { TURN_HEADS = 4 };
+
+template <int N, class Index>
+__global__ void __launch_bounds__(256) heads_turn_kernel(const struct heads a, const bf16 *from, int64_t ld, float sign)
 {
     const int half = a.d / 2;
-    const int64_t per = half / N, all = a.n * a.heads * per, step = (int64_t)gridDim.x * 256;
-    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < all; i += step) {
-        const int64_t g = i / per, t = g / a.heads, h = g % a.heads;
-        const int j = (int)(i % per) * N;
-        struct halves<N> v;
-        load_halves<N>(a.dy + t * a.lddy + h * a.d + j, half, &v);
-        turn<N>(a, (int64_t)a.position[t] * half + j, -1, &v);
-        store_halves<N>(a.out + t * a.ldout + h * a.d + j, half, &v);
+    const Index per = (Index)(half / N), groups = (Index)((a.heads + TURN_HEADS - 1) / TURN_HEADS), all = (Index)a.n * groups * per;
+    for (Index i = (Index)blockIdx.x * 256 + threadIdx.x; i < all; i += (Index)gridDim.x * 256) {
+        const Index g = i / per;
+        const int64_t t = g / groups;
+        const int first = (int)(g % groups) * TURN_HEADS, j = (int)(i % per) * N;
+        struct halves<N> v[TURN_HEADS];
+#pragma unroll
+        for (int h = 0; h < TURN_HEADS; h++)
+            if (first + h < a.heads)
+                load_halves<N>(from + t * ld + (first + h) * a.d + j, half, &v[h]);
+        const struct angles<N> by = load_angles<N>(a, (int64_t)a.position[t] * half + j, sign);
+#pragma unroll
+        for (int h = 0; h < TURN_HEADS; h++)
+            if (first + h < a.heads) {
+                turn_by<N>(by, &v[h]);
+                store_halves<N>(a.out + t * a.ldout + (first + h) * a.d + j, half, &v[h]);
+            }
     }
 }
 
@@ -259,6 +284,19 @@ void set_lanes(struct heads *a, bool wide)
             ;
 }
 
+void launch_turn(const struct rt_dev *dev, struct rt_queue *q, const struct heads &k, bool wide, const bf16 *from, int64_t ld, float sign)
+{
+    const int64_t work = k.n * ((k.heads + TURN_HEADS - 1) / TURN_HEADS) * (k.d / (wide ? 16 : 2));
+    const unsigned blocks = blocks_for(dev, work, 256, 16);
+    const bool small = work < (int64_t)1 << 31; /* 32-bit division is several times faster */
+    if (wide && small)
+        heads_turn_kernel<8, uint32_t><<<blocks, 256, 0, q->stream>>>(k, from, ld, sign);
+    else if (wide)
+        heads_turn_kernel<8, uint64_t><<<blocks, 256, 0, q->stream>>>(k, from, ld, sign);
+    else
+        heads_turn_kernel<1, uint64_t><<<blocks, 256, 0, q->stream>>>(k, from, ld, sign);
+}
+
 enum rt_status check_heads(const char *op, int d, const struct rt_weight *w, struct rt_err *err)
 {
     if (d < 2 || d % 2 != 0 || d > 1024)
@@ -293,14 +331,12 @@ enum rt_status rt_cuda_headnorm_rope_fwd(struct rt_dev *dev, struct rt_queue *q,
     const bool wide = heads_wide(&k);
     set_lanes(&k, wide);
     const unsigned blocks = blocks_for(dev, a->n * a->heads, 256 / k.lanes, 32);
-    if (wide && a->w != NULL)
-        heads_fwd_kernel<8, true><<<blocks, 256, 0, q->stream>>>(k);
+    if (a->w == NULL)
+        launch_turn(dev, q, k, wide, k.x, k.ldx, 1);
     else if (wide)
-        heads_fwd_kernel<8, false><<<blocks, 256, 0, q->stream>>>(k);
-    else if (a->w != NULL)
-        heads_fwd_kernel<1, true><<<blocks, 256, 0, q->stream>>>(k);
+        heads_fwd_kernel<8><<<blocks, 256, 0, q->stream>>>(k);
     else
-        heads_fwd_kernel<1, false><<<blocks, 256, 0, q->stream>>>(k);
+        heads_fwd_kernel<1><<<blocks, 256, 0, q->stream>>>(k);
     return rt_cuda_launched("headnorm_rope_fwd", err);
 }
 
@@ -333,11 +369,7 @@ enum rt_status rt_cuda_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *q,
     wide = heads_wide(&k);
     set_lanes(&k, wide);
     if (a->w == NULL) {
-        blocks = blocks_for(dev, a->n * dense / (wide ? 16 : 2), 256, 16);
-        if (wide)
-            heads_turn_back_kernel<8><<<blocks, 256, 0, q->stream>>>(k);
-        else
-            heads_turn_back_kernel<1><<<blocks, 256, 0, q->stream>>>(k);
+        launch_turn(dev, q, k, wide, k.dy, k.lddy, -1);
         return rt_cuda_launched("headnorm_rope_bwd", err);
     }
     shared = (size_t)(256 / k.lanes) * (size_t)(a->d + 1) * sizeof(float);

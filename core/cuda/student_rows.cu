@@ -56,14 +56,14 @@ __device__ float row_rstd(const struct norm &a, int64_t t, float xx)
     return a.rstd != NULL ? a.rstd[t] : rsqrtf(xx / (float)a.cols + a.eps);
 }
 
-/* What a thread holds of a row: the columns (threadIdx + k blockDim) * 8, as they lie in memory. */
+/* What a thread holds of a row: the columns (threadIdx.x + k blockDim.x) * 8, as they lie in memory. */
 template <int K> struct piece {
     uint4 x[K], dy[K], dx[K];
 };
 
-__device__ inline int64_t column(int k)
+__device__ inline int column(int k)
 {
-    return ((int64_t)threadIdx.x + (int64_t)k * blockDim.x) * 8;
+    return (int)(threadIdx.x + k * blockDim.x) * 8;
 }
 
 template <int K> __device__ void load_piece(const struct norm &a, int64_t t, struct piece<K> *p)
@@ -80,17 +80,29 @@ template <int K> __device__ void load_piece(const struct norm &a, int64_t t, str
     }
 }
 
-__device__ inline void load_weight(const struct norm &a, int64_t at, float w[8])
+enum { ONES = 0x3f803f80 }; /* two bf16 */
+
+/* The weight of a thread's columns: held (bf16 or none), or read for each row (float32). */
+template <int K> __device__ void hold_weight(const struct norm &a, uint4 held[K])
 {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        w[i] = 1;
-    if (a.w.data != NULL)
-        vec8::load_vector<8>(a.w, at, w);
+    for (int k = 0; k < K; k++) {
+        held[k] = make_uint4(ONES, ONES, ONES, ONES);
+        if (a.w.data != NULL && !a.w.f32 && column(k) < a.cols)
+            held[k] = *(const uint4 *)((const bf16 *)a.w.data + column(k));
+    }
 }
 
-/* Sums over the row of dy w x and of x x, to all threads. */
-template <int K> __device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, float2 *slot)
+__device__ inline void weight_of(const struct norm &a, const uint4 &held, int at, float w[8])
+{
+    if (a.w.f32)
+        vec8::load<8>((const float *)a.w.data + at, w);
+    else
+        vec8::unpack(held, w);
+}
+
+/* Sums over the row of dy w x and, where there is no rstd, of x x, to all of its threads: blockDim.x of them. */
+template <int K> __device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, const uint4 held[K], float2 *slot)
 {
     float gx = 0, xx = 0;
 #pragma unroll
@@ -100,7 +112,7 @@ template <int K> __device__ float2 row_sums(const struct norm &a, const struct p
             continue;
         vec8::unpack(p.x[k], x);
         vec8::unpack(p.dy[k], dy);
-        load_weight(a, column(k), w);
+        weight_of(a, held[k], column(k), w);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             gx += dy[i] * w[i] * x[i];
@@ -108,7 +120,10 @@ template <int K> __device__ float2 row_sums(const struct norm &a, const struct p
         }
     }
     gx = vec8::warp_sum(gx);
-    xx = vec8::warp_sum(xx);
+    if (a.rstd == NULL)
+        xx = vec8::warp_sum(xx);
+    if (blockDim.x == 32)
+        return make_float2(gx, xx);
     if (threadIdx.x % 32 == 0)
         slot[threadIdx.x / 32] = make_float2(gx, xx);
     __syncthreads();
@@ -121,7 +136,7 @@ template <int K> __device__ float2 row_sums(const struct norm &a, const struct p
 }
 
 /* dx of the row; sum += dy x r. */
-template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, const struct piece<K> &p, float r, float c, float sum[K][8])
+template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, const struct piece<K> &p, const uint4 held[K], float r, float c, float sum[K][8])
 {
 #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -130,7 +145,7 @@ template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, c
             continue;
         vec8::unpack(p.x[k], x);
         vec8::unpack(p.dy[k], dy);
-        load_weight(a, column(k), w);
+        weight_of(a, held[k], column(k), w);
         if (a.accumulate)
             vec8::unpack(p.dx[k], dx);
 #pragma unroll
@@ -142,28 +157,41 @@ template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, c
     }
 }
 
-/* A block takes a row at a time, and reads the next one while it sums (where registers allow it: K up to 2). */
-template <int K> __global__ void __launch_bounds__(512) norm_bwd_kernel(const struct norm a)
+/* Rows of a.cols / 8 vectors, up to 4 a thread: a warp a row and 4 rows a block where that is enough (blockDim {32, 4}: no barriers), else a block a row
+ * (blockDim {32 w, 1}). Many warps a multiprocessor, each with the loads of a row under way. */
+enum { NORM_ROWS = 4 };
+template <int K> __global__ void __launch_bounds__(512, 1) norm_bwd_kernel(const struct norm a)
 {
     __shared__ float2 slot[2][32];
-    struct piece<K> now, next = {};
+    __shared__ float total[K * 32 * 8]; /* of a block's rows, where it has several */
+    uint4 held[K];
     float sum[K][8] = {};
     int turn = 0;
-    if (K <= 2 && blockIdx.x < a.n)
-        load_piece<K>(a, blockIdx.x, &next);
-    for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x, turn ^= 1) {
-        now = next;
-        if (K > 2)
-            load_piece<K>(a, t, &now);
-        else if (t + gridDim.x < a.n)
-            load_piece<K>(a, t + gridDim.x, &next);
-        const float2 s = row_sums<K>(a, now, slot[turn]);
+    hold_weight<K>(a, held);
+    for (int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; t < a.n; t += (int64_t)gridDim.x * blockDim.y, turn ^= 1) {
+        struct piece<K> now;
+        load_piece<K>(a, t, &now);
+        const float2 s = row_sums<K>(a, now, held, slot[turn]);
         const float r = row_rstd(a, t, s.y);
-        finish_piece<K>(a, t, now, r, r * r * s.x / (float)a.cols, sum);
+        finish_piece<K>(a, t, now, held, r, r * r * s.x / (float)a.cols, sum);
+    }
+    if (a.part == NULL)
+        return;
+    for (unsigned y = 0; y + 1 < blockDim.y; y++) { /* rows of the block in ascending order; the last one keeps the sum */
+        if (threadIdx.y == y)
+            for (int k = 0; k < K; k++)
+                for (int i = 0; i < 8; i++)
+                    total[column(k) + i] = sum[k][i];
+        __syncthreads();
+        if (threadIdx.y == y + 1)
+            for (int k = 0; k < K; k++)
+                for (int i = 0; i < 8; i++)
+                    sum[k][i] += total[column(k) + i];
+        __syncthreads();
     }
 #pragma unroll
     for (int k = 0; k < K; k++)
-        for (int i = 0; i < 8 && a.part != NULL && column(k) < a.cols; i++)
+        for (int i = 0; i < 8 && threadIdx.y + 1 == blockDim.y && column(k) < a.cols; i++)
             a.part[blockIdx.x * a.cols + column(k) + i] = sum[k][i];
 }
 
@@ -212,19 +240,21 @@ __global__ void __launch_bounds__(256) norm_bwd_any_kernel(const struct norm a)
 
 struct norm_launch {
     void (*kernel)(const struct norm);
-    int threads;
+    dim3 block;
     bool wide;
 };
 
-/* Few threads a row while eight columns each are enough: a short sum over warps. */
 struct norm_launch choose_norm(const struct norm *a)
 {
+    static void (*const kernel[])(const struct norm) = {norm_bwd_kernel<1>, norm_bwd_kernel<2>, norm_bwd_kernel<3>, norm_bwd_kernel<4>};
     const int64_t vecs = a->cols / 8;
-    const bool wide = a->cols % 8 == 0 && vecs <= 4 * 512 && aligned16(a->dy) && aligned16(a->x) && aligned16(a->dx) &&
-                      (a->w.data == NULL || aligned16(a->w.data));
-    const int K = vecs <= 512 ? 1 : vecs <= 1024 ? 2 : 4;
-    const struct norm_launch l = {!wide ? norm_bwd_any_kernel : K == 1 ? norm_bwd_kernel<1> : K == 2 ? norm_bwd_kernel<2> : norm_bwd_kernel<4>,
-                                  wide ? (int)((vecs + K - 1) / K + 31) / 32 * 32 : 256, wide};
+    const unsigned warps = (unsigned)((vecs + 127) / 128);
+    struct norm_launch l = {norm_bwd_any_kernel, dim3(256), false};
+    if (a->cols % 8 != 0 || warps > 16 || !aligned16(a->dy) || !aligned16(a->x) || !aligned16(a->dx) || !aligned16(a->w.data))
+        return l;
+    l.kernel = kernel[(vecs + 32 * warps - 1) / (32 * warps) - 1];
+    l.block = dim3(32 * warps, warps == 1 ? NORM_ROWS : 1);
+    l.wide = true;
     return l;
 }
 
@@ -293,13 +323,13 @@ enum rt_status rt_cuda_norm_bwd(struct rt_dev *dev, struct rt_queue *q, const st
     k.eps = a->eps;
     k.accumulate = a->accumulate;
     l = choose_norm(&k);
-    blocks = blocks_for(dev, a->n, 1, resident((const void *)l.kernel, l.threads, 0));
+    blocks = blocks_for(dev, a->n, (int)l.block.y, resident((const void *)l.kernel, (int)(l.block.x * l.block.y), 0));
     if (a->dw != NULL) {
         RT_TRY(rt_cuda_temp(q, (size_t)blocks * (size_t)a->cols * sizeof(float), &k.part, err));
         if (!l.wide)
             RT_CUDA_TRY(cudaMemsetAsync(k.part, 0, (size_t)blocks * (size_t)a->cols * sizeof(float), q->stream));
     }
-    l.kernel<<<blocks, l.threads, 0, q->stream>>>(k);
+    l.kernel<<<blocks, l.block, 0, q->stream>>>(k);
     RT_TRY(rt_cuda_launched("norm_bwd", err));
     if (a->dw != NULL)
         RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->cols, a->dw, err));
