@@ -27,8 +27,10 @@ struct rt_cuda_dnn; /* attention files */
 struct rt_dev {
     int index, sm_count;
     int cc;                 /* 90: compute capability 9.0 */
+    int block_shared;       /* bytes of shared memory that a block may have */
     uint64_t scratch;       /* set_scratch: operations divide their work so that what they take stays under it */
     size_t l2_bytes;
+    cudaMemPool_t pool;     /* where temporaries come from */
     void *encode_map;       /* the driver's cuTensorMapEncodeTiled, or NULL: no bulk tensor copies */
     struct rt_cuda_lt *lt;  /* opened with the device; NULL: cuBLASLt was not found, lt_why says why */
     struct rt_cuda_dnn *dnn;/* NULL: cuDNN was not found */

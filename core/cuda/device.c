@@ -56,7 +56,6 @@ bool rt_cuda_available(char *why, int cap)
 static enum rt_status open_device(struct rt_dev *dev, struct rt_err *err)
 {
     struct cudaDeviceProp prop;
-    cudaMemPool_t pool;
     uint64_t keep = UINT64_MAX;
     enum rt_status st;
     RT_CUDA_TRY(cudaSetDevice(dev->index));
@@ -65,11 +64,12 @@ static enum rt_status open_device(struct rt_dev *dev, struct rt_err *err)
     if (dev->cc < 80)
         RT_FAIL(err, DEVICE, "GPU %d (%s) has compute capability %d.%d; 8.0 or later is needed", dev->index, prop.name, prop.major, prop.minor);
     dev->sm_count = prop.multiProcessorCount;
+    dev->block_shared = (int)prop.sharedMemPerBlockOptin;
     dev->l2_bytes = (size_t)prop.l2CacheSize;
     dev->scratch = (uint64_t)2 << 30;
     /* temporaries return to the pool, not to the driver */
-    RT_CUDA_TRY(cudaDeviceGetDefaultMemPool(&pool, dev->index));
-    RT_CUDA_TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    RT_CUDA_TRY(cudaDeviceGetDefaultMemPool(&dev->pool, dev->index));
+    RT_CUDA_TRY(cudaMemPoolSetAttribute(dev->pool, cudaMemPoolAttrReleaseThreshold, &keep));
     dev->encode_map = rt_cuda_group8_driver(dev);
     RT_TRY(rt_cuda_lt_open(dev, &dev->lt, dev->lt_why, sizeof dev->lt_why, err));
     RT_TRY(rt_cuda_dnn_open(dev, &dev->dnn, dev->dnn_why, sizeof dev->dnn_why, err));
@@ -101,6 +101,8 @@ void rt_cuda_close(struct rt_dev *dev)
         return;
     rt_cuda_dnn_close(dev->dnn);
     rt_cuda_lt_close(dev->lt);
+    if (dev->pool != NULL)
+        (void)cudaMemPoolTrimTo(dev->pool, 0); /* what temporaries left there */
     rt_free(dev);
 }
 

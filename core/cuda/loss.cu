@@ -7,7 +7,9 @@
  * memory holds is read once.
  */
 #include "core/cuda/loss.h"
+#include "core/cuda/loss_cluster.h"
 #include "core/cuda/loss_row.cuh"
+#include "core/cuda/loss_terms.cuh"
 
 namespace {
 
@@ -15,93 +17,12 @@ using namespace loss_row;
 typedef __nv_bfloat16 bf16;
 
 enum { THREADS = 512 }; /* of likelihoods */
-static const double min_tail = 1e-7; /* P_R below this is rounding of the stored log-probabilities */
-
-/* Exponents of 2 and factors of a row's gradient. */
-struct coefficients {
-    float off, off_at, ce, ce_at; /* off 2^(z/T log2e - off_at) + ce 2^(z log2e - ce_at) */
-    float on, on_at, p;           /* on K: on 2^(z/T log2e - on_at) - p p_j, and the ce term */
-};
 
 struct loss_shared {
     struct stat slot[33];
     double sum[2][32];
     struct coefficients c;
 };
-
-/* What the sums over K are: teacher mass, sum p (log p - z/T). */
-struct on_k {
-    struct stat z;
-    double mass, cross;
-};
-
-__device__ double lse_join(double a, double b)
-{
-    const double top = fmax(a, b);
-    return top == -CUDART_INF ? top : top + log(exp(a - top) + exp(b - top));
-}
-
-__device__ float in_base_2(double lse)
-{
-    return (float)(lse * 1.4426950408889634);
-}
-
-/* KL of the row (without T^2) and, in c, its part of the gradient. */
-__device__ double kl_of_row(const struct rt_head_loss_args &a, const struct on_k &k, double lse_all, double lse_on, double lse_off,
-                            struct coefficients *c)
-{
-    const double scale = a.w_kl * a.T;
-    double kl;
-    if (a.tail == RT_TAIL_RENORM) {
-        if (!(k.mass > 0))
-            return 0;
-        kl = k.cross / k.mass - log(k.mass) + lse_on;
-        c->on = (float)scale;
-        c->on_at = in_base_2(lse_on);
-        c->p = (float)(scale / k.mass);
-        return kl;
-    }
-    double tail = 1 - k.mass;
-    kl = k.cross + k.mass * lse_all;
-    if (tail < min_tail || lse_off == -CUDART_INF)
-        tail = 0;
-    else
-        kl += tail * (log(tail) - (lse_off - lse_all));
-    c->on = (float)(scale * (k.mass + tail));
-    c->p = (float)scale;
-    if (lse_off != -CUDART_INF)
-        c->off = (float)(scale * ((k.mass + tail) * exp(lse_off - lse_all) - tail));
-    return kl;
-}
-
-/* Thread 0: the row's outputs, and the factors of its gradient. */
-__device__ void finish_row(const struct rt_head_loss_args &a, int64_t i, int32_t label, float z_label, bool has_kl, const struct stat &off,
-                           const struct on_k &k, struct coefficients *c)
-{
-    const double inv = 1 / a.T, lse_1 = lse_join(lse_of(off.max, off.sum, 1), lse_of(k.z.max, k.z.sum, 1));
-    const double lse_off = lse_of(off.max, off.sum_T, inv), lse_on = lse_of(k.z.max, k.z.sum_T, inv), lse_all = lse_join(lse_off, lse_on);
-    double kl = 0;
-    /* exponents at which no term overflows, whatever its factor */
-    c->off = c->on = c->p = 0;
-    c->off_at = lse_off != -CUDART_INF ? in_base_2(lse_off) : 0;
-    c->on_at = in_base_2(lse_all);
-    c->ce_at = in_base_2(lse_1);
-    c->ce = label >= 0 ? (float)a.w_ce : 0;
-    if (has_kl)
-        kl = kl_of_row(a, k, lse_all, lse_on, lse_off, c);
-    if (a.ce != NULL)
-        a.ce[i] = label >= 0 ? lse_1 - (double)z_label : 0;
-    if (a.kl != NULL)
-        a.kl[i] = kl * a.T * a.T;
-    if (a.teacher_mass != NULL)
-        a.teacher_mass[i] = has_kl ? k.mass : 0;
-    if (a.student_mass != NULL)
-        a.student_mass[i] = has_kl ? exp(lse_on - lse_all) : 0;
-    if (a.hit != NULL) {
-        const int32_t best = off.max > k.z.max ? off.best : k.z.max > off.max ? k.z.best : min(off.best, k.z.best);
-        a.hit[i] = (uint8_t)((best == label) | (has_kl && best == a.top_ids[i * a.k]) << 1);
-    }
-}
 
 /* Takes the ids of K out of the row: their logits to zk [k]; their sums. T == 1 leaves sum_T for the caller to copy. */
 template <class Z>
@@ -130,11 +51,6 @@ __device__ struct on_k take_k(const struct rt_head_loss_args &a, int64_t i, Z *z
             set_element(z + ids[j], -CUDART_INF_F);
     __syncthreads();
     return r;
-}
-
-__device__ inline float gradient_off(const struct coefficients &c, float z, float scale)
-{
-    return c.off * exp2_fast(z * scale - c.off_at) + c.ce * exp2_fast(z * LOG2E - c.ce_at);
 }
 
 /* The entries on K and the label's. */
@@ -187,7 +103,7 @@ __global__ void __launch_bounds__(T) loss_kernel(const struct rt_head_loss_args 
     if (!TWO)
         off.sum_T = off.sum;
     if (threadIdx.x == 0)
-        finish_row(a, i, label, z_label, has_kl, off, k, &s.c);
+        finish_row(a, i, label, z_label, has_kl, off, k, true, &s.c);
     if (t.dz == NULL)
         return;
     __syncthreads();
@@ -357,6 +273,8 @@ enum rt_status rt_cuda_loss_rows(struct rt_queue *q, const struct rt_head_loss_a
         return RT_OK;
     if (a->k > RT_CUDA_LOSS_IDS)
         return rt_fail(err, RT_UNSUPPORTED, "head_loss: %d teacher ids a row, expected up to %d", a->k, (int)RT_CUDA_LOSS_IDS);
+    if (t->threads == 0 && rt_cuda_loss_cluster_fits(q->dev, a, t))
+        return rt_cuda_loss_cluster(q, a, t, err);
     switch (t->type) {
     case RT_F32: return launch_loss<float>(q, a, t, err);
     case RT_F16: return launch_loss<__half>(q, a, t, err);

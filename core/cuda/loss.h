@@ -15,7 +15,7 @@ struct rt_cuda_logits {
     void *z, *dz;
     int64_t ldz, row0, rows;
     enum rt_dtype type;
-    int threads; /* of a row: 512 or 1024; 0: as it is best */
+    int threads; /* of a row, by one block: 512 or 1024; 0: as it is best */
 };
 
 /* Outputs of the rows and dz, as the contract of head_loss says. k up to RT_CUDA_LOSS_IDS. */
