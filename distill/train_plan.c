@@ -325,29 +325,31 @@ static size_t total(const struct rt_trainer_memory *m)
     return on_device(m) + m->host;
 }
 
-/* Micro-batches of an earlier part of the run are kept: sums depend on the cuts. */
-static enum rt_status earlier_micro(const struct rt_train_run *r, int64_t *micro, struct rt_err *err)
+/* Micro-batches of an earlier part of the run are kept, and what operations may take: sums depend on the cuts. 0: there was none. */
+static enum rt_status earlier_cuts(const struct rt_train_run *r, int64_t *micro, int64_t *operations, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *was = NULL;
     char path[4096];
-    *micro = 0;
+    *micro = *operations = 0;
     RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_RUN_FILE, err));
     if (!rt_path_exists(path))
         goto out;
     RT_TRY(rt_json_load(path, 64 << 20, &was, err));
     RT_TRY(rt_json_int_or(was, "micro_tokens", 1, INT64_MAX, 0, micro, err));
+    RT_TRY(rt_json_int_or(was, "operations", 0, INT64_MAX, 0, operations, err));
 out:
     rt_json_free(was);
     return st;
 }
 
 /* *out = what operations of a GPU may take beside their arguments: a twelfth of its memory (at 80 GB, logits of 16000 rows of 150,000 ids). It
- * decides how they divide their work, so it depends on the machine alone, not on what happens to be free. */
+ * decides how they divide their work, so it depends on the machine alone, not on what happens to be free; unless the model leaves less than that. */
+enum { OPERATIONS_STEP = 256 << 20, OPERATIONS_LEAST = 1 << 30 };
 static enum rt_status operations_room(const struct rt_device *d, size_t *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    const uint64_t least = (uint64_t)256 << 20, most = (uint64_t)7 << 30;
+    const uint64_t least = OPERATIONS_STEP, most = (uint64_t)7 << 30;
     struct rt_dev_memory m = {0};
     *out = 0;
     if (!d->be->own_memory)
@@ -355,7 +357,6 @@ static enum rt_status operations_room(const struct rt_device *d, size_t *out, st
     RT_TRY(d->be->memory(d->dev, &m, err));
     const uint64_t room = m.total / 12 / least * least;
     *out = (size_t)(room < least ? least : room > most ? most : room);
-    d->be->set_scratch(d->dev, *out);
 out:
     return st;
 }
@@ -423,18 +424,25 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     enum rt_status st;
     const struct rt_backend *be = r->device.be;
     const int64_t longest = rt_train_longest(r), usual = be->own_memory ? MICRO_TOKENS_GPU : MICRO_TOKENS;
-    int64_t n, limit;
+    int64_t n, limit, was;
     size_t operations;
     char a[32], b[32];
     RT_TRY(rt_command_room(&r->v->common, &r->device, &limit, err));
     plan_loader(r);
-    RT_TRY(earlier_micro(r, &n, err));
+    RT_TRY(earlier_cuts(r, &n, &was, err));
     RT_TRY(rt_train_agree_room(r, &limit, &n, err));
     const bool fixed = n > 0 || r->v->micro_tokens > 0;
     RT_TRY(operations_room(&r->device, &operations, err));
     if (n == 0)
         n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
+    operations = was > 0 && be->own_memory ? (size_t)was : operations;
     choose_micro(r, n, fixed, operations, (size_t)limit);
+    while (need(r) > (size_t)limit && was == 0 && operations > OPERATIONS_LEAST) { /* a large model on a small card */
+        operations -= OPERATIONS_STEP;
+        choose_micro(r, n, fixed, operations, (size_t)limit);
+    }
+    if (be->own_memory)
+        be->set_scratch(r->device.dev, operations);
     if (need(r) > (size_t)limit)
         RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld), there are %s: "
                 "a smaller --max-length or --micro-tokens%s, or more %s", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest,

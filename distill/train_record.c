@@ -78,6 +78,7 @@ static enum rt_status add_what(const struct rt_train_run *r, struct rt_json *v, 
     RT_TRY(rt_json_set_int(v, "parameters", r->student.p.count, err));
     RT_TRY(rt_json_set_int(v, "planned_steps", r->total_steps, err));
     RT_TRY(rt_json_set_int(v, "micro_tokens", r->o.micro_tokens, err));
+    RT_TRY(rt_json_set_int(v, "operations", (int64_t)r->memory.operations, err));
     RT_TRY(rt_json_set_string(v, "device", r->device.be->name, err));
     RT_TRY(rt_json_set_int(v, "ranks", r->rank.size, err));
 out:

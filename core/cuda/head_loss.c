@@ -4,7 +4,7 @@
  * A chunk's dz is held whole, because dw is read and written once a chunk. With more than one chunk dw is summed in float32 and added
  * once, where that fits the scratch; else once a chunk. Sizes depend on shapes and scratch alone.
  *
- * Logits are F32, or, where there are rows enough to pay for a copy of the head, F16: x and w are converted (exactly, but for elements
+ * Logits are F32, or, where there are rows enough to pay for a copy of the head and room for it, F16: x and w are converted (exactly, but for elements
  * below 6e-5, which lose 3e-8 at most), the sum is rounded to 11 bits instead of BF16's 8, and dz takes its place in memory. That is
  * half of F32's traffic; at |z| = 20 its error is 4e-3 where BF16's is 3e-2.
  */
@@ -176,7 +176,7 @@ enum rt_status rt_cuda_head_loss_as(struct rt_dev *dev, struct rt_queue *q, cons
 
 enum rt_status rt_cuda_head_loss(struct rt_dev *dev, struct rt_queue *q, const struct rt_head_loss_args *a, struct rt_err *err)
 {
-    const bool f16 = dev->lt != NULL && (a->dx != NULL || a->dw != NULL) && a->n >= F16_ROWS;
+    const bool room = (uint64_t)(a->V * a->H) * 2 <= dev->scratch / 4, f16 = room && dev->lt != NULL && (a->dx != NULL || a->dw != NULL) && a->n >= F16_ROWS;
     return rt_cuda_head_loss_as(dev, q, a, f16 ? RT_F16 : RT_F32, err);
 }
 
