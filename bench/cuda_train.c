@@ -1,12 +1,14 @@
 /* Speed of training a student on the GPU: forward, loss, backward over micro-batches, and the optimiser's step.
  *
- *     bench_cuda_train [0.5b|1.5b [TOKENS LENGTH]]
+ *     bench_cuda_train [options]          --help lists them; without --model, the table of the README
  *
- * Each line: shape of the model (Qwen2.5), tokens of a micro-batch and the length of its documents, the loss (CE, or CE and KL over 64 ids), times of
- * a micro-batch's parts and of the optimiser (medians), tokens a second with one optimiser step for 524,288 tokens, and the part of 989 TFLOP/s by
- * 6 N + 6 L (nh hd) T operations a token (N: parameters that a token is multiplied with, head included; causal attention counted half).
- * Then, for one step, the time of each operation by itself.
+ * Each line: shape of the model (Qwen2.5), tokens of a micro-batch and the length of its documents, the loss (CE, or CE and KL over 64 ids), what is kept
+ * for backward (train --recompute), times of a micro-batch's parts and of the optimiser (medians), tokens a second with one optimiser step for 524,288
+ * tokens, the part of 989 TFLOP/s by 6 N + 6 L (nh hd) T operations a token (N: parameters that a token is multiplied with, head included; causal attention
+ * counted half), and the peak of the device's memory, all of the process.
+ * With --profile, for one step, the time of each operation by itself.
  */
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +17,7 @@
 #include "core/backend.h"
 #include "core/log.h"
 #include "core/mem.h"
+#include "core/options.h"
 #include "core/rng.h"
 #include "student/optimizer.h"
 
@@ -32,10 +35,49 @@ static const struct shape {
     {"1.5b", "{\"model_type\": \"qwen2\", \"vocab_size\": 151936, \"hidden_size\": 1536, \"intermediate_size\": 8960, \"num_hidden_layers\": 28, "
              "\"num_attention_heads\": 12, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, "
              "\"tie_word_embeddings\": true, \"rope_theta\": 1000000.0, \"torch_dtype\": \"bfloat16\"}"},
+    {"7b", "{\"model_type\": \"qwen2\", \"vocab_size\": 152064, \"hidden_size\": 3584, \"intermediate_size\": 18944, \"num_hidden_layers\": 28, "
+           "\"num_attention_heads\": 28, \"num_key_value_heads\": 4, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, "
+           "\"tie_word_embeddings\": false, \"rope_theta\": 1000000.0, \"torch_dtype\": \"bfloat16\"}"},
+};
+
+struct values {
+    const char *model, *moments, *tune;
+    int64_t tokens, length, recompute, memory, scratch;
+    double temperature;
+    bool profile, ce_only, help;
+};
+
+#define V(field) offsetof(struct values, field)
+static const struct rt_opt options[] = {
+    {"model", RT_OPT_CHOICE, V(model), NULL, 0, 0, "0.5b|1.5b|7b", "NAME", "geometry of Qwen2.5", false, false},
+    {"tokens", RT_OPT_INT, V(tokens), "16384", 1, 1e7, NULL, "N", "tokens of a micro-batch", false, false},
+    {"length", RT_OPT_INT, V(length), "1024", 1, 32768, NULL, "N", "tokens of a document", false, false},
+    {"recompute", RT_OPT_INT, V(recompute), "0", 0, 3, NULL, "LEVEL", "what backward computes again (retort train --recompute)", false, false},
+    {"moments", RT_OPT_CHOICE, V(moments), "f32", 0, 0, "f32|bf16", "TYPE", "AdamW's moments", false, false},
+    {"kd-temperature", RT_OPT_FLOAT, V(temperature), "1", 0.01, 100, NULL, "T", "of the KL", false, false},
+    {"gpu-memory", RT_OPT_BYTES, V(memory), "0", 0, 0, NULL, "80G", "act as if the card had this much: the rest is taken first; 0: all there is", false, false},
+    {"scratch", RT_OPT_BYTES, V(scratch), "6656M", 0, 0, NULL, "BYTES", "what operations may take for themselves", false, false},
+    {"tune", RT_OPT_STRING, V(tune), NULL, 0, 0, NULL, "FILE", "measured products, kept in FILE; \"\": the library's first choices; default: measured, in memory", false, false},
+    {"ce-only", RT_OPT_FLAG, V(ce_only), NULL, 0, 0, NULL, NULL, "leave out the line with KL", false, false},
+    {"profile", RT_OPT_FLAG, V(profile), NULL, 0, 0, NULL, NULL, "then the time of each operation", false, false},
+    {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
+    {0},
+};
+
+/* The table of the README. Batches of 8 x 2048 are cut so that they stay within half of what transformers takes for them (42.5 and 75.1 GiB). */
+static const struct values table[] = {
+    {.model = "0.5b", .tokens = 16384, .length = 1024, .profile = true},
+    {.model = "0.5b", .tokens = 16384, .length = 8192},
+    {.model = "0.5b", .tokens = 8192, .length = 2048, .temperature = 2, .scratch = (int64_t)3 << 30},
+    {.model = "1.5b", .tokens = 16384, .length = 1024, .profile = true},
+    {.model = "1.5b", .tokens = 16384, .length = 8192},
+    {.model = "1.5b", .tokens = 8192, .length = 2048, .recompute = 1, .temperature = 2, .scratch = (int64_t)3 << 30},
+    {.model = "7b", .tokens = 16384, .length = 1024, .recompute = 1, .moments = "bf16", .profile = true},
+    {.model = "7b", .tokens = 8192, .length = 8192, .recompute = 3, .moments = "bf16", .memory = (int64_t)79 << 30, .scratch = (int64_t)1 << 30},
 };
 
 /* ---- the time of each operation ---- */
-enum { MARKS = 4096, LABELS = 64 };
+enum { MARKS = 2048, LABELS = 64 };
 static struct {
     bool on;
     int n;
@@ -88,6 +130,7 @@ static const struct rt_backend *watched(void)
 }
 
 struct bench {
+    struct values v;
     struct rt_device d;
     struct rt_student_config c;
     struct rt_params p;
@@ -99,7 +142,7 @@ struct bench {
     float *logp;
     uint8_t *mask;
     double *row[2];
-    void *d_final;
+    void *d_final, *ballast;
     int64_t n, len;
     struct rt_err err;
 };
@@ -142,19 +185,56 @@ static void fill(struct bench *b)
             put(b, block + b->p.at[i].offset * 2, host, (size_t)b->p.at[i].cols * 2);
 }
 
-static void open_model(struct bench *b, const struct shape *s, int64_t n, int64_t len)
+static struct rt_dev_memory memory(struct bench *b)
 {
-    const struct rt_adamw o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = 1.0, .decay_matrices_only = true};
+    struct rt_dev_memory m;
+    need(b, b->d.be->memory(b->d.dev, &m, &b->err));
+    return m;
+}
+
+static void open_device(struct bench *b)
+{
+    char note[256] = "";
+    need(b, rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &b->d, &b->err));
+    b->d.be->set_scratch(b->d.dev, (uint64_t)b->v.scratch);
+    if (b->v.tune == NULL || b->v.tune[0] != 0)
+        need(b, b->d.be->tune(b->d.dev, b->v.tune, note, sizeof note, &b->err));
+    if (note[0] != 0)
+        fprintf(stderr, "bench_cuda_train: %s\n", note);
+    b->d.be = watched();
+    for (int i = 0; i < MARKS; i++) {
+        need(b, b->d.be->event_create(b->d.dev, &profile.begin[i], &b->err));
+        need(b, b->d.be->event_create(b->d.dev, &profile.end[i], &b->err));
+    }
+    const struct rt_dev_memory m = memory(b);
+    if (b->v.memory > 0 && m.total > (uint64_t)b->v.memory)
+        b->ballast = alloc(b, m.total - (uint64_t)b->v.memory);
+}
+
+static void close_device(struct bench *b)
+{
+    for (int i = 0; i < MARKS; i++) {
+        b->d.be->event_free(b->d.dev, profile.begin[i]);
+        b->d.be->event_free(b->d.dev, profile.end[i]);
+    }
+    b->d.be->free(b->d.dev, b->ballast);
+    rt_device_close(&b->d);
+}
+
+static void open_model(struct bench *b, const struct shape *s)
+{
+    const bool bf16 = strcmp(b->v.moments, "bf16") == 0;
+    const struct rt_adamw o = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = 1.0, .decay_matrices_only = true, .bf16_moments = bf16};
     struct rt_err *err = &b->err;
-    b->n = n;
-    b->len = len;
+    b->n = b->v.tokens;
+    b->len = b->v.length;
     need(b, rt_student_config_parse(s->config, strlen(s->config), s->name, &b->c, err));
     need(b, rt_params_create(&b->c, &b->p, err));
-    need(b, rt_device_arena(&b->d, rt_student_weight_bytes(&b->c, &b->p, len, 2), "weights", &b->weights, err));
+    need(b, rt_device_arena(&b->d, rt_student_weight_bytes(&b->c, &b->p, b->len, 2), "weights", &b->weights, err));
     need(b, rt_device_arena(&b->d, rt_params_bytes(&b->p, 2), "gradients", &b->grads, err));
-    need(b, rt_device_arena(&b->d, rt_optimizer_bytes(&b->p, 2, false), "moments", &b->moments, err));
-    need(b, rt_device_arena(&b->d, rt_student_activation_bytes(&b->c, n, RT_KEEP_MORE, 2), "activations", &b->acts, err));
-    need(b, rt_student_create(&b->d, &b->c, &b->p, len, &b->weights, &b->s, err));
+    need(b, rt_device_arena(&b->d, rt_optimizer_bytes(&b->p, 2, bf16), "moments", &b->moments, err));
+    need(b, rt_device_arena(&b->d, rt_student_activation_bytes(&b->c, b->n, rt_student_recompute((int)b->v.recompute), 2), "activations", &b->acts, err));
+    need(b, rt_student_create(&b->d, &b->c, &b->p, b->len, &b->weights, &b->s, err));
     need(b, rt_student_attach_grads(b->s, &b->grads, err));
     need(b, rt_optimizer_init(&b->opt, b->s, &o, &b->moments, err));
     fill(b);
@@ -207,12 +287,12 @@ static void one_step(struct bench *b, bool kl, double t[4])
     struct rt_step_report report;
     const struct rt_student_batch batch = {b->ids, b->cu, b->n, b->n / b->len};
     mark(b, 0);
-    need(b, rt_student_forward(b->s, &batch, RT_KEEP_MORE, &b->acts, &b->err));
+    need(b, rt_student_forward(b->s, &batch, rt_student_recompute((int)b->v.recompute), &b->acts, &b->err));
     mark(b, 1);
     const struct rt_student_head head = rt_student_head(b->s);
     need(b, RT_OP(&b->d, head_loss, &b->err, .x = rt_student_hidden(b->s, RT_LAYER_FINAL), .w = head.w, .dx = b->d_final, .dw = head.dw, .n = b->n, .H = head.H,
                   .V = head.V, .label = b->label, .k = kl ? K : 0, .top_ids = b->top, .top_logp = b->logp, .kl_mask = kl ? b->mask : NULL, .tail = RT_TAIL_BUCKET,
-                  .w_ce = 1.0 / STEP_TOKENS, .w_kl = kl ? 1.0 / STEP_TOKENS : 0, .T = 1, .ce = b->row[0], .kl = b->row[1]));
+                  .w_ce = 1.0 / STEP_TOKENS, .w_kl = kl ? 1.0 / STEP_TOKENS : 0, .T = kl ? b->v.temperature : 1, .ce = b->row[0], .kl = b->row[1]));
     mark(b, 2);
     need(b, rt_student_backward(b->s, b->d_final, NULL, 0, &b->err));
     mark(b, 3);
@@ -238,8 +318,13 @@ static void measure(struct bench *b, const char *name, bool kl)
     }
     const double micro = median[0] + median[1] + median[2], per_token = micro / (double)b->n + median[3] / STEP_TOKENS;
     const double flop = 6.0 * (double)b->p.matmul + 6.0 * b->c.layers * (double)b->c.heads * b->c.head_dim * (double)b->len;
-    printf("%s %6ld x %-6ld %-8s forward %7.2f ms, loss %7.2f, backward %7.2f, optimiser %6.2f: %9.0f tokens/s, %.1f%%\n", name, (long)b->n, (long)b->len,
-           kl ? "CE + KL" : "CE", median[0] * 1e3, median[1] * 1e3, median[2] * 1e3, median[3] * 1e3, 1 / per_token, 100 * flop / per_token / 989e12);
+    const struct rt_dev_memory m = memory(b);
+    char loss[32] = "CE";
+    if (kl)
+        snprintf(loss, sizeof loss, "CE + KL T %g", b->v.temperature);
+    printf("%-4s %6ld x %-6ld %-11s recompute %d forward %7.2f ms, loss %7.2f, backward %7.2f, optimiser %6.2f: %9.0f tokens/s, %.1f%%, peak %.1f GiB\n", name,
+           (long)b->n, (long)b->len, loss, (int)b->v.recompute, median[0] * 1e3, median[1] * 1e3, median[2] * 1e3, median[3] * 1e3, 1 / per_token,
+           100 * flop / per_token / 989e12, (double)(m.total - m.free - (b->ballast != NULL ? m.total - (uint64_t)b->v.memory : 0)) / (1 << 30));
     fflush(stdout);
 }
 
@@ -303,51 +388,55 @@ static void close_model(struct bench *b)
     rt_free(b->cu);
 }
 
-static void run(const struct rt_device *d, const struct shape *s, int64_t n, int64_t len)
+static void run(const struct values *v)
 {
-    struct bench b = {.d = *d};
-    open_model(&b, s, n, len);
+    struct bench b = {.v = *v};
+    const struct shape *s = shapes;
+    while (strcmp(s->name, v->model) != 0)
+        s++;
+    b.v.moments = v->moments != NULL ? v->moments : "f32";
+    b.v.scratch = v->scratch > 0 ? v->scratch : (int64_t)13 << 29;
+    b.v.temperature = v->temperature > 0 ? v->temperature : 1;
+    open_device(&b);
+    open_model(&b, s);
     make_batch(&b);
     measure(&b, s->name, false);
-    measure(&b, s->name, true);
-    if (len <= 1024)
+    if (!v->ce_only)
+        measure(&b, s->name, true);
+    if (v->profile)
         print_profile(&b, s->name);
     close_model(&b);
+    close_device(&b);
 }
 
 int main(int argc, char **argv)
 {
-    struct rt_device d;
+    static const struct rt_opt *const tables[] = {options};
+    struct values v = {0};
+    struct rt_positionals pos = {0};
+    struct rt_buf text = {0};
     struct rt_err err = {0};
     char why[128];
-    if (!rt_backend_cuda.available(why, sizeof why)) {
-        fprintf(stderr, "bench_cuda_train: %s\n", why);
-        return 5;
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &v, &pos, NULL, &err);
+    if (st == RT_OK && v.help) {
+        st = rt_options_help(tables, 1, &text, &err);
+        printf("%s", text.data);
+        goto done;
     }
-    if (rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err) != RT_OK) {
+    if (st == RT_OK && !rt_backend_cuda.available(why, sizeof why))
+        st = rt_fail(&err, RT_DEVICE, "%s", why);
+    if (st != RT_OK)
+        goto done;
+    if (v.model != NULL)
+        run(&v);
+    for (size_t i = 0; v.model == NULL && i < sizeof table / sizeof table[0]; i++)
+        run(&table[i]);
+done:
+    if (st != RT_OK)
         fprintf(stderr, "bench_cuda_train: %s\n", err.msg);
-        return rt_exit_code(err.status);
-    }
-    d.be->set_scratch(d.dev, (uint64_t)13 << 29);
-    d.be = watched();
-    for (int i = 0; i < MARKS; i++)
-        if (d.be->event_create(d.dev, &profile.begin[i], &err) != RT_OK || d.be->event_create(d.dev, &profile.end[i], &err) != RT_OK) {
-            fprintf(stderr, "bench_cuda_train: %s\n", err.msg);
-            return rt_exit_code(err.status);
-        }
-    printf("%s\n", d.be->describe(d.dev));
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-        if (argc > 1 && strcmp(argv[1], shapes[i].name) != 0)
-            continue;
-        if (argc > 3) {
-            run(&d, &shapes[i], atol(argv[2]), atol(argv[3]));
-        } else {
-            run(&d, &shapes[i], 16384, 1024);
-            run(&d, &shapes[i], 16384, 8192);
-        }
-    }
-    rt_device_close(&d);
-    return 0;
+    rt_buf_free(&text);
+    rt_options_free(tables, 1, &v, &pos);
+    return rt_exit_code(st);
 }
 #else
 int main(void)
