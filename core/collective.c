@@ -20,6 +20,11 @@ int rt_comm_size(const struct rt_comm *c)
     return c == NULL ? 1 : c->size;
 }
 
+double rt_comm_timeout(const struct rt_comm *c)
+{
+    return c == NULL ? 0 : c->timeout;
+}
+
 void rt_comm_shard(int64_t n, int rank, int size, int64_t *first, int64_t *count)
 {
     const int64_t each = ((n + size - 1) / size + 63) / 64 * 64;
@@ -129,6 +134,31 @@ void rt_comm_abort(struct rt_comm *c, const char *why)
     c->broken = true;
 }
 
+enum rt_status rt_comm_check(struct rt_comm *c, struct rt_err *err)
+{
+    if (c == NULL)
+        return RT_OK;
+    if (c->broken)
+        return rt_fail(err, RT_IO, "the other ranks are out of reach");
+    for (int r = 0; r < c->size; r++) {
+        struct rt_err why = {0};
+        struct header h;
+        size_t n;
+        if (r == c->rank)
+            continue;
+        enum rt_status st = rt_net_peek(c->fd[r], &h, sizeof h, &n, &why);
+        if (st == RT_OK && n == sizeof h && h.magic == MAGIC && h.op == OP_ABORT) {
+            st = rt_net_recv(c->fd[r], &h, sizeof h, rt_net_deadline(5), &why);
+            st = st == RT_OK ? read_abort(c, r, &h, &why) : st;
+        }
+        if (st == RT_OK)
+            continue;
+        c->broken = true;
+        return rt_fail(err, RT_IO, "rank %d of %d is lost: %s", r, c->size, why.msg);
+    }
+    return RT_OK;
+}
+
 /* ---- bytes ---- */
 
 enum rt_status rt_comm_broadcast(struct rt_comm *c, void *data, size_t bytes, int root, struct rt_err *err)
@@ -189,6 +219,18 @@ enum rt_status rt_comm_sum(struct rt_comm *c, double *x, int n, struct rt_err *e
     }
 out:
     rt_free(all);
+    return st;
+}
+
+enum rt_status rt_comm_roll_call(struct rt_comm *c, double seconds, struct rt_err *err)
+{
+    double here = 1;
+    if (c == NULL)
+        return RT_OK;
+    const double usual = c->timeout;
+    c->timeout = seconds < usual ? seconds : usual;
+    const enum rt_status st = rt_comm_sum(c, &here, 1, err);
+    c->timeout = usual;
     return st;
 }
 

@@ -47,6 +47,13 @@ int rt_comm_rank(const struct rt_comm *c);
 int rt_comm_size(const struct rt_comm *c);
 /* Tells the others, as far as that goes without waiting, why this rank ends: their next collective fails with these words. NULL is fine. */
 void rt_comm_abort(struct rt_comm *c, const char *why);
+/* For who waits for the others by other means than these collectives (a GPU's): IO where one of them closed its connection or said why it ends, or
+ * where an exchange failed before. Waits for nothing, and takes nothing that a collective would. NULL is fine. */
+enum rt_status rt_comm_check(struct rt_comm *c, struct rt_err *err);
+/* After such a wait was too long: IO, naming the ranks that do not answer within `seconds`; RT_OK where all do. */
+enum rt_status rt_comm_roll_call(struct rt_comm *c, double seconds, struct rt_err *err);
+/* Of the options; 0 for NULL. */
+double rt_comm_timeout(const struct rt_comm *c);
 
 /* The part of n elements that a rank owns: [*first, *first + *count), runs of equal length, a multiple of 64, the last ones shorter or empty. */
 void rt_comm_shard(int64_t n, int rank, int size, int64_t *first, int64_t *count);

@@ -303,3 +303,18 @@ enum rt_status rt_net_recv(int fd, void *data, size_t bytes, double deadline, st
     int at;
     return rt_net_exchange(&io, 1, deadline - rt_now(), &at, err);
 }
+
+enum rt_status rt_net_peek(int fd, void *data, size_t bytes, size_t *n, struct rt_err *err)
+{
+    ssize_t got;
+    *n = 0;
+    do
+        got = recv(fd, data, bytes, MSG_PEEK | MSG_DONTWAIT);
+    while (got < 0 && errno == EINTR);
+    if (got == 0)
+        return rt_fail(err, RT_IO, "it closed the connection");
+    if (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        return rt_fail_errno(err, "its connection");
+    *n = got > 0 ? (size_t)got : 0;
+    return RT_OK;
+}

@@ -46,6 +46,8 @@ enum rt_status rt_net_exchange(struct rt_net_io *io, int n, double timeout, int 
 /* All bytes of one peer before the deadline. */
 enum rt_status rt_net_send(int fd, const void *data, size_t bytes, double deadline, struct rt_err *err);
 enum rt_status rt_net_recv(int fd, void *data, size_t bytes, double deadline, struct rt_err *err);
+/* Copies what has come in already, at most `bytes`, and leaves it there; *n = how much. IO: the peer closed the connection, or it failed. */
+enum rt_status rt_net_peek(int fd, void *data, size_t bytes, size_t *n, struct rt_err *err);
 
 #ifdef __cplusplus
 }

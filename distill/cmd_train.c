@@ -1,6 +1,7 @@
 /* retort train: trains a student on text, on a teacher's rows and states, or on any mix of them. */
 #include <stdio.h>
 
+#include "distill/train_local.h"
 #include "distill/train_options.h"
 #include "distill/train_run.h"
 
@@ -20,10 +21,30 @@ const struct rt_opt rt_train_options[] = {
     {0},
 };
 
+/* --gpus N without a launcher starts the ranks; what they do with it is nothing more. */
 static enum rt_status run(struct rt_context *ctx, const void *values, const struct rt_positionals *pos, struct rt_err *err)
 {
+    enum rt_status st;
+    const struct rt_train_values *v = values;
+    const struct rt_backend *be;
+    const int gpus = (int)v->common.gpus;
+    struct rt_rank rank;
+    int n_ops;
+    const enum rt_op *ops = rt_student_train_ops(&n_ops);
     (void)pos;
-    return rt_train(ctx, values, NULL, err);
+    RT_TRY(rt_rank_from_env(&rank, err));
+    if (rank.size > 1 && gpus > 1 && gpus != rank.size)
+        RT_FAIL(err, USAGE, "--gpus %d, and a launcher started %d ranks: leave --gpus out, a rank takes one GPU", gpus, rank.size);
+    if (gpus > 1 && rank.size == 1 && !v->common.dry_run) {
+        RT_TRY(rt_backend_select(v->common.device, ops, n_ops, &be, err));
+        if (be->own_memory && be->count != NULL && be->count() < gpus)
+            RT_FAIL(err, DEVICE, "--gpus %d: this machine has %d", gpus, be->count());
+        RT_TRY(rt_train_local(ctx, gpus, err));
+        goto out;
+    }
+    RT_TRY(rt_train(ctx, v, NULL, err));
+out:
+    return st;
 }
 
 const struct rt_command rt_cmd_train = {
@@ -35,8 +56,8 @@ const struct rt_command rt_cmd_train = {
             "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
             "Several --data are shuffled together: an epoch takes each WEIGHT times (1 where none is given), :0.5 another half of it each time, :2 all of\n"
             "it twice. Beside shards, text without a teacher's rows takes the cross-entropy alone. The order depends on --seed and the data alone.\n\n"
-            "Started by torchrun, mpirun or srun, the ranks share each global batch and the optimiser's states; RUN must be seen by all of them. They meet over\n"
-            "TCP at MASTER_ADDR:MASTER_PORT.\n\n"
+            "--gpus N takes N GPUs of this machine; for several machines, or instead of it, torchrun, mpirun or srun start one process a GPU. The ranks share each\n"
+            "global batch and the optimiser's states; RUN must be seen by all of them. They meet over TCP at MASTER_ADDR:MASTER_PORT, and add up over NCCL.\n\n"
             "    retort train --student Qwen2.5-0.5B --data shards/ --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --out runs/soft",
     .options = rt_train_options,
     .values_size = sizeof(struct rt_train_values),

@@ -45,8 +45,11 @@ enum rt_status rt_command_device_with(struct rt_context *ctx, const struct rt_co
     enum rt_status st = rt_backend_select(common->device, need, n_need, &be, err);
     if (st != RT_OK)
         return st;
+    const int have = be->count != NULL ? be->count() : 1;
+    if (have > 1 && o.index >= have)
+        return rt_fail(err, RT_DEVICE, "local rank %d (counted from 0) has no GPU: %d are visible on this machine; start at most one rank a GPU", o.index, have);
     o.threads = (int)common->threads;
-    o.index = be->count != NULL && be->count() > 0 ? o.index % be->count() : 0;
+    o.index = have > 1 ? o.index : 0; /* a launcher may show each rank one GPU alone */
     st = rt_device_open(be, &o, out, err);
     if (st == RT_OK)
         rt_info(ctx->log, "device %s: %s", be->name, be->describe(out->dev));

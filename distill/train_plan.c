@@ -15,6 +15,8 @@
 /* Below this mass of the stored ids a tail treatment loses too much to stay silent. */
 static const double mass_renorm = 0.95, mass_bucket = 0.5;
 enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768 };
+/* Elements of a bucket of gradients at least: 32 MB of BF16, which takes a link of 50 GB/s and more well past the start of a transfer. */
+enum { BUCKET = 1 << 24 };
 
 /* ---- data ---- */
 
@@ -504,6 +506,8 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     r->o.ranks = r->rank.size;
     const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};
     RT_TRY(rt_command_device_with(r->ctx, &v->common, ops, n_ops, &device, &r->device, err));
+    r->o.overlap = r->device.be->own_memory; /* on the host a sum is work of the same cores */
+    r->o.bucket = r->o.overlap ? BUCKET : 0;
     RT_TRY(plan_memory(r, err));
     log_plan(r);
 out:
@@ -525,12 +529,12 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
     const double flops = (double)r->total_tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, (double)tokens / (double)sequences);
     if (r->v->common.json)
         printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"recompute\":%d,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
-               "\"moments\":%zu,\"activations\":%zu,\"losses\":%zu,\"projectors\":%zu,\"batch\":%zu,\"total\":%zu},\"flops\":%.6g,\"order_sha256\":\"%s\"}\n",
+               "\"moments\":%zu,\"activations\":%zu,\"losses\":%zu,\"projectors\":%zu,\"batch\":%zu,\"total\":%zu},\"ranks\":%d,\"flops\":%.6g,\"order_sha256\":\"%s\"}\n",
                (long)r->total_steps, (long)r->total_tokens, (long)sequences, (long)r->student.p.count, (long)r->o.micro_tokens, r->o.recompute, m->weights, m->grads,
-               m->moments, m->activations, m->losses, m->projectors, m->host, total(m), flops, r->order_sha256);
+               m->moments, m->activations, m->losses, m->projectors, m->host, total(m), r->rank.size, flops, r->order_sha256);
     else
-        printf("steps         %ld\ntokens        %ld of %ld sequences\nparameters    %ld\nmicro-batch   %ld tokens\nmemory        %s\n"
+        printf("steps         %ld\ntokens        %ld of %ld sequences\nparameters    %ld\nranks         %d\nmicro-batch   %ld tokens\nmemory        %s a rank\n"
                "operations    %.3g; %.2f hours at 50 GFLOP/s, %.3f at 300 TFLOP/s\n", (long)r->total_steps, (long)r->total_tokens, (long)sequences,
-               (long)r->student.p.count, (long)r->o.micro_tokens, rt_human_bytes(a, total(m)), flops, flops / 5e10 / 3600, flops / 3e14 / 3600);
+               (long)r->student.p.count, r->rank.size, (long)r->o.micro_tokens, rt_human_bytes(a, total(m)), flops, flops / 5e10 / 3600, flops / 3e14 / 3600);
     return RT_OK;
 }

@@ -35,7 +35,8 @@ enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err)
     if (r->rank.size == 1)
         return RT_OK;
     if (r->v->common.dry_run) {
-        rt_info(r->ctx->log, "rank %d of %d: a plan is made by each rank alone", r->rank.rank, r->rank.size);
+        rt_info(r->ctx->log, "%d ranks: each takes its share of every global batch and of the optimiser's states; the plan is that of rank %d", r->rank.size,
+                r->rank.rank);
         return RT_OK;
     }
     RT_TRY(rt_rank_meeting(&r->rank, host, &port, err));
@@ -105,11 +106,9 @@ enum rt_status rt_train_stop_asked(const struct rt_train_run *r, bool *yes, stru
     return st;
 }
 
-void rt_train_leave(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
+void rt_train_give_up(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
 {
     /* an interrupt is agreed on: all of them end by it */
     if (st != RT_OK && st != RT_INTERRUPTED)
         rt_comm_abort(r->comm, err != NULL && err->msg[0] != '\0' ? err->msg : rt_status_text(st));
-    rt_comm_free(r->comm);
-    r->comm = NULL;
 }

@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "core/collective.h"
 #include "core/io.h"
 #include "core/sha256.h"
 #include "distill/run_record.h"
@@ -13,6 +14,7 @@ static const double log_seconds = 10;
 /* st, err: what the run came to. */
 static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
 {
+    rt_train_give_up(r, st, err); /* before anything that would wait for the other ranks */
     rt_trainer_close(&r->trainer);
     for (int i = 0; i < r->n_eval; i++)
         rt_train_set_free(r->eval_set[i]);
@@ -27,7 +29,8 @@ static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt
     rt_free(r->boundary);
     rt_loaded_student_close(&r->student);
     rt_device_close(&r->device);
-    rt_train_leave(r, st, err);
+    rt_comm_free(r->comm);
+    r->comm = NULL;
     if (r->ctx->log != NULL && r->ctx->log->copy == r->dir.log_file)
         r->ctx->log->copy = NULL;
     rt_rundir_close(&r->dir);
@@ -248,6 +251,8 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
     rt_train_peak_reset();
     RT_TRY(rt_rank_from_env(&r.rank, err));
+    if (v->common.dry_run && r.rank.size == 1) /* a plan of what --gpus would start */
+        r.rank.size = (int)v->common.gpus;
     if (r.rank.rank > 0 && ctx->log != NULL && ctx->log->level > RT_LOG_WARN && !v->common.verbose) /* what is to be said, rank 0 says */
         ctx->log->level = RT_LOG_WARN;
     RT_TRY(rt_train_prepare(&r, err));

@@ -73,8 +73,8 @@ enum rt_status rt_train_same_start(const struct rt_train_run *r, struct rt_err *
 enum rt_status rt_train_from_first(const struct rt_train_run *r, void *data, size_t bytes, struct rt_err *err);
 /* Has any rank been asked to stop? */
 enum rt_status rt_train_stop_asked(const struct rt_train_run *r, bool *yes, struct rt_err *err);
-/* The end of r->comm; where the run failed the others are told why. */
-void rt_train_leave(struct rt_train_run *r, enum rt_status st, const struct rt_err *err);
+/* Where the run failed the others are told why; nothing is waited for any more. */
+void rt_train_give_up(struct rt_train_run *r, enum rt_status st, const struct rt_err *err);
 
 /* train_rate.c */
 /* What MFU will be measured by. */

@@ -23,7 +23,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
     *out = (struct rt_trainer_memory){
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
-        .moments = rt_optimizer_shard_bytes(p, o->ranks > 1 ? o->ranks : 1, act_size, o->adamw.bf16_moments),
+        .moments = rt_optimizer_shard_bytes(p, o->ranks > 1 ? o->ranks : 1, o->bucket, act_size, o->adamw.bf16_moments),
         .activations = rt_student_activation_bytes(c, o->micro_tokens, rt_student_recompute(o->recompute), act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
@@ -46,7 +46,7 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     RT_TRY(rt_device_arena(t->d, mem.grads, "gradients", &t->grads, err));
     RT_TRY(rt_student_attach_grads(s, &t->grads, err));
     RT_TRY(rt_device_arena(t->d, mem.moments, "moments", &t->moments, err));
-    RT_TRY(rt_optimizer_init_shard(&t->opt, s, &o->adamw, o->comm, &t->moments, err));
+    RT_TRY(rt_optimizer_init_shard(&t->opt, s, &o->adamw, &(struct rt_optimizer_ranks){o->comm, o->bucket, o->overlap}, &t->moments, err));
     RT_TRY(rt_device_arena(t->d, mem.activations, "activations", &t->acts, err));
     RT_TRY(rt_device_arena(t->d, mem.losses + mem.projectors, "losses", &t->scratch, err));
     RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, o->k, &t->o.map, true, &t->scratch, err));
@@ -76,6 +76,7 @@ void rt_trainer_close(struct rt_trainer *t)
     rt_losses_free(&t->losses);
     rt_span_losses_free(&t->spans);
     rt_projectors_free(&t->proj);
+    rt_optimizer_close(&t->opt);
     rt_device_arena_free(t->d, &t->scratch);
     rt_device_arena_free(t->d, &t->acts);
     rt_device_arena_free(t->d, &t->moments);
@@ -99,6 +100,10 @@ static enum rt_status add_ranks(struct rt_trainer *t, struct rt_loss_sums *s, st
     double x[R + W];
     if (t->o.comm == NULL)
         return RT_OK;
+    /* first: a rank without sequences would otherwise wait for ranks that wait for its part of the sums */
+    RT_TRY(rt_optimizer_reduce(&t->opt, err));
+    if (t->proj.grad != NULL)
+        RT_TRY(t->d->be->all_reduce(t->d->dev, t->d->q, t->proj.grad, t->proj.table.elements, err));
     for (int i = 0; i < R + W; i++)
         x[i] = i < R ? *real[i] : (double)*whole[i - R];
     RT_TRY(rt_comm_sum(t->o.comm, x, R + W, err));
@@ -108,9 +113,6 @@ static enum rt_status add_ranks(struct rt_trainer *t, struct rt_loss_sums *s, st
         else
             *whole[i - R] = (int64_t)x[i];
     }
-    RT_TRY(rt_optimizer_reduce(&t->opt, err));
-    if (t->proj.grad != NULL)
-        RT_TRY(t->d->be->all_reduce(t->d->dev, t->d->q, t->proj.grad, t->proj.table.elements, err));
 out:
     return st;
 }
@@ -129,6 +131,8 @@ static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_resu
             break;
         const struct rt_student_batch b = rt_losses_batch(&t->micro);
         RT_TRY(rt_student_forward(t->s, &b, rt_student_recompute(t->o.recompute), &t->acts, err));
+        if (at == t->own)
+            rt_optimizer_reduce_begin(&t->opt);
         RT_TRY(rt_losses_run(&t->losses, t->s, &t->proj, &t->micro, w, r->items, true, sums, err));
     }
     RT_TRY(add_ranks(t, sums, err));
@@ -196,6 +200,7 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     r->end = b.n == 0;
     if (r->end)
         return RT_OK;
+    t->own = b.own;
     r->batch = b.items;
     r->n = b.n;
     r->tokens = b.tokens;

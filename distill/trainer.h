@@ -6,8 +6,8 @@
  * place in the data. So does one whose norm is a spike, but that the running mean learns of it, cut down to what would just have passed: a
  * gradient that stays large is let through after a few steps.
  *
- * Several ranks: each runs its share of every global batch, gradients and sums are added up in rank order, and each rank updates its shard of the
- * parameters (ZeRO stage 1). Every function below is then called by all ranks alike, and gives all of them the same results; of a
+ * Several ranks: each runs its share of every global batch, gradients and sums are added up, and each rank updates its part of the parameters (ZeRO
+ * stage 1; student/exchange.h says what passes between them, and when). Every function below is then called by all ranks alike, and gives all of them the same results; of a
  * checkpoint rank 0 alone writes. The gradient is that of one rank, but for the order of sums.
  */
 #ifndef RT_DISTILL_TRAINER_H
@@ -34,6 +34,8 @@ struct rt_trainer_options {
     size_t loader_bytes;         /* of sequences decoded ahead */
     int ranks;                   /* for a plan: how many there are, or will be; 0 is 1 */
     struct rt_comm *comm;        /* NULL: one rank; else the one that the student's device was opened with, borrowed */
+    int64_t bucket;              /* of several ranks: elements whose gradients are summed, and parameters gathered, at a time; 0: all */
+    bool overlap;                /* beside the computation: the same bits */
 };
 
 /* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */
@@ -53,6 +55,7 @@ struct rt_trainer {
     struct rt_span_losses spans;
     struct rt_micro micro;
     struct rt_loader *loader;
+    int64_t own;     /* sequences of the batch under way that are this rank's */
     int64_t step;    /* batches taken; optimiser steps are opt.step */
     int64_t tokens, targets, skipped, clipped; /* so far */
     double usual_norm;                /* running mean of gradient norms; what a spike is told by, part of a checkpoint */

@@ -126,6 +126,17 @@ out:
     return st;
 }
 
+void rt_student_watch_grads(struct rt_student *s, rt_student_grads_fn fn, void *self)
+{
+    s->watch = fn;
+    s->watcher = self;
+}
+
+static enum rt_status tell(const struct rt_student *s, int64_t from, struct rt_err *err)
+{
+    return s->watch != NULL ? s->watch(s->watcher, from, err) : RT_OK;
+}
+
 enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
                                    struct rt_err *err)
 {
@@ -144,15 +155,18 @@ enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, co
     else
         RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = d_final, .x = a->hidden[last], .w = s->final_norm, .rstd = a->rstd_final, .dx = a->dx,
                      .dw = grad_at(s, s->p->final_norm), .n = n, .cols = H, .eps = (float)s->c->eps));
+    RT_TRY(tell(s, s->p->final_norm, err));
     for (int i = last - 1; i >= 0; i--) {
         RT_TRY(add_extra(s, i + 1, extra, n_extra, err));
         RT_TRY(compute_again(s, i, err));
         RT_TRY(mlp_backward(s, i, err));
         RT_TRY(attention_backward(s, i, err));
+        RT_TRY(tell(s, s->p->layer[i].norm1, err));
     }
     RT_TRY(add_extra(s, 0, extra, n_extra, err));
     RT_TRY(RT_OP(s->d, embed_bwd, err, .ids = a->ids, .dy = a->dx, .dtable = grad_at(s, s->p->embed), .n = n, .cols = H,
                  .rows = s->c->vocab_size));
+    RT_TRY(tell(s, 0, err));
 out:
     return st;
 }

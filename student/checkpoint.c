@@ -69,8 +69,10 @@ enum rt_status rt_adamw_restore(const struct rt_params *p, const struct rt_devic
         RT_TRY(rt_params_load(p, d, b.at[i], t, err));
         rt_tensors_free(t);
         t = NULL;
-        if (b.at[i].shard.comm != NULL && i == 0)
-            RT_TRY(d->be->all_gather(d->dev, d->q, block, p->elements, err));
+        for (int k = 0; b.at[i].shard.comm != NULL && i == 0 && k < b.at[i].shard.n_buckets; k++) {
+            const int64_t *start = b.at[i].shard.start;
+            RT_TRY(d->be->all_gather(d->dev, d->q, (char *)block + (size_t)start[k] * rt_device_act_size(d), start[k + 1] - start[k], err));
+        }
     }
 out:
     rt_tensors_free(t);

@@ -44,6 +44,8 @@ struct rt_student {
     struct rt_student_layer *layer; /* [layers] */
     struct rt_weight *embed, *final_norm, *head;
     struct rt_student_acts a;
+    rt_student_grads_fn watch;      /* NULL: nobody */
+    void *watcher;
     int32_t *staging;               /* [host] ids and positions on their way to the device */
     int64_t staging_cap;            /* tokens */
 };

@@ -96,6 +96,11 @@ struct rt_student_extra {
 enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
                                    struct rt_err *err);
 
+/* fn(self, from): backward has enqueued all that it adds to gradients from element `from` of the block on; called with smaller and smaller `from`, at last
+ * with 0. An error of fn is backward's. fn NULL: nobody is told. */
+typedef enum rt_status (*rt_student_grads_fn)(void *self, int64_t from, struct rt_err *err);
+void rt_student_watch_grads(struct rt_student *s, rt_student_grads_fn fn, void *self);
+
 /* ---- values ---- */
 /* Parameters from a model (see rt_params_load), or N(0, initializer_range) by seed. */
 enum rt_status rt_student_load(struct rt_student *s, const struct rt_tensors *t, struct rt_err *err);

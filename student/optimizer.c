@@ -50,11 +50,9 @@ size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_
     return rt_adamw_state_bytes(p->elements, act_size, bf16_moments);
 }
 
-size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, size_t act_size, bool bf16_moments)
+size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, int64_t bucket, size_t act_size, bool bf16_moments)
 {
-    int64_t first, n;
-    rt_comm_shard(p->elements, 0, ranks, &first, &n);
-    return rt_adamw_state_bytes(n, act_size, bf16_moments);
+    return rt_adamw_state_bytes(rt_param_shard_of(p, 0, ranks, ranks > 1 ? bucket : 0).n, act_size, bf16_moments);
 }
 
 struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const struct rt_device *d, const void *block)
@@ -64,7 +62,7 @@ struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const 
         return b;
     b.low = state->low;
     b.shard = state->shard;
-    b.data = (char *)b.data + (size_t)b.shard.first * rt_device_act_size(d);
+    b.whole = true;
     return b;
 }
 
@@ -96,43 +94,76 @@ out:
 enum rt_status rt_optimizer_init(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_arena *arena,
                                  struct rt_err *err)
 {
-    return rt_optimizer_init_shard(opt, s, o, NULL, arena, err);
+    return rt_optimizer_init_shard(opt, s, o, &(struct rt_optimizer_ranks){0}, arena, err);
 }
 
-enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_comm *comm,
+enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, const struct rt_optimizer_ranks *ranks,
                                        struct rt_arena *arena, struct rt_err *err)
 {
     enum rt_status st;
-    const struct rt_param_shard shard = rt_param_shard(s->p, comm);
+    const struct rt_param_shard shard = rt_param_shard(s->p, ranks->comm, ranks->bucket);
     *opt = (struct rt_optimizer){.s = s, .o = *o};
     RT_TRY(rt_adamw_state_init(&opt->state, s->d, shard.n, o, arena, err));
     opt->state.shard = shard;
+    RT_TRY(rt_exchange_open(&opt->exchange, s->d, &opt->state.shard, ranks->overlap, err));
 out:
     return st;
 }
 
+void rt_optimizer_close(struct rt_optimizer *opt)
+{
+    if (opt->s != NULL)
+        rt_student_watch_grads(opt->s, NULL, NULL);
+    rt_exchange_close(&opt->exchange);
+}
+
 /* ---- ranks ---- */
+
+static enum rt_status sum_from(void *self, int64_t from, struct rt_err *err)
+{
+    struct rt_optimizer *opt = self;
+    return rt_exchange_sum(&opt->exchange, opt->s->grads, from, err);
+}
+
+void rt_optimizer_reduce_begin(struct rt_optimizer *opt)
+{
+    if (opt->state.shard.comm == NULL || !opt->exchange.overlap)
+        return;
+    rt_exchange_begin(&opt->exchange);
+    rt_student_watch_grads(opt->s, sum_from, opt);
+}
 
 enum rt_status rt_optimizer_reduce(struct rt_optimizer *opt, struct rt_err *err)
 {
-    const struct rt_device *d = opt->s->d;
-    return opt->state.shard.comm == NULL ? RT_OK : d->be->reduce_scatter(d->dev, d->q, opt->s->grads, opt->s->p->elements, err);
+    if (opt->state.shard.comm == NULL)
+        return RT_OK;
+    rt_student_watch_grads(opt->s, NULL, NULL);
+    return rt_exchange_sum_rest(&opt->exchange, opt->s->grads, err);
 }
 
-/* Element `first` of the shard, of a block of act elements. */
-static char *at_shard(const struct rt_optimizer *opt, char *block)
+/* Element `first` of a block of act elements. */
+static char *at(const struct rt_optimizer *opt, char *block, int64_t first)
 {
-    return block + (size_t)opt->state.shard.first * rt_device_act_size(opt->s->d);
+    return block + (size_t)first * rt_device_act_size(opt->s->d);
 }
 
 enum rt_status rt_optimizer_norm(const struct rt_optimizer *opt, double *norm, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_student *s = opt->s;
+    const struct rt_param_shard *shard = &opt->state.shard;
     double sum = 0;
-    if (opt->state.shard.n > 0)
-        RT_TRY(RT_OP(s->d, sumsq, err, .x = at_shard(opt, s->grads), .n = opt->state.shard.n, .out = &sum));
-    RT_TRY(rt_comm_sum(opt->state.shard.comm, &sum, 1, err));
+    if (shard->comm != NULL)
+        RT_TRY(rt_device_sync(s->d, err)); /* the sums of other ranks are waited for where that has an end */
+    for (int b = 0; b < shard->n_buckets; b++) {
+        const struct rt_param_part part = rt_param_part(shard, shard->rank, b);
+        double one;
+        if (part.n == 0)
+            continue;
+        RT_TRY(RT_OP(s->d, sumsq, err, .x = at(opt, s->grads, part.first), .n = part.n, .out = &one));
+        sum += one;
+    }
+    RT_TRY(rt_comm_sum(shard->comm, &sum, 1, err));
     *norm = sqrt(sum);
 out:
     return st;
@@ -145,40 +176,60 @@ static bool decays(const struct rt_optimizer *opt, const struct rt_param *p)
     return !opt->o.decay_matrices_only || (p->kind != RT_PARAM_NORM && p->kind != RT_PARAM_BIAS);
 }
 
-/* ends [*n] of a whole block become those of the shard: a run of no length goes, and its two neighbours become one. */
-static void cut_runs(const struct rt_param_shard *shard, int64_t *ends, int *n)
+/* ends [n] of a whole block become cut [*n_cut] of a part: a run of no length goes, and its two neighbours become one. */
+static void cut_runs(const struct rt_param_part *part, const int64_t *ends, int n, int64_t *cut, int *n_cut)
 {
     int kept = 0;
-    for (int i = 0; i < *n; i++) {
-        const int64_t end = ends[i] - shard->first;
-        ends[kept++] = end < 0 ? 0 : end < shard->n ? end : shard->n;
-        if (ends[kept - 1] == shard->n)
+    for (int i = 0; i < n; i++) {
+        const int64_t end = ends[i] - part->first;
+        cut[kept++] = end < 0 ? 0 : end < part->n ? end : part->n;
+        if (cut[kept - 1] == part->n)
             break;
-        if (kept >= 2 && ends[kept - 1] == ends[kept - 2])
+        if (kept >= 2 && cut[kept - 1] == cut[kept - 2])
             kept -= 2;
     }
-    *n = kept;
+    *n_cut = kept;
 }
 
-/* One call over the block: runs of entries with and without decay by turns, the first of them with. */
+static char *at_moment(const struct rt_adamw_state *s, char *moments, int64_t at_element)
+{
+    return moments + (size_t)at_element * rt_dtype_size(s->moment);
+}
+
+/* One call over this rank's part of a bucket: runs of entries with and without decay by turns, the first of them with. */
+static enum rt_status update_part(struct rt_optimizer *opt, const struct rt_param_part *part, const int64_t *ends, int n, double lr, double scale,
+                                  struct rt_err *err)
+{
+    const struct rt_student *s = opt->s;
+    const struct rt_adamw_state *a = &opt->state;
+    return RT_OP(s->d, adamw, err, .p = at(opt, s->block, part->first), .low = a->low != NULL ? a->low + (size_t)part->at * sizeof(int16_t) : NULL,
+                 .grad = at(opt, s->grads, part->first), .m = at_moment(a, a->m, part->at), .v = at_moment(a, a->v, part->at), .moment = a->moment, .n = part->n,
+                 .step = opt->step + 1, .lr = lr, .beta1 = opt->o.beta1, .beta2 = opt->o.beta2, .eps = opt->o.eps, .decay = opt->o.decay, .grad_scale = scale,
+                 .seed = opt->o.seed + (uint64_t)part->first, .decay_end = ends, .n_decay = n);
+}
+
+/* Updates what this rank keeps; the other ranks' parts come as they are updated. */
 static enum rt_status update(struct rt_optimizer *opt, double lr, double scale, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    const struct rt_student *s = opt->s;
-    const struct rt_params *p = s->p;
+    const struct rt_params *p = opt->s->p;
+    const struct rt_param_shard *shard = &opt->state.shard;
     int64_t *ends = NULL;
-    int n = 0;
-    RT_TRY(rt_alloc((size_t)p->n + 1, sizeof *ends, "runs of parameters", &ends, err));
+    int n = 0, n_cut;
+    RT_TRY(rt_alloc(2 * ((size_t)p->n + 1), sizeof *ends, "runs of parameters", &ends, err));
+    int64_t *cut = ends + p->n + 1;
     for (int i = 0; i < p->n; i++)
         if (decays(opt, &p->at[i]) != (n % 2 == 0))
             ends[n++] = p->at[i].offset;
     ends[n++] = p->elements;
-    cut_runs(&opt->state.shard, ends, &n);
-    if (opt->state.shard.n == 0)
-        goto out;
-    RT_TRY(RT_OP(s->d, adamw, err, .p = at_shard(opt, s->block), .low = opt->state.low, .grad = at_shard(opt, s->grads), .m = opt->state.m, .v = opt->state.v,
-                 .moment = opt->state.moment, .n = opt->state.shard.n, .step = opt->step + 1, .lr = lr, .beta1 = opt->o.beta1, .beta2 = opt->o.beta2,
-                 .eps = opt->o.eps, .decay = opt->o.decay, .grad_scale = scale, .seed = opt->o.seed + (uint64_t)opt->state.shard.first, .decay_end = ends, .n_decay = n));
+    for (int b = 0; b < shard->n_buckets; b++) {
+        const struct rt_param_part part = rt_param_part(shard, shard->rank, b);
+        cut_runs(&part, ends, n, cut, &n_cut);
+        if (part.n > 0)
+            RT_TRY(update_part(opt, &part, cut, n_cut, lr, scale, err));
+        RT_TRY(rt_exchange_mark(&opt->exchange, b, err));
+    }
+    RT_TRY(rt_exchange_gather(&opt->exchange, opt->s->block, err));
 out:
     rt_free(ends);
     return st;
@@ -201,8 +252,6 @@ enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double gra
     if (opt->o.clip > 0)
         report->scale = fmin(1, opt->o.clip / (report->grad_norm + 1e-6));
     RT_TRY(update(opt, lr, report->scale * grad_scale, err));
-    if (opt->state.shard.comm != NULL)
-        RT_TRY(s->d->be->all_gather(s->d->dev, s->d->q, s->block, s->p->elements, err));
     opt->step++;
 out:
     return st;

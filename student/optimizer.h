@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "formats/checkpoint.h"
+#include "student/exchange.h"
 #include "student/model.h"
 
 enum rt_schedule_kind { RT_SCHEDULE_CONSTANT, RT_SCHEDULE_LINEAR, RT_SCHEDULE_COSINE };
@@ -36,13 +37,13 @@ struct rt_adamw {
 struct rt_adamw_state {
     char *low, *m, *v;
     enum rt_dtype moment;
-    struct rt_param_shard shard; /* several ranks: the elements that this one keeps */
+    struct rt_param_shard shard; /* several ranks: what this one keeps */
 };
 size_t rt_adamw_state_bytes(int64_t n, size_t act_size, bool bf16_moments);
 /* Cuts and zeroes. USAGE for values of o outside their ranges. */
 enum rt_status rt_adamw_state_init(struct rt_adamw_state *state, const struct rt_device *d, int64_t n, const struct rt_adamw *o, struct rt_arena *arena,
                                    struct rt_err *err);
-/* The block with its lower halves; a shard where these are one. */
+/* The block with its lower halves; this rank's part of it where these are one. */
 struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const struct rt_device *d, const void *block);
 
 /* All of the next two is called by every rank, where there are several; rank 0 alone writes (w NULL elsewhere), each reads.
@@ -59,21 +60,31 @@ struct rt_optimizer {
     struct rt_student *s;
     struct rt_adamw o;
     struct rt_adamw_state state; /* cut from the caller's arena */
+    struct rt_exchange exchange; /* with the other ranks */
     int64_t step;  /* steps taken; part of a checkpoint with the state */
+};
+
+/* How several ranks share the work (ZeRO stage 1, Rajbhandari et al. 2020): each keeps moments and lower halves of its own parts alone. */
+struct rt_optimizer_ranks {
+    struct rt_comm *comm; /* borrowed; the one that the student's device was opened with. NULL: one rank */
+    int64_t bucket;       /* elements of rt_param_shard */
+    bool overlap;         /* sums and gathering beside the computation; the same bits */
 };
 
 /* Bytes of the arena for rt_optimizer_init; of rank 0's shard, the largest, where there are several ranks. */
 size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_moments);
-size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, size_t act_size, bool bf16_moments);
+size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, int64_t bucket, size_t act_size, bool bf16_moments);
 /* As rt_adamw_state_init. s is borrowed. */
 enum rt_status rt_optimizer_init(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_arena *arena,
                                  struct rt_err *err);
 
-/* For several ranks (ZeRO stage 1, Rajbhandari et al. 2020): moments and lower halves of this rank's shard alone. comm is borrowed, and is the one that
- * the student's device was opened with; NULL is rt_optimizer_init. A step then updates the shard and gathers the parameters of all. */
-enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_comm *comm,
+/* The same for several ranks. A step then updates this rank's part and gathers the parameters of all. Close it before the device. */
+enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, const struct rt_optimizer_ranks *ranks,
                                        struct rt_arena *arena, struct rt_err *err);
-/* gradients = sum over ranks, of this rank's shard alone; nothing for one rank. Between the last backward and the step. */
+void rt_optimizer_close(struct rt_optimizer *opt); /* zeroed is fine; nothing for one rank */
+/* For several ranks, else nothing: gradients = sum over ranks, of this rank's parts alone; between the last backward and the step. After `begin`, called
+ * before that backward, the sums of layers start as backward leaves them (with overlap; else it changes nothing). */
+void rt_optimizer_reduce_begin(struct rt_optimizer *opt);
 enum rt_status rt_optimizer_reduce(struct rt_optimizer *opt, struct rt_err *err);
 /* Global norm of the (reduced) gradients. */
 enum rt_status rt_optimizer_norm(const struct rt_optimizer *opt, double *norm, struct rt_err *err);

@@ -55,20 +55,35 @@ enum rt_status rt_param_upload(const struct rt_device *d, void *block, const str
 enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
                                  float *dst, struct rt_err *err);
 
-/* Elements [first, first + n) of a block, where each rank of comm holds its shard (rt_comm_shard) alone. comm NULL: one rank holds all. */
+/* What one rank keeps of a block that several share (ZeRO stage 1). The block is cut into buckets, [start[b], start[b + 1]), and each bucket into a part a
+ * rank (rt_comm_shard), so that a bucket is summed or gathered as soon as it is ready, whatever else is still computed. A rank keeps its parts behind
+ * each other. Buckets begin at multiples of 64 x size: all parts of a bucket but the last one's are of one length. */
+enum { RT_PARAM_BUCKETS = 96 };
 struct rt_param_shard {
-    struct rt_comm *comm;
-    int64_t first, n;
+    struct rt_comm *comm; /* NULL: one rank, which holds all */
+    int rank, size, n_buckets;
+    int64_t n;            /* elements that this rank holds */
+    int64_t start[RT_PARAM_BUCKETS + 1];
 };
-struct rt_param_shard rt_param_shard(const struct rt_params *p, struct rt_comm *comm);
+/* bucket: elements that a bucket should have at least (more where there would be too many of them); 0: one bucket. It ends where a layer begins, give or
+ * take the rounding, and layers are taken together from the last one back, which is the order in which backward leaves them. */
+struct rt_param_shard rt_param_shard(const struct rt_params *p, struct rt_comm *comm, int64_t bucket);
+/* The same as another rank of `size` would have it, for plans. */
+struct rt_param_shard rt_param_shard_of(const struct rt_params *p, int rank, int size, int64_t bucket);
+/* Elements [first, first + n) of the block are the part of bucket b that rank r keeps, from element `at` of what it keeps on. */
+struct rt_param_part {
+    int64_t first, n, at;
+};
+struct rt_param_part rt_param_part(const struct rt_param_shard *s, int r, int b);
 
-/* A block in device memory with the layout of a table: elements of dtype (F32, F64, BF16). low: NULL, or int16 [elements] that make BF16
- * elements exactly float32 (core/backend.h, adamw). With a shard, data and low begin at its first element, and what reads or writes the block is
- * called by every rank. */
+/* A block in device memory with the layout of a table: elements of dtype (F32, F64, BF16). low: NULL, or int16 that make BF16 elements exactly float32
+ * (core/backend.h, adamw). Where several ranks share it, low holds this rank's parts alone, and so does data unless it is `whole`; what reads or writes
+ * the block is then called by every rank. */
 struct rt_param_block {
     void *data, *low;
     enum rt_dtype dtype;
     struct rt_param_shard shard;
+    bool whole;
 };
 /* A block of act elements. */
 static inline struct rt_param_block rt_param_block(const struct rt_device *d, const void *data)

@@ -39,8 +39,9 @@ static enum rt_status narrow(void *dst, enum rt_dtype t, const float *src, int64
     return rt_from_f32(dst, t, src, (size_t)n) ? RT_OK : rt_fail(err, RT_INTERNAL, "no conversion from F32 to %s", rt_dtype_name(t));
 }
 
-/* Elements at .. at + n of the block. Waits. */
-static enum rt_status upload(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, const float *src, struct rt_err *err)
+/* Elements at .. at + n of data, with those of low from low_at on. Waits. */
+static enum rt_status upload(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t low_at, int64_t n, const float *src,
+                             struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     char *tmp = NULL;
@@ -52,7 +53,7 @@ static enum rt_status upload(const struct rt_device *d, const struct rt_param_bl
         RT_TRY(rt_alloc(count, 2 * size, "conversion of a parameter", &tmp, err));
         split_halves(src, n, (uint16_t *)(void *)tmp, (int16_t *)(void *)(tmp + count * size));
         RT_TRY(rt_device_upload(d, to, tmp, count * size, err));
-        RT_TRY(rt_device_upload(d, (char *)b->low + (size_t)at * size, tmp + count * size, count * size, err));
+        RT_TRY(rt_device_upload(d, (char *)b->low + (size_t)low_at * size, tmp + count * size, count * size, err));
     } else {
         RT_TRY(rt_alloc(count, size, "conversion of a parameter", &tmp, err));
         RT_TRY(narrow(tmp, b->dtype, src, n, err));
@@ -64,7 +65,8 @@ out:
     return st;
 }
 
-static enum rt_status download(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, float *dst, struct rt_err *err)
+static enum rt_status download(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t low_at, int64_t n, float *dst,
+                               struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     char *tmp = NULL;
@@ -77,7 +79,7 @@ static enum rt_status download(const struct rt_device *d, const struct rt_param_
     RT_TRY(rt_alloc(count, 2 * size, "conversion of a parameter", &tmp, err));
     RT_TRY(rt_device_download(d, tmp, from, count * size, err));
     if (b->low != NULL) {
-        RT_TRY(rt_device_download(d, tmp + count * size, (const char *)b->low + (size_t)at * size, count * size, err));
+        RT_TRY(rt_device_download(d, tmp + count * size, (const char *)b->low + (size_t)low_at * size, count * size, err));
         join_halves((const uint16_t *)(const void *)tmp, (const int16_t *)(const void *)(tmp + count * size), n, dst);
     } else if (!rt_to_f32(dst, tmp, b->dtype, count)) {
         RT_FAIL(err, INTERNAL, "no conversion from %s to F32", rt_dtype_name(b->dtype));
@@ -91,14 +93,14 @@ enum rt_status rt_param_upload(const struct rt_device *d, void *block, const str
                                const float *src, struct rt_err *err)
 {
     const struct rt_param_block b = rt_param_block(d, block);
-    return upload(d, &b, p->offset + first, n, src, err);
+    return upload(d, &b, p->offset + first, 0, n, src, err);
 }
 
 enum rt_status rt_param_download(const struct rt_device *d, const void *block, const struct rt_param *p, int64_t first, int64_t n,
                                  float *dst, struct rt_err *err)
 {
     const struct rt_param_block b = rt_param_block(d, block);
-    return download(d, &b, p->offset + first, n, dst, err);
+    return download(d, &b, p->offset + first, 0, n, dst, err);
 }
 
 /* The tensor of an entry: name, shape and an element type that a student is read from. */
@@ -113,53 +115,55 @@ static int64_t smaller(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-struct rt_param_shard rt_param_shard(const struct rt_params *p, struct rt_comm *comm)
+/* The elements of [at, at + n) in a part: *from of the block, *len of them, *own of what the rank keeps. */
+static void overlap(int64_t at, int64_t n, const struct rt_param_part *part, int64_t *from, int64_t *len, int64_t *own)
 {
-    struct rt_param_shard s = {.comm = comm, .n = p->elements};
-    if (comm != NULL)
-        rt_comm_shard(p->elements, rt_comm_rank(comm), rt_comm_size(comm), &s.first, &s.n);
-    return s;
-}
-
-/* The part of elements [at, at + n) that lies in [first, first + count): *from of it, *len elements. */
-static void overlap(int64_t at, int64_t n, int64_t first, int64_t count, int64_t *from, int64_t *len)
-{
-    const int64_t end = smaller(at + n, first + count);
-    *from = at > first ? at : first;
+    const int64_t end = smaller(at + n, part->first + part->n);
+    *from = at > part->first ? at : part->first;
     *len = end > *from ? end - *from : 0;
+    *own = part->at + (*from - part->first);
 }
 
 /* upload of what this rank holds of elements [at, at + n). */
 static enum rt_status upload_own(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, const float *src, struct rt_err *err)
 {
-    int64_t from, len;
+    enum rt_status st = RT_OK;
+    int64_t from, len, own;
     if (b->shard.comm == NULL)
-        return upload(d, b, at, n, src, err);
-    overlap(at, n, b->shard.first, b->shard.n, &from, &len);
-    return len > 0 ? upload(d, b, from - b->shard.first, len, src + (from - at), err) : RT_OK;
+        return upload(d, b, at, at, n, src, err);
+    for (int i = 0; i < b->shard.n_buckets; i++) {
+        const struct rt_param_part part = rt_param_part(&b->shard, b->shard.rank, i);
+        overlap(at, n, &part, &from, &len, &own);
+        if (len > 0)
+            RT_TRY(upload(d, b, b->whole ? from : own, own, len, src + (from - at), err));
+    }
+out:
+    return st;
 }
 
 /* dst = elements [at, at + n) on rank 0, from the ranks that hold them; the others send theirs. */
-static enum rt_status download_all(const struct rt_params *p, const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, float *dst,
-                                   struct rt_err *err)
+static enum rt_status download_all(const struct rt_device *d, const struct rt_param_block *b, int64_t at, int64_t n, float *dst, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    struct rt_comm *comm = b->shard.comm;
-    const int rank = rt_comm_rank(comm);
-    int64_t first, count, from, len;
-    if (comm == NULL)
-        return download(d, b, at, n, dst, err);
-    for (int r = 0; r < rt_comm_size(comm); r++) {
-        rt_comm_shard(p->elements, r, rt_comm_size(comm), &first, &count);
-        overlap(at, n, first, count, &from, &len);
-        if (len == 0)
+    const struct rt_param_shard *s = &b->shard;
+    int64_t from, len, own;
+    if (s->comm == NULL)
+        return download(d, b, at, at, n, dst, err);
+    for (int i = 0; i < s->n_buckets; i++) {
+        if (s->start[i + 1] <= at || s->start[i] >= at + n)
             continue;
-        if (r == rank)
-            RT_TRY(download(d, b, from - first, len, dst + (from - at), err));
-        if (r == rank && r > 0)
-            RT_TRY(rt_comm_send(comm, 0, dst + (from - at), (size_t)len * sizeof *dst, err));
-        if (rank == 0 && r > 0)
-            RT_TRY(rt_comm_recv(comm, r, dst + (from - at), (size_t)len * sizeof *dst, err));
+        for (int r = 0; r < s->size; r++) {
+            const struct rt_param_part part = rt_param_part(s, r, i);
+            overlap(at, n, &part, &from, &len, &own);
+            if (len == 0)
+                continue;
+            if (r == s->rank)
+                RT_TRY(download(d, b, b->whole ? from : own, own, len, dst + (from - at), err));
+            if (r == s->rank && r > 0)
+                RT_TRY(rt_comm_send(s->comm, 0, dst + (from - at), (size_t)len * sizeof *dst, err));
+            if (s->rank == 0 && r > 0)
+                RT_TRY(rt_comm_recv(s->comm, r, dst + (from - at), (size_t)len * sizeof *dst, err));
+        }
     }
 out:
     return st;
@@ -170,9 +174,9 @@ enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device 
 {
     enum rt_status st = RT_OK;
     float *piece = NULL;
-    const size_t held = (size_t)(block.shard.comm != NULL ? block.shard.n : p->elements);
+    const size_t held = (size_t)(block.shard.comm != NULL ? block.shard.n : p->elements), all = block.whole ? (size_t)p->elements : held;
     RT_TRY(rt_alloc(PIECE, sizeof *piece, "loading", &piece, err));
-    RT_TRY(rt_device_zero(d, block.data, held * rt_dtype_size(block.dtype), err));
+    RT_TRY(rt_device_zero(d, block.data, all * rt_dtype_size(block.dtype), err));
     if (block.low != NULL)
         RT_TRY(rt_device_zero(d, block.low, held * sizeof(int16_t), err));
     for (int i = 0; i < p->n; i++) {
@@ -228,7 +232,7 @@ enum rt_status rt_params_put(const struct rt_params *p, const struct rt_device *
         const struct rt_param *e = &p->at[i];
         for (int64_t first = 0, n; first < rt_param_elements(e); first += n) {
             n = smaller(PIECE, rt_param_elements(e) - first);
-            RT_TRY(download_all(p, d, &block, e->offset + first, n, piece, err));
+            RT_TRY(download_all(d, &block, e->offset + first, n, piece, err));
             if (rt_comm_rank(block.shard.comm) > 0)
                 continue;
             if (!rt_from_f32(out, dtype, piece, (size_t)n))

@@ -23,6 +23,7 @@ extern "C" {
 
 struct rt_cuda_lt;  /* gemm files */
 struct rt_cuda_dnn; /* attention files */
+struct rt_cuda_nccl; /* nccl.h */
 
 struct rt_dev {
     int index, sm_count;
@@ -34,6 +35,7 @@ struct rt_dev {
     void *encode_map;       /* the driver's cuTensorMapEncodeTiled, or NULL: no bulk tensor copies */
     struct rt_cuda_lt *lt;  /* opened with the device; NULL: cuBLASLt was not found, lt_why says why */
     struct rt_cuda_dnn *dnn;/* NULL: cuDNN was not found */
+    struct rt_cuda_nccl *nccl; /* NULL: this process is alone */
     char lt_why[160], dnn_why[160];
     char description[384];
 };
@@ -82,7 +84,9 @@ void rt_cuda_lt_close(struct rt_cuda_lt *lt);
 /* dnn.c: the same for cuDNN. */
 enum rt_status rt_cuda_dnn_open(struct rt_dev *dev, struct rt_cuda_dnn **out, char *why, int cap, struct rt_err *err);
 void rt_cuda_dnn_close(struct rt_cuda_dnn *dnn);
-/* Opens a shared library by the first of the names (NULL-terminated) that loads, also from the usual places of a CUDA installation. NULL: none. */
+/* Opens a shared library by the first of the names (NULL-terminated) that loads: as the system finds it (LD_LIBRARY_PATH), from lib and lib64 of NCCL_HOME,
+ * CUDA_HOME and CUDA_PATH, from the usual places of a CUDA installation, and from beside a cuBLASLt that is open already, as Python's packages lie
+ * (.../nvidia/nccl/lib beside .../nvidia/cublas/lib). NULL: none. */
 void *rt_cuda_dlopen(const char *const *names);
 
 /* Every operation, as rt_cuda_NAME; those that exist are in the table (table.c). */

@@ -1,4 +1,5 @@
-/* Devices, memory, queues, events, transfers and weights of the cuda backend. */
+/* Devices, memory, queues, events, transfers and weights of the cuda backend. Where the host is about to wait, rt_cuda_settle sees first that what is under
+ * way with other ranks can end. */
 #include "core/cuda/device.h"
 
 #include <stdio.h>
@@ -7,6 +8,7 @@
 #include "core/cuda/convert.h"
 #include "core/cuda/cuda.h"
 #include "core/cuda/group8.h"
+#include "core/cuda/nccl.h"
 #include "core/mem.h"
 
 #define UNUSED __attribute__((unused))
@@ -82,12 +84,16 @@ out:
 enum rt_status rt_cuda_open(const struct rt_dev_options *o, struct rt_dev **out, struct rt_err *err)
 {
     struct rt_dev *dev = NULL;
+    char nccl[32];
     enum rt_status st;
-    if (o->comm != NULL)
-        RT_FAIL(err, UNSUPPORTED, "the cuda backend trains with one rank; several take --device cpu");
     RT_TRY(rt_alloc(1, sizeof *dev, "a device", &dev, err));
     dev->index = o->index;
     RT_TRY(open_device(dev, err));
+    if (o->comm != NULL) {
+        const size_t used = strlen(dev->description);
+        RT_TRY(rt_cuda_nccl_open(dev, o->comm, &dev->nccl, nccl, sizeof nccl, err));
+        snprintf(dev->description + used, sizeof dev->description - used, ", %s", nccl);
+    }
     *out = dev;
     dev = NULL;
 out:
@@ -99,6 +105,7 @@ void rt_cuda_close(struct rt_dev *dev)
 {
     if (dev == NULL)
         return;
+    rt_cuda_nccl_close(dev->nccl);
     rt_cuda_dnn_close(dev->dnn);
     rt_cuda_lt_close(dev->lt);
     if (dev->pool != NULL)
@@ -143,8 +150,9 @@ out:
     return st;
 }
 
-void rt_cuda_free(UNUSED struct rt_dev *dev, void *p)
+void rt_cuda_free(struct rt_dev *dev, void *p)
 {
+    (void)rt_cuda_settle(dev, NULL);
     (void)cudaFree(p);
 }
 
@@ -158,8 +166,9 @@ enum rt_status rt_cuda_host_alloc(UNUSED struct rt_dev *dev, size_t bytes, void 
     return rt_cuda_check(e, "cudaMallocHost", err);
 }
 
-void rt_cuda_host_free(UNUSED struct rt_dev *dev, void *p)
+void rt_cuda_host_free(struct rt_dev *dev, void *p)
 {
+    (void)rt_cuda_settle(dev, NULL);
     (void)cudaFreeHost(p);
 }
 
@@ -212,10 +221,11 @@ out:
     return st;
 }
 
-void rt_cuda_queue_free(UNUSED struct rt_dev *dev, struct rt_queue *q)
+void rt_cuda_queue_free(struct rt_dev *dev, struct rt_queue *q)
 {
     if (q == NULL)
         return;
+    (void)rt_cuda_settle(dev, NULL);
     if (q->stream != NULL) {
         (void)cudaStreamSynchronize(q->stream);
         (void)cudaStreamDestroy(q->stream);
@@ -224,9 +234,13 @@ void rt_cuda_queue_free(UNUSED struct rt_dev *dev, struct rt_queue *q)
     rt_free(q);
 }
 
-enum rt_status rt_cuda_queue_sync(UNUSED struct rt_dev *dev, struct rt_queue *q, struct rt_err *err)
+enum rt_status rt_cuda_queue_sync(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err)
 {
-    return rt_cuda_check(cudaStreamSynchronize(q->stream), "cudaStreamSynchronize", err);
+    enum rt_status st;
+    RT_TRY(rt_cuda_settle(dev, err));
+    RT_CUDA_TRY(cudaStreamSynchronize(q->stream));
+out:
+    return st;
 }
 
 enum rt_status rt_cuda_event_create(UNUSED struct rt_dev *dev, struct rt_event **out, struct rt_err *err)
@@ -259,10 +273,11 @@ enum rt_status rt_cuda_event_wait(UNUSED struct rt_dev *dev, struct rt_queue *q,
     return rt_cuda_check(cudaStreamWaitEvent(q->stream, e->event, 0), "cudaStreamWaitEvent", err);
 }
 
-enum rt_status rt_cuda_event_elapsed(UNUSED struct rt_dev *dev, struct rt_event *from, struct rt_event *to, double *seconds, struct rt_err *err)
+enum rt_status rt_cuda_event_elapsed(struct rt_dev *dev, struct rt_event *from, struct rt_event *to, double *seconds, struct rt_err *err)
 {
     float ms = 0;
     enum rt_status st;
+    RT_TRY(rt_cuda_settle(dev, err));
     RT_CUDA_TRY(cudaEventSynchronize(to->event));
     RT_CUDA_TRY(cudaEventElapsedTime(&ms, from->event, to->event));
     *seconds = ms / 1000.0;
@@ -270,16 +285,26 @@ out:
     return st;
 }
 
-enum rt_status rt_cuda_event_sync(UNUSED struct rt_dev *dev, struct rt_event *e, struct rt_err *err)
+enum rt_status rt_cuda_event_sync(struct rt_dev *dev, struct rt_event *e, struct rt_err *err)
 {
-    return rt_cuda_check(cudaEventSynchronize(e->event), "cudaEventSynchronize", err);
+    enum rt_status st;
+    RT_TRY(rt_cuda_settle(dev, err));
+    RT_CUDA_TRY(cudaEventSynchronize(e->event));
+out:
+    return st;
 }
 
 /* ---- transfers ---- */
 
+/* Host memory that is not pinned is waited for by the call itself. */
 static enum rt_status copy(struct rt_queue *q, void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind, struct rt_err *err)
 {
-    return rt_cuda_check(cudaMemcpyAsync(dst, src, bytes, kind, q->stream), "cudaMemcpyAsync", err);
+    enum rt_status st;
+    if (kind != cudaMemcpyDeviceToDevice)
+        RT_TRY(rt_cuda_settle(q->dev, err));
+    RT_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, kind, q->stream));
+out:
+    return st;
 }
 
 enum rt_status rt_cuda_upload(UNUSED struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err)
@@ -300,28 +325,6 @@ enum rt_status rt_cuda_copy(UNUSED struct rt_dev *dev, struct rt_queue *q, void 
 enum rt_status rt_cuda_zero(UNUSED struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err)
 {
     return rt_cuda_check(cudaMemsetAsync(dst, 0, bytes, q->stream), "cudaMemsetAsync", err);
-}
-
-/* Opened for one rank alone: nothing to do. */
-enum rt_status rt_cuda_all_reduce(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
-enum rt_status rt_cuda_reduce_scatter(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
-enum rt_status rt_cuda_all_gather(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED struct rt_err *err)
-{
-    return RT_OK;
-}
-
-enum rt_status rt_cuda_broadcast(UNUSED struct rt_dev *dev, UNUSED struct rt_queue *q, UNUSED void *x, UNUSED int64_t n, UNUSED int root,
-                                 UNUSED struct rt_err *err)
-{
-    return RT_OK;
 }
 
 /* ---- weights ---- */
