@@ -18,7 +18,7 @@ static const double end_seconds = 10, kill_seconds = 15; /* after a rank failed 
 struct local {
     pid_t *pid; /* [n], 0: has ended */
     int n, left;
-    int failed, code; /* the first rank that failed, and its exit code; -1: none; 128 + number of a signal */
+    int failed, code; /* the first rank that failed, and its exit code, 128 + the number of a signal; -1: none */
 };
 
 /* The arguments as this process was started with: program, command, options. */
@@ -90,7 +90,8 @@ static void collect(struct local *l)
         const int code = WIFEXITED(how) ? WEXITSTATUS(how) : 128 + WTERMSIG(how);
         l->pid[i] = 0;
         l->left--;
-        if (code != 0 && l->failed < 0) {
+        /* what a rank says that lost another one (1) tells less than what that one says */
+        if (code != 0 && (l->failed < 0 || (l->code == 1 && code != 1))) {
             l->failed = i;
             l->code = code;
         }

@@ -15,6 +15,9 @@ static const char *const configs[] = {
     "{\"model_type\": \"llama\", \"vocab_size\": 61, \"hidden_size\": 24, \"intermediate_size\": 28, \"num_hidden_layers\": 2, "
     "\"num_attention_heads\": 6, \"num_key_value_heads\": 3, \"rms_norm_eps\": 1e-5, \"max_position_embeddings\": 64, "
     "\"tie_word_embeddings\": false, \"dtype\": \"float32\", \"initializer_range\": 0.2}",
+    "{\"model_type\": \"qwen2\", \"vocab_size\": 331, \"hidden_size\": 64, \"intermediate_size\": 160, \"num_hidden_layers\": 3, "
+    "\"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 64, "
+    "\"tie_word_embeddings\": true, \"rope_theta\": 10000.0, \"torch_dtype\": \"float32\", \"initializer_range\": 0.2}",
 };
 
 const char *tf_config(int config)
@@ -43,9 +46,14 @@ void tf_data(struct tf_data *t, int64_t vocab, uint64_t seed)
 
 void tf_open(struct tf *f, const struct rt_backend *be, int threads, int config, float scale)
 {
+    tf_open_on(f, be, &(struct rt_dev_options){.threads = threads}, config, scale);
+}
+
+void tf_open_on(struct tf *f, const struct rt_backend *be, const struct rt_dev_options *o, int config, float scale)
+{
     struct rt_err err = {0};
     memset(f, 0, sizeof *f);
-    assert_ok(rt_device_open(be, &(struct rt_dev_options){.threads = threads}, &f->d, &err));
+    assert_ok(rt_device_open(be, o, &f->d, &err));
     assert_ok(rt_student_config_parse(configs[config], strlen(configs[config]), "fixture", &f->c, &err));
     assert_ok(rt_params_create(&f->c, &f->p, &err));
     const size_t act = rt_device_act_size(&f->d);

@@ -6,7 +6,7 @@
 #include "student/save.h"
 #include "tests/suite.h"
 
-enum { TF_SEQS = 12, TF_LEN = 24, TF_K = 8, TF_TIED = 0, TF_UNTIED = 1, TF_DIM = 6 };
+enum { TF_SEQS = 12, TF_LEN = 24, TF_K = 8, TF_TIED = 0, TF_UNTIED = 1, TF_WIDE = 2, TF_DIM = 6 }; /* WIDE: heads that a GPU takes */
 
 /* TF_SEQS sequences of 8 .. 23 random tokens; the first third of each is the prompt. */
 struct tf_data {
@@ -31,6 +31,7 @@ struct tf {
 };
 /* A student with random parameters of deviation `scale`. */
 void tf_open(struct tf *f, const struct rt_backend *be, int threads, int config, float scale);
+void tf_open_on(struct tf *f, const struct rt_backend *be, const struct rt_dev_options *o, int config, float scale);
 void tf_close(struct tf *f);
 const char *tf_config(int config);
 
