@@ -2,10 +2,12 @@
  * sequences, on 1 GPU and on N of this machine, each rank a process of its own.
  *
  *     bench_cuda_scaling [--shape 1.5b|0.5b] [--gpus 2] [--tokens 524288,65536] [--micro 32768] [--length 1024] [--seconds 12]
+ *                        [--bucket 16777216] [--ways 0123]
  *
  * tokens: of a global batch, the same on every number of GPUs. Each line: the time of a step, the mean over as many as fit into --seconds (two at least, after
- * some that warm up); tokens a second of all GPUs; and the ratio to one GPU. "one after the other": the sums begin when backward is done, and the next
- * forward when everything is gathered. The losses of the last step are printed, too: with and without overlap they are the same bits.
+ * some that warm up); tokens a second of all GPUs; and the ratio to one GPU. ways: 0 one GPU; 1 the sums begin when backward is done, and one thing follows
+ * another; 2 parameters are gathered while the next bucket is updated; 3 the sums, too, begin while backward runs. bucket: elements of a bucket at least. The losses
+ * of the last step are printed, too: the ways give the same bits. Then what the exchange of a whole block takes by itself.
  */
 #include <math.h>
 #include <stdio.h>
@@ -41,11 +43,13 @@ struct job {
     int gpus;
     int64_t tokens[MAX_CASES], micro, length;
     int n_tokens;
+    int64_t bucket;
+    const char *ways;
     double seconds;
 };
 
 struct result {
-    double seconds, loss, norm;
+    double seconds, loss, norm, sum, gather; /* sum, gather: seconds of a whole block's */
     int steps;
 };
 
@@ -53,8 +57,7 @@ struct result {
 
 struct rank {
     const struct job *job;
-    int rank, size, port;
-    bool overlap;
+    int rank, size, port, way;
     struct rt_comm *comm;
     struct rt_device d;
     struct rt_student_config c;
@@ -142,6 +145,30 @@ static void close_rank(struct rank *r)
     rt_free(r->mask);
 }
 
+/* Seconds that an exchange of a whole block takes by itself. */
+static enum rt_status alone(struct rank *r, struct result *out, struct rt_err *err)
+{
+    enum { TIMES = 5 };
+    enum rt_status st = RT_OK;
+    const struct rt_backend *be = r->d.be;
+    double *const seconds[] = {&out->sum, &out->gather};
+    for (int what = 0; what < 2 && r->size > 1; what++) {
+        double begin = 0;
+        for (int i = -1; i < TIMES; i++) {
+            if (i == 0) {
+                RT_TRY(rt_device_sync(&r->d, err));
+                begin = rt_now();
+            }
+            RT_TRY(what == 0 ? be->reduce_scatter(r->d.dev, r->d.q, rt_student_grads(r->s), r->p.elements, err)
+                             : be->all_gather(r->d.dev, r->d.q, rt_student_block(r->s), r->p.elements, err));
+        }
+        RT_TRY(rt_device_sync(&r->d, err));
+        *seconds[what] = (rt_now() - begin) / TIMES;
+    }
+out:
+    return st;
+}
+
 /* Steps until the time is over, by rank 0's clock. */
 static enum rt_status measure(struct rank *r, int64_t tokens, struct result *out, struct rt_err *err)
 {
@@ -151,7 +178,7 @@ static enum rt_status measure(struct rank *r, int64_t tokens, struct result *out
     struct rt_step_result x;
     const struct rt_trainer_options o = {
         .w = {.ce = 1, .T = 1}, .teacher_T = 1, .adamw = {0.9, 0.95, 1e-8, 0.1, 1, true, false, 0}, .batch_tokens = tokens, .micro_tokens = r->job->micro, .seed = 1,
-        .ranks = r->size, .comm = r->comm, .bucket = 1 << 24, .overlap = r->overlap};
+        .ranks = r->size, .comm = r->comm, .bucket = r->job->bucket, .overlap = r->way >= 2, .early = r->way >= 3};
     const int warm = (int)(tokens > 131072 ? 1 : (131072 + tokens - 1) / tokens + 1);
     bool more = true;
     double begin = 0;
@@ -173,15 +200,16 @@ static enum rt_status measure(struct rank *r, int64_t tokens, struct result *out
     out->seconds = (rt_now() - begin) / out->steps;
     out->loss = x.loss;
     out->norm = x.grad_norm;
+    RT_TRY(alone(r, out, err));
 out:
     rt_trainer_close(&t);
     return st;
 }
 
 /* In a child: every number of tokens; rank 0 writes what came out to fd. Does not return. */
-static void be_rank(const struct job *job, int rank, int size, int port, bool overlap, int fd)
+static void be_rank(const struct job *job, int rank, int size, int port, int way, int fd)
 {
-    struct rank r = {.job = job, .rank = rank, .size = size, .port = port, .overlap = overlap};
+    struct rank r = {.job = job, .rank = rank, .size = size, .port = port, .way = way};
     struct result x[MAX_CASES] = {{0}};
     struct rt_err err = {0};
     enum rt_status st;
@@ -201,7 +229,7 @@ out:
 
 /* ---- the table ---- */
 
-static bool run(const struct job *job, int size, bool overlap, struct result x[MAX_CASES])
+static bool run(const struct job *job, int size, int way, struct result x[MAX_CASES])
 {
     struct rt_err err = {0};
     int fd[2], port, listener;
@@ -211,7 +239,7 @@ static bool run(const struct job *job, int size, bool overlap, struct result x[M
     rt_net_close(listener);
     for (int i = 0; i < size; i++)
         if (fork() == 0)
-            be_rank(job, i, size, port, overlap, fd[1]);
+            be_rank(job, i, size, port, way, fd[1]);
     close(fd[1]);
     good = read(fd[0], x, MAX_CASES * sizeof *x) == (ssize_t)(MAX_CASES * sizeof *x);
     close(fd[0]);
@@ -225,9 +253,9 @@ static void print_line(const struct job *job, int i, int size, const char *how, 
     const double rate = (double)job->tokens[i] / x->seconds;
     printf("%-5s %8ld tokens a step  %d GPU%s %-22s %9.2f ms a step (%3d) %9.0f tokens/s", job->shape->name, (long)job->tokens[i], size, size > 1 ? "s" : " ", how,
            x->seconds * 1e3, x->steps, rate);
-    if (size > 1)
+    if (size > 1 && one->seconds > 0)
         printf("  %.3f x one", one->seconds / x->seconds);
-    printf("   loss %.5f norm %.5f\n", x->loss, x->norm);
+    printf("   loss %.8f norm %.8f\n", x->loss, x->norm);
     fflush(stdout);
 }
 
@@ -244,6 +272,10 @@ static bool options(struct job *job, int argc, char **argv)
             job->micro = atol(v);
         else if (strcmp(argv[i], "--length") == 0)
             job->length = atol(v);
+        else if (strcmp(argv[i], "--bucket") == 0)
+            job->bucket = atol(v);
+        else if (strcmp(argv[i], "--ways") == 0)
+            job->ways = v;
         else if (strcmp(argv[i], "--seconds") == 0)
             job->seconds = atof(v);
         else if (strcmp(argv[i], "--tokens") == 0) {
@@ -263,20 +295,25 @@ static bool options(struct job *job, int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    struct job job = {.shape = &shapes[1], .gpus = 2, .tokens = {524288, 65536}, .n_tokens = 2, .micro = 32768, .length = 1024, .seconds = 12};
-    static struct result x[3][MAX_CASES];
-    static const char *const how[] = {"", "one after the other", "overlapped"};
+    struct job job = {.shape = &shapes[1], .gpus = 2, .tokens = {524288, 65536}, .n_tokens = 2, .micro = 32768, .length = 1024, .bucket = 1 << 24, .ways = "0123", .seconds = 12};
+    static struct result x[4][MAX_CASES];
+    static const char *const how[] = {"", "one after the other", "gathering overlaps", "both overlap"};
     if (!options(&job, argc, argv)) {
-        fprintf(stderr, "usage: bench_cuda_scaling [--shape 1.5b|0.5b] [--gpus 2] [--tokens 524288,65536] [--micro 32768] [--length 1024] [--seconds 12]\n");
+        fprintf(stderr, "usage: bench_cuda_scaling [--shape 1.5b|0.5b] [--gpus 2] [--tokens 524288,65536] [--micro 32768] [--length 1024] [--seconds 12]\n"
+                        "                          [--bucket 16777216] [--ways 0123]\n");
         return 2;
     }
-    for (int k = 0; k < (job.gpus > 1 ? 3 : 1); k++) { /* nothing touches a GPU before the ranks are forked */
-        if (!run(&job, k == 0 ? 1 : job.gpus, k == 2, x[k])) {
+    for (int k = 0; k < 4; k++) { /* nothing touches a GPU before the ranks are forked */
+        if (strchr(job.ways, '0' + k) == NULL || (k > 0 && job.gpus == 1))
+            continue;
+        if (!run(&job, k == 0 ? 1 : job.gpus, k, x[k])) {
             fprintf(stderr, "bench_cuda_scaling: no result on %d GPUs\n", k == 0 ? 1 : job.gpus);
             return 5;
         }
         for (int i = 0; i < job.n_tokens; i++)
             print_line(&job, i, k == 0 ? 1 : job.gpus, how[k], &x[k][i], &x[0][i]);
+        if (k > 0)
+            printf("      a whole block's exchange by itself: sum %.2f ms, gathering %.2f ms\n", x[k][0].sum * 1e3, x[k][0].gather * 1e3);
     }
     return 0;
 }

@@ -506,7 +506,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     r->o.ranks = r->rank.size;
     const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};
     RT_TRY(rt_command_device_with(r->ctx, &v->common, ops, n_ops, &device, &r->device, err));
-    r->o.overlap = r->device.be->own_memory; /* on the host a sum is work of the same cores */
+    r->o.overlap = r->o.early = r->device.be->own_memory; /* on the host a sum is work of the same cores */
     r->o.bucket = r->o.overlap ? BUCKET : 0;
     RT_TRY(plan_memory(r, err));
     log_plan(r);

@@ -253,6 +253,8 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
     RT_TRY(rt_rank_from_env(&r.rank, err));
     if (v->common.dry_run && r.rank.size == 1) /* a plan of what --gpus would start */
         r.rank.size = (int)v->common.gpus;
+    else if (r.rank.size == 1 && v->common.gpus > 1)
+        RT_FAIL(err, USAGE, "--gpus %d: several GPUs train one run (`retort train`); here each run takes one", (int)v->common.gpus);
     if (r.rank.rank > 0 && ctx->log != NULL && ctx->log->level > RT_LOG_WARN && !v->common.verbose) /* what is to be said, rank 0 says */
         ctx->log->level = RT_LOG_WARN;
     RT_TRY(rt_train_prepare(&r, err));

@@ -46,7 +46,7 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     RT_TRY(rt_device_arena(t->d, mem.grads, "gradients", &t->grads, err));
     RT_TRY(rt_student_attach_grads(s, &t->grads, err));
     RT_TRY(rt_device_arena(t->d, mem.moments, "moments", &t->moments, err));
-    RT_TRY(rt_optimizer_init_shard(&t->opt, s, &o->adamw, &(struct rt_optimizer_ranks){o->comm, o->bucket, o->overlap}, &t->moments, err));
+    RT_TRY(rt_optimizer_init_shard(&t->opt, s, &o->adamw, &(struct rt_optimizer_ranks){o->comm, o->bucket, o->overlap, o->early}, &t->moments, err));
     RT_TRY(rt_device_arena(t->d, mem.activations, "activations", &t->acts, err));
     RT_TRY(rt_device_arena(t->d, mem.losses + mem.projectors, "losses", &t->scratch, err));
     RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, o->k, &t->o.map, true, &t->scratch, err));

@@ -35,7 +35,7 @@ struct rt_trainer_options {
     int ranks;                   /* for a plan: how many there are, or will be; 0 is 1 */
     struct rt_comm *comm;        /* NULL: one rank; else the one that the student's device was opened with, borrowed */
     int64_t bucket;              /* of several ranks: elements whose gradients are summed, and parameters gathered, at a time; 0: all */
-    bool overlap;                /* beside the computation: the same bits */
+    bool overlap, early;         /* what of it runs beside the computation (student/optimizer.h); the same bits */
 };
 
 /* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */

@@ -1,5 +1,6 @@
 /* What ranks that share a block exchange during a step: gradients are summed and parameters gathered bucket by bucket, on a queue of their own, beside what
- * the device computes (student/params.h says what a bucket is). Where a queue orders nothing (host devices) each call does its work at once.
+ * the device computes (student/params.h says what a bucket is). Where a queue orders nothing (host devices) each call does its work at once. The bits do
+ * not depend on what runs beside what.
  *
  * A step is
  *   rt_exchange_begin;  rt_exchange_sum as often as gradients become complete;  rt_exchange_sum_rest;  then, on the device's queue, whatever reads the sums;
@@ -22,7 +23,7 @@ struct rt_exchange {
     bool begun;                             /* sums were, and not all of them are handed out */
     int left;                               /* buckets that are not summed yet */
 };
-/* shard is borrowed. overlap false: everything on the device's queue. Nothing is made for one rank. */
+/* shard is borrowed. overlap false: everything on the device's queue, bucket by bucket. Nothing is made for one rank. */
 enum rt_status rt_exchange_open(struct rt_exchange *x, const struct rt_device *d, const struct rt_param_shard *shard, bool overlap, struct rt_err *err);
 void rt_exchange_close(struct rt_exchange *x); /* zeroed is fine */
 

@@ -102,7 +102,7 @@ enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_stude
 {
     enum rt_status st;
     const struct rt_param_shard shard = rt_param_shard(s->p, ranks->comm, ranks->bucket);
-    *opt = (struct rt_optimizer){.s = s, .o = *o};
+    *opt = (struct rt_optimizer){.s = s, .o = *o, .early = ranks->overlap && ranks->early};
     RT_TRY(rt_adamw_state_init(&opt->state, s->d, shard.n, o, arena, err));
     opt->state.shard = shard;
     RT_TRY(rt_exchange_open(&opt->exchange, s->d, &opt->state.shard, ranks->overlap, err));
@@ -122,12 +122,14 @@ void rt_optimizer_close(struct rt_optimizer *opt)
 static enum rt_status sum_from(void *self, int64_t from, struct rt_err *err)
 {
     struct rt_optimizer *opt = self;
+    if (from > 0 && !opt->early)
+        return RT_OK;
     return rt_exchange_sum(&opt->exchange, opt->s->grads, from, err);
 }
 
 void rt_optimizer_reduce_begin(struct rt_optimizer *opt)
 {
-    if (opt->state.shard.comm == NULL || !opt->exchange.overlap)
+    if (opt->state.shard.comm == NULL)
         return;
     rt_exchange_begin(&opt->exchange);
     rt_student_watch_grads(opt->s, sum_from, opt);

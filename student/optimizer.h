@@ -61,6 +61,7 @@ struct rt_optimizer {
     struct rt_adamw o;
     struct rt_adamw_state state; /* cut from the caller's arena */
     struct rt_exchange exchange; /* with the other ranks */
+    bool early;
     int64_t step;  /* steps taken; part of a checkpoint with the state */
 };
 
@@ -68,7 +69,8 @@ struct rt_optimizer {
 struct rt_optimizer_ranks {
     struct rt_comm *comm; /* borrowed; the one that the student's device was opened with. NULL: one rank */
     int64_t bucket;       /* elements of rt_param_shard */
-    bool overlap;         /* sums and gathering beside the computation; the same bits */
+    bool overlap;         /* parameters are gathered while the next bucket is updated; the same bits */
+    bool early;           /* with overlap: sums begin while backward runs; the same bits */
 };
 
 /* Bytes of the arena for rt_optimizer_init; of rank 0's shard, the largest, where there are several ranks. */
@@ -83,7 +85,7 @@ enum rt_status rt_optimizer_init_shard(struct rt_optimizer *opt, struct rt_stude
                                        struct rt_arena *arena, struct rt_err *err);
 void rt_optimizer_close(struct rt_optimizer *opt); /* zeroed is fine; nothing for one rank */
 /* For several ranks, else nothing: gradients = sum over ranks, of this rank's parts alone; between the last backward and the step. After `begin`, called
- * before that backward, the sums of layers start as backward leaves them (with overlap; else it changes nothing). */
+ * before that backward, the sums are handed out as backward leaves the layers (early), or when it ends; else all of them here. */
 void rt_optimizer_reduce_begin(struct rt_optimizer *opt);
 enum rt_status rt_optimizer_reduce(struct rt_optimizer *opt, struct rt_err *err);
 /* Global norm of the (reduced) gradients. */

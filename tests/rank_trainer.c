@@ -73,6 +73,7 @@ static struct rt_trainer_options options(const struct rank_run *r, struct rt_com
     o.ranks = r->size;
     o.bucket = r->bucket;
     o.overlap = r->overlap;
+    o.early = r->early;
     o.micro_tokens = 30; /* several micro-batches a rank, and at times none */
     if (r->states) {
         o.w.feature = 0.3;
@@ -114,7 +115,7 @@ static enum rt_status train(void *self, int rank, struct rt_comm *comm, struct r
     }
     for (int i = 0; i < r->steps; i++) {
         struct rt_step_result x;
-        RT_TRY(rt_trainer_step(&t, 1e-2, false, &x, err));
+        RT_TRY(rt_trainer_step(&t, r->lr > 0 ? r->lr : 1e-2, false, &x, err));
         s->loss[rank][i] = x.loss;
         s->norm[rank][i] = x.grad_norm;
     }

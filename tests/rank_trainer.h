@@ -11,8 +11,8 @@ struct rank_run {
     struct tf_data *data;
     int size, config, steps;
     int64_t bucket;
-    bool overlap, bf16_moments, states;
-    double clip;
+    bool overlap, early, bf16_moments, states;
+    double clip, lr;       /* lr 0: 1e-2 */
     const char *from, *to; /* checkpoints: directories to begin from and to leave behind; NULL: none */
     /* what came out, on every rank alike */
     double loss[RANK_STEPS], norm[RANK_STEPS];

@@ -61,7 +61,7 @@ static void test_same_bits(void **state)
         struct rank_run r[4];
         for (int i = 0; i < 4; i++) {
             r[i] = (struct rank_run){.be = &rt_backend_cpu, .data = data, .size = size, .config = TF_WIDE, .steps = 6, .states = true, .bucket = i == 0 ? 0 : i == 1 ? 1 : 40000,
-                                     .overlap = i % 2 == 1};
+                                     .overlap = i % 2 == 1, .early = i == 1};
             rank_run(&r[i]);
             assert_memory_equal(r[i].loss, r[0].loss, sizeof r[0].loss);
             assert_memory_equal(r[i].block, r[0].block, (size_t)r[0].elements * sizeof(float));
@@ -105,6 +105,7 @@ static enum rt_status train_counted(void *self, int rank, struct rt_comm *comm, 
     o.comm = comm;
     o.bucket = r->bucket;
     o.overlap = r->overlap;
+    o.early = r->early;
     tf_open_on(&f, r->be, &(struct rt_dev_options){.threads = 1, .comm = comm}, r->config, 0.3f);
     struct rt_train_set *set = tf_set(r->data, &f, false);
     RT_TRY(rt_trainer_open(&t, f.s, &set, weight, 1, &o, err));
@@ -120,7 +121,7 @@ out:
     return st;
 }
 
-/* With overlap all sums but the embedding's bucket are under way when the embedding's gradient is computed, without it none is. */
+/* Where sums are early, all but the embedding's bucket are under way when the embedding's gradient is computed; else none is. */
 static void test_when(void **state)
 {
     (void)state;
@@ -130,11 +131,11 @@ static void test_when(void **state)
     enum rt_status st[RANK_TRAINERS];
     be.reduce_scatter = count_sum;
     be.embed_bwd = count_embed;
-    for (int overlap = 0; overlap < 2; overlap++) {
-        struct rank_run r = {.be = &be, .data = data, .size = 2, .config = TF_WIDE, .bucket = 1, .overlap = overlap == 1};
+    for (int way = 0; way < 3; way++) {
+        struct rank_run r = {.be = &be, .data = data, .size = 2, .config = TF_WIDE, .bucket = 1, .overlap = way > 0, .early = way > 1};
         assert_int_equal(rank_threads(2, 20, train_counted, &r, err, st), RT_OK);
         assert_int_equal(most.sums, 4); /* three layers, the last with the final norm, and the embedding */
-        assert_int_equal(most.before_embedding, overlap == 1 ? 3 : 0);
+        assert_int_equal(most.before_embedding, way > 1 ? 3 : 0);
     }
     free(data);
 }
@@ -148,7 +149,7 @@ static void test_checkpoint(void **state)
     struct tf_data *data = data_of(TF_WIDE);
     char dir[512], end[2][512];
     snprintf(dir, sizeof dir, "%s", test_tmp("exchange-two"));
-    struct rank_run whole = {.be = &rt_backend_cpu, .data = data, .size = 2, .config = TF_WIDE, .steps = 12, .bucket = 1, .overlap = true, .states = true, .clip = 1};
+    struct rank_run whole = {.be = &rt_backend_cpu, .data = data, .size = 2, .config = TF_WIDE, .steps = 12, .bucket = 1, .overlap = true, .early = true, .states = true, .clip = 1};
     struct rank_run first = whole;
     first.steps = 5;
     first.to = dir;

@@ -331,6 +331,71 @@ static void test_out_of_step(void **state)
     assert_true(strstr(r[0].err.msg, "out of step") != NULL || strstr(r[1].err.msg, "out of step") != NULL);
 }
 
+/* Looking after the others takes nothing from a collective, and finds their last words. */
+static void *looked_after(void *self)
+{
+    struct rank *r = self;
+    struct rt_comm *c = NULL;
+    struct rt_err why = {0};
+    enum rt_status st;
+    double x = r->rank;
+    RT_TRY(open_comm(r, &c));
+    if (r->rank == 1) {
+        RT_TRY(rt_comm_send(c, 0, &x, sizeof x, &r->err));
+        RT_TRY(rt_comm_recv(c, 0, &x, sizeof x, &r->err));
+        rt_comm_abort(c, "the disk of rank one is full");
+        goto out;
+    }
+    for (int i = 0; i < 20; i++, usleep(5000))
+        RT_TRY(rt_comm_check(c, &r->err));
+    RT_TRY(rt_comm_recv(c, 1, &x, sizeof x, &r->err));
+    CHECK(x == 1);
+    RT_TRY(rt_comm_send(c, 1, &x, sizeof x, &r->err));
+    for (const double end = rt_now() + 5; rt_now() < end && rt_comm_check(c, &why) == RT_OK;)
+        usleep(1000);
+    CHECK(why.status == RT_IO && strstr(why.msg, "rank 1 of 2") != NULL && strstr(why.msg, "disk of rank one") != NULL);
+    CHECK(rt_comm_check(c, NULL) == RT_IO && rt_comm_sum(c, &x, 1, NULL) == RT_IO);
+out:
+    r->st = st != RT_OK ? st : r->st;
+    rt_comm_free(c);
+    return NULL;
+}
+
+static void *called(void *self)
+{
+    struct rank *r = self;
+    struct rt_comm *c = NULL;
+    enum rt_status st;
+    RT_TRY(open_comm(r, &c));
+    RT_TRY(rt_comm_roll_call(c, 5, &r->err));
+    if (r->rank == 1)
+        sleep(2);
+    else
+        RT_TRY(rt_comm_roll_call(c, 0.3, &r->err));
+out:
+    r->st = st;
+    rt_comm_free(c);
+    return NULL;
+}
+
+static void test_check(void **state)
+{
+    (void)state;
+    struct rank two[2] = {{0}}, three[3] = {{0}};
+    start(two, 2, looked_after);
+    join(two, 2);
+    for (int i = 0; i < 2; i++)
+        if (two[i].st != RT_OK)
+            fail_msg("rank %d: %s", i, two[i].err.msg);
+    start(three, 3, called);
+    join(three, 3);
+    for (int i = 0; i < 3; i += 2) {
+        assert_int_equal(three[i].st, RT_IO);
+        assert_non_null(strstr(three[i].err.msg, "rank 1 of 3"));
+    }
+    assert_true(rt_comm_check(NULL, NULL) == RT_OK && rt_comm_roll_call(NULL, 1, NULL) == RT_OK && rt_comm_timeout(NULL) == 0);
+}
+
 /* ---- who may come in ---- */
 
 /* Two ranks of which one is of another run: it is told so, and the other gives up when its time is over. */
@@ -507,58 +572,9 @@ static void test_taken(void **state)
     rt_net_close(fd);
 }
 
-static const struct {
-    const char *list, *host;
-} lists[] = {
-    {"gpu7", "gpu7"}, {"gpu7,gpu9", "gpu7"}, {"gpu[003-010,012],x", "gpu003"}, {"n[5]", "n5"}, {"n[5,7]", "n5"}, {"", NULL}, {"n[", NULL}, {"n[]", NULL}, {",x", NULL},
-};
-
-static void test_meeting_place(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    const struct rt_rank rank = {1, 4, 1};
-    char host[RT_RANK_HOST];
-    int port;
-    static const char *const names[] = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST",
-                                        "SLURM_NODELIST", "OMPI_COMM_WORLD_LOCAL_SIZE"};
-    for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++) {
-        assert_true(rt_rank_first_host(lists[i].list, host) == (lists[i].host != NULL));
-        if (lists[i].host != NULL)
-            assert_string_equal(host, lists[i].host);
-    }
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
-        unsetenv(names[i]);
-    assert_status(rt_rank_meeting(&rank, host, &port, &err), USAGE);
-    setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4", 1);
-    assert_ok(rt_rank_meeting(&rank, host, &port, &err));
-    assert_string_equal(host, "127.0.0.1");
-    assert_int_equal(port, 29500);
-    setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2", 1);
-    assert_status(rt_rank_meeting(&rank, host, &port, &err), USAGE);
-    setenv("SLURM_PROCID", "1", 1);
-    setenv("SLURM_JOB_ID", "7000123", 1);
-    setenv("SLURM_STEP_NODELIST", "a[2-3]", 1);
-    assert_ok(rt_rank_meeting(&rank, host, &port, &err));
-    assert_string_equal(host, "a2");
-    assert_int_equal(port, 29623);
-    setenv("MASTER_ADDR", "head", 1);
-    setenv("MASTER_PORT", "4000", 1);
-    assert_ok(rt_rank_meeting(&rank, host, &port, &err));
-    assert_string_equal(host, "head");
-    assert_int_equal(port, 4000);
-    setenv("TORCHELASTIC_USE_AGENT_STORE", "True", 1);
-    assert_ok(rt_rank_meeting(&rank, host, &port, &err));
-    assert_int_equal(port, 4001);
-    setenv("MASTER_PORT", "70000", 1);
-    assert_status(rt_rank_meeting(&rank, host, &port, &err), USAGE);
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
-        unsetenv(names[i]);
-}
-
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_shard),    cmocka_unit_test(test_collectives), cmocka_unit_test(test_backend),  cmocka_unit_test(test_lost),
-    cmocka_unit_test(test_silent),   cmocka_unit_test(test_out_of_step), cmocka_unit_test(test_identity), cmocka_unit_test(test_nobody),
-    cmocka_unit_test(test_strangers), cmocka_unit_test(test_impostor),   cmocka_unit_test(test_liar),        cmocka_unit_test(test_taken),    cmocka_unit_test(test_meeting_place),
+    cmocka_unit_test(test_silent),   cmocka_unit_test(test_check), cmocka_unit_test(test_out_of_step), cmocka_unit_test(test_identity), cmocka_unit_test(test_nobody),
+    cmocka_unit_test(test_strangers), cmocka_unit_test(test_impostor),   cmocka_unit_test(test_liar),        cmocka_unit_test(test_taken),
 };
 RT_SUITE(ranks, tests)
