@@ -95,7 +95,8 @@ static inline struct rt_param_block rt_param_block(const struct rt_device *d, co
  * gaps are zeroed. */
 enum rt_status rt_params_load(const struct rt_params *p, const struct rt_device *d, struct rt_param_block block, const struct rt_tensors *t,
                               struct rt_err *err);
-/* block = N(0, initializer_range) for matrices, 1 for norms, 0 for biases. An element depends on (seed, name, index) alone. */
+/* block = N(0, initializer_range), rounded to BF16, for matrices, 1 for norms, 0 for biases. An element depends on (seed, name, index) alone: every
+ * backend begins with the same student. */
 enum rt_status rt_params_init(const struct rt_params *p, const struct rt_device *d, void *block, double initializer_range,
                               uint64_t seed, struct rt_err *err);
 

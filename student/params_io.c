@@ -211,7 +211,7 @@ enum rt_status rt_params_init(const struct rt_params *p, const struct rt_device 
             for (int64_t j = 0; j < n; j++)
                 piece[j] = e->kind == RT_PARAM_NORM
                                ? 1
-                               : (float)(initializer_range * rt_rng_normal(seed, stream, (uint64_t)(first + j)));
+                               : rt_bf16_to_f32(rt_f32_to_bf16((float)(initializer_range * rt_rng_normal(seed, stream, (uint64_t)(first + j)))));
             RT_TRY(rt_param_upload(d, block, e, first, n, piece, err));
         }
     }
