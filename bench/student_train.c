@@ -1,228 +1,418 @@
-/* Training speed of a student beside the same multiplications by plain OpenBLAS.
+/* Speed of training a student along the way that `retort train` takes: shards on disk, loader, packing, micro-batches, losses, optimiser.
  *
- *     bench_student_train --model 10m|135m|FILE [options]          --help lists them
+ *     bench_student_train --model 10m|135m|0.5b|1.5b|7b|FILE [options] [-- options of train]          --help lists them
  *
- * Ours is one optimiser step: forward, cross-entropy and KL over the stored top k (bucket tail, T 2), backward, AdamW, with random
- * parameters and rows. The plain side runs the products of that step at their real shapes: forward, both gradients of each matrix,
- * causal attention forward and backward, the head's three products. It does no norm, loss, activation, optimiser.
+ * Parameters, tokens and rows are random; nothing is kept decoded between epochs, as in a set that memory does not hold. A line a loss: tokens a second over
+ * the timed steps, what part of the peak that is (the formula that `train` names), how much of the time the step waited for data, device memory in use, and
+ * beside it the rate of the parts alone: the last micro-batch again and again, packed and uploaded once, and the optimiser's step.
+ *
+ * --loader measures the loader without a device: tokens a second and thread. --peer runs bench/student_peer.py beside it, where python3 has PyTorch
+ * and transformers, and prints the ratio.
  */
 #include <math.h>
+#include <unistd.h>
 
-#include "bench/bench.h"
+#include "bench/train_data.h"
 #include "core/io.h"
-#include "student/optimizer.h"
+#include "core/log.h"
+#include "core/options.h"
+#include "distill/train_run.h"
 
 struct values {
-    const char *model;
-    int64_t sequences, length, pairs, threads, top_k;
-    bool json, list, help, no_plain;
+    const char *model, *device, *loss, *dir, *peer;
+    int64_t length, batch_tokens, micro_tokens, top_k, steps, threads, loader_threads, gpu_memory, data_tokens;
+    bool mixed, loader, parts, verbose, json, help;
 };
 
 #define V(field) offsetof(struct values, field)
 static const struct rt_opt options[] = {
-    {"model", RT_OPT_STRING, V(model), NULL, 0, 0, NULL, "10m|135m|FILE", "geometry: 10 million parameters, SmolLM2-135M, or a config.json", true, false},
-    {"sequences", RT_OPT_INT, V(sequences), "4", 1, 1e6, NULL, "N", "sequences of a step", false, false},
-    {"length", RT_OPT_INT, V(length), "512", 2, 1e6, NULL, "N", "tokens of a sequence", false, false},
-    {"pairs", RT_OPT_INT, V(pairs), "7", 1, BENCH_PAIRS, NULL, "N", "pairs of timings", false, false},
-    {"threads", RT_OPT_INT, V(threads), "2", 0, 1024, NULL, "N", "threads of both sides, 0 takes all", false, false},
-    {"top-k", RT_OPT_INT, V(top_k), "64", 0, 4096, NULL, "N", "teacher's entries of a row, 0: cross-entropy alone", false, false},
-    {"alone", RT_OPT_FLAG, V(no_plain), NULL, 0, 0, NULL, NULL, "ours only, for a profiler", false, false},
-    {"list", RT_OPT_FLAG, V(list), NULL, 0, 0, NULL, NULL, "also print the speed of each plain product", false, false},
-    {"json", RT_OPT_FLAG, V(json), NULL, 0, 0, NULL, NULL, "one JSON object a case", false, false},
+    {"model", RT_OPT_STRING, V(model), NULL, 0, 0, NULL, "10m|135m|0.5b|1.5b|7b|FILE", "geometry: ten million parameters, SmolLM2-135M, Qwen2.5, or a config.json", true, false},
+    {"device", RT_OPT_CHOICE, V(device), "auto", 0, 0, "auto|cpu|cuda|ref", NULL, "where to train", false, false},
+    {"loss", RT_OPT_CHOICE, V(loss), "both", 0, 0, "both|ce|kd", NULL, "cross-entropy on plain token ids; half of it and half KL to stored rows at T = 2", false, false},
+    {"length", RT_OPT_INT, V(length), "1024", 2, 1e6, NULL, "N", "tokens of a sequence", false, false},
+    {"mixed", RT_OPT_FLAG, V(mixed), NULL, 0, 0, NULL, NULL, "documents of a sixteenth of --length up to all of it, packed", false, false},
+    {"batch-tokens", RT_OPT_INT, V(batch_tokens), "524288", 2, 1e9, NULL, "N", "tokens of an optimiser step", false, false},
+    {"micro-tokens", RT_OPT_INT, V(micro_tokens), "0", 0, 1e9, NULL, "N", "tokens of a micro-batch, 0: planned from memory as `train` does", false, false},
+    {"top-k", RT_OPT_INT, V(top_k), "64", 1, 256, NULL, "N", "teacher's entries of a row", false, false},
+    {"steps", RT_OPT_INT, V(steps), "3", 1, 1e6, NULL, "N", "timed steps, behind one that is not", false, false},
+    {"data-tokens", RT_OPT_INT, V(data_tokens), "0", 0, 1e9, NULL, "N", "tokens on disk, 0: as many as a step has", false, false},
+    {"threads", RT_OPT_INT, V(threads), "0", 0, 1024, NULL, "N", "threads that compute on a CPU, 0 takes all", false, false},
+    {"loader-threads", RT_OPT_INT, V(loader_threads), "-1", -1, 256, NULL, "N", "threads that decode ahead, -1: as `train` chooses", false, false},
+    {"gpu-memory", RT_OPT_BYTES, V(gpu_memory), "0", 0, 9e18, NULL, "24G", "GPU memory to stay within, 0: what is free", false, false},
+    {"loader", RT_OPT_FLAG, V(loader), NULL, 0, 0, NULL, NULL, "the loader alone", false, false},
+    {"parts", RT_OPT_FLAG, V(parts), "yes", 0, 0, NULL, NULL, "also measure the parts alone", false, false},
+    {"peer", RT_OPT_STRING, V(peer), NULL, 0, 0, NULL, "ARGUMENTS", "run bench/student_peer.py with these arguments (\"\": none) and print the ratio", false, false},
+    {"dir", RT_OPT_STRING, V(dir), NULL, 0, 0, NULL, "DIR", "where the data go, under a name of their own; default: $TMPDIR or /tmp", false, false},
+    {"verbose", RT_OPT_FLAG, V(verbose), NULL, 0, 0, NULL, NULL, "the log of planning", false, false},
+    {"json", RT_OPT_FLAG, V(json), NULL, 0, 0, NULL, NULL, "one JSON object a line", false, false},
     {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
     {0},
 };
 
-static const char config_10m[] =
-    "{\"model_type\":\"llama\",\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":8192,\"hidden_size\":256,\"intermediate_size\":1024,"
-    "\"num_hidden_layers\":8,\"num_attention_heads\":4,\"num_key_value_heads\":2,\"head_dim\":64,\"hidden_act\":\"silu\","
-    "\"max_position_embeddings\":8192,\"rms_norm_eps\":1e-05,\"rope_theta\":10000.0,\"tie_word_embeddings\":true,\"initializer_range\":0.02,"
-    "\"torch_dtype\":\"bfloat16\"}";
-static const char config_135m[] =
-    "{\"model_type\":\"llama\",\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":49152,\"hidden_size\":576,\"intermediate_size\":1536,"
-    "\"num_hidden_layers\":30,\"num_attention_heads\":9,\"num_key_value_heads\":3,\"head_dim\":64,\"hidden_act\":\"silu\","
-    "\"max_position_embeddings\":8192,\"rms_norm_eps\":1e-05,\"rope_theta\":100000.0,\"tie_word_embeddings\":true,\"initializer_range\":0.02,"
-    "\"torch_dtype\":\"bfloat16\"}";
+enum { MAX_ARGS = 64, ARG = 4200 };
 
-struct run {
-    struct values v;
-    struct rt_device d;
-    struct rt_student_config c;
-    struct rt_params p;
-    struct rt_student *s;
-    struct rt_optimizer opt;
-    struct rt_arena weights, grads, moments, acts, rows;
-    int32_t *ids, *cu;          /* host */
-    int32_t *label, *top_ids;   /* device */
-    float *logp;
-    uint8_t *mask;
-    void *d_final;
-    double *ce, *kl;            /* host */
+struct args {
+    char text[MAX_ARGS][ARG], *argv[MAX_ARGS];
+    int n;
 };
 
-static void linear(struct bench_list *l, const char *name, int64_t n, int64_t out, int64_t in)
+struct bench {
+    struct values v;
+    struct rt_positionals extra; /* options of train */
+    char dir[4096], config[ARG], data[2][ARG]; /* data: of CE, of KD */
+    struct rt_log log;
+    struct rt_context ctx;
+    struct rt_train_values t;
+    struct rt_train_run r;
+    struct rt_train_set *set; /* without a cache */
+    struct args *args;
+    double kd_rate;
+};
+
+struct measured {
+    double seconds, waited, parts, mfu;
+    int64_t tokens;
+};
+
+static const struct rt_opt *train_tables(int i)
 {
-    bench_add(l, name, BENCH_NT, n, out, in, 1, true);  /* forward */
-    bench_add(l, name, BENCH_NN, n, in, out, 1, true);  /* gradient at the input */
-    bench_add(l, name, BENCH_TN, out, in, n, 1, false); /* gradient of the weight */
+    return i == 0 ? rt_train_options : rt_common_options();
 }
 
-static void products(const struct run *r, struct bench_list *l)
+static void add_text(struct args *a, const char *before, const char *text)
 {
-    const struct rt_student_config *c = &r->c;
-    const int64_t n = r->v.sequences * r->v.length, H = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    for (int i = 0; i < c->layers; i++) {
-        linear(l, "qkv", n, q + 2 * kv, H);
-        bench_add_causal(l, "attention", r->v.length, c->head_dim, c->head_dim, r->v.sequences * c->heads, true);
-        linear(l, "o", n, H, q);
-        linear(l, "gate, up", n, 2 * c->intermediate, H);
-        linear(l, "down", n, H, c->intermediate);
-    }
-    for (int64_t at = 0; at < n; at += 1024) /* logits of a whole batch would not fit memory */
-        linear(l, "head", rt_min64(1024, n - at), c->vocab_size, H);
+    if (a->n == MAX_ARGS)
+        return;
+    snprintf(a->text[a->n], ARG, "%s%s", before, text);
+    a->argv[a->n] = a->text[a->n];
+    a->n++;
 }
 
-static enum rt_status step(void *self, struct rt_err *err)
+static void add(struct args *a, const char *name, const char *text)
 {
-    struct run *r = self;
-    const int64_t n = r->v.sequences * r->v.length;
-    const struct rt_student_batch b = {.ids = r->ids, .cu_seqlens = r->cu, .n = n, .n_seq = r->v.sequences};
-    const struct rt_student_head h = rt_student_head(r->s);
-    const int k = (int)r->v.top_k;
-    struct rt_step_report report;
-    double loss = 0;
-    enum rt_status st;
-    RT_TRY(rt_student_zero_grads(r->s, err));
-    RT_TRY(rt_student_forward(r->s, &b, RT_KEEP_ALL, &r->acts, err));
-    RT_TRY(RT_OP(&r->d, head_loss, err, .x = rt_student_hidden(r->s, RT_LAYER_FINAL), .w = h.w, .dx = r->d_final, .dw = h.dw, .n = n,
-                 .H = h.H, .V = h.V, .label = r->label, .k = k, .top_ids = k > 0 ? r->top_ids : NULL, .top_logp = k > 0 ? r->logp : NULL,
-                 .kl_mask = k > 0 ? r->mask : NULL, .tail = RT_TAIL_BUCKET, .w_ce = 0.5 / (double)n, .w_kl = k > 0 ? 0.5 / (double)n : 0,
-                 .T = 2, .ce = r->ce, .kl = r->kl));
-    RT_TRY(rt_student_backward(r->s, r->d_final, NULL, 0, err));
-    RT_TRY(rt_optimizer_step(&r->opt, 1e-4, 1.0, &report, err));
-    for (int64_t i = 0; i < n; i++)
-        loss += r->ce[i] + r->kl[i];
-    if (!isfinite(loss) || report.skipped)
-        RT_FAIL(err, NUMERIC, "the loss or the gradient is not finite");
+    add_text(a, "--", name);
+    add_text(a, "", text);
+}
+
+static void add_number(struct args *a, const char *name, double x)
+{
+    char text[64];
+    snprintf(text, sizeof text, "%.15g", x);
+    add(a, name, text);
+}
+
+/* ---- data ---- */
+
+static enum rt_status make_data(struct bench *b, bool kd, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    const struct values *v = &b->v;
+    struct rt_student_config c = {0};
+    struct rt_pool *pool = NULL;
+    const double start = rt_now();
+    RT_TRY(rt_student_config_load(b->config, &c, err));
+    const struct train_data_options o = {.tokens = v->data_tokens > 0 ? v->data_tokens : v->batch_tokens, .length = v->length, .vocab = c.vocab_size,
+                                         .mixed = v->mixed, .k = (int)v->top_k, .seed = 5};
+    if (rt_path_exists(b->data[kd]))
+        goto out;
+    RT_TRY(rt_pool_create(0, &pool, err));
+    RT_TRY(kd ? train_data_shards(b->data[kd], &o, pool, err) : train_data_lines(b->data[kd], &o, err));
+    fprintf(stderr, "%ld tokens of %s made in %.1f s\n", (long)o.tokens, kd ? "rows" : "ids", rt_now() - start);
 out:
+    rt_pool_free(pool);
+    rt_student_config_free(&c);
     return st;
 }
 
-static enum rt_status make_rows(struct run *r, struct rt_err *err)
+static enum rt_status make_place(struct bench *b, struct rt_err *err)
 {
-    const int64_t n = r->v.sequences * r->v.length, V = r->c.vocab_size, k = r->v.top_k;
-    const size_t row = rt_arena_round((size_t)n * 4), top = rt_arena_round((size_t)(n * k) * 4), dx = rt_arena_round((size_t)(n * r->c.hidden) * 4);
-    enum rt_status st;
-    RT_TRY(rt_alloc((size_t)n, sizeof *r->ids, "ids", &r->ids, err));
-    RT_TRY(rt_alloc((size_t)r->v.sequences + 1, sizeof *r->cu, "sequence ends", &r->cu, err));
-    RT_TRY(rt_alloc((size_t)n, sizeof *r->ce, "losses", &r->ce, err));
-    RT_TRY(rt_alloc((size_t)n, sizeof *r->kl, "losses", &r->kl, err));
-    RT_TRY(rt_device_arena(&r->d, 2 * row + 2 * top + dx, "rows", &r->rows, err));
-    RT_TRY(rt_arena_alloc(&r->rows, (size_t)n * 4, &r->label, err));
-    RT_TRY(rt_arena_alloc(&r->rows, (size_t)n, &r->mask, err));
-    RT_TRY(rt_arena_alloc(&r->rows, (size_t)(n * k) * 4, &r->top_ids, err));
-    RT_TRY(rt_arena_alloc(&r->rows, (size_t)(n * k) * 4, &r->logp, err));
-    RT_TRY(rt_arena_alloc(&r->rows, (size_t)(n * r->c.hidden) * 4, &r->d_final, err));
-    memset(r->mask, 1, (size_t)n);
-    for (int64_t i = 0; i <= r->v.sequences; i++)
-        r->cu[i] = (int32_t)(i * r->v.length);
-    for (int64_t i = 0; i < n; i++) {
-        r->ids[i] = (int32_t)(rt_rng_u64(1, 2, (uint64_t)i) % (uint64_t)V);
-        r->label[i] = (int32_t)(rt_rng_u64(1, 3, (uint64_t)i) % (uint64_t)V);
-        const int64_t first = (int64_t)(rt_rng_u64(1, 4, (uint64_t)i) % (uint64_t)V), stride = V / k > 0 && k > 0 ? V / k : 1;
-        for (int64_t j = 0; j < k; j++) { /* distinct ids, geometric masses with 5 % left for the tail */
-            r->top_ids[i * k + j] = (int32_t)((first + j * stride) % V);
-            r->logp[i * k + j] = (float)log(0.95 * (1 - 0.9) * pow(0.9, (double)j));
-        }
-    }
-out:
-    return st;
-}
-
-static enum rt_status prepare(struct run *r, struct rt_err *err)
-{
-    const struct rt_adamw adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = 1.0};
-    const int64_t n = r->v.sequences * r->v.length;
-    enum rt_status st;
-    RT_TRY(rt_device_open(&rt_backend_cpu, &(struct rt_dev_options){.threads = (int)r->v.threads}, &r->d, err));
-    const size_t act = rt_device_act_size(&r->d);
-    const char *text = strcmp(r->v.model, "10m") == 0 ? config_10m : strcmp(r->v.model, "135m") == 0 ? config_135m : NULL;
-    if (text != NULL)
-        RT_TRY(rt_student_config_parse(text, strlen(text), r->v.model, &r->c, err));
+    enum rt_status st = RT_OK;
+    const char *tmp = b->v.dir != NULL ? b->v.dir : getenv("TMPDIR"), *config = NULL;
+    snprintf(b->dir, sizeof b->dir, "%s/retort-train.XXXXXX", tmp != NULL ? tmp : "/tmp");
+    if (mkdtemp(b->dir) == NULL)
+        RT_FAIL(err, IO, "%s: no such directory can be made", b->dir);
+    for (size_t i = 0; i < sizeof train_data_geometries / sizeof train_data_geometries[0]; i++)
+        if (strcmp(b->v.model, train_data_geometries[i].name) == 0)
+            config = train_data_geometries[i].config;
+    snprintf(b->config, sizeof b->config, "%s/config.json", b->dir);
+    snprintf(b->data[0], sizeof b->data[0], "%s/lines.jsonl", b->dir);
+    snprintf(b->data[1], sizeof b->data[1], "%s/shards", b->dir);
+    if (config != NULL)
+        RT_TRY(rt_publish_bytes(b->config, config, strlen(config), err));
     else
-        RT_TRY(rt_student_config_load(r->v.model, &r->c, err));
-    if (r->v.top_k > r->c.vocab_size)
-        RT_FAIL(err, USAGE, "--top-k %ld of %ld ids", (long)r->v.top_k, (long)r->c.vocab_size);
-    RT_TRY(rt_params_create(&r->c, &r->p, err));
-    RT_TRY(rt_device_arena(&r->d, rt_student_weight_bytes(&r->c, &r->p, r->v.length, act), "weights", &r->weights, err));
-    RT_TRY(rt_device_arena(&r->d, rt_arena_round(rt_params_bytes(&r->p, act)), "gradients", &r->grads, err));
-    RT_TRY(rt_device_arena(&r->d, rt_arena_round(rt_optimizer_bytes(&r->p, act, false)) + 128, "moments", &r->moments, err));
-    RT_TRY(rt_device_arena(&r->d, rt_student_activation_bytes(&r->c, n, RT_KEEP_ALL, act), "activations", &r->acts, err));
-    RT_TRY(rt_student_create(&r->d, &r->c, &r->p, r->v.length, &r->weights, &r->s, err));
-    RT_TRY(rt_student_init(r->s, 1, err));
-    RT_TRY(rt_student_attach_grads(r->s, &r->grads, err));
-    RT_TRY(rt_optimizer_init(&r->opt, r->s, &adamw, &r->moments, err));
-    RT_TRY(make_rows(r, err));
+        snprintf(b->config, sizeof b->config, "%s", b->v.model);
 out:
     return st;
 }
 
-static void tear_down(struct run *r)
+static void remove_place(const struct bench *b)
 {
-    struct rt_arena *const arenas[] = {&r->weights, &r->grads, &r->moments, &r->acts, &r->rows};
-    void *const host[] = {r->ids, r->cu, r->ce, r->kl};
-    rt_student_free(r->s);
-    for (size_t i = 0; i < sizeof arenas / sizeof *arenas; i++)
-        rt_device_arena_free(&r->d, arenas[i]);
-    for (size_t i = 0; i < sizeof host / sizeof *host; i++)
-        rt_free(host[i]);
-    rt_params_free(&r->p);
-    rt_student_config_free(&r->c);
-    rt_device_close(&r->d);
+    char command[ARG + 16];
+    snprintf(command, sizeof command, "rm -rf '%s'", b->dir);
+    if (b->dir[0] != '\0' && system(command) != 0)
+        fprintf(stderr, "bench_student_train: %s is left behind\n", b->dir);
+}
+
+/* ---- a run as `train` plans it ---- */
+
+static enum rt_status plan(struct bench *b, bool kd, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct values *v = &b->v;
+    const struct rt_opt *const tables[] = {train_tables(0), train_tables(1)};
+    struct rt_positionals none = {0};
+    struct args *a = b->args;
+    char out[ARG];
+    a->n = 0;
+    snprintf(out, sizeof out, "%s/run", b->dir);
+    add(a, "device", v->device);
+    add(a, "init-config", b->config);
+    add(a, "data", b->data[kd]);
+    add(a, "out", out);
+    add_number(a, "threads", (double)v->threads);
+    add_number(a, "w-ce", kd ? 0.5 : 1);
+    add_number(a, "w-kl", kd ? 0.5 : 0);
+    add(a, "kd-temperature", kd ? "2" : "1");
+    add_number(a, "batch-tokens", (double)v->batch_tokens);
+    add_number(a, "micro-tokens", (double)v->micro_tokens);
+    add_number(a, "loader-threads", (double)v->loader_threads);
+    add_number(a, "steps", (double)v->steps + 1);
+    add_number(a, "lr", 1e-5);
+    if (v->gpu_memory > 0)
+        add_number(a, "gpu-memory", (double)v->gpu_memory);
+    for (int i = 0; i < b->extra.n; i++)
+        add_text(a, "", b->extra.items[i]);
+    memset(&b->t, 0, sizeof b->t);
+    RT_TRY(rt_options_parse(tables, 2, a->n, a->argv, &b->t, &none, NULL, err));
+    b->ctx = (struct rt_context){.log = &b->log, .command = &rt_cmd_train};
+    b->r = (struct rt_train_run){.ctx = &b->ctx, .v = &b->t, .rank = {0, 1, 0}, .dir = {.lock = -1, .metrics = -1}};
+    RT_TRY(rt_train_prepare(&b->r, err));
+    const struct rt_train_set_options so = {.model = &b->r.student.model, .vocab = b->r.student.c.vocab_size, .max_length = b->r.student.c.max_position};
+    RT_TRY(rt_train_set_open(b->data[kd], &so, &b->log, &b->set, err));
+out:
+    rt_options_free(tables, 0, NULL, &none);
+    return st;
+}
+
+static void unplan(struct bench *b)
+{
+    struct rt_train_run *r = &b->r;
+    const struct rt_opt *const tables[] = {train_tables(0), train_tables(1)};
+    rt_trainer_close(&r->trainer);
+    rt_train_set_free(b->set);
+    for (int i = 0; r->set != NULL && i < r->v->data.n; i++)
+        rt_train_set_free(r->set[i]);
+    for (int i = 0; r->path != NULL && i < r->v->data.n; i++)
+        rt_free(r->path[i]);
+    rt_free(r->set);
+    rt_free(r->eval_set);
+    rt_free(r->weight);
+    rt_free(r->path);
+    rt_loaded_student_close(&r->student);
+    rt_device_close(&r->device);
+    rt_options_free(tables, 2, &b->t, NULL);
+    b->set = NULL;
+    *r = (struct rt_train_run){0};
+}
+
+/* ---- measuring ---- */
+
+static enum rt_status one_step(struct bench *b, struct rt_step_result *s, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(rt_trainer_step(&b->r.trainer, 1e-5, false, s, err));
+    if (s->skipped || s->end)
+        RT_FAIL(err, NUMERIC, "a step was left out: loss %g, gradient norm %g", s->loss, s->grad_norm);
+out:
+    return st;
+}
+
+/* Seconds of a step whose micro-batches lie on the device: the last one, as often as a step has it. */
+static enum rt_status time_parts(struct bench *b, double *seconds, struct rt_err *err)
+{
+    enum { REPEATS = 4 };
+    enum rt_status st = RT_OK;
+    struct rt_trainer *t = &b->r.trainer;
+    struct rt_step_report report;
+    int64_t tokens = 0;
+    double micro = 0, start = 0;
+    RT_TRY(rt_trainer_repeat(t, 1, &tokens, err));
+    RT_TRY(rt_device_sync(t->d, err));
+    start = rt_now();
+    RT_TRY(rt_trainer_repeat(t, REPEATS, &tokens, err));
+    RT_TRY(rt_device_sync(t->d, err));
+    micro = (rt_now() - start) / REPEATS / (double)tokens;
+    start = rt_now();
+    for (int i = 0; i < REPEATS; i++)
+        RT_TRY(rt_optimizer_step(&t->opt, 1e-6, 1, &report, err));
+    RT_TRY(rt_device_sync(t->d, err));
+    *seconds = micro * (double)b->v.batch_tokens + (rt_now() - start) / REPEATS;
+out:
+    return st;
+}
+
+static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_train_run *r = &b->r;
+    struct rt_step_result s;
+    const double weight = 1;
+    *m = (struct measured){0};
+    RT_TRY(rt_loaded_student_create(&r->student, &r->device, rt_train_longest(r), 1, err));
+    RT_TRY(rt_trainer_open(&r->trainer, r->student.s, &b->set, &weight, 1, &r->o, err));
+    RT_TRY(one_step(b, &s, err));
+    RT_TRY(rt_device_sync(&r->device, err));
+    const double waited = rt_loader_waited(r->trainer.loader), start = rt_now();
+    double step = start;
+    for (int64_t i = 0; i < b->v.steps; i++) {
+        RT_TRY(one_step(b, &s, err));
+        m->tokens += s.tokens;
+        m->mfu += rt_train_mfu(r, &s, 1); /* of one second: divided by all of them below */
+        if (b->v.verbose)
+            fprintf(stderr, "step of %ld tokens: %.3f s, loss %.4f\n", (long)s.tokens, rt_now() - step, s.loss);
+        step = rt_now();
+    }
+    RT_TRY(rt_device_sync(&r->device, err));
+    m->seconds = rt_now() - start;
+    m->waited = rt_loader_waited(r->trainer.loader) - waited;
+    m->mfu /= m->seconds;
+    if (b->v.parts)
+        RT_TRY(time_parts(b, &m->parts, err));
+out:
+    return st;
+}
+
+static void report(struct bench *b, bool kd, const struct measured *m)
+{
+    const struct values *v = &b->v;
+    const double rate = (double)m->tokens / m->seconds, parts = m->parts > 0 ? (double)v->batch_tokens / m->parts : NAN;
+    const struct rt_trainer_options *o = &b->r.o;
+    char memory[32];
+    if (kd)
+        b->kd_rate = rate;
+    if (v->json) {
+        printf("{\"model\":\"%s\",\"loss\":\"%s\",\"length\":%ld,\"mixed\":%s,\"micro_tokens\":%ld,\"recompute\":%d,\"tokens_per_second\":%.0f,\"mfu\":%.4f,"
+               "\"waited\":%.5f,\"memory\":%ld,\"parts_tokens_per_second\":%.0f}\n", v->model, kd ? "kd" : "ce", (long)v->length, v->mixed ? "true" : "false",
+               (long)o->micro_tokens, o->recompute, rate, m->mfu, m->waited / m->seconds, (long)rt_train_memory(&b->r), parts);
+    } else {
+        printf("%-5s %-7s %s%ld tokens, micro %ld, recompute %d: %9.0f tokens/s", v->model, kd ? "CE + KL" : "CE", v->mixed ? "mixed, up to " : "", (long)v->length,
+               (long)o->micro_tokens, o->recompute, rate);
+        if (!isnan(m->mfu))
+            printf(" (%.1f %%)", 100 * m->mfu);
+        printf(", waiting for data %.2f %%, memory %s", 100 * m->waited / m->seconds, rt_human_bytes(memory, (uint64_t)rt_train_memory(&b->r)));
+        if (!isnan(parts))
+            printf("; parts alone %.0f", parts);
+        printf("\n");
+    }
+    fflush(stdout);
+}
+
+/* Packs every batch and lets it go. */
+static enum rt_status measure_loader(struct bench *b, bool kd, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_micro p = {0};
+    struct rt_loader *l = NULL;
+    struct rt_loader_batch batch;
+    const double weight = 1;
+    double start = 0, copying = 0;
+    int64_t tokens = 0;
+    struct rt_loader_options o = {.set = &b->set, .weight = &weight, .n_sets = 1, .batch_tokens = b->v.batch_tokens, .threads = b->r.o.loader_threads,
+                                  .bytes = b->r.o.loader_bytes, .size = 1};
+    o.micro = (struct rt_micro_options){.tokens = b->r.o.micro_tokens, .k = kd ? b->r.o.k : 0, .teacher_T = b->r.o.teacher_T, .tail = RT_TAIL_BUCKET,
+                                        .vocab = b->r.student.c.vocab_size};
+    RT_TRY(rt_micro_create(&p, &o.micro, err));
+    RT_TRY(rt_loader_open(&o, &l, err));
+    start = rt_now();
+    for (int64_t i = 0; i < b->v.steps; i++) {
+        RT_TRY(rt_loader_next(l, &batch, err));
+        const double waited = rt_loader_waited(l), before = rt_now();
+        for (int64_t at = 0;;) {
+            RT_TRY(rt_loader_pack(l, &p, &at, err));
+            if (p.n == 0)
+                break;
+            tokens += p.n;
+        }
+        copying += rt_now() - before - (rt_loader_waited(l) - waited);
+    }
+    const double seconds = rt_now() - start;
+    printf("%-5s %-7s loader alone, %d threads: %.0f tokens/s, %.0f a thread; copying into micro-batches %.2f us a token\n", b->v.model, kd ? "CE + KL" : "CE",
+           o.threads, (double)tokens / seconds, (double)tokens / seconds / (o.threads > 0 ? o.threads : 1), copying / (double)tokens * 1e6);
+    fflush(stdout);
+out:
+    rt_loader_free(l);
+    rt_micro_free(&p);
+    return st;
+}
+
+static enum rt_status run_case(struct bench *b, bool kd, struct rt_err *err)
+{
+    enum rt_status st;
+    struct measured m;
+    RT_TRY(make_data(b, kd, err));
+    RT_TRY(plan(b, kd, err));
+    if (b->v.loader) {
+        RT_TRY(measure_loader(b, kd, err));
+    } else {
+        RT_TRY(measure(b, &m, err));
+        report(b, kd, &m);
+    }
+out:
+    unplan(b);
+    return st;
+}
+
+/* The peer's KD line ends "N tokens/s, ..."; it has the card for itself. */
+static void run_peer(const struct bench *b)
+{
+    char command[ARG], line[512];
+    double rate;
+    if (system("python3 -c 'import torch, transformers' 2>/dev/null") != 0) {
+        printf("no peer: python3 has no torch or transformers\n");
+        return;
+    }
+    snprintf(command, sizeof command, "python3 bench/student_peer.py --model %s --length %ld --top-k %ld %s", b->v.model, (long)b->v.length, (long)b->v.top_k, b->v.peer);
+    FILE *f = popen(command, "r");
+    while (f != NULL && fgets(line, sizeof line, f) != NULL) {
+        const char *kd = strstr(line, "KD "), *at = strstr(line, " tokens/s");
+        printf("peer  %s", line);
+        while (at != NULL && at > line && ((at[-1] >= '0' && at[-1] <= '9') || at[-1] == '.'))
+            at--;
+        if (kd != NULL && at != NULL && sscanf(at, "%lf", &rate) == 1 && b->kd_rate > 0)
+            printf("      with KL, ours is %.2f times the peer\n", b->kd_rate / rate);
+        fflush(stdout);
+    }
+    if (f != NULL)
+        pclose(f);
 }
 
 int main(int argc, char **argv)
 {
+    static struct bench b;
+    static struct args args;
     static const struct rt_opt *const tables[] = {options};
-    struct run r = {.s = NULL};
-    struct bench_list l = {.n = 0};
-    struct bench_result result = {.pairs = 0};
-    struct rt_positionals pos = {0};
     struct rt_err err = {0};
-    char what[512];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, &pos, NULL, &err);
-    if (st == RT_OK && r.v.help) {
+    b.args = &args;
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &b.v, &b.extra, NULL, &err);
+    if (st == RT_OK && b.v.help) {
         struct rt_buf text = {0};
         if (rt_options_help(tables, 1, &text, &err) == RT_OK)
             printf("%s", text.data);
         return 0;
     }
     if (st == RT_OK)
-        st = rt_options_check(tables, 1, &r.v, &err);
+        st = rt_options_check(tables, 1, &b.v, &err);
+    rt_log_init(&b.log, stderr, b.v.verbose ? RT_LOG_INFO : RT_LOG_WARN);
     if (st == RT_OK)
-        st = prepare(&r, &err);
-    for (int64_t i = 0; i < r.v.pairs && st == RT_OK && r.v.no_plain; i++) {
-        const double t0 = rt_now();
-        st = step(&r, &err);
-        printf("%.3f s\n", rt_now() - t0);
-    }
-    if (st == RT_OK && !r.v.no_plain) {
-        products(&r, &l);
-        st = bench_calibrate(&l, rt_max64(1, r.v.threads > 0 ? r.v.threads : rt_cpu_count()), (size_t)512 << 20, &err);
-        if (st == RT_OK)
-            st = bench_pairs(&l, (int)r.v.pairs, step, &r, &result, &err);
-    }
+        st = make_place(&b, &err);
+    for (int kd = 0; kd < 2 && st == RT_OK; kd++)
+        if (strcmp(b.v.loss, "both") == 0 || (strcmp(b.v.loss, "kd") == 0) == (kd == 1))
+            st = run_case(&b, kd == 1, &err);
+    if (st == RT_OK && b.v.peer != NULL)
+        run_peer(&b);
+    remove_place(&b);
     if (st != RT_OK)
-        bench_fatal("bench_student_train", &err);
-    if (!r.v.no_plain) {
-        snprintf(what, sizeof what, "training, %s (%.1fM parameters), %ld x %ld tokens a step, top %ld", r.v.model, (double)r.p.count * 1e-6,
-                 (long)r.v.sequences, (long)r.v.length, (long)r.v.top_k);
-        bench_report(r.v.json, argc, argv, what, &l, &result, (double)(r.v.sequences * r.v.length));
-        if (r.v.list)
-            bench_print_list(&l);
-        bench_list_free(&l);
-    }
-    tear_down(&r);
-    rt_options_free(tables, 1, &r.v, &pos);
-    return 0;
+        fprintf(stderr, "bench_student_train: %s\n", err.msg);
+    rt_options_free(tables, 1, &b.v, &b.extra);
+    return rt_exit_code(st);
 }

@@ -129,6 +129,7 @@ enum rt_status rt_eval_losses(const struct rt_eval_room *room, struct rt_train_s
     *out = (struct rt_eval_losses){0};
     p->o.teacher_T = T;
     p->o.tail = RT_TAIL_BUCKET;
+    p->o.use = 0;
     p->o.map = NULL;
     p->o.ce_rest = false;
     for (int64_t i = 0; i < n;) {

@@ -30,28 +30,41 @@ struct rt_loss_sums {
     struct rt_span_sums spans;
 };
 
-/* Device buffers for micro-batches of `tokens`, and host copies of what each row gave. */
+/* What goes to the device with a micro-batch, and what comes back of its rows. Host arrays are such that copies do not wait (rt_backend.host_alloc). */
+struct rt_loss_slot {
+    int32_t *ids, *pos, *index, *label, *top_ids, *feature_index; /* device */
+    float *top_logp;
+    uint8_t *kl_mask;
+    double *dev_row[4], *dev_feature; /* dev_feature [pairs, tokens] */
+    uint8_t *dev_hit;
+    int32_t *host_pos;
+    double *row[4], *feature;
+    uint8_t *hit;
+    struct rt_event *sent, *done;
+    const struct rt_micro *p; /* what is there; borrowed */
+    bool with_states;
+    bool started;             /* and not collected yet */
+};
+
+/* Buffers for micro-batches of `tokens`: with backward two slots, so that one is packed and sent while the other is worked on. */
+enum { RT_LOSS_SLOTS = 2 };
 struct rt_losses {
     const struct rt_device *d;
     int64_t tokens, H;
-    int k;
+    int k, slots;
     size_t act;
-    int32_t *index, *label, *top_ids, *feature_index;
-    float *top_logp;
-    uint8_t *kl_mask;
+    struct rt_loss_slot slot[RT_LOSS_SLOTS];
+    struct rt_queue *copies; /* uploads run on it; NULL: on the device's own */
     void *x, *dx;         /* [rows, H] act */
     void *d_final;        /* [tokens, H] act */
-    double *dev_row[4];
-    uint8_t *dev_hit;
-    double *ce, *kl, *teacher_mass, *student_mass; /* [host] [rows] of the last call */
-    uint8_t *hit;                                  /* bit 0: right, bit 1: the teacher's choice */
+    const double *ce, *kl, *teacher_mass, *student_mass; /* [host] [rows] of the micro-batch that was collected last */
+    const uint8_t *hit;                                  /* bit 0: right, bit 1: the teacher's choice */
     /* states */
     int dim;              /* greatest of the map; 0: none */
     int pairs;
     void *a, *da;         /* [rows, dim] act */
     float *b;             /* [rows, dim] */
     void *extra[RT_MAX_FEATURES]; /* [tokens, H] act */
-    double *dev_feature, *feature;
     struct rt_span_losses *spans; /* borrowed; NULL: w.alm is not used */
 };
 
@@ -59,11 +72,21 @@ size_t rt_losses_bytes(int64_t tokens, int64_t H, int k, const struct rt_feature
 /* Cuts the device buffers from arena (rt_losses_bytes). map NULL: no states. */
 enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int k,
                                 const struct rt_feature_map *map, bool backward, struct rt_arena *arena, struct rt_err *err);
-void rt_losses_free(struct rt_losses *l); /* zeroed is fine */
+/* Waits for what is under way. A zeroed one is fine. */
+void rt_losses_free(struct rt_losses *l);
 
-/* After a forward of p's sequences (rt_losses_batch): sums += this micro-batch's; with `backward` the gradients of student, head and
- * projectors += theirs (then the forward must have kept everything). items: N. proj NULL: no states. Per-row results stay in
- * l->ce .. l->hit until the next call. */
+/* A micro-batch goes through a slot in three steps, none of which waits for the device but the last (and states of spans, which take two passes):
+ *   send     its rows and ids, on a queue of their own; what is enqueued on the device behind it finds them there. p stays as it is until collect.
+ *   start    behind the forward of rt_losses_batch(p), with rt_losses_sent: losses, with `backward` gradients of student, head and projectors += (then the forward must
+ *            have kept everything), and the rows' results on their way to the host. items: N. proj NULL: no states. Sums of spans are added here.
+ *   collect  waits for the results; sums += this micro-batch's. Of a slot that was not started: nothing. */
+enum rt_status rt_losses_send(struct rt_losses *l, int slot, const struct rt_micro *p, struct rt_err *err);
+struct rt_student_sent rt_losses_sent(const struct rt_losses *l, int slot);
+enum rt_status rt_losses_start(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
+                               bool backward, struct rt_loss_sums *sums, struct rt_err *err);
+enum rt_status rt_losses_collect(struct rt_losses *l, int slot, struct rt_loss_sums *sums, struct rt_err *err);
+
+/* All three at once, in slot 0, after a forward of p's sequences (rt_losses_batch). Per-row results stay in l->ce .. l->hit until the next call. */
 enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct rt_projectors *proj, const struct rt_micro *p,
                              const struct rt_loss_weights *w, int64_t items, bool backward, struct rt_loss_sums *sums, struct rt_err *err);
 struct rt_student_batch rt_losses_batch(const struct rt_micro *p);

@@ -13,27 +13,50 @@ size_t rt_micro_bytes(const struct rt_micro_options *o)
     return rt_mul_size((size_t)o->tokens, row + 8 + sizeof(struct rt_micro_seq), &n) ? n : SIZE_MAX;
 }
 
+static enum rt_status take(const struct rt_micro_options *o, size_t n, size_t size, void *out_ptr_to_ptr, struct rt_err *err)
+{
+    enum rt_status st;
+    void *p = NULL;
+    size_t bytes;
+    if (o->d == NULL)
+        return rt_alloc(n, size, "a micro-batch", out_ptr_to_ptr, err);
+    if (!rt_mul_size(n, size, &bytes))
+        RT_FAIL(err, NOMEM, "a micro-batch of %ld tokens is too large", (long)o->tokens);
+    RT_TRY(o->d->be->host_alloc(o->d->dev, bytes, &p, err));
+    memcpy(out_ptr_to_ptr, &p, sizeof p);
+out:
+    return st;
+}
+
+static void give(const struct rt_micro_options *o, void *p)
+{
+    if (o->d == NULL)
+        rt_free(p);
+    else if (p != NULL)
+        o->d->be->host_free(o->d->dev, p);
+}
+
 enum rt_status rt_micro_create(struct rt_micro *p, const struct rt_micro_options *o, struct rt_err *err)
 {
     enum rt_status st;
     const size_t n = (size_t)o->tokens, k = (size_t)o->k;
     *p = (struct rt_micro){.o = *o};
-    RT_TRY(rt_alloc(n, sizeof *p->ids, "a micro-batch", &p->ids, err));
-    RT_TRY(rt_alloc(n + 1, sizeof *p->cu, "a micro-batch", &p->cu, err));
-    RT_TRY(rt_alloc(n, sizeof *p->seq, "a micro-batch", &p->seq, err));
-    RT_TRY(rt_alloc(n, sizeof *p->index, "a micro-batch", &p->index, err));
-    RT_TRY(rt_alloc(n, sizeof *p->label, "a micro-batch", &p->label, err));
-    RT_TRY(rt_alloc(n, 1, "a micro-batch", &p->kl_mask, err));
-    RT_TRY(rt_alloc(n * k, sizeof *p->top_ids, "a micro-batch", &p->top_ids, err));
-    RT_TRY(rt_alloc(n * k, sizeof *p->top_logp, "a micro-batch", &p->top_logp, err));
-    RT_TRY(rt_alloc(n, sizeof *p->feature_index, "a micro-batch", &p->feature_index, err));
+    RT_TRY(take(o, n, sizeof *p->ids, &p->ids, err));
+    RT_TRY(take(o, n + 1, sizeof *p->cu, &p->cu, err));
+    RT_TRY(take(o, n, sizeof *p->seq, &p->seq, err));
+    RT_TRY(take(o, n, sizeof *p->index, &p->index, err));
+    RT_TRY(take(o, n, sizeof *p->label, &p->label, err));
+    RT_TRY(take(o, n, 1, &p->kl_mask, err));
+    RT_TRY(take(o, n * k, sizeof *p->top_ids, &p->top_ids, err));
+    RT_TRY(take(o, n * k, sizeof *p->top_logp, &p->top_logp, err));
+    RT_TRY(take(o, n, sizeof *p->feature_index, &p->feature_index, err));
     if (o->spans) {
-        RT_TRY(rt_alloc(n, sizeof *p->span, "a micro-batch", &p->span, err));
-        RT_TRY(rt_alloc(n, sizeof *p->span_logp, "a micro-batch", &p->span_logp, err));
-        RT_TRY(rt_alloc(n, 1, "a micro-batch", &p->span_boundary, err));
+        RT_TRY(take(o, n, sizeof *p->span, &p->span, err));
+        RT_TRY(take(o, n, sizeof *p->span_logp, &p->span_logp, err));
+        RT_TRY(take(o, n, 1, &p->span_boundary, err));
     }
     for (int i = 0; o->map != NULL && i < o->map->n; i++)
-        RT_TRY(rt_alloc(n * (size_t)o->map->pair[i].dim, sizeof(float), "a micro-batch's states", &p->feature[i], err));
+        RT_TRY(take(o, n * (size_t)o->map->pair[i].dim, sizeof(float), &p->feature[i], err));
 out:
     if (st != RT_OK)
         rt_micro_free(p);
@@ -42,20 +65,12 @@ out:
 
 void rt_micro_free(struct rt_micro *p)
 {
-    rt_free(p->ids);
-    rt_free(p->cu);
-    rt_free(p->seq);
-    rt_free(p->index);
-    rt_free(p->label);
-    rt_free(p->kl_mask);
-    rt_free(p->top_ids);
-    rt_free(p->top_logp);
-    rt_free(p->feature_index);
-    rt_free(p->span);
-    rt_free(p->span_logp);
-    rt_free(p->span_boundary);
+    void *const all[] = {p->ids, p->cu, p->seq, p->index, p->label, p->kl_mask, p->top_ids, p->top_logp, p->feature_index, p->span, p->span_logp,
+                         p->span_boundary};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        give(&p->o, all[i]);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
-        rt_free(p->feature[i]);
+        give(&p->o, p->feature[i]);
     *p = (struct rt_micro){0};
 }
 
@@ -64,34 +79,40 @@ void rt_micro_clear(struct rt_micro *p)
     p->n = p->n_seq = p->rows = p->kl_rows = p->feature_rows = p->n_spans = 0;
 }
 
-/* log p of a stored row at the teacher's temperature. lse -1: normalised over the stored ids. */
+static int ids_of(const struct rt_micro *p, const struct rt_rows *r)
+{
+    return p->o.use > 0 && p->o.use < r->k ? p->o.use : r->k;
+}
+
+/* log p of a stored row's ids at the teacher's temperature. lse -1: normalised over them. */
 static void row_logp(const struct rt_micro *p, const struct rt_rows *r, int64_t row, int lse, float *out)
 {
     const float *z = r->topk_logits + row * r->k;
     const double T = p->o.teacher_T;
+    const int k = ids_of(p, r);
     double norm;
     if (lse >= 0) {
         norm = r->lse[row * r->n_lse + lse];
     } else {
         double sum = 0;
-        for (int j = 0; j < r->k; j++)
+        for (int j = 0; j < k; j++)
             sum += exp(((double)z[j] - z[0]) / T);
         norm = z[0] / T + log(sum);
     }
-    for (int j = 0; j < r->k; j++)
+    for (int j = 0; j < k; j++)
         out[j] = z[j] == -INFINITY ? 0 : (float)(z[j] / T - norm); /* an empty entry */
 }
 
 static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
                                   struct rt_err *err)
 {
-    const int k = p->o.k;
+    const int k = p->o.k, stored_k = ids_of(p, r);
     int32_t *ids = p->top_ids + row * k;
     float *logp = p->top_logp + row * k;
-    if (r->k > k)
-        return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, r->k, k);
+    if (stored_k > k)
+        return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, stored_k, k);
     for (int j = 0; j < k; j++) {
-        const bool entry = j < r->k && r->topk_ids[stored * r->k + j] != RT_NO_ID;
+        const bool entry = j < stored_k && r->topk_ids[stored * r->k + j] != RT_NO_ID;
         ids[j] = entry ? (int32_t)r->topk_ids[stored * r->k + j] : -1;
         logp[j] = 0;
         if (entry && r->topk_ids[stored * r->k + j] >= (uint64_t)p->o.vocab)

@@ -16,12 +16,14 @@
 struct rt_micro_options {
     int64_t tokens;  /* room; at least the longest sequence */
     int k;           /* ids a row; rows with fewer are filled with empty entries. 0: no teacher rows are packed */
+    int use;         /* of a row's ids only the first so many are packed: the likeliest; 0: all of them */
     double teacher_T;/* log p = logit/teacher_T - lse */
     enum rt_tail tail; /* RENORM: a set without lse at teacher_T is normalised over its stored ids */
     int64_t vocab;
     const struct rt_feature_map *map; /* NULL: no states */
     bool ce_rest;    /* rows with a teacher's row take no cross-entropy: their label is -1 */
     bool spans;      /* spans of sets that hold them are packed */
+    const struct rt_device *d; /* its arrays lie where copies to this device do not wait (rt_backend.host_alloc); NULL: in ordinary memory */
 };
 
 struct rt_micro_seq {

@@ -11,6 +11,7 @@
     {"kd-temperature", RT_OPT_FLOAT, V(kd_temperature), "1", 0.01, 100, NULL, "T", "temperature of both sides of the KL", false, false}, \
     {"teacher-temperature", RT_OPT_FLOAT, V(teacher_temperature), "0", 0, 100, NULL, "T", "of the teacher's side alone; 0: as --kd-temperature", false, false}, \
     {"tail", RT_OPT_CHOICE, V(tail), "bucket", 0, 0, "bucket|renorm", NULL, "ids that are not stored: one bucket with their exact mass, or left out and both sides renormalised", false, false}, \
+    {"top-k", RT_OPT_INT, V(top_k), "0", 0, 4096, NULL, "N", "train on the N likeliest ids of each row; 0: on all that are stored", false, false}, \
     {"ce", RT_OPT_CHOICE, V(ce), "all", 0, 0, "all|rest", NULL, "cross-entropy on every target, or, where --w-kl is above 0, on those alone that have no teacher's row (`retarget` leaves some out)", false, false}, \
     {"alm-tau", RT_OPT_FLOAT, V(alm_tau), "100", 0.1, 1e6, NULL, "TAU", "temperature of the likelihoods of spans (--w-alm)", false, false}, \
     {"feature-loss", RT_OPT_CHOICE, V(feature_loss), "mse", 0, 0, "mse|cosine", NULL, "loss between projected student states and teacher states", false, false}, \

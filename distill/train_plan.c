@@ -184,6 +184,9 @@ static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_
         return rt_fail(err, RT_REFUSED, "%s: holds no likelihoods of spans, and --w-alm is %g: `retort retarget --mode alm` makes them", info->path, r->o.w.alm);
     if (info->top_k == 0)
         return check_bare(r, info, err);
+    if (r->v->top_k > info->top_k)
+        return rt_fail(err, RT_REFUSED, "%s: stores the %d likeliest ids of a row, --top-k asks for %ld: --top-k %d (or 0, which takes all), or `retort logits --cache "
+                       "topk=%ld` stores more", info->path, info->top_k, (long)r->v->top_k, info->top_k, (long)r->v->top_k);
     const enum rt_status st = check_retargeted(r, info, err);
     if (st != RT_OK)
         return st;
@@ -250,6 +253,7 @@ static enum rt_status check_losses(struct rt_train_run *r, struct rt_err *err)
                                       .cosine = strcmp(v->feature_loss, "cosine") == 0};
     r->o.ce_rest = strcmp(v->ce, "rest") == 0 && v->w_kl > 0;
     r->o.teacher_T = v->teacher_temperature > 0 ? v->teacher_temperature : v->kd_temperature;
+    r->o.use_k = (int)v->top_k;
     for (int i = 0; i < r->n_sets + r->n_eval; i++) {
         const struct rt_train_info *info = rt_train_set_info(i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets]);
         r->o.k = info->top_k > r->o.k ? info->top_k : r->o.k;
@@ -446,9 +450,10 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     if (be->own_memory)
         be->set_scratch(r->device.dev, operations);
     if (need(r) > (size_t)limit)
-        RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld), there are %s: "
-                "a smaller --max-length or --micro-tokens%s, or more %s", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest,
-                rt_human_bytes(b, (uint64_t)limit), r->o.recompute < 3 ? ", --recompute 3" : "", be->own_memory ? "--gpu-memory" : "--memory");
+        RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: --%s %.0fM or more%s%s, "
+                "or a --max-length below %ld", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest, r->o.recompute, rt_human_bytes(b, (uint64_t)limit),
+                be->own_memory ? "gpu-memory" : "memory", ceil((double)need(r) / (1 << 20)), r->o.micro_tokens > longest ? ", smaller --micro-tokens" : "",
+                r->o.recompute < 3 ? ", --recompute 3" : "", (long)longest);
 out:
     return st;
 }

@@ -283,7 +283,7 @@ static enum rt_status evaluate_one(struct rt_train_run *r, int i, struct rt_err 
 {
     enum rt_status st;
     struct rt_trainer *t = &r->trainer;
-    const struct rt_eval_room room = {t->s, &t->acts, &t->losses, &t->micro};
+    const struct rt_eval_room room = {t->s, &t->acts, &t->losses, &t->micro[0]};
     const struct rt_train_info *info = rt_train_set_info(r->eval_set[i]);
     const double T = r->o.w.T, start = rt_now();
     struct rt_eval_losses e;

@@ -12,7 +12,7 @@
 
 static struct rt_micro_options micro_options(const struct rt_trainer_options *o, int64_t vocab)
 {
-    return (struct rt_micro_options){.tokens = o->micro_tokens, .k = o->k, .teacher_T = o->teacher_T, .tail = o->w.tail, .vocab = vocab,
+    return (struct rt_micro_options){.tokens = o->micro_tokens, .k = o->k, .use = o->use_k, .teacher_T = o->teacher_T, .tail = o->w.tail, .vocab = vocab,
                                      .map = &o->map, .ce_rest = o->ce_rest, .spans = o->boundary != NULL};
 }
 
@@ -28,7 +28,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
         .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size, o->adamw.bf16_moments) : 0,
-        .host = rt_micro_bytes(&mo) + (o->loader_threads > 0 ? o->loader_bytes : 0),
+        .host = RT_LOSS_SLOTS * rt_micro_bytes(&mo) + (o->loader_threads > 0 ? o->loader_bytes : 0),
     };
 }
 
@@ -56,7 +56,10 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     }
     RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, &o->adamw, o->seed, &t->scratch, err));
     const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
-    RT_TRY(rt_micro_create(&t->micro, &mo, err));
+    struct rt_micro_options own = mo;
+    own.d = t->d->be->own_memory ? t->d : NULL;
+    for (int i = 0; i < RT_LOSS_SLOTS; i++)
+        RT_TRY(rt_micro_create(&t->micro[i], &own, err));
     const struct rt_loader_options lo = {.set = set, .weight = weight, .n_sets = n_sets, .seed = o->seed, .epochs = o->epochs,
                                          .batch_tokens = o->batch_tokens, .micro = mo, .threads = o->loader_threads, .bytes = o->loader_bytes,
                                          .rank = rt_comm_rank(o->comm), .size = rt_comm_size(o->comm)};
@@ -72,8 +75,9 @@ void rt_trainer_close(struct rt_trainer *t)
     if (t->d == NULL)
         return;
     rt_loader_free(t->loader);
-    rt_micro_free(&t->micro);
     rt_losses_free(&t->losses);
+    for (int i = 0; i < RT_LOSS_SLOTS; i++)
+        rt_micro_free(&t->micro[i]);
     rt_span_losses_free(&t->spans);
     rt_projectors_free(&t->proj);
     rt_optimizer_close(&t->opt);
@@ -117,25 +121,56 @@ out:
     return st;
 }
 
-/* Forward, losses, backward over the batch in micro-batches; sums and gradients are those of the whole batch. */
+/* Enqueues forward to backward of the micro-batch that was sent to the slot. last: of the batch, so that what its backward leaves may be summed over
+ * ranks. */
+static enum rt_status run_slot(struct rt_trainer *t, int slot, const struct rt_loss_weights *w, int64_t items, bool last, struct rt_loss_sums *sums,
+                               struct rt_err *err)
+{
+    enum rt_status st;
+    const struct rt_student_batch b = rt_losses_batch(t->losses.slot[slot].p);
+    const struct rt_student_sent sent = rt_losses_sent(&t->losses, slot);
+    RT_TRY(rt_student_forward_sent(t->s, &b, &sent, rt_student_recompute(t->o.recompute), &t->acts, err));
+    if (last)
+        rt_optimizer_reduce_begin(&t->opt);
+    RT_TRY(rt_losses_start(&t->losses, slot, t->s, &t->proj, w, items, true, sums, err));
+out:
+    return st;
+}
+
+/* Forward, losses, backward over the batch in micro-batches; sums and gradients are those of the whole batch. The device is waited for where a slot
+ * comes round again, so that it has the next micro-batch before it is done with one. */
 static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_result *r, const struct rt_loss_weights *w, struct rt_loss_sums *sums,
                                  struct rt_err *err)
 {
     enum rt_status st;
     int64_t at = 0;
+    int slot = 0;
     *sums = (struct rt_loss_sums){0};
     RT_TRY(zero_grads(t, err));
-    for (;;) {
-        RT_TRY(rt_loader_pack(t->loader, &t->micro, &at, err));
-        if (t->micro.n == 0)
+    for (;; slot = (slot + 1) % RT_LOSS_SLOTS) {
+        RT_TRY(rt_losses_collect(&t->losses, slot, sums, err));
+        RT_TRY(rt_loader_pack(t->loader, &t->micro[slot], &at, err));
+        if (t->micro[slot].n == 0)
             break;
-        const struct rt_student_batch b = rt_losses_batch(&t->micro);
-        RT_TRY(rt_student_forward(t->s, &b, rt_student_recompute(t->o.recompute), &t->acts, err));
-        if (at == t->own)
-            rt_optimizer_reduce_begin(&t->opt);
-        RT_TRY(rt_losses_run(&t->losses, t->s, &t->proj, &t->micro, w, r->items, true, sums, err));
+        RT_TRY(rt_losses_send(&t->losses, slot, &t->micro[slot], err));
+        RT_TRY(run_slot(t, slot, w, r->items, at == t->own, sums, err));
+        t->last = slot;
     }
+    for (int i = 1; i < RT_LOSS_SLOTS; i++)
+        RT_TRY(rt_losses_collect(&t->losses, (slot + i) % RT_LOSS_SLOTS, sums, err));
     RT_TRY(add_ranks(t, sums, err));
+out:
+    return st;
+}
+
+enum rt_status rt_trainer_repeat(struct rt_trainer *t, int times, int64_t *tokens, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_loss_sums sums = {0};
+    for (int i = 0; i < times; i++)
+        RT_TRY(run_slot(t, t->last, &t->o.w, t->losses.slot[t->last].p->n, false, &sums, err));
+    RT_TRY(rt_losses_collect(&t->losses, t->last, &sums, err));
+    *tokens = t->losses.slot[t->last].p->n;
 out:
     return st;
 }

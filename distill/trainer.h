@@ -26,6 +26,7 @@ struct rt_trainer_options {
     struct rt_feature_map map;   /* n 0: no states */
     const uint8_t *boundary;     /* NULL, or [vocab] (distill/spans.h): the sets' spans are trained on; borrowed */
     int k;                       /* ids a row, the most of any set (evaluation included); 0: no teacher rows */
+    int use_k;                   /* of them the first so many are trained on; 0: all */
     int64_t batch_tokens, micro_tokens; /* micro: at least the longest sequence */
     int recompute;               /* level 0 .. 3 (student/model.h): less memory, more work, the same bits */
     int64_t epochs;              /* 0: no end */
@@ -53,7 +54,8 @@ struct rt_trainer {
     struct rt_projectors proj;
     struct rt_losses losses;
     struct rt_span_losses spans;
-    struct rt_micro micro;
+    struct rt_micro micro[RT_LOSS_SLOTS]; /* one is packed while the other is worked on */
+    int last;        /* slot of the last micro-batch */
     struct rt_loader *loader;
     int64_t own;     /* sequences of the batch under way that are this rank's */
     int64_t step;    /* batches taken; optimiser steps are opt.step */
@@ -83,6 +85,8 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
 void rt_trainer_close(struct rt_trainer *t); /* zeroed is fine */
 /* term_norms: gradient norms of each term too, at the cost of as many passes more. */
 enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err);
+/* For measurements: the last micro-batch `times` times again, forward to backward, its gradients on top of what is there. *tokens = its tokens. */
+enum rt_status rt_trainer_repeat(struct rt_trainer *t, int times, int64_t *tokens, struct rt_err *err);
 /* Share of the optimiser's steps whose gradient was clipped; NaN before the first. */
 double rt_trainer_clipped(const struct rt_trainer *t);
 /* Model, moments, projectors and state.json into a checkpoint of dir; and back from its directory. */

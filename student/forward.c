@@ -51,8 +51,8 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
                      void **hidden, struct rt_student_saved *saved)
 {
     const size_t H = (size_t)c->hidden, I = (size_t)c->intermediate, q = (size_t)rt_student_q_dim(c), kv = (size_t)rt_student_kv_dim(c);
-    take(k, n, sizeof(int32_t), &a->ids);
-    take(k, n, sizeof(int32_t), &a->pos);
+    take(k, n, sizeof(int32_t), &a->own_ids);
+    take(k, n, sizeof(int32_t), &a->own_pos);
     for (int l = 0; l <= c->layers; l++) {
         if (l == 0 || keep != RT_KEEP_FINAL)
             take(k, n * H, k->act, &hidden[k->arena == NULL ? 0 : l]);
@@ -133,8 +133,8 @@ static enum rt_status upload_batch(struct rt_student *s, const struct rt_student
     for (int64_t i = 0; i < b->n_seq; i++)
         for (int32_t t = b->cu_seqlens[i]; t < b->cu_seqlens[i + 1]; t++)
             pos[t] = t - b->cu_seqlens[i];
-    RT_TRY(rt_device_upload(s->d, s->a.ids, s->staging, (size_t)b->n * sizeof *pos, err));
-    RT_TRY(rt_device_upload(s->d, s->a.pos, pos, (size_t)b->n * sizeof *pos, err));
+    RT_TRY(rt_device_upload(s->d, s->a.own_ids, s->staging, (size_t)b->n * sizeof *pos, err));
+    RT_TRY(rt_device_upload(s->d, s->a.own_pos, pos, (size_t)b->n * sizeof *pos, err));
 out:
     return st;
 }
@@ -209,6 +209,12 @@ out:
 enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_batch *b, enum rt_student_keep keep,
                                   struct rt_arena *acts, struct rt_err *err)
 {
+    return rt_student_forward_sent(s, b, NULL, keep, acts, err);
+}
+
+enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_student_batch *b, const struct rt_student_sent *sent, enum rt_student_keep keep,
+                                       struct rt_arena *acts, struct rt_err *err)
+{
     enum rt_status st = RT_OK;
     struct rt_student_acts *a = &s->a;
     const int64_t H = s->c->hidden;
@@ -221,7 +227,10 @@ enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_
     RT_TRY(k.st);
     a->batch = *b;
     a->keep = keep;
-    RT_TRY(upload_batch(s, b, err));
+    a->ids = sent != NULL ? sent->ids : a->own_ids;
+    a->pos = sent != NULL ? sent->pos : a->own_pos;
+    if (sent == NULL)
+        RT_TRY(upload_batch(s, b, err));
     RT_TRY(RT_OP(s->d, embed_fwd, err, .ids = a->ids, .table = s->embed, .out = a->hidden[0], .n = b->n, .cols = H));
     for (int i = 0; i < s->c->layers; i++) {
         const struct rt_student_saved *v = &a->saved[i];

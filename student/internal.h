@@ -23,7 +23,8 @@ struct rt_student_acts {
     struct rt_student_batch batch;
     enum rt_student_keep keep;
     bool done;            /* a forward filled it and no backward used it */
-    int32_t *ids, *pos;   /* device */
+    const int32_t *ids, *pos;     /* device: the caller's, or what follows */
+    int32_t *own_ids, *own_pos;
     void **hidden;        /* [layers + 1] */
     struct rt_student_saved *saved; /* [layers] */
     void *final;

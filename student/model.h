@@ -59,6 +59,10 @@ struct rt_student_batch {
     const int32_t *cu_seqlens; /* [host] [n_seq + 1], 0 first, n last, ascending */
     int64_t n, n_seq;
 };
+/* The batch's ids and each token's place in its document, where they lie on the device already: a forward of them waits for nothing. */
+struct rt_student_sent {
+    const int32_t *ids, *pos; /* [n] */
+};
 
 enum rt_student_keep {
     RT_KEEP_FINAL,  /* final states only */
@@ -76,6 +80,9 @@ size_t rt_student_activation_bytes(const struct rt_student_config *c, int64_t n,
  * breaks the rules above (empty or over-long document, id outside the vocabulary), NOMEM. */
 enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_batch *b, enum rt_student_keep keep,
                                   struct rt_arena *acts, struct rt_err *err);
+/* The same; sent must hold the batch's, and stay as it is until backward is done. */
+enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_student_batch *b, const struct rt_student_sent *sent, enum rt_student_keep keep,
+                                       struct rt_arena *acts, struct rt_err *err);
 /* [n, H] act of the last forward. layer 0: embeddings, l: output of layer l-1 before the final norm (RT_KEEP_HIDDEN on),
  * RT_LAYER_FINAL: after the final norm. NULL where it was not kept or there is no such layer. */
 const void *rt_student_hidden(const struct rt_student *s, int layer);

@@ -193,11 +193,51 @@ static void test_ce_rest(void **state)
         assert_true(fabs(r.sums.ce - (rest ? 1 : 2) * ce) < 1e-5);
         assert_true(fabs(r.loss - ((rest ? 1 : 2) * ce + kl) / 2) < 1e-5);
         /* an evaluation with the trainer's room counts every target */
-        const struct rt_eval_room room = {t.s, &t.acts, &t.losses, &t.micro};
+        const struct rt_eval_room room = {t.s, &t.acts, &t.losses, &t.micro[0]};
         struct rt_eval_losses e;
         assert_ok(rt_eval_losses(&room, set, 1, NULL, NULL, NULL, &e, &err));
         assert_int_equal(e.sums.rows, 2);
         assert_true(fabs(e.sums.ce - 2 * ce) < 1e-5);
+        rt_trainer_close(&t);
+        rt_train_set_free(set);
+    }
+    tf_close(&f);
+}
+
+/* Of two stored ids the likelier alone is trained on: the other is in the bucket, whose mass is still exact. */
+static void test_use_k(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct tf f;
+    const uint32_t ids[2] = {5, 9}, position[1] = {0}, top[2] = {7, 9}, rank[1] = {1};
+    const uint8_t mask[2] = {0, 1};
+    const float logits[2] = {logf(0.5f), logf(0.3f)}, lse[1] = {0}, logprob[1] = {logf(0.3f)};
+    struct two two = {.r = {.n_tokens = 2, .ids = ids, .loss_mask = mask, .n_rows = 1, .k = 2, .n_lse = 1, .position = position, .topk_ids = top,
+                            .topk_logits = logits, .lse = lse, .next_id = ids + 1, .next_logprob = logprob, .next_rank = rank},
+                      .id = {.vocab_size = 61, .n_ids = 61, .top_k = 2, .n_lse = 1, .lse_temperature = {1}}};
+    const struct rt_row_source source = {&two, 1, &two.id, get_two};
+    tf_open(&f, &rt_backend_ref, 1, TF_TIED, 0);
+    const struct rt_train_set_options so = {.model = &f.model, .vocab = 61, .max_length = 64};
+    const double V = 61, want[3] = {0.5 * log(0.5 * V) + 0.3 * log(0.3 * V) + 0.2 * log(0.2 / (59 / V)), 0.5 * log(0.5 * V) + 0.5 * log(0.5 / (60 / V))};
+    for (int use = 0; use < 2; use++) {
+        struct rt_trainer t;
+        struct rt_step_result r;
+        struct rt_train_set *set = NULL;
+        struct rt_trainer_options o = tf_options();
+        o.w.ce = o.w.kl = o.w.T = o.teacher_T = 1;
+        o.use_k = use;
+        o.batch_tokens = 2;
+        assert_ok(rt_train_set_memory(&source, &so, &set, &err));
+        open_trainer(&t, &f, &set, &o);
+        assert_ok(rt_trainer_step(&t, 0, false, &r, &err));
+        assert_true(fabs(r.sums.kl - want[use]) < 1e-5);
+        assert_true(fabs(r.sums.teacher_mass - (use ? 0.5 : 0.8)) < 1e-6);
+        /* an evaluation takes all that is stored */
+        const struct rt_eval_room room = {t.s, &t.acts, &t.losses, &t.micro[0]};
+        struct rt_eval_losses e;
+        assert_ok(rt_eval_losses(&room, set, 1, NULL, NULL, NULL, &e, &err));
+        assert_true(fabs(e.sums.kl - want[0]) < 1e-5);
         rt_trainer_close(&t);
         rt_train_set_free(set);
     }
@@ -544,7 +584,7 @@ static void test_statistics(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_canary),     cmocka_unit_test(test_alignment), cmocka_unit_test(test_two_tokens),
-    cmocka_unit_test(test_ce_rest),
+    cmocka_unit_test(test_ce_rest), cmocka_unit_test(test_use_k),
     cmocka_unit_test(test_packing_and_accumulation), cmocka_unit_test(test_threads), cmocka_unit_test(test_resume),
     cmocka_unit_test(test_gradient),   cmocka_unit_test(test_nan_row),   cmocka_unit_test(test_order),
     cmocka_unit_test(test_layer_map),  cmocka_unit_test(test_statistics),
