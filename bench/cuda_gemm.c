@@ -1,6 +1,6 @@
 /* Products on the GPU at the geometry of DeepSeek-V3 (H 7168, 256 experts of 2048) and of students: linear layers, a group of experts, the head.
  *
- *     bench_cuda_gemm
+ *     bench_cuda_gemm [linear] [experts] [head] [student]          all of them without an argument
  *
  * Median of calls between CUDA events, random numbers. Limits: what the tensor cores do at most, 1979 TFLOP/s of e4m3 and 990 of bfloat16.
  */
@@ -465,32 +465,46 @@ out:
     return st;
 }
 
-static enum rt_status run(const struct rt_device *d, struct rt_err *err)
+/* Whether this part was asked for. */
+static bool wanted(char *const *list, const char *part)
+{
+    bool found = *list == NULL;
+    for (; *list != NULL && !found; list++)
+        found = strcmp(*list, part) == 0;
+    return found;
+}
+
+static enum rt_status run(const struct rt_device *d, char *const *list, struct rt_err *err)
 {
     static const struct {
         const char *name;
         int64_t N, K;
     } teacher[] = {{"q_a", 1536, 7168}, {"q_b", 24576, 1536}, {"kv_a", 576, 7168}, {"kv_b", 32768, 512}, {"o", 7168, 16384}},
       student[] = {{"gate_up 1.5B", 17920, 1536}, {"down 1.5B", 1536, 8960}, {"qkv 7B", 4608, 3584}};
-    enum rt_status st;
-    for (size_t i = 0; i < sizeof teacher / sizeof *teacher; i++)
+    enum rt_status st = RT_OK;
+    for (size_t i = 0; i < sizeof teacher / sizeof *teacher && wanted(list, "linear"); i++)
         for (int64_t n = 8192; n <= 16384; n *= 2)
             RT_TRY(teacher_linear(d, teacher[i].name, n, teacher[i].N, teacher[i].K, err));
-    RT_TRY(teacher_linear(d, "q_b, odd", 8190, 24576, 1536, err));
-    for (int64_t each = 1024; each <= 8192; each *= each == 1024 ? 4 : 2)
-        RT_TRY(experts(d, each, true, err));
-    RT_TRY(experts(d, 4096, false, err));
-    RT_TRY(mlp(d, 65536, 2048, err));
-    RT_TRY(mlp(d, 16384, 18432, err));
-    RT_TRY(head(d, 64, err));
-    RT_TRY(head(d, 256, err));
-    for (size_t i = 0; i < sizeof student / sizeof *student; i++)
+    if (wanted(list, "linear"))
+        RT_TRY(teacher_linear(d, "q_b, odd", 8190, 24576, 1536, err));
+    if (wanted(list, "experts")) {
+        for (int64_t each = 1024; each <= 8192; each *= each == 1024 ? 4 : 2)
+            RT_TRY(experts(d, each, true, err));
+        RT_TRY(experts(d, 4096, false, err));
+        RT_TRY(mlp(d, 65536, 2048, err));
+        RT_TRY(mlp(d, 16384, 18432, err));
+    }
+    if (wanted(list, "head")) {
+        RT_TRY(head(d, 64, err));
+        RT_TRY(head(d, 256, err));
+    }
+    for (size_t i = 0; i < sizeof student / sizeof *student && wanted(list, "student"); i++)
         RT_TRY(student_linear(d, student[i].name, 16384, student[i].N, student[i].K, err));
 out:
     return st;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     struct rt_err err = {0};
     struct rt_device d = {0};
@@ -501,7 +515,7 @@ int main(void)
     }
     if (rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err) == RT_OK) {
         printf("%s\n", d.be->describe(d.dev));
-        (void)run(&d, &err);
+        (void)run(&d, argv + (argc > 0), &err);
     }
     rt_device_close(&d);
     if (err.status != RT_OK)
