@@ -1,13 +1,13 @@
 /* Scoring with a teacher whose weights are streamed, layer by layer: the rate of a whole model from the layers of a part of it.
  *
- *     bench_make_teacher --geometry v3 --layers 4 --dense-first 1 --out DIR
+ *     bench_make_teacher --geometry v3 --layers 5 --dense-first 3 --out DIR
  *     bench_teacher_stream --teacher DIR [options]          --help lists them
  *
  * The same rt_teacher_score that `retort logits` runs, on any backend. Each layer is timed from the state before it to the state after
  * it; the rate of the model is tokens / (dense layers + mixture layers + embeddings + head), with as many layers as --model-dense and
- * --model-moe say (DeepSeek-V3: 3 and 58), a mixture layer counting as their mean here. The first window reads the files; where --memory holds
- * the checkpoint, the later ones stream it from there. The share that waits is the time for which the device had no work but to wait
- * for weights.
+ * --model-moe say (DeepSeek-V3: 3 and 58), a layer of each kind counting as their mean here: with the model's own three dense layers what the first
+ * layer waits for counts once, as in the model. The first window reads the files; where --memory holds the checkpoint, the later ones stream it from
+ * there. The share that waits is the time for which the device had no work but to wait for weights.
  */
 #include "bench/bench.h"
 #include "bench/profile.h"
