@@ -9,7 +9,7 @@
 #include "teacher/features.h"
 #include "teacher/score_state.h"
 
-enum { HEAD_ROWS = 1024 };
+enum { HEAD_ROWS = 1024, HEAD_ROWS_GPU = 4096 /* between them it waits for the host, and each time it reads the head */ };
 
 /* What the window's rows become before they are put. Host arrays over all stored rows, in input order. */
 struct outputs {
@@ -96,10 +96,15 @@ out:
     return st;
 }
 
+static int64_t head_rows(const struct rt_device *d)
+{
+    return d->be->own_memory ? HEAD_ROWS_GPU : HEAD_ROWS;
+}
+
 static enum rt_status make_device_rows(struct rt_teacher *t, const struct rt_score_options *o, struct device_rows *v, struct rt_err *err)
 {
     const struct rt_device *d = t->o.device;
-    const size_t R = HEAD_ROWS, k = (size_t)o->top_k, L = (size_t)o->n_lse, H = (size_t)t->c.hidden * rt_device_act_size(d);
+    const size_t R = (size_t)head_rows(d), k = (size_t)o->top_k, L = (size_t)o->n_lse, H = (size_t)t->c.hidden * rt_device_act_size(d);
     const size_t set = o->boundary != NULL ? (size_t)o->n_ids : 0;
     const size_t size = rt_arena_round(R * H) + 2 * rt_arena_round(R * k * 4) + rt_arena_round(R * L * 4) + 4 * rt_arena_round(R * 4) +
                         rt_arena_round(set) + rt_arena_round(R * sizeof(double));
@@ -129,7 +134,7 @@ static enum rt_status boundaries(struct rt_teacher *t, const struct rt_score_opt
                                  int64_t n, float *out, struct rt_err *err)
 {
     enum rt_status st;
-    double host[HEAD_ROWS];
+    double host[HEAD_ROWS_GPU];
     RT_TRY(RT_OP(t->o.device, head_likelihood, err, .x = v->x, .w = p->w[RT_W_HEAD], .n = n, .H = t->c.hidden, .n_ids = o->n_ids, .in_set = v->set,
                  .set_logp = v->set_logp));
     RT_TRY(rt_device_download(t->o.device, host, v->set_logp, (size_t)n * sizeof *host, err));
@@ -139,19 +144,20 @@ out:
     return st;
 }
 
-/* Rows of the head, HEAD_ROWS at a time; final [window, H] are the normalised states. */
+/* Rows of the head, head_rows at a time; final [window, H] are the normalised states. */
 static enum rt_status head(struct rt_teacher *t, const struct rt_score_options *o, const struct rt_part *p, const void *final,
                            struct outputs *r, struct rt_err *err)
 {
     const struct rt_device *d = t->o.device;
+    const int64_t most = head_rows(d);
     struct device_rows v = {0};
     float inv[RT_MAX_LSE];
     enum rt_status st;
     for (int i = 0; i < o->n_lse; i++)
         inv[i] = (float)(1.0 / o->lse_temperature[i]);
     RT_TRY(make_device_rows(t, o, &v, err));
-    for (int64_t i = 0; i < r->n_rows; i += HEAD_ROWS) {
-        const int64_t n = r->n_rows - i < HEAD_ROWS ? r->n_rows - i : HEAD_ROWS;
+    for (int64_t i = 0; i < r->n_rows; i += most) {
+        const int64_t n = r->n_rows - i < most ? r->n_rows - i : most;
         const size_t N = (size_t)n, k = (size_t)o->top_k, L = (size_t)o->n_lse;
         RT_TRY(rt_device_upload(d, v.index, r->row_token + i, N * 4, err));
         RT_TRY(rt_device_upload(d, v.next, r->next_id + i, N * 4, err));
