@@ -248,7 +248,7 @@ static enum rt_status call_gather(const struct rt_device *d, void *ctx, struct r
 static enum rt_status call_swiglu(const struct rt_device *d, void *ctx, struct rt_err *err)
 {
     struct group *g = ctx;
-    return rt_cuda_moe_swiglu(d->q, &g->t, g->gate_up, g->gate_up + I * 2, 2 * I, g->h, I, err);
+    return rt_cuda_moe_swiglu(d->q, &g->t, g->gate_up, g->gate_up + I * 2, 2 * I, g->h, I, false, err);
 }
 static enum rt_status call_combine(const struct rt_device *d, void *ctx, struct rt_err *err)
 {
