@@ -50,7 +50,7 @@ struct rt_row_identity {
     char tokenizer_sha256[65]; /* of tokenizer.json; "" without one */
     char template_sha256[65];  /* of the chat template text; "" without one */
     char teacher_name[128];    /* the directory's name: for people */
-    char mode[48];             /* "w8a16/f32/cpu": numerics / compute dtype / backend family */
+    char mode[48];             /* "w8a16/f32/cpu": numerics (w8a16, w8a8, w8a8-ue8m0) / compute dtype / backend family */
     int64_t vocab_size;        /* rows of the head */
     int teacher_layers;        /* num_hidden_layers: what feature layers count in */
     int64_t n_ids;             /* ids that exist: 1 + largest id of tokenizer.json, or vocab_size */

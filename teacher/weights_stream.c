@@ -16,6 +16,7 @@ struct slot {
 struct chunk {
     struct rt_item *item;
     struct rt_feed_chunk c;
+    const char *tensor;
     char *place;
 };
 
@@ -134,6 +135,7 @@ static void hand_out(const struct rt_stream *s, struct rt_item *it, struct chunk
     const struct rt_tensor *t = rt_entry_piece(it->e, it->e->order[it->piece], &at);
     const uint64_t left = t->bytes - it->piece_at, bytes = left < RT_FEED_CHUNK ? left : RT_FEED_CHUNK;
     c->item = it;
+    c->tensor = t->name;
     c->c = (struct rt_feed_chunk){.entry = it->e - s->entry, .no = it->chunk++, .file = t->file, .offset = t->offset + it->piece_at, .bytes = bytes};
     c->place = (char *)it->part->block + at + it->piece_at;
     it->piece_at += bytes;
@@ -215,7 +217,7 @@ static enum rt_status fetch(struct rt_stream *s, const struct chunk *c, struct s
         st = rt_file_pread(rt_tensors_fd(s->ts, c->c.file), rt_tensors_file(s->ts, c->c.file), c->place, (size_t)c->c.bytes, c->c.offset, err);
     }
     if (st != RT_OK)
-        rt_err_context(err, "%s", rt_part_name(c->item->e->id, name));
+        rt_err_context(err, "%s, %.150s", rt_part_name(c->item->e->id, name), c->tensor);
     return st;
 }
 

@@ -477,6 +477,7 @@ static void a_file_shrinks_in_the_middle(void **state)
     o.keep.every = 0;
     assert_int_equal(attempt(&s, &o, &rows, &err), RT_FORMAT);
     assert_non_null(strstr(err.msg, "layer "));
+    assert_non_null(strstr(err.msg, "model.layers."));
     assert_non_null(strstr(err.msg, file));
     rt_err_clear(&err);
     const int saved = rt_score_saved_layer(s.keep);
