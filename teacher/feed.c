@@ -58,26 +58,6 @@ const struct rt_tensor *rt_entry_piece(const struct rt_entry *e, int piece, size
     return piece % 2 ? t->scale : t->weight;
 }
 
-void rt_entry_order(struct rt_entry *e)
-{
-    size_t at;
-    e->n_pieces = 0;
-    e->stored = 0;
-    for (int i = 0; i < e->plan.n; i++)
-        for (int s = 0; s < 1 + (e->plan.t[i].scale != NULL); s++) {
-            const struct rt_tensor *t = rt_entry_piece(e, 2 * i + s, &at), *u;
-            int8_t k = e->n_pieces++;
-            e->stored += t->bytes;
-            for (; k > 0; k--) {
-                u = rt_entry_piece(e, e->order[k - 1], &at);
-                if (u->file < t->file || (u->file == t->file && u->offset < t->offset))
-                    break;
-                e->order[k] = e->order[k - 1];
-            }
-            e->order[k] = (int8_t)(2 * i + s);
-        }
-}
-
 static uint64_t pages(uint64_t bytes)
 {
     return (bytes + PAGE - 1) / PAGE * PAGE;
@@ -101,6 +81,28 @@ static int walk(const struct rt_entry *e, int no, uint64_t *place, uint64_t *byt
     }
     *bytes = at;
     return n;
+}
+
+void rt_entry_order(struct rt_entry *e)
+{
+    size_t at;
+    uint64_t place;
+    e->n_pieces = 0;
+    e->stored = 0;
+    for (int i = 0; i < e->plan.n; i++)
+        for (int s = 0; s < 1 + (e->plan.t[i].scale != NULL); s++) {
+            const struct rt_tensor *t = rt_entry_piece(e, 2 * i + s, &at), *u;
+            int8_t k = e->n_pieces++;
+            e->stored += t->bytes;
+            for (; k > 0; k--) {
+                u = rt_entry_piece(e, e->order[k - 1], &at);
+                if (u->file < t->file || (u->file == t->file && u->offset < t->offset))
+                    break;
+                e->order[k] = e->order[k - 1];
+            }
+            e->order[k] = (int8_t)(2 * i + s);
+        }
+    (void)walk(e, -1, &place, &e->room);
 }
 
 enum rt_status rt_feed_create(const struct rt_device *d, const struct rt_tensors *ts, const struct rt_entry *entry, int64_t n, struct rt_feed **out,
@@ -202,10 +204,9 @@ void rt_feed_allow(struct rt_feed *f, uint64_t bytes)
 
 void rt_feed_keep(struct rt_feed *f, int64_t entry)
 {
-    uint64_t place, bytes;
+    const uint64_t bytes = f->entry[entry].room;
     pthread_mutex_lock(&f->lock);
     struct kept *k = &f->kept[entry];
-    (void)walk(&f->entry[entry], -1, &place, &bytes);
     if (!k->keep && bytes <= f->left) {
         k->keep = true;
         f->left -= bytes;

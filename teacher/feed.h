@@ -27,7 +27,7 @@ struct rt_entry {
     struct rt_part_plan plan;
     size_t extra;         /* what the backend takes beyond the bytes as stored */
     struct rt_part *kept; /* ready for use, on the device: never read again; or NULL */
-    uint64_t stored;      /* bytes of all pieces */
+    uint64_t stored, room; /* bytes of all pieces; and what they take in memory of their own */
     int8_t n_pieces, order[2 * RT_PART_WEIGHTS];
 };
 void rt_entry_order(struct rt_entry *e);

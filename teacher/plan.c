@@ -207,7 +207,7 @@ static enum rt_status plan_gpu(const struct rt_teacher_options *o, const struct 
         RT_FAIL(err, NOMEM, "%s: outputs of a window of %ld tokens and staging for its weights need %s of host memory, --memory gives %s", o->dir,
                 (long)p->window, rt_human_bytes(need, host), rt_human_bytes(have, memory));
     p->weight_budget = memory - p->window_bytes - RT_TEACHER_FIXED_BYTES;
-    p->resident = p->gpu_resident || (p->weight_budget - z->staging) * (uint64_t)(o->devices > 1 ? o->devices : 1) >= z->model_bytes;
+    p->resident = p->gpu_resident || (p->weight_budget - z->staging) * (uint64_t)(o->devices > 1 ? o->devices : 1) >= z->model_room;
 out:
     return st;
 }

@@ -52,7 +52,7 @@ out:
 static void take_sizes(const struct rt_weights *w, const struct rt_teacher_config *c, struct rt_teacher_sizes *out)
 {
     *out = (struct rt_teacher_sizes){.config = *c, .largest_part = rt_weights_largest_part(w), .largest_expert = rt_weights_largest_expert(w),
-                                     .model_bytes = rt_weights_model_bytes(w), .staging = rt_weights_staging(w)};
+                                     .model_bytes = rt_weights_model_bytes(w), .model_room = rt_weights_model_room(w), .staging = rt_weights_staging(w)};
 }
 
 enum rt_status rt_teacher_measure(const struct rt_teacher_options *o, struct rt_teacher_sizes *out, struct rt_err *err)

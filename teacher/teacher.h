@@ -81,7 +81,7 @@ void rt_teacher_close(struct rt_teacher *t); /* NULL is fine */
 /* What a plan needs to know of a checkpoint: its headers are read once, then any number of plans is made from them. */
 struct rt_teacher_sizes {
     struct rt_teacher_config config;
-    uint64_t largest_part, largest_expert, model_bytes, staging;
+    uint64_t largest_part, largest_expert, model_bytes, model_room, staging; /* model_room: as rt_weights_model_room */
 };
 enum rt_status rt_teacher_measure(const struct rt_teacher_options *o, struct rt_teacher_sizes *out, struct rt_err *err);
 enum rt_status rt_teacher_plan_sizes(const struct rt_teacher_options *o, const struct rt_teacher_sizes *sizes, struct rt_teacher_plan *out,

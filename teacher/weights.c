@@ -14,7 +14,7 @@ struct rt_weights {
     struct rt_entry *entry;
     int64_t n_entries;
     int64_t *layer_base; /* entry of a layer's attention; [layers + mtp_layers + 1] */
-    uint64_t model_bytes, largest, largest_expert;
+    uint64_t model_bytes, model_room, largest, largest_expert;
     int64_t resident_left; /* bytes that may still be kept on the device */
     double waited;
     struct rt_stream stream;
@@ -102,8 +102,10 @@ static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
         w->largest = e->plan.bytes > w->largest ? e->plan.bytes : w->largest;
         if (e->id.kind == RT_PART_EXPERT && e->plan.bytes > w->largest_expert)
             w->largest_expert = e->plan.bytes;
-        if (e->id.kind != RT_PART_MTP && e->id.layer < c->layers)
+        if (e->id.kind != RT_PART_MTP && e->id.layer < c->layers) {
             w->model_bytes += e->plan.bytes;
+            w->model_room += e->room;
+        }
     }
 out:
     return st;
@@ -372,6 +374,11 @@ const struct rt_tensors *rt_weights_tensors(const struct rt_weights *w)
 uint64_t rt_weights_model_bytes(const struct rt_weights *w)
 {
     return w->model_bytes;
+}
+
+uint64_t rt_weights_model_room(const struct rt_weights *w)
+{
+    return w->model_room;
 }
 
 uint64_t rt_weights_largest_part(const struct rt_weights *w)

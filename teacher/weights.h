@@ -77,6 +77,7 @@ void rt_weights_free(struct rt_weights *w); /* NULL is fine */
 const struct rt_tensors *rt_weights_tensors(const struct rt_weights *w);
 /* Bytes on disk of all parts of the main model, of the largest part, and how many bytes passes have read so far. */
 uint64_t rt_weights_model_bytes(const struct rt_weights *w);
+uint64_t rt_weights_model_room(const struct rt_weights *w); /* in host memory beside a device with memory of its own */
 uint64_t rt_weights_largest_part(const struct rt_weights *w);
 uint64_t rt_weights_largest_expert(const struct rt_weights *w); /* 0: there are none */
 uint64_t rt_weights_bytes_read(const struct rt_weights *w);

@@ -86,7 +86,7 @@ static void windows_of_the_full_model(void **state)
     };
     struct rt_backend far = far_backend();
     const struct rt_device d = {.be = &far};
-    struct rt_teacher_sizes z = {.largest_part = 1853500000, .largest_expert = 44056000, .model_bytes = 671000000000, .staging = 128 << 20};
+    struct rt_teacher_sizes z = {.largest_part = 1853500000, .largest_expert = 44056000, .model_bytes = 671000000000, .model_room = 672000000000, .staging = 128 << 20};
     z.config = (struct rt_teacher_config){.vocab_size = 129280, .hidden = 7168, .layers = 61, .dense_first = 3, .heads = 128, .q_lora = 1536, .kv_lora = 512,
                                           .dn = 128, .dr = 64, .dv = 128, .inter = 18432, .moe_inter = 2048, .experts = 256, .shared = 1, .top_k = 8,
                                           .n_group = 8, .topk_group = 4, .max_position = 163840, .fp8 = true};
