@@ -66,7 +66,7 @@ struct bench {
     struct rt_train_run r;
     struct rt_train_set *set; /* without a cache */
     struct args *args;
-    double kd_rate;
+    double rate[2]; /* CE, KD */
 };
 
 struct measured {
@@ -288,8 +288,7 @@ static void report(struct bench *b, bool kd, const struct measured *m)
     const double rate = (double)m->tokens / m->seconds, parts = m->parts > 0 ? (double)v->batch_tokens / m->parts : NAN;
     const struct rt_trainer_options *o = &b->r.o;
     char memory[32];
-    if (kd)
-        b->kd_rate = rate;
+    b->rate[kd] = rate;
     if (v->json) {
         printf("{\"model\":\"%s\",\"loss\":\"%s\",\"length\":%ld,\"mixed\":%s,\"micro_tokens\":%ld,\"recompute\":%d,\"tokens_per_second\":%.0f,\"mfu\":%.4f,"
                "\"waited\":%.5f,\"memory\":%ld,\"parts_tokens_per_second\":%.0f}\n", v->model, kd ? "kd" : "ce", (long)v->length, v->mixed ? "true" : "false",
@@ -362,24 +361,25 @@ out:
     return st;
 }
 
-/* The peer's KD line ends "N tokens/s, ..."; it has the card for itself. */
+/* The peer's lines are "CE N tokens/s, ..." and "KD N tokens/s, ..."; it has the card for itself. */
 static void run_peer(const struct bench *b)
 {
-    char command[ARG], line[512];
+    char command[2 * ARG], line[512];
     double rate;
     if (system("python3 -c 'import torch, transformers' 2>/dev/null") != 0) {
         printf("no peer: python3 has no torch or transformers\n");
         return;
     }
-    snprintf(command, sizeof command, "python3 bench/student_peer.py --model %s --length %ld --top-k %ld %s", b->v.model, (long)b->v.length, (long)b->v.top_k, b->v.peer);
+    snprintf(command, sizeof command, "python3 bench/student_peer.py --config '%s' --length %ld --top-k %ld %s", b->config, (long)b->v.length, (long)b->v.top_k, b->v.peer);
     FILE *f = popen(command, "r");
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
-        const char *kd = strstr(line, "KD "), *at = strstr(line, " tokens/s");
+        const char *at = strstr(line, " tokens/s");
+        const bool kd = strncmp(line, "KD ", 3) == 0, ce = strncmp(line, "CE ", 3) == 0;
         printf("peer  %s", line);
         while (at != NULL && at > line && ((at[-1] >= '0' && at[-1] <= '9') || at[-1] == '.'))
             at--;
-        if (kd != NULL && at != NULL && sscanf(at, "%lf", &rate) == 1 && b->kd_rate > 0)
-            printf("      with KL, ours is %.2f times the peer\n", b->kd_rate / rate);
+        if ((kd || ce) && at != NULL && sscanf(at, "%lf", &rate) == 1 && b->rate[kd] > 0)
+            printf("      ours is %.2f times the peer\n", b->rate[kd] / rate);
         fflush(stdout);
     }
     if (f != NULL)

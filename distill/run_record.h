@@ -21,7 +21,7 @@
  *   "order_sha256"                    over the keys of all sequences of the run, in the order of training: equal for runs that saw the
  *                                     same tokens in the same order
  *   "student": {...}                  rt_student_describe
- *   "parameters", "steps", "planned_steps", "micro_tokens", "tokens" (trained on), "targets", "skipped_steps",
+ *   "parameters", "steps", "planned_steps", "micro_tokens", "operations" (bytes that a GPU's operations may take beside their arguments), "tokens" (trained on), "targets", "skipped_steps",
  *   "clipped_steps" (how many), "seconds", "tokens_per_second", "peak_memory" (bytes, resident, of this run; of rank 0 where there are several), "flops" (of the training, forward and backward), "device", "ranks"
  *   "final": {"loss","ce","kl","feature","teacher_mass","student_mass","agreement","accuracy"}   means over the last tenth of the steps
  *   "model": "model"                  relative to RUN, null before the end

@@ -35,6 +35,7 @@
     {"beta2", RT_OPT_FLOAT, V(beta2), "0.95", 0, 0.99999, NULL, "B", "of AdamW", false, false}, \
     {"eps", RT_OPT_FLOAT, V(eps), "1e-8", 1e-20, 1, NULL, "E", "of AdamW", false, false}, \
     {"moments", RT_OPT_CHOICE, V(moments), "f32", 0, 0, "f32|bf16", NULL, "AdamW's moments on a GPU; bf16, rounded stochastically, takes 4 bytes a parameter less", false, false}, \
+    {"master", RT_OPT_CHOICE, V(master), "f32", 0, 0, "f32|none", NULL, "float32 masters of a GPU's bfloat16 parameters; none: they are rounded stochastically, which takes 2 bytes a parameter less", false, false}, \
     {"clip", RT_OPT_FLOAT, V(clip), "1", 0, 1e9, NULL, "NORM", "greatest global norm of the gradient; 0: none", false, false}, \
     {"on-nan", RT_OPT_CHOICE, V(on_nan), "skip", 0, 0, "skip|stop", NULL, "a step whose loss or gradient is not finite, or spikes, is left out, or ends the run", false, false}, \
     {"max-grad-spike", RT_OPT_FLOAT, V(max_grad_spike), "100", 0, 1e9, NULL, "X", "a step whose gradient norm is above X times its mean over the last 50 or so is treated as --on-nan says; 0: none is", false, false}, \

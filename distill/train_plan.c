@@ -425,6 +425,15 @@ static void choose_micro(struct rt_train_run *r, int64_t n, bool fixed, size_t o
     plan_micro(r, operations);
 }
 
+/* Options that take less, where they are not given yet. */
+static const char *cheaper(const struct rt_train_run *r)
+{
+    const bool gpu = r->device.be->own_memory && r->device.be->act == RT_BF16, f32 = gpu && !r->o.adamw.bf16_moments, master = gpu && !r->o.adamw.no_master;
+    if (r->o.recompute < 3)
+        return f32 ? ", --recompute 3, --moments bf16" : ", --recompute 3";
+    return f32 ? master ? ", --moments bf16, --master none" : ", --moments bf16" : master ? ", --master none" : "";
+}
+
 static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
@@ -453,7 +462,7 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
         RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: --%s %.0fM or more%s%s, "
                 "or a --max-length below %ld", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest, r->o.recompute, rt_human_bytes(b, (uint64_t)limit),
                 be->own_memory ? "gpu-memory" : "memory", ceil((double)need(r) / (1 << 20)), r->o.micro_tokens > longest ? ", smaller --micro-tokens" : "",
-                r->o.recompute < 3 ? ", --recompute 3" : "", (long)longest);
+                cheaper(r), (long)longest);
 out:
     return st;
 }
@@ -504,7 +513,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     describe_sets(r);
     RT_TRY(check_losses(r, err));
     RT_TRY(count_steps(r, err));
-    r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true, strcmp(v->moments, "bf16") == 0, (uint64_t)v->common.seed};
+    r->o.adamw = (struct rt_adamw){v->beta1, v->beta2, v->eps, v->weight_decay, v->clip, true, strcmp(v->moments, "bf16") == 0, (uint64_t)v->common.seed, strcmp(v->master, "none") == 0};
     r->o.max_spike = v->max_grad_spike;
     RT_TRY(rt_train_join(r, err));
     r->o.comm = r->comm;

@@ -13,7 +13,7 @@ struct rt_train_values {
     const char *student, *init_config, *tokenizer, *template_name, *out, *name, *arm;
     struct rt_str_list data, eval_data;
     double w_ce, w_kl, w_feature, w_alm, alm_tau, kd_temperature, teacher_temperature;
-    const char *divergence, *tail, *feature_loss, *layer_map, *schedule, *on_nan, *dtype, *ce, *moments, *recompute;
+    const char *divergence, *tail, *feature_loss, *layer_map, *schedule, *on_nan, *dtype, *ce, *moments, *master, *recompute;
     double lr, min_lr, warmup, weight_decay, beta1, beta2, eps, clip, max_grad_spike;
     int64_t top_k, teacher_layers, epochs, steps, tokens, batch_tokens, micro_tokens, max_length, eval_every, save_every, keep, grad_norms, loader_threads, rank_timeout;
 };

@@ -20,10 +20,12 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
                      size_t act_size, struct rt_trainer_memory *out)
 {
     const struct rt_micro_options mo = micro_options(o, c->vocab_size);
+    const int ranks = o->ranks > 1 ? o->ranks : 1;
     *out = (struct rt_trainer_memory){
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
-        .moments = rt_optimizer_shard_bytes(p, o->ranks > 1 ? o->ranks : 1, o->bucket, act_size, o->adamw.bf16_moments),
+        .moments = rt_optimizer_shard_bytes(p, ranks, o->bucket, act_size, o->adamw.bf16_moments) -
+                   (o->adamw.no_master ? rt_optimizer_master_bytes(p, ranks, o->bucket, act_size) : 0),
         .activations = rt_student_activation_bytes(c, o->micro_tokens, rt_student_recompute(o->recompute), act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),

@@ -42,7 +42,12 @@ size_t rt_adamw_state_bytes(int64_t n, size_t act_size, bool bf16_moments)
 {
     const bool split = act_size == rt_dtype_size(RT_BF16);
     const size_t size = !split ? act_size : bf16_moments ? rt_dtype_size(RT_BF16) : sizeof(float);
-    return 2 * moment_bytes(n, size) + (split ? moment_bytes(n, sizeof(int16_t)) : 0);
+    return 2 * moment_bytes(n, size) + rt_adamw_master_bytes(n, act_size);
+}
+
+size_t rt_adamw_master_bytes(int64_t n, size_t act_size)
+{
+    return act_size == rt_dtype_size(RT_BF16) ? moment_bytes(n, sizeof(int16_t)) : 0;
 }
 
 size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_moments)
@@ -53,6 +58,11 @@ size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_
 size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, int64_t bucket, size_t act_size, bool bf16_moments)
 {
     return rt_adamw_state_bytes(rt_param_shard_of(p, 0, ranks, ranks > 1 ? bucket : 0).n, act_size, bf16_moments);
+}
+
+size_t rt_optimizer_master_bytes(const struct rt_params *p, int ranks, int64_t bucket, size_t act_size)
+{
+    return rt_adamw_master_bytes(rt_param_shard_of(p, 0, ranks, ranks > 1 ? bucket : 0).n, act_size);
 }
 
 struct rt_param_block rt_adamw_master(const struct rt_adamw_state *state, const struct rt_device *d, const void *block)
@@ -78,12 +88,15 @@ enum rt_status rt_adamw_state_init(struct rt_adamw_state *state, const struct rt
     if (o->bf16_moments && !split)
         RT_FAIL(err, USAGE, "moments in bfloat16 are for devices that hold parameters in bfloat16; %s holds them as %s", d->be->name,
                 rt_dtype_name(d->be->act));
+    if (o->no_master && !split)
+        RT_FAIL(err, USAGE, "parameters without float32 masters are for devices that hold them in bfloat16; %s holds them as %s", d->be->name,
+                rt_dtype_name(d->be->act));
     const size_t moment = moment_bytes(n, rt_dtype_size(state->moment)), low = moment_bytes(n, sizeof(int16_t));
     RT_TRY(rt_arena_alloc(arena, moment, &state->m, err));
     RT_TRY(rt_arena_alloc(arena, moment, &state->v, err));
     RT_TRY(rt_device_zero(d, state->m, moment, err));
     RT_TRY(rt_device_zero(d, state->v, moment, err));
-    if (!split)
+    if (!split || o->no_master)
         goto out;
     RT_TRY(rt_arena_alloc(arena, low, &state->low, err));
     RT_TRY(rt_device_zero(d, state->low, low, err));

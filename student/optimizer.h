@@ -30,16 +30,19 @@ struct rt_adamw {
     bool decay_matrices_only; /* norms and biases take no decay (the embedding and the head do) */
     bool bf16_moments;    /* where act is BF16 (else USAGE): moments in BF16, rounded stochastically by `seed`; false: in F32 */
     uint64_t seed;
+    bool no_master;       /* where act is BF16 (else USAGE): parameters are BF16 alone, rounded stochastically by `seed`; false: float32 masters */
 };
 
 /* What AdamW keeps beside a block of n parameters, in device memory. Where act is BF16 the parameters are the upper halves of float32 masters
- * whose lower halves lie here, so that no step is lost to rounding; elsewhere low is NULL, and the moments are of act. */
+ * whose lower halves lie here, so that no step is lost to rounding (but for no_master); elsewhere low is NULL, and the moments are of act. */
 struct rt_adamw_state {
     char *low, *m, *v;
     enum rt_dtype moment;
     struct rt_param_shard shard; /* several ranks: what this one keeps */
 };
 size_t rt_adamw_state_bytes(int64_t n, size_t act_size, bool bf16_moments);
+/* Of them, what no_master leaves out. */
+size_t rt_adamw_master_bytes(int64_t n, size_t act_size);
 /* Cuts and zeroes. USAGE for values of o outside their ranges. */
 enum rt_status rt_adamw_state_init(struct rt_adamw_state *state, const struct rt_device *d, int64_t n, const struct rt_adamw *o, struct rt_arena *arena,
                                    struct rt_err *err);
@@ -76,6 +79,7 @@ struct rt_optimizer_ranks {
 /* Bytes of the arena for rt_optimizer_init; of rank 0's shard, the largest, where there are several ranks. */
 size_t rt_optimizer_bytes(const struct rt_params *p, size_t act_size, bool bf16_moments);
 size_t rt_optimizer_shard_bytes(const struct rt_params *p, int ranks, int64_t bucket, size_t act_size, bool bf16_moments);
+size_t rt_optimizer_master_bytes(const struct rt_params *p, int ranks, int64_t bucket, size_t act_size);
 /* As rt_adamw_state_init. s is borrowed. */
 enum rt_status rt_optimizer_init(struct rt_optimizer *opt, struct rt_student *s, const struct rt_adamw *o, struct rt_arena *arena,
                                  struct rt_err *err);

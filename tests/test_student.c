@@ -321,7 +321,7 @@ static void adamw_step(void **state)
         assert_ok(rt_device_download(&f.d, g, rt_student_grads(f.s), n * sizeof *g, &err));
         for (size_t i = 0; i < n; i++)
             sum += g[i] * g[i];
-        assert_ok(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, .95, eps, decay, 1e-2, only, false, 0}, &f.moments, &err));
+        assert_ok(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, .95, eps, decay, 1e-2, only, false, 0, false}, &f.moments, &err));
         assert_ok(rt_optimizer_step(&opt, lr, 1, &r, &err));
         assert_true(fabs(r.grad_norm - sqrt(sum)) <= 1e-12 * sqrt(sum));
         assert_true(fabs(r.scale - 1e-2 / (sqrt(sum) + 1e-6)) <= 1e-12); /* this clip bites */
@@ -342,7 +342,7 @@ static void adamw_step(void **state)
         assert_true(r.skipped && opt.step == 1);
         assert_ok(rt_device_download(&f.d, p, rt_student_block(f.s), n * sizeof *p, &err));
         assert_memory_equal(p, q, n * sizeof *p);
-        assert_status(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, 1, eps, decay, 0, false, false, 0}, &f.moments, &err), USAGE);
+        assert_status(rt_optimizer_init(&opt, f.s, &(struct rt_adamw){.9, 1, eps, decay, 0, false, false, 0, false}, &f.moments, &err), USAGE);
         free(p);
         free(q);
         free(g);
