@@ -117,11 +117,11 @@ fuzz: ## every parser against damaged files under the sanitizers: SECONDS_EACH=6
 	@for t in $(if $(TARGETS),$(TARGETS),$$(build/asan/retort-tests --fuzz list)); do \
 	    build/asan/retort-tests --fuzz $$t $(or $(SECONDS_EACH),60) || exit 1; done
 
-demo: all ## the main job on the embedded teacher: traces, logits, five students, the comparison
-	@sh examples/demo.sh $(B)/retort
+demo: all ## the main job on the embedded teacher: traces, logits, five students, the comparison; DEVICE=auto|cpu|cuda
+	@sh examples/demo.sh $(B)/retort build/demo $(or $(DEVICE),auto)
 
-demo-crossing: all ## soft labels across tokenizers: hard, exact, strict and likelihoods of spans, SEEDS=3
-	@sh examples/crossing.sh $(B)/retort build/crossing $(or $(SEEDS),3)
+demo-crossing: all ## soft labels across tokenizers: hard, exact, strict and likelihoods of spans, SEEDS=3 DEVICE=auto
+	@sh examples/crossing.sh $(B)/retort build/crossing $(or $(SEEDS),3) $(or $(DEVICE),auto)
 
 oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOKENIZER_CASES=FILE] [BACKENDS="ref cpu cuda"]
 	@$(B)/retort-tests --oracle --cases "$(CASES)" --tokenizers "$(TOKENIZERS)" --tokenizer-cases "$(TOKENIZER_CASES)" \

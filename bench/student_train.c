@@ -67,6 +67,7 @@ struct bench {
     struct rt_train_set *set; /* without a cache */
     struct args *args;
     double rate[2]; /* CE, KD */
+    bool named;
 };
 
 struct measured {
@@ -251,6 +252,31 @@ out:
     return st;
 }
 
+/* The student with one block of random numbers again and again, which takes no time; norms are ones. */
+static enum rt_status make_student(struct rt_loaded_student *l, const struct rt_device *d, int64_t longest, struct rt_err *err)
+{
+    enum { BLOCK = 1 << 22 };
+    enum rt_status st;
+    float *x = NULL, one[1] = {1};
+    l->d = d;
+    RT_TRY(rt_device_arena(d, rt_student_weight_bytes(&l->c, &l->p, longest, rt_device_act_size(d)), "weights", &l->weights, err));
+    RT_TRY(rt_student_create(d, &l->c, &l->p, longest, &l->weights, &l->s, err));
+    RT_TRY(rt_alloc(BLOCK, sizeof *x, "random numbers", &x, err));
+    for (int i = 0; i < BLOCK; i++)
+        x[i] = 0.02f * rt_rng_normal(1, 1, (uint64_t)i);
+    for (int i = 0; i < l->p.n; i++) {
+        const struct rt_param *e = &l->p.at[i];
+        const bool vector = e->kind == RT_PARAM_NORM;
+        for (int64_t at = 0, n = rt_param_elements(e), part; at < n; at += part) {
+            part = vector ? 1 : n - at < BLOCK ? n - at : BLOCK;
+            RT_TRY(rt_param_upload(d, rt_student_block(l->s), e, at, part, vector ? one : x, err));
+        }
+    }
+out:
+    rt_free(x);
+    return st;
+}
+
 static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err *err)
 {
     enum rt_status st;
@@ -258,7 +284,7 @@ static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err
     struct rt_step_result s;
     const double weight = 1;
     *m = (struct measured){0};
-    RT_TRY(rt_loaded_student_create(&r->student, &r->device, rt_train_longest(r), 1, err));
+    RT_TRY(make_student(&r->student, &r->device, rt_train_longest(r), err));
     RT_TRY(rt_trainer_open(&r->trainer, r->student.s, &b->set, &weight, 1, &r->o, err));
     RT_TRY(one_step(b, &s, err));
     RT_TRY(rt_device_sync(&r->device, err));
@@ -288,6 +314,15 @@ static void report(struct bench *b, bool kd, const struct measured *m)
     const double rate = (double)m->tokens / m->seconds, parts = m->parts > 0 ? (double)v->batch_tokens / m->parts : NAN;
     const struct rt_trainer_options *o = &b->r.o;
     char memory[32];
+    struct rt_log out = b->log;
+    if (!v->json && !b->named) { /* the formula of the rates, once */
+        rt_log_init(&out, stdout, RT_LOG_INFO);
+        rt_info(&out, "device %s: %s", b->r.device.be->name, b->r.device.be->describe(b->r.device.dev));
+        b->ctx.log = &out;
+        rt_train_log_rate(&b->r);
+        b->ctx.log = &b->log;
+        b->named = true;
+    }
     b->rate[kd] = rate;
     if (v->json) {
         printf("{\"model\":\"%s\",\"loss\":\"%s\",\"length\":%ld,\"mixed\":%s,\"micro_tokens\":%ld,\"recompute\":%d,\"tokens_per_second\":%.0f,\"mfu\":%.4f,"

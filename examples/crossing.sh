@@ -1,10 +1,11 @@
 #!/bin/sh
 # Soft labels across tokenizers: the embedded teacher taught to a student that shares neither its vocabulary nor its template.
-# usage: crossing.sh path/to/retort [OUT [SEEDS]]
+# usage: crossing.sh path/to/retort [OUT [SEEDS [DEVICE]]]
 set -eu
 retort=$1
 out=${2:-build/crossing}
 seeds=${3:-3}
+device=${4:-auto}
 here=examples
 teacher=$here/tiny_teacher
 student=$here/crossing_student
@@ -15,6 +16,9 @@ head() {
     printf '\n\033[1m== %s\033[0m  [%ss]\n' "$1" $(($(date +%s) - start))
 }
 run() {
+    case $1 in
+    traces | logits | train | eval | experiment) [ "$device" = auto ] || set -- "$@" --device "$device" ;;
+    esac
     printf '$ retort %s\n' "$*"
     "$retort" "$@"
 }

@@ -1,8 +1,9 @@
 #!/bin/sh
-# The main job on the embedded teacher, step by step, with the commands it runs. usage: demo.sh path/to/retort [OUT]
+# The main job on the embedded teacher, step by step, with the commands it runs. usage: demo.sh path/to/retort [OUT [DEVICE]]
 set -eu
 retort=$1
 out=${2:-build/demo}
+device=${3:-auto}
 here=examples
 teacher=$here/tiny_teacher
 student=$here/tiny_student
@@ -13,6 +14,9 @@ head() {
     printf '\n\033[1m== %s\033[0m  [%ss]\n' "$1" $(($(date +%s) - start))
 }
 run() {
+    case $1 in
+    traces | logits | train | eval) [ "$device" = auto ] || set -- "$@" --device "$device" ;;
+    esac
     printf '$ retort %s\n' "$*"
     "$retort" "$@"
 }
