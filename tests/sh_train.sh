@@ -49,8 +49,10 @@ refusals() {
 }
 
 # ---- a run that is killed goes on with the same bytes ----
-train() { # out; in a shell of its own, which becomes the program
-    exec "$retort" train --device "$device" --student $student --data "$d/shards" --out "$1" --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --steps 60 --batch-tokens 2048 \
+train() { # out, words more; in a shell of its own, which becomes the program
+    out=$1
+    shift
+    exec "$retort" train "$@" --device "$device" --student $student --data "$d/shards" --out "$out" --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --steps 60 --batch-tokens 2048 \
         --micro-tokens 512 --max-length 512 --lr 1e-3 --seed 3 --save-every 10 >/dev/null 2>"$d/err" </dev/null
 }
 steps() { # run
@@ -63,7 +65,10 @@ losses() {
 killed() {
     (train "$d/whole-$device") || bad "$device: train ended with $?"
     for far in 5 23 41; do
-        (train "$d/killed-$device") &
+        # what a machine has to give may change between the parts
+        more="--loader-threads 0"
+        [ $far != 23 ] || more=$changed
+        (train "$d/killed-$device" $more) &
         pid=$!
         tries=0
         while kill -0 $pid 2>/dev/null && [ "$(steps "$d/killed-$device")" -lt $far ] && [ $tries -lt 6000 ]; do
@@ -85,9 +90,9 @@ killed() {
 
 [ $# -gt 0 ] || set -- cpu cuda
 for device in "$@"; do
-    memory=memory
+    memory=memory changed="--threads 1 --recompute 3"
     if [ "$device" = cuda ]; then
-        memory=gpu-memory
+        memory=gpu-memory changed="--gpu-memory 14G --recompute 2"
         if ! "$retort" train --device cuda --student $student --data "$d/text.jsonl" --out "$d/none" --dry-run >/dev/null 2>"$d/err"; then
             echo "SKIP cuda: $(tail -n 1 "$d/err")"
             continue
