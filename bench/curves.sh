@@ -3,7 +3,7 @@
 # the tokens of examples/tiny_student. BF16 with float32 sums (cuda) beside float32 (cpu): the loss curves have to lie on each other.
 #
 #     sh bench/curves.sh RETORT OUT [DEVICE ...]        DEVICE: cpu, cuda, ref; default: both of cpu and cuda
-#     STEPS=1000 LR=3e-4 THREADS=0
+#     STEPS=1000 LR=3e-4 THREADS=0 SAVE=250
 #
 # OUT/DEVICE is a run: one that is finished (here or elsewhere) is not made again, one that was stopped goes on. Where there are two or more, each is held
 # against the first: initial student and order of data by their hashes, losses step by step. Fails where a hash differs, or smoothed losses by more than
@@ -32,7 +32,7 @@ for device in "$@"; do
         continue
     fi
     "$retort" train --device "$device" --threads "${THREADS:-0}" --init-config "$out/config.json" --tokenizer "$here/tiny_student" --data "$out/data.jsonl" \
-        --out "$out/$device" --w-ce 1 --w-kl 0 --steps "${STEPS:-1000}" --batch-tokens 64 --lr "${LR:-3e-4}" --seed 1 --save-every 250 --quiet
+        --out "$out/$device" --w-ce 1 --w-kl 0 --steps "${STEPS:-1000}" --batch-tokens 64 --lr "${LR:-3e-4}" --seed 1 --save-every "${SAVE:-250}" --quiet
 done
 
 # step and loss of a run
