@@ -70,7 +70,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     const struct values *v = values;
     enum rt_status st;
     struct rt_doctor d = {.teacher = v->teacher, .student = v->student, .data = v->data, .shards = v->shards, .out = v->out, .max_length = v->max_length,
-                          .batch_tokens = v->batch_tokens, .memory = rt_command_memory(&v->common), .lines = v->lines, .top_k = (int)v->top_k,
+                          .batch_tokens = v->batch_tokens, .memory = rt_command_memory(&v->common), .lines = v->lines, .top_k = (int)v->top_k, .gpus = (int)v->common.gpus,
                           .forward = v->forward, .rescore = v->rescore, .log = ctx->log};
     int n_ops;
     const enum rt_op *ops = rt_teacher_score_ops(&n_ops);

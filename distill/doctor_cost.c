@@ -1,4 +1,5 @@
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "core/io.h"
@@ -37,7 +38,9 @@ static enum rt_status student_memory(struct rt_doctor *d, struct rt_err *err)
     char need[32], have[32], weights[32], acts[32];
     const int64_t longest = length_of(d, d->sc.max_position);
     const int k = d->set != NULL ? rt_shard_set_identity(d->set)->top_k : d->top_k;
-    const struct rt_trainer_options o = {.w = {.ce = 0.5, .kl = 0.5, .T = 1}, .teacher_T = 1, .k = k, .batch_tokens = d->batch_tokens, .micro_tokens = longest};
+    const struct rt_trainer_options o = {.w = {.ce = 0.5, .kl = 0.5, .T = 1}, .teacher_T = 1, .k = k, .batch_tokens = d->batch_tokens, .micro_tokens = longest,
+                                         .ranks = d->gpus};
+    char each[32] = "";
     rt_trainer_plan(&d->sc, &d->sp, &o, longest, rt_device_act_size(&d->device), &m);
     const uint64_t total = (uint64_t)m.weights + m.grads + m.moments + m.activations + m.losses + m.projectors + m.host;
     rt_human_bytes(need, total);
@@ -45,11 +48,16 @@ static enum rt_status student_memory(struct rt_doctor *d, struct rt_err *err)
     rt_human_bytes(have, room);
     rt_human_bytes(weights, (uint64_t)m.weights + m.grads + m.moments);
     rt_human_bytes(acts, m.activations);
+    if (d->gpus > 1)
+        snprintf(each, sizeof each, " on each of %d ranks", d->gpus);
+    const struct rt_backend *be = d->device.be;
+    if (d->gpus > 1 && be->own_memory && be->count != NULL && be->count() < d->gpus)
+        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "--gpus %d: this machine has %d", d->gpus, be->count());
     if (total > room)
-        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "training needs %s with one sequence of %" PRId64 " tokens at a time (%s parameters, gradients and moments, %s activations), "
-                            "there are %s: a smaller --max-length, or more %s", need, longest, weights, acts, have,
+        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "training needs %s%s with one sequence of %" PRId64 " tokens at a time (%s parameters, gradients and moments, %s activations), "
+                            "there are %s: a smaller --max-length, or more %s", need, each, longest, weights, acts, have,
                             d->device.be->own_memory ? "--gpu-memory" : "--memory");
-    return rt_check_add(&d->checks, err, RT_CHECK_PASS, "memory.student", "training needs %s at least (%s parameters, gradients and moments, %s activations of %" PRId64 " tokens) of %s", need,
+    return rt_check_add(&d->checks, err, RT_CHECK_PASS, "memory.student", "training needs %s%s at least (%s parameters, gradients and moments, %s activations of %" PRId64 " tokens) of %s", need, each,
                         weights, acts, longest, have);
 }
 
