@@ -2,12 +2,13 @@
  * sequences, on 1 GPU and on N of this machine, each rank a process of its own.
  *
  *     bench_cuda_scaling [--shape 1.5b|0.5b] [--gpus 2] [--tokens 524288,65536] [--micro 32768] [--length 1024] [--seconds 12]
- *                        [--bucket 16777216] [--ways 0123]
+ *                        [--buckets 0] [--ways 0123]
  *
  * tokens: of a global batch, the same on every number of GPUs. Each line: the time of a step, the mean over as many as fit into --seconds (two at least, after
  * some that warm up); tokens a second of all GPUs; and the ratio to one GPU. ways: 0 one GPU; 1 the sums begin when backward is done, and one thing follows
- * another; 2 parameters are gathered while the next bucket is updated; 3 the sums, too, begin while backward runs. bucket: elements of a bucket at least. The losses
- * of the last step are printed, too: the ways give the same bits. Then what the exchange of a whole block takes by itself.
+ * another; 2 parameters are gathered while the next bucket is updated; 3 the sums, too, begin while backward runs. buckets: elements of a bucket at least, each measured;
+ * 0: as `train` takes them. The losses of the last step are printed, too: the ways give the same bits, but for the order in which norms are summed over buckets.
+ * The last line is what the exchange of a whole block takes by itself.
  */
 #include <math.h>
 #include <stdio.h>
@@ -25,7 +26,7 @@
 
 #ifdef RT_CUDA
 
-enum { SEQUENCES = 2048, MAX_CASES = 8, LEAST = 2 };
+enum { SEQUENCES = 2048, MAX_LIST = 8, MAX_CASES = 64, LEAST = 2 };
 
 static const struct shape {
     const char *name, *config;
@@ -41,9 +42,8 @@ static const struct shape {
 struct job {
     const struct shape *shape;
     int gpus;
-    int64_t tokens[MAX_CASES], micro, length;
-    int n_tokens;
-    int64_t bucket;
+    int64_t tokens[MAX_LIST], buckets[MAX_LIST], micro, length;
+    int n_tokens, n_buckets;
     const char *ways;
     double seconds;
 };
@@ -53,11 +53,21 @@ struct result {
     int steps;
 };
 
+/* What is measured on one number of GPUs. */
+struct plan {
+    struct one_case {
+        int way;
+        int64_t tokens, bucket;
+    } at[MAX_CASES];
+    int n;
+};
+
 /* ---- a rank ---- */
 
 struct rank {
     const struct job *job;
-    int rank, size, port, way;
+    const struct plan *plan;
+    int rank, size, port;
     struct rt_comm *comm;
     struct rt_device d;
     struct rt_student_config c;
@@ -170,16 +180,16 @@ out:
 }
 
 /* Steps until the time is over, by rank 0's clock. */
-static enum rt_status measure(struct rank *r, int64_t tokens, struct result *out, struct rt_err *err)
+static enum rt_status measure(struct rank *r, const struct one_case *c, struct result *out, struct rt_err *err)
 {
     enum rt_status st;
     static const double weight[1] = {1};
     struct rt_trainer t = {0};
     struct rt_step_result x;
     const struct rt_trainer_options o = {
-        .w = {.ce = 1, .T = 1}, .teacher_T = 1, .adamw = {0.9, 0.95, 1e-8, 0.1, 1, true, false, 0}, .batch_tokens = tokens, .micro_tokens = r->job->micro, .seed = 1,
-        .ranks = r->size, .comm = r->comm, .bucket = r->job->bucket, .overlap = r->way >= 2, .early = r->way >= 3};
-    const int warm = (int)(tokens > 131072 ? 1 : (131072 + tokens - 1) / tokens + 1);
+        .w = {.ce = 1, .T = 1}, .teacher_T = 1, .adamw = {0.9, 0.95, 1e-8, 0.1, 1, true, false, 0}, .batch_tokens = c->tokens, .micro_tokens = r->job->micro, .seed = 1,
+        .ranks = r->size, .comm = r->comm, .bucket = c->bucket > 0 ? c->bucket : rt_trainer_bucket(&r->p), .overlap = c->way >= 2, .early = c->way >= 3};
+    const int warm = (int)(c->tokens > 131072 ? 1 : (131072 + c->tokens - 1) / c->tokens + 1);
     bool more = true;
     double begin = 0;
     RT_TRY(fill(r, err));
@@ -200,22 +210,23 @@ static enum rt_status measure(struct rank *r, int64_t tokens, struct result *out
     out->seconds = (rt_now() - begin) / out->steps;
     out->loss = x.loss;
     out->norm = x.grad_norm;
-    RT_TRY(alone(r, out, err));
+    if (c == &r->plan->at[r->plan->n - 1])
+        RT_TRY(alone(r, out, err));
 out:
     rt_trainer_close(&t);
     return st;
 }
 
-/* In a child: every number of tokens; rank 0 writes what came out to fd. Does not return. */
-static void be_rank(const struct job *job, int rank, int size, int port, int way, int fd)
+/* In a child: every case; rank 0 writes what came out to fd. Does not return. */
+static void be_rank(const struct job *job, const struct plan *plan, int rank, int size, int port, int fd)
 {
-    struct rank r = {.job = job, .rank = rank, .size = size, .port = port, .way = way};
-    struct result x[MAX_CASES] = {{0}};
+    struct rank r = {.job = job, .rank = rank, .size = size, .port = port, .plan = plan};
+    static struct result x[MAX_CASES];
     struct rt_err err = {0};
     enum rt_status st;
     RT_TRY(open_rank(&r, &err));
-    for (int i = 0; i < job->n_tokens; i++)
-        RT_TRY(measure(&r, job->tokens[i], &x[i], &err));
+    for (int i = 0; i < plan->n; i++)
+        RT_TRY(measure(&r, &plan->at[i], &x[i], &err));
     if (rank == 0 && write(fd, x, sizeof x) != (ssize_t)sizeof x)
         st = rt_fail_errno(&err, "a pipe");
 out:
@@ -229,7 +240,7 @@ out:
 
 /* ---- the table ---- */
 
-static bool run(const struct job *job, int size, int way, struct result x[MAX_CASES])
+static bool run(const struct job *job, const struct plan *plan, int size, struct result x[MAX_CASES])
 {
     struct rt_err err = {0};
     int fd[2], port, listener;
@@ -239,7 +250,7 @@ static bool run(const struct job *job, int size, int way, struct result x[MAX_CA
     rt_net_close(listener);
     for (int i = 0; i < size; i++)
         if (fork() == 0)
-            be_rank(job, i, size, port, way, fd[1]);
+            be_rank(job, plan, i, size, port, fd[1]);
     close(fd[1]);
     good = read(fd[0], x, MAX_CASES * sizeof *x) == (ssize_t)(MAX_CASES * sizeof *x);
     close(fd[0]);
@@ -248,20 +259,38 @@ static bool run(const struct job *job, int size, int way, struct result x[MAX_CA
     return good;
 }
 
-static void print_line(const struct job *job, int i, int size, const char *how, const struct result *x, const struct result *one)
+static void print_line(const struct job *job, const struct one_case *c, const struct result *x, const struct result *one)
 {
-    const double rate = (double)job->tokens[i] / x->seconds;
-    printf("%-5s %8ld tokens a step  %d GPU%s %-22s %9.2f ms a step (%3d) %9.0f tokens/s", job->shape->name, (long)job->tokens[i], size, size > 1 ? "s" : " ", how,
-           x->seconds * 1e3, x->steps, rate);
+    static const char *const how[] = {"", "one after the other", "gathering overlaps", "both overlap"};
+    const int size = c->way > 0 ? job->gpus : 1;
+    printf("%-5s %7ld tokens a step, %d GPU%s %-20s", job->shape->name, (long)c->tokens, size, size > 1 ? "s" : " ", how[c->way]);
+    if (c->bucket > 0)
+        printf(" bucket %9ld", (long)c->bucket);
+    printf(" %9.2f ms a step (%3d) %9.0f tokens/s", x->seconds * 1e3, x->steps, (double)c->tokens / x->seconds);
     if (size > 1 && one->seconds > 0)
         printf("  %.3f x one", one->seconds / x->seconds);
     printf("   loss %.8f norm %.8f\n", x->loss, x->norm);
-    fflush(stdout);
+}
+
+/* Numbers with commas between them. */
+static bool numbers(const char *text, int64_t out[MAX_LIST], int *n)
+{
+    char *end = NULL;
+    *n = 0;
+    for (const char *p = text; *n < MAX_LIST; p = end + 1) {
+        out[(*n)++] = strtol(p, &end, 10);
+        if (end == p || (*end != ',' && *end != '\0'))
+            return false;
+        if (*end == '\0')
+            return true;
+    }
+    return false;
 }
 
 static bool options(struct job *job, int argc, char **argv)
 {
-    for (int i = 1; i + 1 < argc; i += 2) {
+    bool good = argc % 2 == 1;
+    for (int i = 1; i + 1 < argc && good; i += 2) {
         const char *v = argv[i + 1];
         if (strcmp(argv[i], "--shape") == 0)
             for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
@@ -272,48 +301,58 @@ static bool options(struct job *job, int argc, char **argv)
             job->micro = atol(v);
         else if (strcmp(argv[i], "--length") == 0)
             job->length = atol(v);
-        else if (strcmp(argv[i], "--bucket") == 0)
-            job->bucket = atol(v);
         else if (strcmp(argv[i], "--ways") == 0)
             job->ways = v;
         else if (strcmp(argv[i], "--seconds") == 0)
             job->seconds = atof(v);
-        else if (strcmp(argv[i], "--tokens") == 0) {
-            job->n_tokens = 0;
-            for (char *p = argv[i + 1]; *p != '\0' && job->n_tokens < MAX_CASES; p += *p == ',') {
-                char *end;
-                job->tokens[job->n_tokens++] = strtol(p, &end, 10);
-                if (end == p)
-                    return false;
-                p = end;
-            }
-        } else
-            return false;
+        else if (strcmp(argv[i], "--tokens") == 0)
+            good = numbers(v, job->tokens, &job->n_tokens);
+        else if (strcmp(argv[i], "--buckets") == 0)
+            good = numbers(v, job->buckets, &job->n_buckets);
+        else
+            good = false;
     }
-    return argc % 2 == 1 && job->micro >= job->length && job->length > 0 && job->gpus > 0;
+    return good && job->micro >= job->length && job->length > 0 && job->gpus > 0;
+}
+
+/* several: on all GPUs, else on one. The cases of a number of tokens lie in one row. */
+static void make_plan(const struct job *job, bool several, struct plan *p)
+{
+    p->n = 0;
+    for (int i = 0; i < job->n_tokens; i++)
+        for (int way = several ? 1 : 0; way < (several ? 4 : 1); way++)
+            for (int b = 0; b < (several ? job->n_buckets : 1) && p->n < MAX_CASES; b++)
+                if (strchr(job->ways, '0' + way) != NULL)
+                    p->at[p->n++] = (struct one_case){way, job->tokens[i], several ? job->buckets[b] : 0};
 }
 
 int main(int argc, char **argv)
 {
-    struct job job = {.shape = &shapes[1], .gpus = 2, .tokens = {524288, 65536}, .n_tokens = 2, .micro = 32768, .length = 1024, .bucket = 1 << 24, .ways = "0123", .seconds = 12};
-    static struct result x[4][MAX_CASES];
-    static const char *const how[] = {"", "one after the other", "gathering overlaps", "both overlap"};
+    struct job job = {.shape = &shapes[1], .gpus = 2, .tokens = {524288, 65536}, .n_tokens = 2, .n_buckets = 1, .micro = 32768, .length = 1024, .ways = "0123", .seconds = 12};
+    static struct result one[MAX_CASES], x[MAX_CASES];
+    struct plan p;
     if (!options(&job, argc, argv)) {
         fprintf(stderr, "usage: bench_cuda_scaling [--shape 1.5b|0.5b] [--gpus 2] [--tokens 524288,65536] [--micro 32768] [--length 1024] [--seconds 12]\n"
-                        "                          [--bucket 16777216] [--ways 0123]\n");
+                        "                          [--buckets 0] [--ways 0123]\n");
         return 2;
     }
-    for (int k = 0; k < 4; k++) { /* nothing touches a GPU before the ranks are forked */
-        if (strchr(job.ways, '0' + k) == NULL || (k > 0 && job.gpus == 1))
+    for (int several = 0; several < (job.gpus > 1 ? 2 : 1); several++) { /* nothing touches a GPU before the ranks are forked */
+        struct result *out = several == 1 ? x : one;
+        make_plan(&job, several == 1, &p);
+        if (p.n == 0)
             continue;
-        if (!run(&job, k == 0 ? 1 : job.gpus, k, x[k])) {
-            fprintf(stderr, "bench_cuda_scaling: no result on %d GPUs\n", k == 0 ? 1 : job.gpus);
+        if (!run(&job, &p, several == 1 ? job.gpus : 1, out)) {
+            fprintf(stderr, "bench_cuda_scaling: no result on %d GPUs\n", several == 1 ? job.gpus : 1);
             return 5;
         }
-        for (int i = 0; i < job.n_tokens; i++)
-            print_line(&job, i, k == 0 ? 1 : job.gpus, how[k], &x[k][i], &x[0][i]);
-        if (k > 0)
-            printf("      a whole block's exchange by itself: sum %.2f ms, gathering %.2f ms\n", x[k][0].sum * 1e3, x[k][0].gather * 1e3);
+        for (int i = 0, t = 0; i < p.n; i++) {
+            while (job.tokens[t] != p.at[i].tokens)
+                t++;
+            print_line(&job, &p.at[i], &out[i], &one[t]);
+        }
+        if (several == 1)
+            printf("a whole block's exchange by itself: sum %.2f ms, gathering %.2f ms\n", x[p.n - 1].sum * 1e3, x[p.n - 1].gather * 1e3);
+        fflush(stdout);
     }
     return 0;
 }

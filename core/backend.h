@@ -342,8 +342,10 @@ struct rt_backend {
      *   reduce_scatter  this rank's shard of x = sum over ranks; the rest is unspecified
      *   all_gather      every rank's shard of x to all
      *   broadcast       x = that of rank root
-     * Like every operation they are ordered on the queue; the caller keeps off the communicator until the queue is done with them. A backend that
-     * cannot serve several ranks refuses to open with them (UNSUPPORTED). */
+     * Like every operation they are ordered on the queue, which may be any of the device's (all ranks hand them out in one order, whatever the queues).
+     * The communicator stays free for the caller's own collectives meanwhile. No wait of the host for the device is without end because of another rank: it
+     * fails within the communicator's timeout (core/cuda/nccl.h). A backend that cannot serve several ranks refuses to open with them (UNSUPPORTED or
+     * DEVICE, with what is missing where). */
     enum rt_status (*all_reduce)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
     enum rt_status (*reduce_scatter)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
     enum rt_status (*all_gather)(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);

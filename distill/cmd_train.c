@@ -1,6 +1,7 @@
 /* retort train: trains a student on text, on a teacher's rows and states, or on any mix of them. */
 #include <stdio.h>
 
+#include "core/pool.h"
 #include "distill/train_local.h"
 #include "distill/train_options.h"
 #include "distill/train_run.h"
@@ -39,7 +40,9 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
         RT_TRY(rt_backend_select(v->common.device, ops, n_ops, &be, err));
         if (be->own_memory && be->count != NULL && be->count() < gpus)
             RT_FAIL(err, DEVICE, "--gpus %d: this machine has %d", gpus, be->count());
-        RT_TRY(rt_train_local(ctx, gpus, err));
+        /* on the host the ranks share its cores */
+        const int cores = rt_cpu_count() / gpus;
+        RT_TRY(rt_train_local(ctx, gpus, be->own_memory || v->common.threads > 0 ? 0 : cores > 0 ? cores : 1, err));
         goto out;
     }
     RT_TRY(rt_train(ctx, v, NULL, err));

@@ -21,17 +21,22 @@ struct local {
     int failed, code; /* the first rank that failed, and its exit code, 128 + the number of a signal; -1: none */
 };
 
-/* The arguments as this process was started with: program, command, options. */
-static enum rt_status arguments(const struct rt_context *ctx, char ***out, struct rt_err *err)
+/* The arguments as this process was started with: program, command, options. count [16] is kept by the caller. */
+static enum rt_status arguments(const struct rt_context *ctx, int threads, char count[16], char ***out, struct rt_err *err)
 {
     char **argv;
-    const enum rt_status st = rt_alloc((size_t)ctx->argc + 3, sizeof *argv, "arguments", &argv, err);
+    const enum rt_status st = rt_alloc((size_t)ctx->argc + 5, sizeof *argv, "arguments", &argv, err);
     if (st != RT_OK)
         return st;
     argv[0] = (char *)(uintptr_t) "retort";
     argv[1] = (char *)(uintptr_t)ctx->command->name;
     for (int i = 0; i < ctx->argc; i++)
         argv[i + 2] = ctx->argv[i];
+    if (threads > 0) {
+        snprintf(count, 16, "%d", threads);
+        argv[ctx->argc + 2] = (char *)(uintptr_t) "--threads";
+        argv[ctx->argc + 3] = count;
+    }
     *out = argv;
     return RT_OK;
 }
@@ -130,17 +135,17 @@ static enum rt_status status_of(int code)
     return RT_IO;
 }
 
-enum rt_status rt_train_local(struct rt_context *ctx, int n, struct rt_err *err)
+enum rt_status rt_train_local(struct rt_context *ctx, int n, int threads, struct rt_err *err)
 {
     enum rt_status st;
     struct local l = {.n = n, .failed = -1};
-    char **argv = NULL;
+    char **argv = NULL, count[16];
     int port, fd = -1;
     if (access(program, X_OK) != 0)
         return rt_fail(err, RT_USAGE, "--gpus %d: this program cannot start itself (%s: %s); start %d ranks with torchrun, mpirun or srun", n, program,
                        strerror(errno), n);
     RT_TRY(rt_alloc((size_t)n, sizeof *l.pid, "ranks", &l.pid, err));
-    RT_TRY(arguments(ctx, &argv, err));
+    RT_TRY(arguments(ctx, threads, count, &argv, err));
     RT_TRY(rt_net_listen(0, &fd, &port, err)); /* a port that is free; rank 0 takes it */
     rt_net_close(fd);
     st = start(&l, argv, port, err);

@@ -15,8 +15,6 @@
 /* Below this mass of the stored ids a tail treatment loses too much to stay silent. */
 static const double mass_renorm = 0.95, mass_bucket = 0.5;
 enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768 };
-/* Elements of a bucket of gradients at least: 32 MB of BF16, which takes a link of 50 GB/s and more well past the start of a transfer. */
-enum { BUCKET = 1 << 24 };
 
 /* ---- data ---- */
 
@@ -502,7 +500,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     enum rt_status st;
     const struct rt_train_values *v = r->v;
     const struct rt_student_source source = {v->student, v->init_config, v->tokenizer, v->template_name};
-    int n_ops;
+    int n_ops, machines;
     enum rt_op ops[RT_OP_COUNT];
     const enum rt_op *train = rt_student_train_ops(&n_ops);
     memcpy(ops, train, (size_t)n_ops * sizeof *ops);
@@ -520,8 +518,11 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     r->o.ranks = r->rank.size;
     const struct rt_dev_options device = {.index = r->rank.local_rank, .comm = r->comm};
     RT_TRY(rt_command_device_with(r->ctx, &v->common, ops, n_ops, &device, &r->device, err));
-    r->o.overlap = r->o.early = r->device.be->own_memory; /* on the host a sum is work of the same cores */
-    r->o.bucket = r->o.overlap ? BUCKET : 0;
+    /* On the host a sum is work of the same cores. Between GPUs of one machine it takes less time than what it costs the products beside it. */
+    RT_TRY(rt_train_machines(r, &machines, err));
+    r->o.overlap = r->device.be->own_memory;
+    r->o.early = r->o.overlap && machines > 1;
+    r->o.bucket = r->o.overlap ? rt_trainer_bucket(&r->student.p) : 0;
     RT_TRY(plan_memory(r, err));
     log_plan(r);
 out:

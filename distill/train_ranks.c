@@ -77,6 +77,27 @@ out:
     return st;
 }
 
+enum rt_status rt_train_machines(const struct rt_train_run *r, int *machines, struct rt_err *err)
+{
+    enum rt_status st;
+    enum { NAME = 128 };
+    const int n = rt_comm_size(r->comm);
+    char own[NAME] = "", *all = NULL;
+    gethostname(own, sizeof own - 1);
+    RT_TRY(rt_alloc((size_t)n, NAME, "names of machines", &all, err));
+    RT_TRY(rt_comm_gather(r->comm, own, all, NAME, err));
+    *machines = 0;
+    for (int i = 0; i < n; i++) {
+        int k = 0;
+        while (k < i && memcmp(all + (size_t)i * NAME, all + (size_t)k * NAME, NAME) != 0)
+            k++;
+        *machines += k == i;
+    }
+out:
+    rt_free(all);
+    return st;
+}
+
 enum rt_status rt_train_same_start(const struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;

@@ -67,6 +67,8 @@ int64_t rt_train_longest(const struct rt_train_run *r);
 enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err);
 /* *limit = the least of all ranks (what is free on a machine counts once for all its ranks), *micro = that of rank 0: all plan alike. */
 enum rt_status rt_train_agree_room(const struct rt_train_run *r, int64_t *limit, int64_t *micro, struct rt_err *err);
+/* *n = machines that the ranks run on. */
+enum rt_status rt_train_machines(const struct rt_train_run *r, int *n, struct rt_err *err);
 /* REFUSED where a rank begins with other parameters. */
 enum rt_status rt_train_same_start(const struct rt_train_run *r, struct rt_err *err);
 /* data = that of rank 0 */
