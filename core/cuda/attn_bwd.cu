@@ -8,7 +8,6 @@
  * The passes are one kernel: rows that stay (X: queries, or keys) against tiles that stream by (Y: keys, or queries); x1 and y1 have dqk elements,
  * x2 and y2 dv. acc1 = dS y1, acc2 = P y2.
  */
-#include "core/cuda/attn_bwd.h"
 #include "core/cuda/attn_tile.cuh"
 
 namespace {
@@ -23,9 +22,9 @@ struct bwd_params {
     bool dq_vec, dk_vec, dv_vec;
 };
 
-/* A warp for each row and head. lse2 = lse / ln 2, where it is wanted. */
-__global__ __launch_bounds__(256) void attn_delta_kernel(const bf16 *__restrict__ o, const bf16 *__restrict__ dout, const float *__restrict__ lse,
-                                                         float *__restrict__ delta, float *__restrict__ lse2, int64_t n, int nh, int dv, bool vec)
+/* A warp for each row and head. */
+__global__ __launch_bounds__(256) void attn_delta_kernel(const bf16 *__restrict__ o, const bf16 *__restrict__ dout, float *__restrict__ delta, int64_t n,
+                                                         int nh, int dv, bool vec)
 {
     const int lane = threadIdx.x % 32;
     const int64_t step = (int64_t)gridDim.x * 8;
@@ -43,12 +42,8 @@ __global__ __launch_bounds__(256) void attn_delta_kernel(const bf16 *__restrict_
         }
         for (int m = 16; m > 0; m /= 2)
             sum += __shfl_xor_sync(~0u, sum, m);
-        if (lane == 0) {
-            const int64_t at = i % nh * n + i / nh;
-            delta[at] = sum;
-            if (lse2 != NULL)
-                lse2[at] = lse[at] * 1.4426950408889634f;
-        }
+        if (lane == 0)
+            delta[i % nh * n + i / nh] = sum;
     }
 }
 
@@ -267,29 +262,14 @@ enum rt_status rt_cuda_attn_stats(struct rt_queue *q, const struct rt_cuda_stats
     return rt_cuda_launched("attn_stats", err);
 }
 
-static enum rt_status delta_of(struct rt_queue *queue, const struct rt_attn_bwd_args *a, float *lse2, struct rt_err *err)
+static enum rt_status delta_of(struct rt_queue *queue, const struct rt_attn_bwd_args *a, struct rt_err *err)
 {
     const struct rt_attn_shape *s = &a->s;
     const int64_t blocks = (s->n * s->nh + 7) / 8, most = 32 * (int64_t)queue->dev->sm_count;
     const bool vec = s->dv % 2 == 0 && (uintptr_t)a->o % 4 == 0 && (uintptr_t)a->dout % 4 == 0;
-    attn_delta_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, queue->stream>>>((const bf16 *)a->o, (const bf16 *)a->dout, a->lse,
-                                                                                            a->delta, lse2, s->n, s->nh, s->dv, vec);
+    attn_delta_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, queue->stream>>>((const bf16 *)a->o, (const bf16 *)a->dout, a->delta,
+                                                                                            s->n, s->nh, s->dv, vec);
     return rt_cuda_launched("attn_delta", err);
-}
-
-enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *queue, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err)
-{
-    float *lse2 = NULL;
-    enum rt_status st = RT_OK;
-    *done = rt_cuda_attn_bwd_sm90_fits(queue->dev, a);
-    if (!*done)
-        return RT_OK;
-    RT_TRY(rt_cuda_temp(queue, (size_t)(a->s.n * a->s.nh) * sizeof *lse2, &lse2, err));
-    RT_TRY(delta_of(queue, a, lse2, err));
-    RT_TRY(rt_cuda_attn_bwd_sm90(queue, a, lse2, err));
-out:
-    rt_cuda_temp_free(queue, lse2);
-    return st;
 }
 
 enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *queue, const struct rt_attn_bwd_args *a, int shared, struct rt_err *err)
@@ -307,6 +287,6 @@ enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *queue, const struct rt_attn
     p.dv_vec = aligned16(a->dv, a->v_ld, a->v_head, s->dv);
     p.nh = s->nh, p.group = s->nh / s->nkv, p.scale = s->scale;
     p.scale_log2 = (float)(s->scale * 1.4426950408889634);
-    const enum rt_status st = delta_of(queue, a, NULL, err);
+    const enum rt_status st = delta_of(queue, a, err);
     return st != RT_OK ? st : launch_sized(queue, a, shared, p, err);
 }

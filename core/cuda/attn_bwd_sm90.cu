@@ -1,380 +1,550 @@
-/* Attention backward for compute capability 9.0: the two passes of attn_bwd.cu (there: what they compute) on asynchronous products.
+/* Attention backward for compute capability 9.0, the main kernel (attn_bwd.h: what is around it). One pass:
  *
- * A block has two warpgroups that multiply, 64 rows of X each, and a warp that keeps a ring of tiles of Y filled by bulk copies. Neither
- * warpgroup waits for the other: one multiplies while the other takes exponentials. Nothing is in flight across a loop's end: the compiler would
- * serialise it. Rows of a tile beyond the sequence are rows of its neighbour: their weights are 0.
+ *   a block keeps 128 keys of one query head and walks over the tiles of queries, the last first; for each
+ *   S^T = K Q^T, dP^T = V dO^T, P = exp(scale S - lse), dS = P (dP - delta):    dV += P^T dO,  dK += dS^T Q  in registers,
+ *   dQ = dS K  to device memory.
+ *
+ * Two warpgroups multiply, 64 keys each, with P^T and dS^T as operands in registers; dS^T also goes to shared memory, where both read it for their
+ * parts of dQ. A step leaves dS to the next one, which asks for its products before its own scores, so that exponentials fall beside products.
+ * Nothing is in flight across a loop's end: the compiler would serialise it.
+ * One warp keeps rings of queries and of dO filled by bulk copies; two others bring the parts of dQ to device memory by bulk additions.
+ *
+ * Order: a part of dQ gets its sums in ascending order of the key blocks, each after the one before has counted itself in `added`. All blocks walk
+ * from the last queries to the first, so that a block follows the one before it a step behind. Blocks stay and take work by a ticket: a block only
+ * waits for work with a smaller ticket, which another block already has, so waiting ends, however many blocks run at a time.
  */
-#include "core/cuda/attn_sm90.cuh"
 #include "core/cuda/attn_bwd.h"
+#include "core/cuda/attn_sm90.cuh"
 
 namespace {
 
-enum { CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1), ROWS = 64 * CONSUMERS };
+enum { CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1), ROWS = RT_ATTN_BWD_ROWS, STAGES = 2, PART = RT_ATTN_BWD_PART, READERS = 2 * CONSUMERS };
 
-struct params {
-    struct rt_cuda_attn_grads g;
-    int64_t n;
-    const float *lse2, *delta; /* [nh, n]: lse / ln 2 */
-    int n_tile, group, dqk, dv;
-    float scale, scale_log2;
-};
 struct maps {
-    CUtensorMap x1, x2, y1, y2;
+    CUtensorMap q, k, v, dout;
 };
 
-/* Shared memory of a pass: X, then stages of Y, then lse and delta of each stage's rows, then barriers. */
-template <int D, int COLS, int STAGES>
+/* Shared memory: keys, values; rings of queries, dO, dS^T (128 x QT), parts of dQ, lse2 and delta; barriers; the work. */
+template <int D>
 struct layout {
     enum {
-        x = ROWS * D * 2, y = COLS * D * 2, stage = 2 * y, y_from = 2 * x, stat_from = y_from + STAGES * stage,
-        bar_from = stat_from + STAGES * 2 * COLS * 4, bytes = bar_from + (2 * STAGES + 1) * 8 + 1024, /* room to align the start */
+        QT = D == 64 ? 128 : 64, PARTS = ROWS * D / PART, /* of dQ, for 128 rows */
+        k = ROWS * D * 2, q = QT * D * 2, ds = ROWS * QT * 2, part = PART * 4, stat = QT * 4, /* bytes */
+        v_from = k, q_from = v_from + k, do_from = q_from + STAGES * q, ds_from = do_from + STAGES * q, dq_from = ds_from + 2 * ds,
+        lse_from = dq_from + CONSUMERS * part, delta_from = lse_from + STAGES * stat, bar_from = delta_from + STAGES * stat,
+        item_from = bar_from + (2 + 4 * STAGES + 2 * CONSUMERS + 4) * 8, bytes = item_from + 2 * sizeof(rt_attn_bwd_item),
     };
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* Which tile a block has, and which tiles of Y pass by: from .. to of each of the query heads hq .. hq + heads - 1. */
-struct work {
-    struct place at;
-    int hq, hk, heads, from, to, per_head, steps;
+struct barriers {
+    uint32_t at;
+    __device__ __forceinline__ uint32_t kv_full() const { return at; }
+    __device__ __forceinline__ uint32_t kv_empty() const { return at + 8; }
+    __device__ __forceinline__ uint32_t q_full(uint32_t i) const { return at + 16 + i % STAGES * 8; }
+    __device__ __forceinline__ uint32_t q_empty(uint32_t i) const { return at + 16 + (STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t do_full(uint32_t i) const { return at + 16 + (2 * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t do_empty(uint32_t i) const { return at + 16 + (3 * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_full(int wg) const { return at + 16 + (4 * STAGES + wg) * 8; }
+    __device__ __forceinline__ uint32_t dq_empty(int wg) const { return at + 16 + (4 * STAGES + CONSUMERS + wg) * 8; }
+    __device__ __forceinline__ uint32_t item_full(int i) const { return at + 16 + (4 * STAGES + 2 * CONSUMERS + i % 2) * 8; }
+    __device__ __forceinline__ uint32_t item_empty(int i) const { return at + 16 + (4 * STAGES + 2 * CONSUMERS + 2 + i % 2) * 8; }
 };
-template <int COLS, bool ByKey>
-__device__ __forceinline__ struct work work_of(const params &p, const rt_cuda_seqs &seqs)
-{
-    struct work w;
-    const int h = blockIdx.x / p.n_tile, t = blockIdx.x % p.n_tile;
-    w.at = place_of(seqs, ByKey ? t : p.n_tile - 1 - t, ROWS);
-    w.hq = ByKey ? h * p.group : h;
-    w.hk = ByKey ? h : h / p.group;
-    w.heads = ByKey ? p.group : 1;
-    w.from = ByKey ? w.at.row : 0;
-    w.to = ByKey ? w.at.len : min(w.at.row + ROWS, w.at.len);
-    w.per_head = (w.to - w.from + COLS - 1) / COLS;
-    w.steps = w.per_head * w.heads;
-    return w;
-}
 
-template <int D, int COLS, int STAGES, bool ByKey>
-__device__ __forceinline__ void produce(const params &p, const maps &m, const struct work &w, uint32_t base)
-{
-    typedef layout<D, COLS, STAGES> L;
-    const int lane = threadIdx.x % 32;
-    const uint32_t full = base + L::bar_from, empty = full + STAGES * 8, x_full = empty + STAGES * 8;
-    if (lane == 0) {
-        hopper::barrier_expect(x_full, 2 * L::x);
-        load_tile<D, ROWS>(base, &m.x1, ByKey ? w.hk : w.hq, w.at.first + w.at.row, x_full);
-        load_tile<D, ROWS>(base + L::x, &m.x2, ByKey ? w.hk : w.hq, w.at.first + w.at.row, x_full);
-    }
-    for (int step = 0; step < w.steps; step++) {
-        const int stage = step % STAGES, head = step / w.per_head, col = w.from + step % w.per_head * COLS;
-        const uint32_t y = base + L::y_from + stage * L::stage, bar = full + stage * 8;
-        if (step >= STAGES)
-            barrier_wait(empty + stage * 8, (step / STAGES - 1) & 1);
-        if (ByKey) { /* the numbers of the queries, by the warp's own copies */
-            const int64_t from = (w.hq + head) * p.n + w.at.first + col;
-            for (int i = lane; i < 2 * COLS; i += 32) {
-                const int c = i % COLS;
-                const bool valid = col + c < w.at.len;
-                copy4(base + L::stat_from + (stage * 2 * COLS + i) * 4, (i < COLS ? p.lse2 : p.delta) + (valid ? from + c : 0), valid);
-            }
-            barrier_arrive_copies(bar);
-        }
-        if (lane == 0) {
-            hopper::barrier_expect(bar, L::stage);
-            load_tile<D, COLS>(y, &m.y1, ByKey ? w.hq + head : w.hk, w.at.first + col, bar);
-            load_tile<D, COLS>(y + L::y, &m.y2, ByKey ? w.hq + head : w.hk, w.at.first + col, bar);
-        }
-    }
-}
+/* Shared memory begins where tiles may (the kernel looks): its address is a constant, and takes no register. */
+extern __shared__ __align__(1024) char pool[];
+__device__ __forceinline__ uint32_t pool_at() { return hopper::smem(pool); }
 
-/* s: scores to P. Accumulators as a product leaves them: element 4 j + 2 half + e is row + 8 half, column 8 j + e of the thread's. stat: lse2 of the
- * tile's columns (ByKey), own: of the thread's rows. */
-template <int N, bool ByKey>
-__device__ __forceinline__ void to_weights(float (&s)[N], const float *stat, const float (&own)[2], int row, int col0, int len, bool edge,
-                                           float scale_log2, int lane)
+/* The it-th work of this block; who has read it says so. */
+template <int D>
+__device__ __forceinline__ rt_attn_bwd_item *work_at(int it)
 {
-#pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const float2 base = ByKey ? *(const float2 *)(stat + 8 * j + lane % 4 * 2) : make_float2(0, 0);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float b = ByKey ? (i & 1 ? base.y : base.x) : own[i >> 1];
-            float w = exp2_fast(fmaf(s[4 * j + i], scale_log2, -b));
-            const int c = col0 + 8 * j + lane % 4 * 2 + (i & 1), r = row + (i >> 1) * 8;
-            if (edge && (ByKey ? c < r || c >= len : c > r))
-                w = 0;
-            s[4 * j + i] = w;
+    return (rt_attn_bwd_item *)(pool + layout<D>::item_from) + it % 2;
+}
+__device__ __forceinline__ int tiles_of(int rows, int of) { return (rows + of - 1) / of; }
+
+/* One thread: takes work and keeps the rings filled. */
+template <int D>
+__device__ __forceinline__ void produce(const rt_attn_bwd_call &c, const maps &m)
+{
+    typedef layout<D> L;
+    const uint32_t base = pool_at();
+    const barriers bar = {base + L::bar_from};
+    uint32_t n = 0; /* steps of all work so far */
+    for (int it = 0;; it++) {
+        const int ticket = atomicAdd(c.ticket, 1), all = c.n_tile * c.nh;
+        rt_attn_bwd_item item = {0, 0, 0, 0, -1, {0, 0, 0}};
+        if (ticket < all)
+            item = c.items[ticket];
+        if (it >= 2)
+            barrier_wait(bar.item_empty(it), (it / 2 - 1) & 1);
+        *work_at<D>(it) = item;
+        barrier_arrive(bar.item_full(it));
+        if (item.head < 0)
+            break;
+        if (it > 0)
+            barrier_wait(bar.kv_empty(), (it - 1) & 1);
+        hopper::barrier_expect(bar.kv_full(), 2 * L::k);
+        load_tile<D, ROWS>(base, &m.k, item.head / c.group, item.first + item.row, bar.kv_full());
+        load_tile<D, ROWS>(base + L::v_from, &m.v, item.head / c.group, item.first + item.row, bar.kv_full());
+        int t = tiles_of(item.len, L::QT) - 1, left = t - item.row / L::QT + 1, row = item.first + t * L::QT;
+        int64_t stat = ((int64_t)item.head * c.n_tile + item.tile) * ROWS + t * L::QT;
+        for (; left > 0; left--, n++, row -= L::QT, stat -= L::QT) {
+            const uint32_t stage = n % STAGES;
+            if (n >= STAGES)
+                barrier_wait(bar.q_empty(n), (n / STAGES - 1) & 1);
+            hopper::barrier_expect(bar.q_full(n), L::q + L::stat);
+            load_tile<D, L::QT>(base + L::q_from + stage * L::q, &m.q, item.head, row, bar.q_full(n));
+            hopper::load_bytes(base + L::lse_from + stage * L::stat, c.lse2 + stat, L::stat, bar.q_full(n));
+            if (n >= STAGES)
+                barrier_wait(bar.do_empty(n), (n / STAGES - 1) & 1);
+            hopper::barrier_expect(bar.do_full(n), L::q + L::stat);
+            load_tile<D, L::QT>(base + L::do_from + stage * L::q, &m.dout, item.head, row, bar.do_full(n));
+            hopper::load_bytes(base + L::delta_from + stage * L::stat, c.delta + stat, L::stat, bar.do_full(n));
         }
     }
 }
-/* dp: to dS = P (dp - delta), without scale. */
-template <int N, bool ByKey>
-__device__ __forceinline__ void to_ds(float (&dp)[N], const float (&p)[N], const float *stat, const float (&own)[2], int lane)
+
+/* ---- dQ to device memory ---- */
+
+__device__ __forceinline__ void wait_added(const int32_t *count, int want)
 {
-#pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const float2 delta = ByKey ? *(const float2 *)(stat + 8 * j + lane % 4 * 2) : make_float2(0, 0);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (ByKey ? (i & 1 ? delta.y : delta.x) : own[i >> 1]));
+    for (uint32_t tries = 0; tries < 1u << 28; tries++) { /* minutes: see barrier_wait */
+        int32_t is;
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(is) : "l"(count) : "memory");
+        if (is == want)
+            return;
     }
+    __trap();
+}
+__device__ __forceinline__ void put_part(float *to, uint32_t from, bool add)
+{
+    if (add)
+        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "n"(PART * 4) : "memory");
+    else
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "n"(PART * 4) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/* The queries' pass. While the exponentials of a tile are taken, its dP and the sum over the tile before are under way; a stage is free one tile
- * later. */
-template <int D, int COLS, int STAGES>
-__device__ __forceinline__ void consume_keys(const params &p, const struct work &w, char *pool, uint32_t base)
+/* One thread for the parts of a warpgroup. The first key block stores, the others add. */
+template <int D>
+__device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
 {
-    typedef layout<D, COLS, STAGES> L;
-    const int wg = threadIdx.x / 128, lane = threadIdx.x % 32, row0 = w.at.row + 64 * wg, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const uint32_t full = base + L::bar_from, empty = full + STAGES * 8, x1 = base + wg * 64 * 128, x2 = x1 + L::x, y = base + L::y_from;
-    static_assert(COLS >= 64 && STAGES >= 2, "");
-    const int steps = min(w.steps, (row0 + 64 + COLS - 1) / COLS); /* a later tile is masked for all rows of this warpgroup */
-    float acc[D / 2] = {}, s[COLS / 2], ds[COLS / 2], lse[2] = {0, 0}, delta[2] = {0, 0};
-    uint32_t a[COLS / 16][4];
-    for (int half = 0; half < 2; half++)
-        if (row + 8 * half < w.at.len) {
-            lse[half] = p.lse2[w.hq * p.n + w.at.first + row + 8 * half];
-            delta[half] = p.delta[w.hq * p.n + w.at.first + row + 8 * half];
+    typedef layout<D> L;
+    const uint32_t base = pool_at();
+    const barriers bar = {base + L::bar_from};
+    const uint32_t from = base + L::dq_from + wg * L::part;
+    uint32_t n = 0;
+    for (int it = 0;; it++) {
+        barrier_wait(bar.item_full(it), it / 2 & 1);
+        const rt_attn_bwd_item item = *work_at<D>(it);
+        barrier_arrive(bar.item_empty(it));
+        if (item.head < 0)
+            break;
+        const int level = item.row / ROWS;
+        for (int t = tiles_of(item.len, L::QT) - 1; t >= item.row / L::QT; t--, n++) {
+            const int64_t part = ((int64_t)item.head * c.n_tile + item.tile) * L::PARTS + 2 * t + wg;
+            if (level > 0)
+                wait_added(c.added + part, level);
+            barrier_wait(bar.dq_full(wg), n & 1);
+            asm volatile("fence.proxy.async;" ::: "memory");
+            put_part(c.sums + part * PART, from, level > 0);
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            barrier_arrive(bar.dq_empty(wg));
+            asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+            asm volatile("fence.proxy.async;" ::: "memory");
+            asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(c.added + part), "r"(level + 1) : "memory");
         }
-    barrier_wait(empty + STAGES * 8, 0);
-    barrier_wait(full, 0);
-    hopper::mma_fence();
-    scores<D, ROWS, COLS>(s, x1, y);
-    hopper::mma_commit();
-    scores<D, ROWS, COLS>(ds, x2, y + L::y);
-    hopper::mma_commit();
-    hopper::mma_wait<1>();
-    pin(s);
-    to_weights<COLS / 2, false>(s, NULL, lse, row, 0, w.at.len, COLS > row0, p.scale_log2, lane);
-    hopper::mma_wait<0>();
-    pin(ds);
-    to_ds<COLS / 2, false>(ds, s, NULL, delta, lane);
-    pack_all<COLS / 2>(a, ds);
-    for (int step = 1; step < steps; step++) {
-        const uint32_t now = y + step % STAGES * L::stage;
-        barrier_wait(full + step % STAGES * 8, step / STAGES & 1);
-        hopper::mma_fence();
-        scores<D, ROWS, COLS>(s, x1, now);
-        hopper::mma_commit();
-        scores<D, ROWS, COLS>(ds, x2, now + L::y);
-        hopper::mma_commit();
-        weighted_sum<D, COLS>(acc, a, y + (step - 1) % STAGES * L::stage);
-        hopper::mma_commit();
-        hopper::mma_wait<2>();
-        pin(s);
-        to_weights<COLS / 2, false>(s, NULL, lse, row, step * COLS, w.at.len, (step + 1) * COLS > row0, p.scale_log2, lane);
-        hopper::mma_wait<1>();
-        pin(ds);
-        to_ds<COLS / 2, false>(ds, s, NULL, delta, lane);
-        hopper::mma_wait<0>();
-        pin(acc);
-        if (threadIdx.x % 128 == 0)
-            barrier_arrive(empty + (step - 1) % STAGES * 8);
-        pack_all<COLS / 2>(a, ds);
     }
-    hopper::mma_fence();
-    weighted_sum<D, COLS>(acc, a, y + (steps - 1) % STAGES * L::stage);
-    hopper::mma_commit();
-    hopper::mma_wait<0>();
-    pin(acc);
-    /* The last stages are not freed: nothing is loaded over the last two tiles, and a warpgroup leaves out one at most. */
-    const float factor[2] = {p.scale, p.scale};
-    rows_out<D, ROWS>((bf16 *)pool + wg * 64 * 64, acc, factor, p.g.dq + w.hq * p.g.q_head + (w.at.first + row0) * p.g.q_ld, p.g.q_ld, p.dqk,
-                      w.at.len - row0, wg);
 }
 
-/* The keys' pass, a tile of queries at a time: the sum over P runs while dS is made. Where there are registers for it (Late) a step leaves dS to the
- * next, which asks for its product with the queries beside the next scores. */
-template <int D, int COLS, int STAGES>
-struct queries_pass {
-    typedef layout<D, COLS, STAGES> L;
-    enum { Late = D <= 64 };
-    const params &p;
-    const struct work &w;
-    const char *pool;
-    uint32_t base;
-    int wg, lane, row0, row;
+/* ---- products ---- */
+
+/* d [64 x 64] (+)= a b, both read transposed: tiles whose rows are summed over. */
+__device__ __forceinline__ void mma_tt(float (&d)[32], uint64_t a, uint64_t b, int add)
+{
+#define RT_R8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 1, 1;\n}"
+                 : RT_R8(0), RT_R8(8), RT_R8(16), RT_R8(24) : "l"(a), "l"(b), "r"(add));
+#undef RT_R8
+}
+
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+__device__ __forceinline__ void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ float2 load_float2(uint32_t at)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ float low(uint32_t bf16s) { return __uint_as_float(bf16s << 16); }
+__device__ __forceinline__ float high(uint32_t bf16s) { return __uint_as_float(bf16s & 0xffff0000u); }
+__device__ __forceinline__ int own_wg() { return threadIdx.x / 128; }
+__device__ __forceinline__ int own_lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ bool first_of_wg() { return threadIdx.x % 128 == 0; }
+
+/* What a warpgroup carries from step to step; little else is left of its registers. Accumulators as a product leaves them: element 4 j + 2 half + e is
+ * key row + 8 half, query 8 j + e of the thread's. */
+template <int D>
+struct keys_pass {
+    typedef layout<D> L;
+    enum { QT = L::QT };
+    float scale_log2;
     float dk[D / 2], dv[D / 2];
-    uint32_t a[COLS / 16][4]; /* dS */
+    uint32_t a[QT / 16][4]; /* dS^T of the step before */
 
-    /* before: the stage of the step before, unless this is the first. */
-    template <bool First>
-    __device__ __forceinline__ void step(int stage, int before, int col)
+    __device__ __forceinline__ barriers bar() const { return {pool_at() + L::bar_from}; }
+
+    /* Asks for dQ and what dK gets of step n. */
+    __device__ __forceinline__ void ask_before(float (&dq)[32], uint32_t n)
     {
-        const uint32_t x1 = base + wg * 64 * 128, x2 = x1 + L::x, y = base + L::y_from, y1 = y + stage * L::stage, y2 = y1 + L::y;
-        const float *stat = (const float *)(pool + L::stat_from) + stage * 2 * COLS;
-        const float none[2] = {0, 0};
-        float s[COLS / 2], ds[COLS / 2];
-        uint32_t b[COLS / 16][4];
+        const uint32_t wg_at = own_wg() * ROWS * 128, ds = pool_at() + L::ds_from + n % 2 * L::ds + (D == 64 ? wg_at : 0), keys = pool_at() + (D == 64 ? 0 : wg_at);
         hopper::mma_fence();
-        scores<D, ROWS, COLS>(s, x1, y1);
+#pragma unroll
+        for (int k = 0; k < ROWS / 16; k++)
+            mma_tt(dq, descriptor_t(ds + k * 16 * 128, ROWS * 128), descriptor_t(keys + k * 16 * 128, ROWS * 128), k > 0);
         hopper::mma_commit();
-        scores<D, ROWS, COLS>(ds, x2, y2);
+        weighted_sum<D, QT>(dk, a, pool_at() + L::q_from + n % STAGES * L::q);
         hopper::mma_commit();
-        if constexpr (Late) {
-            if constexpr (!First)
-                weighted_sum<D, COLS>(dk, a, y + before * L::stage);
-            hopper::mma_commit();
-        }
-        hopper::mma_wait<Late ? 2 : 1>();
-        pin(s);
-        to_weights<COLS / 2, true>(s, stat, none, row, col, w.at.len, col < row0 + 64 || col + COLS > w.at.len, p.scale_log2, lane);
-        pack_all<COLS / 2>(b, s);
-        hopper::mma_fence();
-        weighted_sum<D, COLS>(dv, b, y2);
-        hopper::mma_commit();
-        hopper::mma_wait<Late ? 2 : 1>();
-        pin(ds);
-        to_ds<COLS / 2, true>(ds, s, stat + COLS, none, lane);
-        if constexpr (Late) {
-            hopper::mma_wait<0>();
-            pin(dk);
-            pack_all<COLS / 2>(a, ds);
-        } else {
-            pack_all<COLS / 2>(a, ds);
-            hopper::mma_fence();
-            weighted_sum<D, COLS>(dk, a, y1);
-            hopper::mma_commit();
-            hopper::mma_wait<0>();
-            pin(dk);
-        }
-        pin(dv);
     }
-    __device__ __forceinline__ void last(int stage)
+    __device__ __forceinline__ void dq_out(const float (&dq)[32], uint32_t n)
     {
-        if constexpr (Late) {
-            hopper::mma_fence();
-            weighted_sum<D, COLS>(dk, a, base + L::y_from + stage * L::stage);
-            hopper::mma_commit();
-            hopper::mma_wait<0>();
+        const uint32_t to = pool_at() + L::dq_from + own_wg() * L::part + threadIdx.x % 128 * 16;
+        if (n > 0)
+            barrier_wait(bar().dq_empty(own_wg()), (n - 1) & 1);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 2048), "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
+                         "f"(dq[4 * j + 3]) : "memory");
+        shared_to_async();
+        __syncwarp();
+        if (own_lane() == 0)
+            barrier_arrive(bar().dq_full(own_wg()));
+    }
+    /* ahead: of the block's first key, the tile's first query is. */
+    __device__ __forceinline__ void to_weights(float (&s)[QT / 2], uint32_t stage, int ahead)
+    {
+        const uint32_t lse = pool_at() + L::lse_from + stage * L::stat + own_lane() % 4 * 8;
+        if (ahead < 64 * own_wg() + 64) { /* queries before a key; those beyond the sequence have lse2 inf */
+            const int key = threadIdx.x / 32 * 16 + own_lane() / 4 - own_lane() % 4 * 2 - ahead;
+#pragma unroll
+            for (int i = 0; i < QT / 2; i++)
+                if (i / 4 * 8 + i % 2 - i / 2 % 2 * 8 < key)
+                    s[i] = -INFINITY;
+        }
+#pragma unroll
+        for (int j = 0; j < QT / 8; j++) {
+            const float2 b = load_float2(lse + 32 * j);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[4 * j + i] = exp2_fast(fmaf(s[4 * j + i], scale_log2, i & 1 ? -b.y : -b.x));
+        }
+    }
+    /* P, as the product for dV has it (there are no registers for it in float32), and dP to dS^T. */
+    __device__ __forceinline__ void to_ds(const float (&dp)[QT / 2], const uint32_t (&p)[QT / 16][4], uint32_t stage)
+    {
+        const uint32_t delta = pool_at() + L::delta_from + stage * L::stat + own_lane() % 4 * 8;
+#pragma unroll
+        for (int k = 0; k < QT / 16; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const float2 b = load_float2(delta + 64 * k + 16 * i);
+                const int at = 8 * k + 2 * i;
+                a[k][i] = pack(low(p[k][i]) * (dp[at] - b.x), high(p[k][i]) * (dp[at + 1] - b.y));
+                a[k][i + 1] = pack(low(p[k][i + 1]) * (dp[at + 2] - b.x), high(p[k][i + 1]) * (dp[at + 3] - b.y));
+            }
+    }
+    /* dS^T [128 keys x QT] in blocks of 64 queries, rows of 128 bytes in the 128-byte swizzle. */
+    __device__ __forceinline__ void ds_out(uint32_t n)
+    {
+        const int key = threadIdx.x / 32 * 16 + own_lane() % 16; /* matrices 0 and 2: the first 8 keys */
+        const uint32_t to = pool_at() + L::ds_from + n % 2 * L::ds + key * 128;
+#pragma unroll
+        for (int k = 0; k < QT / 16; k++) {
+            const uint32_t at = to + k / 4 * ROWS * 128 + ((2 * (k % 4) + own_lane() / 16) ^ (key & 7)) * 16;
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]),
+                         "r"(a[k][3]) : "memory");
+        }
+    }
+
+    /* Step n of all. */
+    template <bool First>
+    __device__ __forceinline__ void step(uint32_t n, int ahead)
+    {
+        const uint32_t stage = n % STAGES, x1 = pool_at() + own_wg() * 64 * 128, x2 = x1 + L::v_from, q = pool_at() + L::q_from + stage * L::q,
+                       dout = pool_at() + L::do_from + stage * L::q;
+        float s[QT / 2], dp[QT / 2];
+        uint32_t b[QT / 16][4];
+        if constexpr (!First) {
+            float dq[32];
+            ask_before(dq, n - 1);
+            hopper::mma_wait<1>();
+            pin(dq);
+            dq_out(dq, n - 1);
+        }
+        barrier_wait(bar().q_full(n), n / STAGES & 1);
+        hopper::mma_fence();
+        scores<D, ROWS, QT>(s, x1, q);
+        hopper::mma_commit();
+        if constexpr (!First && D == 64) { /* registers: dS of the step before, or dP */
+            hopper::mma_wait<1>();
             pin(dk);
         }
+        barrier_wait(bar().do_full(n), n / STAGES & 1);
+        hopper::mma_fence();
+        scores<D, ROWS, QT>(dp, x2, dout);
+        hopper::mma_commit();
+        hopper::mma_wait<1>();
+        pin(s);
+        if constexpr (!First) {
+            pin(dk);
+            if (first_of_wg())
+                barrier_arrive(bar().q_empty(n - 1));
+        }
+        to_weights(s, stage, ahead);
+        pack_all<QT / 2>(b, s);
+        hopper::mma_fence();
+        weighted_sum<D, QT>(dv, b, dout);
+        hopper::mma_commit();
+        hopper::mma_wait<1>();
+        pin(dp);
+        to_ds(dp, b, stage);
+        ds_out(n);
+        shared_to_async();
+        consumers_sync(); /* two buffers of dS: nobody reads the one that the next step writes */
+        hopper::mma_wait<0>();
+        pin(dv);
+        if (first_of_wg())
+            barrier_arrive(bar().do_empty(n));
+    }
+    /* After the last step n. */
+    __device__ __forceinline__ void last(uint32_t n)
+    {
+        float dq[32];
+        ask_before(dq, n);
+        hopper::mma_wait<1>();
+        pin(dq);
+        if (first_of_wg())
+            barrier_arrive(bar().kv_empty());
+        dq_out(dq, n);
+        hopper::mma_wait<0>();
+        pin(dk);
+        if (first_of_wg())
+            barrier_arrive(bar().q_empty(n));
+        consumers_sync(); /* now dS is nobody's */
     }
 };
 
-template <int D, int COLS, int STAGES>
-__device__ __forceinline__ void consume_queries(const params &p, const struct work &w, char *pool, uint32_t base)
+/* The sums of a warpgroup leave through its own rows of dS. */
+template <int D>
+__device__ __forceinline__ void keys_out(const rt_attn_bwd_call &c, const rt_attn_bwd_item &item, const float (&dk)[D / 2], const float (&dv)[D / 2])
 {
-    typedef layout<D, COLS, STAGES> L;
-    const int wg = threadIdx.x / 128, lane = threadIdx.x % 32, row0 = w.at.row + 64 * wg, row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const uint32_t full = base + L::bar_from, empty = full + STAGES * 8;
-    const bool frees = threadIdx.x % 128 == 0;
-    const float f1[2] = {p.scale, p.scale}, f2[2] = {1, 1};
-    queries_pass<D, COLS, STAGES> q = {p, w, pool, base, wg, lane, row0, row};
-    int before = -1; /* stage of the last step that was not masked */
-    barrier_wait(empty + STAGES * 8, 0);
-    for (int step = 0; step < w.steps; step++) {
-        const int stage = step % STAGES, col = w.from + step % w.per_head * COLS;
-        barrier_wait(full + stage * 8, step / STAGES & 1);
-        if (col + COLS <= row0) { /* masked for all rows of this warpgroup */
-            if (frees)
-                barrier_arrive(empty + stage * 8);
-            continue;
-        }
-        if (q.Late && before < 0)
-            q.template step<true>(stage, 0, col);
-        else
-            q.template step<false>(stage, before, col);
-        const int free = q.Late ? before : stage;
-        if (frees && free >= 0)
-            barrier_arrive(empty + free * 8);
-        before = stage;
+    typedef layout<D> L;
+    const int wg = own_wg(), row0 = item.row + 64 * wg, hk = item.head / c.group, g = item.head % c.group, left = item.len - row0;
+    const float f1[2] = {c.scale, c.scale}, f2[2] = {1, 1};
+    const int64_t first = (int64_t)item.first + row0, part = (g * c.n + first) * c.nkv + hk;
+    const bool parts = c.group > 1;
+    bf16 *own = (bf16 *)(pool + L::ds_from) + wg * 64 * 64;
+    rows_out<D, ROWS>(own, dv, f2, parts ? c.dv_head + part * c.dv : c.dv_out + hk * c.v_head + first * c.v_ld, parts ? (int64_t)c.nkv * c.dv : c.v_ld,
+                      c.dv, left, wg);
+    warpgroup_sync(wg);
+    rows_out<D, ROWS>(own, dk, f1, parts ? c.dk_head + part * c.dqk : c.dk + hk * c.k_head + first * c.k_ld, parts ? (int64_t)c.nkv * c.dqk : c.k_ld,
+                      c.dqk, left, wg);
+    warpgroup_sync(wg);
+}
+
+template <int D>
+__device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
+{
+    typedef layout<D> L;
+    keys_pass<D> k = {c.scale * 1.4426950408889634f};
+    const barriers bar = k.bar();
+    uint32_t n = 0;
+    for (int it = 0;; it++) {
+        barrier_wait(bar.item_full(it), it / 2 & 1);
+        const rt_attn_bwd_item *item = work_at<D>(it);
+        if (item->head < 0)
+            break;
+#pragma unroll
+        for (int i = 0; i < D / 2; i++)
+            k.dk[i] = k.dv[i] = 0;
+        barrier_wait(bar.kv_full(), it & 1);
+        int ahead = (tiles_of(item->len, L::QT) - 1) * L::QT - item->row;
+        k.template step<true>(n++, ahead);
+        while ((ahead -= L::QT) >= 0)
+            k.template step<false>(n++, ahead);
+        k.last(n - 1);
+        keys_out<D>(c, *work_at<D>(it), k.dk, k.dv); /* which ends with a barrier of the warpgroup */
+        if (first_of_wg())
+            barrier_arrive(bar.item_empty(it));
     }
-    if (before >= 0)
-        q.last(before);
-    const int64_t first = w.at.first + row0;
-    bf16 *own = (bf16 *)pool + wg * 64 * 64;
-    rows_out<D, ROWS>(own, q.dk, f1, p.g.dk + w.hk * p.g.k_head + first * p.g.k_ld, p.g.k_ld, p.dqk, w.at.len - row0, wg);
-    rows_out<D, ROWS>(own + L::x / 2, q.dv, f2, p.g.dv + w.hk * p.g.v_head + first * p.g.v_ld, p.g.v_ld, p.dv, w.at.len - row0, wg);
 }
 
 #endif
 
-template <int D, int COLS, int STAGES, bool ByKey>
-__global__ __launch_bounds__(THREADS, 1) void attn_bwd_sm90_kernel(const __grid_constant__ params p, const __grid_constant__ maps m,
-                                                                   const __grid_constant__ rt_cuda_seqs seqs)
+template <int D>
+__global__ __launch_bounds__(THREADS, 1) void attn_bwd_sm90_kernel(const __grid_constant__ rt_attn_bwd_call c, const __grid_constant__ maps m)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    typedef layout<D, COLS, STAGES> L;
-    extern __shared__ char raw[];
-    char *pool = raw + (1024 - hopper::smem(raw) % 1024) % 1024;
-    const uint32_t base = hopper::smem(pool), full = base + L::bar_from, empty = full + STAGES * 8;
+    typedef layout<D> L;
+    const barriers bar = {pool_at() + L::bar_from};
+    const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
+        if (pool_at() % 1024 != 0)
+            __trap();
+        hopper::barrier_init(bar.kv_full(), 1);
+        hopper::barrier_init(bar.kv_empty(), CONSUMERS);
         for (int i = 0; i < STAGES; i++) {
-            hopper::barrier_init(full + i * 8, ByKey ? 33 : 1);
-            hopper::barrier_init(empty + i * 8, CONSUMERS);
+            hopper::barrier_init(bar.q_full(i), 1);
+            hopper::barrier_init(bar.q_empty(i), CONSUMERS);
+            hopper::barrier_init(bar.do_full(i), 1);
+            hopper::barrier_init(bar.do_empty(i), CONSUMERS);
         }
-        hopper::barrier_init(empty + STAGES * 8, 1);
+        for (int i = 0; i < CONSUMERS; i++) {
+            hopper::barrier_init(bar.dq_full(i), 4);
+            hopper::barrier_init(bar.dq_empty(i), 1);
+        }
+        for (int i = 0; i < 2; i++) {
+            hopper::barrier_init(bar.item_full(i), 1);
+            hopper::barrier_init(bar.item_empty(i), READERS);
+        }
         hopper::barrier_init_fence();
     }
     __syncthreads();
-    const struct work w = work_of<COLS, ByKey>(p, seqs);
     if (threadIdx.x >= 128 * CONSUMERS) {
         hopper::registers_fewer<24>();
-        if (threadIdx.x < 128 * CONSUMERS + 32)
-            produce<D, COLS, STAGES, ByKey>(p, m, w, base);
+        if (warp == 4 * CONSUMERS) {
+            if (own_lane() == 0)
+                produce<D>(c, m);
+        } else if (warp <= 4 * CONSUMERS + 2 && own_lane() == 0) {
+            bring_dq<D>(c, warp - 4 * CONSUMERS - 1);
+        }
     } else {
         hopper::registers_more<240>();
-        if constexpr (ByKey)
-            consume_queries<D, COLS, STAGES>(p, w, pool, base);
-        else
-            consume_keys<D, COLS, STAGES>(p, w, pool, base);
+        consume<D>(c);
     }
 #endif
 }
 
-template <int D, int COLS, int STAGES, bool ByKey>
-enum rt_status launch(struct rt_queue *q, const struct rt_attn_bwd_args *a, params p, struct rt_err *err)
+template <int D>
+enum rt_status launch(struct rt_queue *q, const struct rt_attn_bwd_call *c, struct rt_err *err)
 {
-    typedef layout<D, COLS, STAGES> L;
-    const struct rt_attn_shape *s = &a->s;
-    struct rt_cuda_seqs seqs;
+    typedef layout<D> L;
+    const int items = c->n_tile * c->nh, blocks = items < q->dev->sm_count ? items : q->dev->sm_count;
     maps m;
-    int64_t n_tile;
     enum rt_status st;
-    seqs.dev = NULL;
-    RT_TRY(attn_map(q, ByKey ? &m.y1 : &m.x1, a->q, s->n, s->nh, s->dqk, a->q_ld, a->q_head, ByKey ? COLS : ROWS, err));
-    RT_TRY(attn_map(q, ByKey ? &m.y2 : &m.x2, a->dout, s->n, s->nh, s->dv, (int64_t)s->nh * s->dv, s->dv, ByKey ? COLS : ROWS, err));
-    RT_TRY(attn_map(q, ByKey ? &m.x1 : &m.y1, a->k, s->n, s->nkv, s->dqk, a->k_ld, a->k_head, ByKey ? ROWS : COLS, err));
-    RT_TRY(attn_map(q, ByKey ? &m.x2 : &m.y2, a->v, s->n, s->nkv, s->dv, a->v_ld, a->v_head, ByKey ? ROWS : COLS, err));
-    RT_TRY(rt_cuda_seqs_make(q, s, ROWS, &seqs, &n_tile, err));
-    p.n_tile = (int)n_tile;
-    RT_TRY(rt_cuda_check(cudaFuncSetAttribute(attn_bwd_sm90_kernel<D, COLS, STAGES, ByKey>, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes),
-                         "cudaFuncSetAttribute", err));
-    attn_bwd_sm90_kernel<D, COLS, STAGES, ByKey><<<(unsigned)(n_tile * (ByKey ? s->nkv : s->nh)), THREADS, L::bytes, q->stream>>>(p, m, seqs);
+    RT_TRY(attn_map(q, &m.q, c->q, c->n, c->nh, c->dqk, c->q_ld, c->q_head, L::QT, err));
+    RT_TRY(attn_map(q, &m.dout, c->dout, c->n, c->nh, c->dv, c->o_ld, c->dv, L::QT, err));
+    RT_TRY(attn_map(q, &m.k, c->k, c->n, c->nkv, c->dqk, c->k_ld, c->k_head, ROWS, err));
+    RT_TRY(attn_map(q, &m.v, c->v, c->n, c->nkv, c->dv, c->v_ld, c->v_head, ROWS, err));
+    RT_TRY(rt_cuda_check(cudaFuncSetAttribute(attn_bwd_sm90_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes), "cudaFuncSetAttribute", err));
+    attn_bwd_sm90_kernel<D><<<blocks, THREADS, L::bytes, q->stream>>>(*c, m);
     st = rt_cuda_launched("attn_bwd_sm90", err);
 out:
-    rt_cuda_temp_free(q, (void *)seqs.dev);
     return st;
 }
 
+/* Scratch of a call: bytes for all of it, and the pointers into them from `at`. */
+size_t carve(struct rt_attn_bwd_call *c, char *at)
+{
+    const size_t rows = (size_t)c->n_tile * ROWS, nh = (size_t)c->nh, parts = rows * (size_t)c->D / PART;
+    const size_t sizes[] = {nh * rows * (size_t)c->D * 4, c->group > 1 ? nh * (size_t)c->n * (size_t)c->dqk * 2 : 0,
+                            c->group > 1 ? nh * (size_t)c->n * (size_t)c->dv * 2 : 0, nh * rows * 4, nh * rows * 4,
+                            nh * (size_t)c->n_tile * sizeof *c->items, nh * parts * 4, 4};
+    char *p[8];
+    size_t all = 0;
+    for (int i = 0; i < 8; i++) {
+        p[i] = at + all;
+        all += (sizes[i] + 255) / 256 * 256;
+    }
+    c->sums = (float *)p[0], c->dk_head = (bf16 *)p[1], c->dv_head = (bf16 *)p[2], c->lse2 = (float *)p[3], c->delta = (float *)p[4];
+    c->items = (struct rt_attn_bwd_item *)p[5], c->added = (int32_t *)p[6], c->ticket = (int32_t *)p[7];
+    return all;
 }
 
-bool rt_cuda_attn_bwd_sm90_fits(const struct rt_dev *dev, const struct rt_attn_bwd_args *a)
+/* How many of all key heads go together: as the scratch has room for, and evenly. */
+int key_heads(struct rt_attn_bwd_call c, int all, const struct rt_dev *dev)
+{
+    c.nkv = 1, c.nh = c.group;
+    const size_t fit = (size_t)dev->scratch / carve(&c, NULL);
+    const int most = fit < 1 ? 1 : fit > (size_t)all ? all : (int)fit, calls = (all + most - 1) / most;
+    return (all + calls - 1) / calls;
+}
+
+/* Which work goes together: queries, dO and sums of dQ (8 D bytes a row) of as much as takes five eighths of L2. A block must find the one before
+ * it a step ahead: with len / 128 key blocks of about len / 128 steps, that takes as many heads and sequences as fill all multiprocessors with
+ * len / 128 key blocks; which is what five eighths of an H100's L2 hold 1.8 times, whatever len is. */
+void order_for(struct rt_attn_bwd_call *c, const struct rt_attn_shape *s, const struct rt_dev *dev)
+{
+    int64_t longest = 1;
+    for (int64_t i = 0; i < s->n_seq; i++)
+        if (s->cu_seqlens[i + 1] - s->cu_seqlens[i] > longest)
+            longest = s->cu_seqlens[i + 1] - s->cu_seqlens[i];
+    const int64_t rows = (int64_t)(dev->l2_bytes / 8 * 5) / (8 * c->D), heads = rows / longest;
+    c->heads = (int)(heads < 1 ? 1 : heads > c->nh ? c->nh : heads);
+    const int64_t window = rows / c->heads;
+    c->window = (int)(window < longest ? longest : window > INT32_MAX ? INT32_MAX : window);
+}
+
+/* The call over key heads from .. from + c.nkv - 1. */
+enum rt_status some_heads(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_attn_bwd_call c, int from, const struct rt_cuda_seqs *seqs,
+                          struct rt_err *err)
+{
+    enum rt_status st;
+    const int64_t hq = (int64_t)from * c.group;
+    c.q = (const bf16 *)a->q + hq * a->q_head, c.dq = (bf16 *)a->dq + hq * a->q_head;
+    c.k = (const bf16 *)a->k + from * a->k_head, c.dk = (bf16 *)a->dk + from * a->k_head;
+    c.v = (const bf16 *)a->v + from * a->v_head, c.dv_out = (bf16 *)a->dv + from * a->v_head;
+    c.o = (const bf16 *)a->o + hq * c.dv, c.dout = (const bf16 *)a->dout + hq * c.dv, c.lse = a->lse + hq * c.n;
+    RT_TRY(rt_cuda_attn_bwd_before(q, &c, seqs, err));
+    RT_TRY(c.D == 64 ? launch<64>(q, &c, err) : launch<128>(q, &c, err));
+    RT_TRY(rt_cuda_attn_bwd_after(q, &c, seqs, err));
+out:
+    return st;
+}
+
+bool fits(const struct rt_dev *dev, const struct rt_attn_bwd_args *a)
 {
     const int d = a->s.dqk > a->s.dv ? a->s.dqk : a->s.dv;
     return dev->encode_map != NULL && d <= 128 && aligned16(a->q, a->q_ld, a->q_head, a->s.dqk) && aligned16(a->k, a->k_ld, a->k_head, a->s.dqk) &&
-           aligned16(a->v, a->v_ld, a->v_head, a->s.dv) && aligned16(a->dout, 0, 0, a->s.dv) && aligned16(a->dq, 0, 0, 8) &&
-           aligned16(a->dk, 0, 0, 8) && aligned16(a->dv, 0, 0, 8);
+           aligned16(a->v, a->v_ld, a->v_head, a->s.dv) && aligned16(a->dout, 0, 0, a->s.dv) && aligned16(a->o, 0, 0, a->s.dv) &&
+           aligned16(a->dq, 0, 0, 8) && aligned16(a->dk, 0, 0, 8) && aligned16(a->dv, 0, 0, 8);
 }
 
-enum rt_status rt_cuda_attn_bwd_sm90(struct rt_queue *q, const struct rt_attn_bwd_args *a, const float *lse2, struct rt_err *err)
+}
+
+enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err)
 {
     const struct rt_attn_shape *s = &a->s;
-    params p = {};
-    enum rt_status st;
-    p.g.dq = (bf16 *)a->dq, p.g.dk = (bf16 *)a->dk, p.g.dv = (bf16 *)a->dv;
-    p.g.q_ld = a->q_ld, p.g.q_head = a->q_head, p.g.k_ld = a->k_ld, p.g.k_head = a->k_head, p.g.v_ld = a->v_ld, p.g.v_head = a->v_head;
-    p.n = s->n, p.lse2 = lse2, p.delta = a->delta, p.group = s->nh / s->nkv, p.dqk = s->dqk, p.dv = s->dv;
-    p.scale = s->scale, p.scale_log2 = (float)(s->scale * 1.4426950408889634);
-    if (s->dqk <= 64 && s->dv <= 64) {
-        RT_TRY((launch<64, 128, 4, false>(q, a, p, err)));
-        RT_TRY((launch<64, 96, 5, true>(q, a, p, err)));
-    } else {
-        RT_TRY((launch<128, 96, 3, false>(q, a, p, err)));
-        RT_TRY((launch<128, 64, 4, true>(q, a, p, err)));
+    struct rt_attn_bwd_call c = {};
+    struct rt_cuda_seqs seqs;
+    int64_t n_tile;
+    char *scratch = NULL;
+    enum rt_status st = RT_OK;
+    seqs.dev = NULL;
+    *done = fits(q->dev, a);
+    if (!*done)
+        return RT_OK;
+    RT_TRY(rt_cuda_seqs_make(q, s, ROWS, &seqs, &n_tile, err));
+    c.n = s->n, c.n_tile = (int)n_tile, c.group = s->nh / s->nkv, c.dqk = s->dqk, c.dv = s->dv, c.D = s->dqk <= 64 && s->dv <= 64 ? 64 : 128;
+    c.scale = s->scale, c.q_ld = a->q_ld, c.q_head = a->q_head, c.k_ld = a->k_ld, c.k_head = a->k_head, c.v_ld = a->v_ld, c.v_head = a->v_head;
+    c.o_ld = (int64_t)s->nh * s->dv;
+    c.nkv = key_heads(c, s->nkv, q->dev), c.nh = c.nkv * c.group;
+    RT_TRY(rt_cuda_temp(q, carve(&c, NULL), &scratch, err));
+    for (int from = 0; from < s->nkv; from += c.nkv) {
+        if (from + c.nkv > s->nkv)
+            c.nkv = s->nkv - from, c.nh = c.nkv * c.group;
+        order_for(&c, s, q->dev);
+        (void)carve(&c, scratch);
+        RT_TRY(some_heads(q, a, c, from, &seqs, err));
     }
 out:
+    rt_cuda_temp_free(q, scratch);
+    rt_cuda_temp_free(q, (void *)seqs.dev);
     return st;
 }
