@@ -31,8 +31,8 @@ struct layout {
         QT = D == 64 ? 128 : 64, PARTS = ROWS * D / PART, /* of dQ, for 128 rows */
         k = ROWS * D * 2, q = QT * D * 2, ds = ROWS * QT * 2, part = PART * 4, stat = QT * 4, /* bytes */
         v_from = k, q_from = v_from + k, do_from = q_from + STAGES * q, ds_from = do_from + STAGES * q, dq_from = ds_from + 2 * ds,
-        lse_from = dq_from + CONSUMERS * part, delta_from = lse_from + STAGES * stat, bar_from = delta_from + STAGES * stat,
-        item_from = bar_from + (2 + 4 * STAGES + 2 * CONSUMERS + 4) * 8, bytes = item_from + 2 * sizeof(rt_attn_bwd_item),
+        lse_from = dq_from + STAGES * CONSUMERS * part, delta_from = lse_from + STAGES * stat, bar_from = delta_from + STAGES * stat,
+        item_from = bar_from + (2 + 4 * STAGES + 2 * STAGES * CONSUMERS + 4) * 8, bytes = item_from + 2 * sizeof(rt_attn_bwd_item),
     };
 };
 
@@ -46,10 +46,10 @@ struct barriers {
     __device__ __forceinline__ uint32_t q_empty(uint32_t i) const { return at + 16 + (STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t do_full(uint32_t i) const { return at + 16 + (2 * STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t do_empty(uint32_t i) const { return at + 16 + (3 * STAGES + i % STAGES) * 8; }
-    __device__ __forceinline__ uint32_t dq_full(int wg) const { return at + 16 + (4 * STAGES + wg) * 8; }
-    __device__ __forceinline__ uint32_t dq_empty(int wg) const { return at + 16 + (4 * STAGES + CONSUMERS + wg) * 8; }
-    __device__ __forceinline__ uint32_t item_full(int i) const { return at + 16 + (4 * STAGES + 2 * CONSUMERS + i % 2) * 8; }
-    __device__ __forceinline__ uint32_t item_empty(int i) const { return at + 16 + (4 * STAGES + 2 * CONSUMERS + 2 + i % 2) * 8; }
+    __device__ __forceinline__ uint32_t dq_full(int wg, uint32_t i) const { return at + 16 + (4 * STAGES + wg * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_empty(int wg, uint32_t i) const { return at + 16 + (6 * STAGES + wg * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t item_full(int i) const { return at + 16 + (8 * STAGES + i % 2) * 8; }
+    __device__ __forceinline__ uint32_t item_empty(int i) const { return at + 16 + (8 * STAGES + 2 + i % 2) * 8; }
 };
 
 /* Shared memory begins where tiles may (the kernel looks): its address is a constant, and takes no register. */
@@ -110,6 +110,7 @@ __device__ __forceinline__ void produce(const rt_attn_bwd_call &c, const maps &m
 
 __device__ __forceinline__ void wait_added(const int32_t *count, int want)
 {
+#pragma unroll 1
     for (uint32_t tries = 0; tries < 1u << 28; tries++) { /* minutes: see barrier_wait */
         int32_t is;
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(is) : "l"(count) : "memory");
@@ -134,7 +135,7 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
     typedef layout<D> L;
     const uint32_t base = pool_at();
     const barriers bar = {base + L::bar_from};
-    const uint32_t from = base + L::dq_from + wg * L::part;
+    const uint32_t from = base + L::dq_from + wg * STAGES * L::part;
     uint32_t n = 0;
     for (int it = 0;; it++) {
         barrier_wait(bar.item_full(it), it / 2 & 1);
@@ -147,11 +148,11 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
             const int64_t part = ((int64_t)item.head * c.n_tile + item.tile) * L::PARTS + 2 * t + wg;
             if (level > 0)
                 wait_added(c.added + part, level);
-            barrier_wait(bar.dq_full(wg), n & 1);
+            barrier_wait(bar.dq_full(wg, n), n / STAGES & 1);
             asm volatile("fence.proxy.async;" ::: "memory");
-            put_part(c.sums + part * PART, from, level > 0);
+            put_part(c.sums + part * PART, from + n % STAGES * L::part, level > 0);
             asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-            barrier_arrive(bar.dq_empty(wg));
+            barrier_arrive(bar.dq_empty(wg, n));
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
             asm volatile("fence.proxy.async;" ::: "memory");
             asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(c.added + part), "r"(level + 1) : "memory");
@@ -184,7 +185,9 @@ __device__ __forceinline__ float2 load_float2(uint32_t at)
 }
 __device__ __forceinline__ float low(uint32_t bf16s) { return __uint_as_float(bf16s << 16); }
 __device__ __forceinline__ float high(uint32_t bf16s) { return __uint_as_float(bf16s & 0xffff0000u); }
-__device__ __forceinline__ int own_wg() { return threadIdx.x / 128; }
+/* The same in all lanes, and the compiler knows it. */
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 __device__ __forceinline__ int own_lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ bool first_of_wg() { return threadIdx.x % 128 == 0; }
 
@@ -194,6 +197,7 @@ template <int D>
 struct keys_pass {
     typedef layout<D> L;
     enum { QT = L::QT };
+    int wg; /* which one this is */
     float scale_log2;
     float dk[D / 2], dv[D / 2];
     uint32_t a[QT / 16][4]; /* dS^T of the step before */
@@ -203,20 +207,21 @@ struct keys_pass {
     /* Asks for dQ and what dK gets of step n. */
     __device__ __forceinline__ void ask_before(float (&dq)[32], uint32_t n)
     {
-        const uint32_t wg_at = own_wg() * ROWS * 128, ds = pool_at() + L::ds_from + n % 2 * L::ds + (D == 64 ? wg_at : 0), keys = pool_at() + (D == 64 ? 0 : wg_at);
+        const uint32_t wg_at = wg * ROWS * 128, ds = pool_at() + L::ds_from + n % 2 * L::ds + (D == 64 ? wg_at : 0), keys = pool_at() + (D == 64 ? 0 : wg_at);
+        const uint64_t x = descriptor_t(ds, ROWS * 128), y = descriptor_t(keys, ROWS * 128);
         hopper::mma_fence();
 #pragma unroll
         for (int k = 0; k < ROWS / 16; k++)
-            mma_tt(dq, descriptor_t(ds + k * 16 * 128, ROWS * 128), descriptor_t(keys + k * 16 * 128, ROWS * 128), k > 0);
+            mma_tt(dq, x + k * 16 * 8, y + k * 16 * 8, k > 0);
         hopper::mma_commit();
         weighted_sum<D, QT>(dk, a, pool_at() + L::q_from + n % STAGES * L::q);
         hopper::mma_commit();
     }
     __device__ __forceinline__ void dq_out(const float (&dq)[32], uint32_t n)
     {
-        const uint32_t to = pool_at() + L::dq_from + own_wg() * L::part + threadIdx.x % 128 * 16;
-        if (n > 0)
-            barrier_wait(bar().dq_empty(own_wg()), (n - 1) & 1);
+        const uint32_t to = pool_at() + L::dq_from + (wg * STAGES + n % STAGES) * L::part + threadIdx.x % 128 * 16;
+        if (n >= STAGES)
+            barrier_wait(bar().dq_empty(wg, n), (n / STAGES - 1) & 1);
 #pragma unroll
         for (int j = 0; j < 8; j++)
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 2048), "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
@@ -224,13 +229,13 @@ struct keys_pass {
         shared_to_async();
         __syncwarp();
         if (own_lane() == 0)
-            barrier_arrive(bar().dq_full(own_wg()));
+            barrier_arrive(bar().dq_full(wg, n));
     }
     /* ahead: of the block's first key, the tile's first query is. */
     __device__ __forceinline__ void to_weights(float (&s)[QT / 2], uint32_t stage, int ahead)
     {
         const uint32_t lse = pool_at() + L::lse_from + stage * L::stat + own_lane() % 4 * 8;
-        if (ahead < 64 * own_wg() + 64) { /* queries before a key; those beyond the sequence have lse2 inf */
+        if (ahead < 64 * wg + 64) { /* queries before a key; those beyond the sequence have lse2 inf */
             const int key = threadIdx.x / 32 * 16 + own_lane() / 4 - own_lane() % 4 * 2 - ahead;
 #pragma unroll
             for (int i = 0; i < QT / 2; i++)
@@ -276,7 +281,7 @@ struct keys_pass {
     template <bool First>
     __device__ __forceinline__ void step(uint32_t n, int ahead)
     {
-        const uint32_t stage = n % STAGES, x1 = pool_at() + own_wg() * 64 * 128, x2 = x1 + L::v_from, q = pool_at() + L::q_from + stage * L::q,
+        const uint32_t stage = n % STAGES, x1 = pool_at() + wg * 64 * 128, x2 = x1 + L::v_from, q = pool_at() + L::q_from + stage * L::q,
                        dout = pool_at() + L::do_from + stage * L::q;
         float s[QT / 2], dp[QT / 2];
         uint32_t b[QT / 16][4];
@@ -345,7 +350,7 @@ template <int D>
 __device__ __forceinline__ void keys_out(const rt_attn_bwd_call &c, const rt_attn_bwd_item &item, const float (&dk)[D / 2], const float (&dv)[D / 2])
 {
     typedef layout<D> L;
-    const int wg = own_wg(), row0 = item.row + 64 * wg, hk = item.head / c.group, g = item.head % c.group, left = item.len - row0;
+    const int wg = uniform(threadIdx.x / 128), row0 = item.row + 64 * wg, hk = item.head / c.group, g = item.head % c.group, left = item.len - row0;
     const float f1[2] = {c.scale, c.scale}, f2[2] = {1, 1};
     const int64_t first = (int64_t)item.first + row0, part = (g * c.n + first) * c.nkv + hk;
     const bool parts = c.group > 1;
@@ -362,19 +367,19 @@ template <int D>
 __device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
 {
     typedef layout<D> L;
-    keys_pass<D> k = {c.scale * 1.4426950408889634f};
+    keys_pass<D> k = {uniform(threadIdx.x / 128), c.scale * 1.4426950408889634f};
     const barriers bar = k.bar();
     uint32_t n = 0;
     for (int it = 0;; it++) {
         barrier_wait(bar.item_full(it), it / 2 & 1);
         const rt_attn_bwd_item *item = work_at<D>(it);
-        if (item->head < 0)
+        if (uniform(item->head) < 0)
             break;
 #pragma unroll
         for (int i = 0; i < D / 2; i++)
             k.dk[i] = k.dv[i] = 0;
         barrier_wait(bar.kv_full(), it & 1);
-        int ahead = (tiles_of(item->len, L::QT) - 1) * L::QT - item->row;
+        int ahead = uniform((tiles_of(item->len, L::QT) - 1) * L::QT - item->row);
         k.template step<true>(n++, ahead);
         while ((ahead -= L::QT) >= 0)
             k.template step<false>(n++, ahead);
@@ -404,10 +409,10 @@ __global__ __launch_bounds__(THREADS, 1) void attn_bwd_sm90_kernel(const __grid_
             hopper::barrier_init(bar.q_empty(i), CONSUMERS);
             hopper::barrier_init(bar.do_full(i), 1);
             hopper::barrier_init(bar.do_empty(i), CONSUMERS);
-        }
-        for (int i = 0; i < CONSUMERS; i++) {
-            hopper::barrier_init(bar.dq_full(i), 4);
-            hopper::barrier_init(bar.dq_empty(i), 1);
+            for (int wg = 0; wg < CONSUMERS; wg++) {
+                hopper::barrier_init(bar.dq_full(wg, i), 4); /* warps */
+                hopper::barrier_init(bar.dq_empty(wg, i), 1);
+            }
         }
         for (int i = 0; i < 2; i++) {
             hopper::barrier_init(bar.item_full(i), 1);

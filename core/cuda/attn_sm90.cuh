@@ -49,6 +49,7 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const CUtensorMap *map, 
 /* Waits for a phase; a wait that does not end is a defect, and better a trap than a GPU that hangs. */
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
 {
+#pragma unroll 1
     for (uint32_t tries = 0; tries < 1u << 24; tries++) {
         uint32_t done;
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -139,17 +140,19 @@ __device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], u
 template <int D, int X_ROWS, int Y_ROWS>
 __device__ __forceinline__ void scores(float (&s)[Y_ROWS / 2], uint32_t x, uint32_t y)
 {
+    const uint64_t dx = hopper::descriptor(x), dy = hopper::descriptor(y); /* whose lowest bits are the address in units of 16 bytes */
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
-        mma_ss(s, hopper::descriptor(x + k / 4 * X_ROWS * 128 + k % 4 * 32), hopper::descriptor(y + k / 4 * Y_ROWS * 128 + k % 4 * 32), k > 0);
+        mma_ss(s, dx + (k / 4 * X_ROWS * 8 + k % 4 * 2), dy + (k / 4 * Y_ROWS * 8 + k % 4 * 2), k > 0);
 }
 /* acc += P Y: P [64 x ROWS] packed, Y a tile of ROWS rows. */
 template <int D, int ROWS>
 __device__ __forceinline__ void weighted_sum(float (&acc)[D / 2], const uint32_t (&p)[ROWS / 16][4], uint32_t y)
 {
+    const uint64_t dy = descriptor_t(y, ROWS * 128);
 #pragma unroll
     for (int k = 0; k < ROWS / 16; k++)
-        mma_rs(acc, p[k], descriptor_t(y + k * 16 * 128, ROWS * 128));
+        mma_rs(acc, p[k], dy + k * 16 * 8);
 }
 template <int N>
 __device__ __forceinline__ void pack_all(uint32_t (&p)[N / 8][4], const float (&s)[N])
