@@ -137,7 +137,7 @@ static void backward(struct pass *x)
     const struct layout *l = x->l;
     struct arrays *a = &x->a;
     const int64_t sizes[3] = {a->q_n, a->k_n, a->v_n}, stats = a->n * l->nh;
-    float *host[3], *again = floats(a->q_n);
+    float *host[3];
     void *dev[3];
     struct rt_attn_bwd_args b = {.s = x->s, .q = a->q, .k = a->k, .v = a->v, .q_ld = l->q_ld, .q_head = l->q_head, .k_ld = l->k_ld,
                                  .k_head = l->k_head, .v_ld = l->v_ld, .v_head = l->v_head, .o = a->o, .lse = a->lse, .dout = a->dout, .dq = a->dq,
@@ -162,27 +162,37 @@ static void backward(struct pass *x)
     close_heads("  dv", host[2], a->dv, a->n, l->nkv, l->dv, l->v_ld, l->v_head, bwd_bound);
     /* the same call again: the same bytes */
     assert_ok(rt_cuda_attn_bwd_by(x->path, x->p->gpu.dev, x->p->gpu.q, &b, &err));
-    cuda_get_act(x->p, again, dev[0], a->q_n);
-    assert_memory_equal(again, host[0], (size_t)a->q_n * sizeof *again);
+    for (int i = 0; i < 3; i++) {
+        float *again = floats(sizes[i]);
+        cuda_get_act(x->p, again, dev[i], sizes[i]);
+        assert_memory_equal(again, host[i], (size_t)sizes[i] * sizeof *again);
+        rt_free(again);
+    }
     for (int i = 0; i < 3; i++) {
         cuda_free(x->p, dev[i]);
         rt_free(host[i]);
     }
     cuda_free(x->p, o), cuda_free(x->p, dout), cuda_free(x->p, lse), cuda_free(x->p, b.delta);
-    rt_free(again);
 }
 
-static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool with_backward)
+static void run_paths(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool with_backward,
+                      enum rt_cuda_attn_path path_back)
 {
     struct pass x = {.p = p, .path = path, .l = l, .a = arrays_make(l, cu[n_seq], 2.0f)};
     x.s = (struct rt_attn_shape){.cu_seqlens = cu, .n = cu[n_seq], .n_seq = n_seq, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv,
                                  .scale = (float)(1 / sqrt(l->dqk))};
     x.q = cuda_act(p, x.a.q, x.a.q_n), x.k = cuda_act(p, x.a.k, x.a.k_n), x.v = cuda_act(p, x.a.v, x.a.v_n);
     forward(&x);
+    x.path = path_back;
     if (with_backward)
         backward(&x);
     cuda_free(p, x.q), cuda_free(p, x.k), cuda_free(p, x.v);
     arrays_free(&x.a);
+}
+
+static void run_case(struct cuda_pair *p, enum rt_cuda_attn_path path, const struct layout *l, const int32_t *cu, int64_t n_seq, bool with_backward)
+{
+    run_paths(p, path, l, cu, n_seq, with_backward, path);
 }
 
 static const int32_t mixed[] = {0, 1, 8, 8, 72, 137, 437, 437}; /* lengths 1, 7, 0, 64, 65, 300, 0 */
@@ -268,12 +278,12 @@ static void test_own_unaligned(void **state)
     cuda_pair_close(&p);
 }
 
-static void test_hopper(void **state)
+/* All shapes of the kernels for compute capability 9.0: forward, or backward after a forward of the base kernels. */
+static void hopper(bool back)
 {
     enum { N = 300 };
     struct cuda_pair p;
     int32_t cu[N + 1];
-    (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
     if (p.gpu.dev->encode_map == NULL) {
@@ -281,18 +291,86 @@ static void test_hopper(void **state)
         TEST_SKIP("not compute capability 9.0");
     }
     const struct layout l[] = {student(4, 2, 64), student(4, 2, 128), student(2, 2, 64), student(3, 1, 96), student(4, 1, 16), teacher(4, 32, 16, 32),
-                               teacher(2, 64, 32, 128), teacher(3, 128, 64, 128)};
-    const int32_t longer[] = {0, 1000, 1001, 1514}, even[] = {0, 256, 512};
+                               teacher(2, 64, 32, 128), student(7, 1, 64), student(6, 1, 128), student(2, 2, 128), teacher(3, 128, 64, 128)};
+    const int32_t longer[] = {0, 1000, 1001, 1514}, even[] = {0, 256, 512, 768};
+    const enum rt_cuda_attn_path path = back ? RT_CUDA_ATTN_OWN : RT_CUDA_ATTN_HOPPER;
     for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
-        const bool backward = l[i].dqk <= 128;
-        run_case(&p, RT_CUDA_ATTN_HOPPER, &l[i], mixed, MIXED, backward);
-        run_case(&p, RT_CUDA_ATTN_HOPPER, &l[i], even, 2, backward);
-        run_case(&p, RT_CUDA_ATTN_HOPPER, &l[i], longer, 3, backward);
+        if (back && l[i].dqk > 128)
+            continue;
+        run_paths(&p, path, &l[i], mixed, MIXED, back, RT_CUDA_ATTN_HOPPER);
+        run_paths(&p, path, &l[i], even, 3, back, RT_CUDA_ATTN_HOPPER);
+        run_paths(&p, path, &l[i], longer, 3, back, RT_CUDA_ATTN_HOPPER);
     }
     cu[0] = 0;
     for (int i = 0; i < N; i++)
         cu[i + 1] = cu[i] + i * 7 % 11;
-    run_case(&p, RT_CUDA_ATTN_HOPPER, &l[0], cu, N, true);
+    run_paths(&p, path, &l[0], cu, N, back, RT_CUDA_ATTN_HOPPER);
+    cuda_pair_close(&p);
+}
+static void test_hopper(void **state)
+{
+    (void)state;
+    hopper(false);
+}
+static void test_hopper_bwd(void **state)
+{
+    (void)state;
+    hopper(true);
+}
+
+/* A backward with work for more blocks than run at a time, in sequences of many lengths: against the base kernels, by bytes when it is repeated, and
+ * by bytes where the scratch makes it go head by head. */
+static void hopper_many(struct cuda_pair *p, const struct layout *l)
+{
+    enum { SEQS = 9, REPEAT = 4 };
+    const int32_t cu[SEQS + 1] = {0, 1, 2050, 2178, 2305, 2434, 3457, 3457, 5377, 5500};
+    struct rt_err err = {0};
+    const int64_t n = cu[SEQS], row = l->q_ld, o_n = n * l->nh * l->dv, qkv = n * row;
+    const size_t k_at = (size_t)(l->nh * l->dqk), v_at = k_at + (size_t)(l->nkv * l->dqk);
+    float *x = floats(qkv), *want = floats(qkv), *got = floats(qkv);
+    cuda_random(x, qkv, 5, 1.5f);
+    uint16_t *q = cuda_act(p, x, qkv), *dq = cuda_act(p, NULL, qkv);
+    cuda_random(x, o_n, 6, 1.0f);
+    void *o = cuda_act(p, NULL, o_n), *dout = cuda_act(p, x, o_n), *lse = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4),
+         *delta = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
+    const struct rt_attn_shape s = {.cu_seqlens = cu, .n = n, .n_seq = SEQS, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv,
+                                    .scale = (float)(1 / sqrt(l->dqk))};
+    const struct rt_attn_fwd_args f = {.s = s, .q = q, .k = q + k_at, .v = q + v_at, .q_ld = row, .k_ld = row, .v_ld = row, .o = o, .lse = lse};
+    const struct rt_attn_bwd_args b = {.s = s, .q = q, .k = q + k_at, .v = q + v_at, .q_ld = row, .k_ld = row, .v_ld = row, .o = o, .lse = lse,
+                                       .dout = dout, .dq = dq, .dk = dq + k_at, .dv = dq + v_at, .delta = delta};
+    assert_ok(rt_cuda_attn_fwd_by(RT_CUDA_ATTN_OWN, p->gpu.dev, p->gpu.q, &f, &err));
+    assert_ok(rt_cuda_attn_bwd_by(RT_CUDA_ATTN_OWN, p->gpu.dev, p->gpu.q, &b, &err));
+    cuda_get_act(p, want, dq, qkv);
+    for (int i = 0; i < REPEAT; i++) {
+        if (i == REPEAT - 1)
+            p->gpu.be->set_scratch(p->gpu.dev, 1);
+        assert_ok(rt_device_sync(&p->gpu, &err));
+        assert_int_equal(cudaMemset(dq, 0xff, (size_t)qkv * 2), cudaSuccess);
+        assert_ok(rt_cuda_attn_bwd_by(RT_CUDA_ATTN_HOPPER, p->gpu.dev, p->gpu.q, &b, &err));
+        cuda_get_act(p, i == 0 ? x : got, dq, qkv);
+        if (i == 0) /* both sides round twice */
+            cuda_close("  many sequences", x, want, n, row, 1.5 * bwd_bound, 0);
+        else
+            assert_memory_equal(got, x, (size_t)qkv * sizeof *x);
+    }
+    p->gpu.be->set_scratch(p->gpu.dev, (uint64_t)2 << 30);
+    cuda_free(p, q), cuda_free(p, dq), cuda_free(p, o), cuda_free(p, dout), cuda_free(p, lse), cuda_free(p, delta);
+    rt_free(x), rt_free(want), rt_free(got);
+}
+
+static void test_hopper_many(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    if (p.gpu.dev->encode_map == NULL) {
+        cuda_pair_close(&p);
+        TEST_SKIP("not compute capability 9.0");
+    }
+    const struct layout l[] = {student(14, 2, 64), student(12, 2, 128), student(4, 4, 128)};
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++)
+        hopper_many(&p, &l[i]);
     cuda_pair_close(&p);
 }
 
@@ -444,6 +522,8 @@ static void test_skip(void **state)
 #define test_own_small_blocks test_skip
 #define test_own_unaligned test_skip
 #define test_hopper test_skip
+#define test_hopper_many test_skip
+#define test_hopper_bwd test_skip
 #define test_cudnn_uniform test_skip
 #define test_cudnn_ragged test_skip
 #define test_table test_skip
@@ -454,6 +534,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_own_sizes),        cmocka_unit_test(test_own_small_heads), cmocka_unit_test(test_own_many),
     cmocka_unit_test(test_own_unaligned),    cmocka_unit_test(test_cudnn_uniform),   cmocka_unit_test(test_cudnn_ragged),
     cmocka_unit_test(test_own_small_blocks), cmocka_unit_test(test_table),           cmocka_unit_test(test_hopper),
-    cmocka_unit_test(test_far),
+    cmocka_unit_test(test_far),              cmocka_unit_test(test_hopper_many),
+    cmocka_unit_test(test_hopper_bwd),
 };
 RT_SUITE(cuda_attn, tests)
