@@ -3,11 +3,11 @@
  *
  *   before   delta = rowsum(dO * O) and lse / ln 2, in rows padded to the tiles; the list of the work; counters
  *   main     a block for 128 keys of a query head: dK and dV of that head, and what these keys add to dQ
- *   after    dQ scaled and rounded; dK and dV summed over the query heads of each key head
+ *   after    dK and dV summed over the query heads of each key head, where there are several
  *
  * Sums of dQ are float32 in device memory, 64 rows x 64 columns at a time as a product leaves them in registers ("part"): element e of float4 j of
  * thread t is row 16 (t / 32) + t % 32 / 4 + 8 (e / 2), column 8 j + 2 (t % 4) + e % 2, at (128 j + t) * 4 + e. A key block adds to a part after all
- * key blocks before it have: the order is fixed, and so are the bytes.
+ * key blocks before it have, and the last one (of the same rows) rounds the sum: the order is fixed, and so are the bytes.
  */
 #ifndef RT_CORE_CUDA_ATTN_BWD_H
 #define RT_CORE_CUDA_ATTN_BWD_H
@@ -45,7 +45,7 @@ struct rt_attn_bwd_call {
     int window, heads;
 };
 
-enum rt_status rt_cuda_attn_bwd_before(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err);
-enum rt_status rt_cuda_attn_bwd_after(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err);
+/* dq; dk and dv, or with a group of several heads dk_head and dv_head. After the kernel before. */
+enum rt_status rt_cuda_attn_bwd_main(struct rt_queue *q, const struct rt_attn_bwd_call *c, struct rt_err *err);
 
 #endif

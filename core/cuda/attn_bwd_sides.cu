@@ -1,4 +1,5 @@
-/* Attention backward for compute capability 9.0: the kernels before and after the main one (attn_bwd.h). Both are bound by memory. */
+/* Attention backward for compute capability 9.0, around the main kernel (attn_bwd.h): the kernels before and after it, both bound by memory; the
+ * scratch, the order of the work, and the call. */
 #include "core/cuda/attn_bwd.h"
 #include "core/cuda/attn_tile.cuh"
 #include "core/cuda/vec8.cuh"
@@ -84,31 +85,6 @@ __global__ __launch_bounds__(THREADS) void attn_bwd_before_kernel(const __grid_c
         c.lse2[to] = valid ? c.lse[h * c.n + at.first + at.row + r] * 1.4426950408889634f : INFINITY;
 }
 
-template <int D>
-__device__ __forceinline__ void round_dq(const rt_attn_bwd_call &c, const place &at, int t, int h)
-{
-    enum { PARTS = ROWS * D / RT_ATTN_BWD_PART };
-    const int j = threadIdx.x % 8, warp = threadIdx.x / 64, r8 = threadIdx.x / 8 % 8; /* columns 8 j .., rows 16 warp + r8 and 8 further */
-    const float4 *from = (const float4 *)(c.sums + ((int64_t)h * c.n_tile + t) * ROWS * D) + j * 128 + warp * 32 + r8 * 4;
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        const int row = (D == 64 ? part : part / 2) * 64 + 16 * warp + r8, col = (D == 64 ? 0 : part % 2 * 64) + 8 * j;
-        float x[2][8];
-        if (col >= c.dqk || at.row + row >= at.len)
-            continue;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float4 v = from[part * (RT_ATTN_BWD_PART / 4) + i];
-            x[0][2 * i] = v.x * c.scale, x[0][2 * i + 1] = v.y * c.scale;
-            x[1][2 * i] = v.z * c.scale, x[1][2 * i + 1] = v.w * c.scale;
-        }
-        __nv_bfloat16 *to = c.dq + (at.first + at.row + row) * c.q_ld + h * c.q_head + col;
-        *(uint4 *)to = vec8::pack(x[0]);
-        if (at.row + row + 8 < at.len)
-            *(uint4 *)(to + 8 * c.q_ld) = vec8::pack(x[1]);
-    }
-}
-
 /* One tile of rows and a key head: the sum of what its query heads left, in ascending order. */
 __device__ __forceinline__ void sum_heads(const rt_attn_bwd_call &c, const place &at, int hk, const bf16 *from, int d, bf16 *to, int64_t ld)
 {
@@ -129,24 +105,17 @@ __device__ __forceinline__ void sum_heads(const rt_attn_bwd_call &c, const place
     }
 }
 
-template <int D>
 __global__ __launch_bounds__(THREADS) void attn_bwd_after_kernel(const __grid_constant__ rt_attn_bwd_call c, const __grid_constant__ rt_cuda_seqs seqs)
 {
-    const int of_dq = c.n_tile * c.nh;
-    if ((int)blockIdx.x < of_dq) {
-        const int t = blockIdx.x / c.nh;
-        round_dq<D>(c, place_of(seqs, t, ROWS), t, blockIdx.x % c.nh);
-    } else {
-        const int i = blockIdx.x - of_dq, hk = i % c.nkv;
-        const place at = place_of(seqs, i / c.nkv, ROWS);
+    const int hk = blockIdx.x % c.nkv;
+    const place at = place_of(seqs, blockIdx.x / c.nkv, ROWS);
+    if (blockIdx.y == 0)
         sum_heads(c, at, hk, c.dk_head, c.dqk, c.dk + hk * c.k_head, c.k_ld);
+    else
         sum_heads(c, at, hk, c.dv_head, c.dv, c.dv_out + hk * c.v_head, c.v_ld);
-    }
 }
 
-}
-
-enum rt_status rt_cuda_attn_bwd_before(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
+enum rt_status before(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
 {
     const unsigned blocks = (unsigned)(c->n_tile * c->nh);
     if (c->D == 64)
@@ -155,13 +124,109 @@ enum rt_status rt_cuda_attn_bwd_before(struct rt_queue *q, const struct rt_attn_
         attn_bwd_before_kernel<128><<<blocks, THREADS, 0, q->stream>>>(*c, *seqs);
     return rt_cuda_launched("attn_bwd_before", err);
 }
-
-enum rt_status rt_cuda_attn_bwd_after(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
+enum rt_status after(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
 {
-    const unsigned blocks = (unsigned)(c->n_tile * (c->nh + (c->group > 1 ? c->nkv : 0)));
-    if (c->D == 64)
-        attn_bwd_after_kernel<64><<<blocks, THREADS, 0, q->stream>>>(*c, *seqs);
-    else
-        attn_bwd_after_kernel<128><<<blocks, THREADS, 0, q->stream>>>(*c, *seqs);
+    attn_bwd_after_kernel<<<dim3((unsigned)(c->n_tile * c->nkv), 2), THREADS, 0, q->stream>>>(*c, *seqs);
     return rt_cuda_launched("attn_bwd_after", err);
+}
+
+/* Scratch of a call: bytes for all of it, and the pointers into them from `at`. */
+size_t carve(struct rt_attn_bwd_call *c, char *at)
+{
+    const size_t rows = (size_t)c->n_tile * ROWS, nh = (size_t)c->nh, parts = rows * (size_t)c->D / RT_ATTN_BWD_PART;
+    const size_t sizes[] = {nh * rows * (size_t)c->D * 4, c->group > 1 ? nh * (size_t)c->n * (size_t)c->dqk * 2 : 0,
+                            c->group > 1 ? nh * (size_t)c->n * (size_t)c->dv * 2 : 0, nh * rows * 4, nh * rows * 4,
+                            nh * (size_t)c->n_tile * sizeof *c->items, nh * parts * 4, 4};
+    char *p[8];
+    size_t all = 0;
+    for (int i = 0; i < 8; i++) {
+        p[i] = at + all;
+        all += (sizes[i] + 255) / 256 * 256;
+    }
+    c->sums = (float *)p[0], c->dk_head = (bf16 *)p[1], c->dv_head = (bf16 *)p[2], c->lse2 = (float *)p[3], c->delta = (float *)p[4];
+    c->items = (struct rt_attn_bwd_item *)p[5], c->added = (int32_t *)p[6], c->ticket = (int32_t *)p[7];
+    return all;
+}
+
+/* How many of all key heads go together: as the scratch has room for, and evenly. */
+int key_heads(struct rt_attn_bwd_call c, int all, const struct rt_dev *dev)
+{
+    c.nkv = 1, c.nh = c.group;
+    const size_t fit = (size_t)dev->scratch / carve(&c, NULL);
+    const int most = fit < 1 ? 1 : fit > (size_t)all ? all : (int)fit, calls = (all + most - 1) / most;
+    return (all + calls - 1) / calls;
+}
+
+/* Which work goes together: queries, dO and sums of dQ (8 D bytes a row) of as much as takes five eighths of L2. A block must find the one before
+ * it a step ahead: with len / 128 key blocks of about len / 128 steps, that takes as many heads and sequences as fill all multiprocessors with
+ * len / 128 key blocks; which is what five eighths of an H100's L2 hold 1.8 times, whatever len is. */
+void order_for(struct rt_attn_bwd_call *c, const struct rt_attn_shape *s, const struct rt_dev *dev)
+{
+    int64_t longest = 1;
+    for (int64_t i = 0; i < s->n_seq; i++)
+        if (s->cu_seqlens[i + 1] - s->cu_seqlens[i] > longest)
+            longest = s->cu_seqlens[i + 1] - s->cu_seqlens[i];
+    const int64_t rows = (int64_t)(dev->l2_bytes / 8 * 5) / (8 * c->D), heads = rows / longest;
+    c->heads = (int)(heads < 1 ? 1 : heads > c->nh ? c->nh : heads);
+    const int64_t window = rows / c->heads;
+    c->window = (int)(window < longest ? longest : window > INT32_MAX ? INT32_MAX : window);
+}
+
+/* The call over key heads from .. from + c.nkv - 1. */
+enum rt_status some_heads(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_attn_bwd_call c, int from, const struct rt_cuda_seqs *seqs,
+                          struct rt_err *err)
+{
+    enum rt_status st;
+    const int64_t hq = (int64_t)from * c.group;
+    c.q = (const bf16 *)a->q + hq * a->q_head, c.dq = (bf16 *)a->dq + hq * a->q_head;
+    c.k = (const bf16 *)a->k + from * a->k_head, c.dk = (bf16 *)a->dk + from * a->k_head;
+    c.v = (const bf16 *)a->v + from * a->v_head, c.dv_out = (bf16 *)a->dv + from * a->v_head;
+    c.o = (const bf16 *)a->o + hq * c.dv, c.dout = (const bf16 *)a->dout + hq * c.dv, c.lse = a->lse + hq * c.n;
+    RT_TRY(before(q, &c, seqs, err));
+    RT_TRY(rt_cuda_attn_bwd_main(q, &c, err));
+    if (c.group > 1)
+        RT_TRY(after(q, &c, seqs, err));
+out:
+    return st;
+}
+
+bool fits(const struct rt_dev *dev, const struct rt_attn_bwd_args *a)
+{
+    const int d = a->s.dqk > a->s.dv ? a->s.dqk : a->s.dv;
+    return dev->encode_map != NULL && d <= 128 && aligned16(a->q, a->q_ld, a->q_head, a->s.dqk) && aligned16(a->k, a->k_ld, a->k_head, a->s.dqk) &&
+           aligned16(a->v, a->v_ld, a->v_head, a->s.dv) && aligned16(a->dout, 0, 0, a->s.dv) && aligned16(a->o, 0, 0, a->s.dv) &&
+           aligned16(a->dq, 0, 0, 8) && aligned16(a->dk, 0, 0, 8) && aligned16(a->dv, 0, 0, 8);
+}
+
+}
+
+enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err)
+{
+    const struct rt_attn_shape *s = &a->s;
+    struct rt_attn_bwd_call c = {};
+    struct rt_cuda_seqs seqs;
+    int64_t n_tile;
+    char *scratch = NULL;
+    enum rt_status st = RT_OK;
+    seqs.dev = NULL;
+    *done = fits(q->dev, a);
+    if (!*done)
+        return RT_OK;
+    RT_TRY(rt_cuda_seqs_make(q, s, ROWS, &seqs, &n_tile, err));
+    c.n = s->n, c.n_tile = (int)n_tile, c.group = s->nh / s->nkv, c.dqk = s->dqk, c.dv = s->dv, c.D = s->dqk <= 64 && s->dv <= 64 ? 64 : 128;
+    c.scale = s->scale, c.q_ld = a->q_ld, c.q_head = a->q_head, c.k_ld = a->k_ld, c.k_head = a->k_head, c.v_ld = a->v_ld, c.v_head = a->v_head;
+    c.o_ld = (int64_t)s->nh * s->dv;
+    c.nkv = key_heads(c, s->nkv, q->dev), c.nh = c.nkv * c.group;
+    RT_TRY(rt_cuda_temp(q, carve(&c, NULL), &scratch, err));
+    for (int from = 0; from < s->nkv; from += c.nkv) {
+        if (from + c.nkv > s->nkv)
+            c.nkv = s->nkv - from, c.nh = c.nkv * c.group;
+        order_for(&c, s, q->dev);
+        (void)carve(&c, scratch);
+        RT_TRY(some_heads(q, a, c, from, &seqs, err));
+    }
+out:
+    rt_cuda_temp_free(q, scratch);
+    rt_cuda_temp_free(q, (void *)seqs.dev);
+    return st;
 }

@@ -13,12 +13,13 @@
  * from the last queries to the first, so that a block follows the one before it a step behind. Blocks stay and take work by a ticket: a block only
  * waits for work with a smaller ticket, which another block already has, so waiting ends, however many blocks run at a time.
  */
+#include <stdlib.h>
 #include "core/cuda/attn_bwd.h"
 #include "core/cuda/attn_sm90.cuh"
 
 namespace {
 
-enum { CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1), ROWS = RT_ATTN_BWD_ROWS, STAGES = 2, PART = RT_ATTN_BWD_PART, READERS = 2 * CONSUMERS };
+enum { CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1), ROWS = RT_ATTN_BWD_ROWS, STAGES = 2, PART = RT_ATTN_BWD_PART, READERS = 4 * CONSUMERS + 2 };
 
 struct maps {
     CUtensorMap q, k, v, dout;
@@ -108,6 +109,12 @@ __device__ __forceinline__ void produce(const rt_attn_bwd_call &c, const maps &m
 
 /* ---- dQ to device memory ---- */
 
+/* Of query tile t of a sequence, the part of a warpgroup: 64 columns, or with heads of 64 its rows. */
+template <int D>
+__device__ __forceinline__ int64_t part_of(const rt_attn_bwd_call &c, const rt_attn_bwd_item &item, int t, int wg)
+{
+    return ((int64_t)item.head * c.n_tile + item.tile) * layout<D>::PARTS + 2 * t + wg;
+}
 __device__ __forceinline__ void wait_added(const int32_t *count, int want)
 {
 #pragma unroll 1
@@ -128,7 +135,7 @@ __device__ __forceinline__ void put_part(float *to, uint32_t from, bool add)
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/* One thread for the parts of a warpgroup. The first key block stores, the others add. */
+/* One thread for the parts of a warpgroup, but for the block's own rows: the first key block stores, the others add. */
 template <int D>
 __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
 {
@@ -144,8 +151,8 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
         if (item.head < 0)
             break;
         const int level = item.row / ROWS;
-        for (int t = tiles_of(item.len, L::QT) - 1; t >= item.row / L::QT; t--, n++) {
-            const int64_t part = ((int64_t)item.head * c.n_tile + item.tile) * L::PARTS + 2 * t + wg;
+        for (int t = tiles_of(item.len, L::QT) - 1; t >= (item.row + ROWS) / L::QT; t--, n++) {
+            const int64_t part = part_of<D>(c, item, t, wg);
             if (level > 0)
                 wait_added(c.added + part, level);
             barrier_wait(bar.dq_full(wg, n), n / STAGES & 1);
@@ -174,7 +181,7 @@ __device__ __forceinline__ void mma_tt(float (&d)[32], uint64_t a, uint64_t b, i
 #undef RT_R8
 }
 
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ float2 load_float2(uint32_t at)
@@ -185,9 +192,6 @@ __device__ __forceinline__ float2 load_float2(uint32_t at)
 }
 __device__ __forceinline__ float low(uint32_t bf16s) { return __uint_as_float(bf16s << 16); }
 __device__ __forceinline__ float high(uint32_t bf16s) { return __uint_as_float(bf16s & 0xffff0000u); }
-/* The same in all lanes, and the compiler knows it. */
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
 __device__ __forceinline__ int own_lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ bool first_of_wg() { return threadIdx.x % 128 == 0; }
 
@@ -197,8 +201,10 @@ template <int D>
 struct keys_pass {
     typedef layout<D> L;
     enum { QT = L::QT };
+    const rt_attn_bwd_call &c;
     int wg; /* which one this is */
     float scale_log2;
+    uint32_t given; /* parts of dQ */
     float dk[D / 2], dv[D / 2];
     uint32_t a[QT / 16][4]; /* dS^T of the step before */
 
@@ -217,9 +223,9 @@ struct keys_pass {
         weighted_sum<D, QT>(dk, a, pool_at() + L::q_from + n % STAGES * L::q);
         hopper::mma_commit();
     }
-    __device__ __forceinline__ void dq_out(const float (&dq)[32], uint32_t n)
+    __device__ __forceinline__ void dq_out(const float (&dq)[32])
     {
-        const uint32_t to = pool_at() + L::dq_from + (wg * STAGES + n % STAGES) * L::part + threadIdx.x % 128 * 16;
+        const uint32_t n = given++, to = pool_at() + L::dq_from + (wg * STAGES + n % STAGES) * L::part + threadIdx.x % 128 * 16;
         if (n >= STAGES)
             barrier_wait(bar().dq_empty(wg, n), (n / STAGES - 1) & 1);
 #pragma unroll
@@ -230,6 +236,36 @@ struct keys_pass {
         __syncwarp();
         if (own_lane() == 0)
             barrier_arrive(bar().dq_full(wg, n));
+    }
+    /* The queries of the block's own rows: no key block comes after this one, so the sum is rounded and leaves. Waits for the products of dQ. */
+    __device__ __forceinline__ void dq_last(float (&dq)[32], const rt_attn_bwd_item &item, int ahead)
+    {
+        const int level = item.row / ROWS;
+        const int64_t part = part_of<D>(c, item, (item.row + ahead) / QT, wg);
+        float4 before[8];
+        if (level > 0) {
+            wait_added(c.added + part, level);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                before[j] = __ldcg((const float4 *)(c.sums + part * PART) + j * 128 + threadIdx.x % 128);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                before[j] = make_float4(0, 0, 0, 0);
+        }
+        hopper::mma_wait<1>();
+        pin(dq);
+        const int row = item.row + ahead + (D == 64 ? 64 * wg : 0) + threadIdx.x % 128 / 32 * 16 + own_lane() / 4, col = (D == 64 ? 0 : 64 * wg) + own_lane() % 4 * 2;
+        bf16 *to = c.dq + ((int64_t)item.first + row) * c.q_ld + item.head * c.q_head + col;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            if (col + 8 * j >= c.dqk)
+                break;
+            if (row < item.len)
+                *(uint32_t *)(to + 8 * j) = pack((dq[4 * j] + before[j].x) * c.scale, (dq[4 * j + 1] + before[j].y) * c.scale);
+            if (row + 8 < item.len)
+                *(uint32_t *)(to + 8 * c.q_ld + 8 * j) = pack((dq[4 * j + 2] + before[j].z) * c.scale, (dq[4 * j + 3] + before[j].w) * c.scale);
+        }
     }
     /* ahead: of the block's first key, the tile's first query is. */
     __device__ __forceinline__ void to_weights(float (&s)[QT / 2], uint32_t stage, int ahead)
@@ -277,9 +313,28 @@ struct keys_pass {
         }
     }
 
+    /* The rest of step n where all queries come before the warpgroup's keys: dS is 0. (The other one waits for the tiles.) */
+    __device__ __forceinline__ void none_left(uint32_t n)
+    {
+        hopper::mma_wait<0>();
+        pin(dk);
+        if (first_of_wg())
+            barrier_arrive(bar().q_empty(n - 1));
+#pragma unroll
+        for (int k = 0; k < QT / 16; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                a[k][i] = 0;
+        ds_out(n);
+        shared_to_async();
+        consumers_sync();
+        if (first_of_wg())
+            barrier_arrive(bar().do_empty(n));
+    }
+
     /* Step n of all. */
     template <bool First>
-    __device__ __forceinline__ void step(uint32_t n, int ahead)
+    __device__ __forceinline__ void step(uint32_t n, int ahead, int it)
     {
         const uint32_t stage = n % STAGES, x1 = pool_at() + wg * 64 * 128, x2 = x1 + L::v_from, q = pool_at() + L::q_from + stage * L::q,
                        dout = pool_at() + L::do_from + stage * L::q;
@@ -288,10 +343,19 @@ struct keys_pass {
         if constexpr (!First) {
             float dq[32];
             ask_before(dq, n - 1);
-            hopper::mma_wait<1>();
-            pin(dq);
-            dq_out(dq, n - 1);
+            if (D == 128 && ahead == 0) {
+                dq_last(dq, *work_at<D>(it), QT);
+            } else {
+                hopper::mma_wait<1>();
+                pin(dq);
+                dq_out(dq);
+            }
         }
+        if constexpr (!First && D == 128)
+            if (ahead == 0 && wg == 1) {
+                none_left(n);
+                return;
+            }
         barrier_wait(bar().q_full(n), n / STAGES & 1);
         hopper::mma_fence();
         scores<D, ROWS, QT>(s, x1, q);
@@ -327,47 +391,38 @@ struct keys_pass {
         if (first_of_wg())
             barrier_arrive(bar().do_empty(n));
     }
-    /* After the last step n. */
-    __device__ __forceinline__ void last(uint32_t n)
+    /* dK or dV of the warpgroup's keys, with d elements: to `all`, or where the group has several heads to this one's in `heads`. */
+    __device__ __forceinline__ void sum_out(const float (&sum)[D / 2], float factor, const rt_attn_bwd_item &item, bf16 *all, int64_t ld, int64_t head,
+                                            bf16 *heads, int d)
     {
+        const int hk = item.head / c.group, g = item.head % c.group;
+        const float f[2] = {factor, factor};
+        bf16 *to = c.group > 1 ? heads + ((g * c.n + item.first) * c.nkv + hk) * d : all + hk * head + item.first * ld;
+        sums_out<D>(sum, f, to, c.group > 1 ? (int64_t)c.nkv * d : ld, d, item.row + threadIdx.x / 32 * 16 + own_lane() / 4, item.len, own_lane());
+    }
+    /* After the last step n. */
+    __device__ __forceinline__ void last(uint32_t n, int it)
+    {
+        const rt_attn_bwd_item &item = *work_at<D>(it);
         float dq[32];
         ask_before(dq, n);
-        hopper::mma_wait<1>();
-        pin(dq);
+        dq_last(dq, item, 0);
         if (first_of_wg())
             barrier_arrive(bar().kv_empty());
-        dq_out(dq, n);
+        sum_out(dv, 1, item, c.dv_out, c.v_ld, c.v_head, c.dv_head, c.dv);
         hopper::mma_wait<0>();
         pin(dk);
         if (first_of_wg())
             barrier_arrive(bar().q_empty(n));
-        consumers_sync(); /* now dS is nobody's */
+        sum_out(dk, c.scale, item, c.dk, c.k_ld, c.k_head, c.dk_head, c.dqk);
     }
 };
-
-/* The sums of a warpgroup leave through its own rows of dS. */
-template <int D>
-__device__ __forceinline__ void keys_out(const rt_attn_bwd_call &c, const rt_attn_bwd_item &item, const float (&dk)[D / 2], const float (&dv)[D / 2])
-{
-    typedef layout<D> L;
-    const int wg = uniform(threadIdx.x / 128), row0 = item.row + 64 * wg, hk = item.head / c.group, g = item.head % c.group, left = item.len - row0;
-    const float f1[2] = {c.scale, c.scale}, f2[2] = {1, 1};
-    const int64_t first = (int64_t)item.first + row0, part = (g * c.n + first) * c.nkv + hk;
-    const bool parts = c.group > 1;
-    bf16 *own = (bf16 *)(pool + L::ds_from) + wg * 64 * 64;
-    rows_out<D, ROWS>(own, dv, f2, parts ? c.dv_head + part * c.dv : c.dv_out + hk * c.v_head + first * c.v_ld, parts ? (int64_t)c.nkv * c.dv : c.v_ld,
-                      c.dv, left, wg);
-    warpgroup_sync(wg);
-    rows_out<D, ROWS>(own, dk, f1, parts ? c.dk_head + part * c.dqk : c.dk + hk * c.k_head + first * c.k_ld, parts ? (int64_t)c.nkv * c.dqk : c.k_ld,
-                      c.dqk, left, wg);
-    warpgroup_sync(wg);
-}
 
 template <int D>
 __device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
 {
     typedef layout<D> L;
-    keys_pass<D> k = {uniform(threadIdx.x / 128), c.scale * 1.4426950408889634f};
+    keys_pass<D> k = {c, uniform(threadIdx.x / 128), c.scale * 1.4426950408889634f, 0};
     const barriers bar = k.bar();
     uint32_t n = 0;
     for (int it = 0;; it++) {
@@ -380,12 +435,12 @@ __device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
             k.dk[i] = k.dv[i] = 0;
         barrier_wait(bar.kv_full(), it & 1);
         int ahead = uniform((tiles_of(item->len, L::QT) - 1) * L::QT - item->row);
-        k.template step<true>(n++, ahead);
+        k.template step<true>(n++, ahead, it);
         while ((ahead -= L::QT) >= 0)
-            k.template step<false>(n++, ahead);
-        k.last(n - 1);
-        keys_out<D>(c, *work_at<D>(it), k.dk, k.dv); /* which ends with a barrier of the warpgroup */
-        if (first_of_wg())
+            k.template step<false>(n++, ahead, it);
+        k.last(n - 1, it);
+        __syncwarp();
+        if (own_lane() == 0)
             barrier_arrive(bar.item_empty(it));
     }
 }
@@ -454,102 +509,9 @@ out:
     return st;
 }
 
-/* Scratch of a call: bytes for all of it, and the pointers into them from `at`. */
-size_t carve(struct rt_attn_bwd_call *c, char *at)
-{
-    const size_t rows = (size_t)c->n_tile * ROWS, nh = (size_t)c->nh, parts = rows * (size_t)c->D / PART;
-    const size_t sizes[] = {nh * rows * (size_t)c->D * 4, c->group > 1 ? nh * (size_t)c->n * (size_t)c->dqk * 2 : 0,
-                            c->group > 1 ? nh * (size_t)c->n * (size_t)c->dv * 2 : 0, nh * rows * 4, nh * rows * 4,
-                            nh * (size_t)c->n_tile * sizeof *c->items, nh * parts * 4, 4};
-    char *p[8];
-    size_t all = 0;
-    for (int i = 0; i < 8; i++) {
-        p[i] = at + all;
-        all += (sizes[i] + 255) / 256 * 256;
-    }
-    c->sums = (float *)p[0], c->dk_head = (bf16 *)p[1], c->dv_head = (bf16 *)p[2], c->lse2 = (float *)p[3], c->delta = (float *)p[4];
-    c->items = (struct rt_attn_bwd_item *)p[5], c->added = (int32_t *)p[6], c->ticket = (int32_t *)p[7];
-    return all;
 }
 
-/* How many of all key heads go together: as the scratch has room for, and evenly. */
-int key_heads(struct rt_attn_bwd_call c, int all, const struct rt_dev *dev)
+enum rt_status rt_cuda_attn_bwd_main(struct rt_queue *q, const struct rt_attn_bwd_call *c, struct rt_err *err)
 {
-    c.nkv = 1, c.nh = c.group;
-    const size_t fit = (size_t)dev->scratch / carve(&c, NULL);
-    const int most = fit < 1 ? 1 : fit > (size_t)all ? all : (int)fit, calls = (all + most - 1) / most;
-    return (all + calls - 1) / calls;
-}
-
-/* Which work goes together: queries, dO and sums of dQ (8 D bytes a row) of as much as takes five eighths of L2. A block must find the one before
- * it a step ahead: with len / 128 key blocks of about len / 128 steps, that takes as many heads and sequences as fill all multiprocessors with
- * len / 128 key blocks; which is what five eighths of an H100's L2 hold 1.8 times, whatever len is. */
-void order_for(struct rt_attn_bwd_call *c, const struct rt_attn_shape *s, const struct rt_dev *dev)
-{
-    int64_t longest = 1;
-    for (int64_t i = 0; i < s->n_seq; i++)
-        if (s->cu_seqlens[i + 1] - s->cu_seqlens[i] > longest)
-            longest = s->cu_seqlens[i + 1] - s->cu_seqlens[i];
-    const int64_t rows = (int64_t)(dev->l2_bytes / 8 * 5) / (8 * c->D), heads = rows / longest;
-    c->heads = (int)(heads < 1 ? 1 : heads > c->nh ? c->nh : heads);
-    const int64_t window = rows / c->heads;
-    c->window = (int)(window < longest ? longest : window > INT32_MAX ? INT32_MAX : window);
-}
-
-/* The call over key heads from .. from + c.nkv - 1. */
-enum rt_status some_heads(struct rt_queue *q, const struct rt_attn_bwd_args *a, struct rt_attn_bwd_call c, int from, const struct rt_cuda_seqs *seqs,
-                          struct rt_err *err)
-{
-    enum rt_status st;
-    const int64_t hq = (int64_t)from * c.group;
-    c.q = (const bf16 *)a->q + hq * a->q_head, c.dq = (bf16 *)a->dq + hq * a->q_head;
-    c.k = (const bf16 *)a->k + from * a->k_head, c.dk = (bf16 *)a->dk + from * a->k_head;
-    c.v = (const bf16 *)a->v + from * a->v_head, c.dv_out = (bf16 *)a->dv + from * a->v_head;
-    c.o = (const bf16 *)a->o + hq * c.dv, c.dout = (const bf16 *)a->dout + hq * c.dv, c.lse = a->lse + hq * c.n;
-    RT_TRY(rt_cuda_attn_bwd_before(q, &c, seqs, err));
-    RT_TRY(c.D == 64 ? launch<64>(q, &c, err) : launch<128>(q, &c, err));
-    RT_TRY(rt_cuda_attn_bwd_after(q, &c, seqs, err));
-out:
-    return st;
-}
-
-bool fits(const struct rt_dev *dev, const struct rt_attn_bwd_args *a)
-{
-    const int d = a->s.dqk > a->s.dv ? a->s.dqk : a->s.dv;
-    return dev->encode_map != NULL && d <= 128 && aligned16(a->q, a->q_ld, a->q_head, a->s.dqk) && aligned16(a->k, a->k_ld, a->k_head, a->s.dqk) &&
-           aligned16(a->v, a->v_ld, a->v_head, a->s.dv) && aligned16(a->dout, 0, 0, a->s.dv) && aligned16(a->o, 0, 0, a->s.dv) &&
-           aligned16(a->dq, 0, 0, 8) && aligned16(a->dk, 0, 0, 8) && aligned16(a->dv, 0, 0, 8);
-}
-
-}
-
-enum rt_status rt_cuda_attn_bwd_hopper(struct rt_queue *q, const struct rt_attn_bwd_args *a, bool *done, struct rt_err *err)
-{
-    const struct rt_attn_shape *s = &a->s;
-    struct rt_attn_bwd_call c = {};
-    struct rt_cuda_seqs seqs;
-    int64_t n_tile;
-    char *scratch = NULL;
-    enum rt_status st = RT_OK;
-    seqs.dev = NULL;
-    *done = fits(q->dev, a);
-    if (!*done)
-        return RT_OK;
-    RT_TRY(rt_cuda_seqs_make(q, s, ROWS, &seqs, &n_tile, err));
-    c.n = s->n, c.n_tile = (int)n_tile, c.group = s->nh / s->nkv, c.dqk = s->dqk, c.dv = s->dv, c.D = s->dqk <= 64 && s->dv <= 64 ? 64 : 128;
-    c.scale = s->scale, c.q_ld = a->q_ld, c.q_head = a->q_head, c.k_ld = a->k_ld, c.k_head = a->k_head, c.v_ld = a->v_ld, c.v_head = a->v_head;
-    c.o_ld = (int64_t)s->nh * s->dv;
-    c.nkv = key_heads(c, s->nkv, q->dev), c.nh = c.nkv * c.group;
-    RT_TRY(rt_cuda_temp(q, carve(&c, NULL), &scratch, err));
-    for (int from = 0; from < s->nkv; from += c.nkv) {
-        if (from + c.nkv > s->nkv)
-            c.nkv = s->nkv - from, c.nh = c.nkv * c.group;
-        order_for(&c, s, q->dev);
-        (void)carve(&c, scratch);
-        RT_TRY(some_heads(q, a, c, from, &seqs, err));
-    }
-out:
-    rt_cuda_temp_free(q, scratch);
-    rt_cuda_temp_free(q, (void *)seqs.dev);
-    return st;
+    return c->D == 64 ? launch<64>(q, c, err) : launch<128>(q, c, err);
 }

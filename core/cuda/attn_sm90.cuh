@@ -46,6 +46,9 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const CUtensorMap *map, 
         load_rows(dst + b * ROWS * 128, map, b * ATTN_BLOCK, head, (int)row, bar);
 }
 
+/* The same in all lanes, and the compiler knows it. */
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 /* Waits for a phase; a wait that does not end is a defect, and better a trap than a GPU that hangs. */
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
 {
@@ -62,11 +65,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
 __device__ __forceinline__ void barrier_arrive(uint32_t bar)
 {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-/* Arrives when this thread's cp.async so far are there. */
-__device__ __forceinline__ void barrier_arrive_copies(uint32_t bar)
-{
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ void warpgroup_sync(int wg) { asm volatile("bar.sync %0, 128;" ::"r"(wg + 1) : "memory"); }
 
@@ -90,7 +88,6 @@ __device__ __forceinline__ void pin(float (&d)[N])
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define RT_D32 RT_0_31 "}"
-#define RT_D48 RT_0_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}"
 #define RT_D64 \
     RT_0_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
@@ -102,12 +99,6 @@ __device__ __forceinline__ void mma_ss(float (&d)[32], uint64_t a, uint64_t b, i
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RT_D32 ", %32, %33, p, 1, 1, 0, 0;\n}"
                  : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "l"(a), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void mma_ss(float (&d)[48], uint64_t a, uint64_t b, int add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 " RT_D48 ", %48, %49, p, 1, 1, 0, 0;\n}"
-                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24), RT_R8(d, 32), RT_R8(d, 40) : "l"(a), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void mma_ss(float (&d)[64], uint64_t a, uint64_t b, int add)
 {
@@ -133,7 +124,6 @@ __device__ __forceinline__ void mma_rs(float (&d)[64], const uint32_t (&a)[4], u
 #undef RT_R8
 #undef RT_0_31
 #undef RT_D32
-#undef RT_D48
 #undef RT_D64
 
 /* s = X Y^T over D: X 64 rows at x of a tile of x_rows rows, Y a tile of y_rows rows (the columns of s). Enqueued, not committed. */
@@ -162,6 +152,40 @@ __device__ __forceinline__ void pack_all(uint32_t (&p)[N / 8][4], const float (&
 #pragma unroll
         for (int i = 0; i < 4; i++)
             p[k][i] = pack(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+}
+
+/* Words of four lanes, transposed: lane q's word i becomes lane i's word q. */
+__device__ __forceinline__ void transpose4(uint32_t (&w)[4], int q)
+{
+#pragma unroll
+    for (int b = 1; b <= 2; b *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int lo = b == 1 ? 2 * i : i, hi = lo + b;
+            const uint32_t got = __shfl_xor_sync(~0u, q & b ? w[lo] : w[hi], b);
+            if (q & b)
+                w[lo] = got;
+            else
+                w[hi] = got;
+        }
+}
+/* A thread's accumulators of rows row and row + 8 of `rows`, times the factor of each, to rows of global memory, 16 bytes at a time. */
+template <int D>
+__device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int row, int rows, int lane)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int j = 0; j < D / 8; j += 4) {
+            uint32_t w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                w[i] = pack(acc[4 * (j + i) + 2 * half] * factor[half], acc[4 * (j + i) + 2 * half + 1] * factor[half]);
+            transpose4(w, lane % 4);
+            const int r = row + 8 * half, c = 8 * (j + lane % 4);
+            if (r < rows && c < d)
+                *(uint4 *)(dst + r * ld + c) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
 }
 
 /* The 64 rows of a warpgroup's accumulators, times factor of a thread's two rows, to global memory through the warpgroup's own rows of a tile whose
