@@ -66,8 +66,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t bar)
 {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-__device__ __forceinline__ void warpgroup_sync(int wg) { asm volatile("bar.sync %0, 128;" ::"r"(wg + 1) : "memory"); }
-
 /* Columns of the product contiguous (rows of the tile are summed over); blocks of 64 columns `block` bytes apart. */
 __device__ __forceinline__ uint64_t descriptor_t(uint32_t addr, uint32_t block)
 {
@@ -186,29 +184,6 @@ __device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float 
             if (r < rows && c < d)
                 *(uint4 *)(dst + r * ld + c) = make_uint4(w[0], w[1], w[2], w[3]);
         }
-}
-
-/* The 64 rows of a warpgroup's accumulators, times factor of a thread's two rows, to global memory through the warpgroup's own rows of a tile whose
- * products are done. */
-template <int D, int ROWS>
-__device__ __forceinline__ void rows_out(bf16 *tile_rows, const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int rows,
-                                         int wg)
-{
-    const int t = threadIdx.x % 128, lane = t % 32, warp = t / 32;
-#pragma unroll
-    for (int j = 0; j < D / 8; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int r = 16 * warp + 8 * half + lane / 4, c = j % 8;
-            *(uint32_t *)(tile_rows + (j / 8 * ROWS + r) * 64 + (c ^ (r & 7)) * 8 + lane % 4 * 2) =
-                pack(acc[4 * j + 2 * half] * factor[half], acc[4 * j + 2 * half + 1] * factor[half]);
-        }
-    warpgroup_sync(wg);
-    for (int i = t; i < 64 * (D / 8); i += 128) {
-        const int r = i / (D / 8), c = i % (D / 8);
-        if (r < rows && c * 8 < d)
-            *(uint4 *)(dst + r * ld + c * 8) = *(const uint4 *)(tile_rows + (c / 8 * ROWS + r) * 64 + (c % 8 ^ (r & 7)) * 8);
-    }
 }
 
 #endif
