@@ -89,11 +89,11 @@ out:
     return st;
 }
 
-/* What AUTO tries, in this order. On an H100 cuDNN is ahead where all sequences have one length and heads up to 128 elements; elsewhere the
- * kernels for compute capability 9.0 are (heads of 192/128), or as fast without a plan for each shape. */
-static int order_of(enum rt_cuda_attn_path path, const struct rt_attn_shape *s, enum rt_cuda_attn_path order[3])
+/* What AUTO tries, in this order. On an H100 cuDNN's forward is ahead where all sequences have one length and heads up to 128 elements; elsewhere, and
+ * backward, the kernels for compute capability 9.0 are, or as fast without a plan for each shape. */
+static int order_of(enum rt_cuda_attn_path path, const struct rt_attn_shape *s, bool backward, enum rt_cuda_attn_path order[3])
 {
-    const bool library = s->dqk <= 128 && rt_cuda_dnn_even(s);
+    const bool library = !backward && s->dqk <= 128 && rt_cuda_dnn_even(s);
     if (path != RT_CUDA_ATTN_AUTO) {
         order[0] = path;
         return 1;
@@ -116,7 +116,7 @@ enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
         goto out;
-    const int n = order_of(path, &b.s, order);
+    const int n = order_of(path, &b.s, false, order);
     for (int i = 0; i < n && !done; i++)
         switch (order[i]) {
         case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_fwd_hopper(q, &b, &done, err)); break;
@@ -144,7 +144,7 @@ enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
         goto out;
-    const int n = order_of(path, &b.s, order);
+    const int n = order_of(path, &b.s, true, order);
     for (int i = 0; i < n && !done; i++)
         switch (order[i]) {
         case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_bwd_hopper(q, &b, &done, err)); break;
