@@ -13,7 +13,6 @@
  * from the last queries to the first, so that a block follows the one before it a step behind. Blocks stay and take work by a ticket: a block only
  * waits for work with a smaller ticket, which another block already has, so waiting ends, however many blocks run at a time.
  */
-#include <stdlib.h>
 #include "core/cuda/attn_bwd.h"
 #include "core/cuda/attn_sm90.cuh"
 
