@@ -149,6 +149,25 @@ __device__ __forceinline__ void mask_causal(float (&s)[N], int row, int col0, in
                 s[4 * j + i] = -INFINITY;
 }
 
+/* A thread's rows, row and row + 8: the sums over the sum of the weights, and the log of that. */
+template <int DV>
+__device__ __forceinline__ void queries_out(const params &p, const struct work at, const float (&o)[DV / 2], const float (&top)[2], const float (&sum)[2],
+                                            int row, int lane)
+{
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float total = sum[half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        factor[half] = 1.0f / total;
+        if (p.lse != NULL && lane % 4 == 0 && row + 8 * half < at.len)
+            p.lse[at.head * p.n + at.first + row + 8 * half] = (top[half] * p.scale_log2 + log2f(total)) * 0.6931471805599453f;
+    }
+    const int64_t ld = (int64_t)p.nh * p.dv;
+    sums_out<DV>(o, factor, p.o + at.first * ld + (int64_t)at.head * p.dv, ld, p.dv, row, at.len, lane);
+}
+
 /* One piece of work of a warpgroup, the it-th of the block; n: tiles before it. Returns its tiles. */
 template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
 __device__ __forceinline__ int queries(const params &p, int it, uint32_t n)
@@ -219,19 +238,7 @@ __device__ __forceinline__ int queries(const params &p, int it, uint32_t n)
     pin(o);
     if (frees)
         barrier_arrive(bar.v_empty(last));
-    const struct work at = *work_at<L>(it);
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float total = sum[half];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        factor[half] = 1.0f / total;
-        if (p.lse != NULL && lane % 4 == 0 && row + 8 * half < at.len)
-            p.lse[at.head * p.n + at.first + row + 8 * half] = (top[half] * p.scale_log2 + log2f(total)) * 0.6931471805599453f;
-    }
-    const int64_t ld = (int64_t)p.nh * p.dv;
-    sums_out<DV>(o, factor, p.o + at.first * ld + (int64_t)at.head * p.dv, ld, p.dv, row, at.len, lane);
+    queries_out<DV>(p, *work_at<L>(it), o, top, sum, row, lane);
     return tiles;
 }
 
