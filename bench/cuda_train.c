@@ -44,7 +44,7 @@ struct values {
     const char *model, *moments, *tune;
     int64_t tokens, length, recompute, memory, scratch;
     double temperature;
-    bool profile, ce_only, help;
+    bool profile, ce_only, first, help;
 };
 
 #define V(field) offsetof(struct values, field)
@@ -57,7 +57,8 @@ static const struct rt_opt options[] = {
     {"kd-temperature", RT_OPT_FLOAT, V(temperature), "1", 0.01, 100, NULL, "T", "of the KL", false, false},
     {"gpu-memory", RT_OPT_BYTES, V(memory), "0", 0, 0, NULL, "80G", "act as if the card had this much: the rest is taken first; 0: all there is", false, false},
     {"scratch", RT_OPT_BYTES, V(scratch), "6656M", 0, 0, NULL, "BYTES", "what operations may take for themselves", false, false},
-    {"tune", RT_OPT_STRING, V(tune), NULL, 0, 0, NULL, "FILE", "measured products, kept in FILE; \"\": the library's first choices; default: measured, in memory", false, false},
+    {"tune", RT_OPT_STRING, V(tune), NULL, 0, 0, NULL, "FILE", "measured products, kept in FILE; default: in memory", false, false},
+    {"first-choices", RT_OPT_FLAG, V(first), NULL, 0, 0, NULL, NULL, "products are not measured: the library's first choices", false, false},
     {"ce-only", RT_OPT_FLAG, V(ce_only), NULL, 0, 0, NULL, NULL, "leave out the line with KL", false, false},
     {"profile", RT_OPT_FLAG, V(profile), NULL, 0, 0, NULL, NULL, "then the time of each operation", false, false},
     {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
@@ -197,7 +198,7 @@ static void open_device(struct bench *b)
     char note[256] = "";
     need(b, rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &b->d, &b->err));
     b->d.be->set_scratch(b->d.dev, (uint64_t)b->v.scratch);
-    if (b->v.tune == NULL || b->v.tune[0] != 0)
+    if (!b->v.first)
         need(b, b->d.be->tune(b->d.dev, b->v.tune, note, sizeof note, &b->err));
     if (note[0] != 0)
         fprintf(stderr, "bench_cuda_train: %s\n", note);
