@@ -28,7 +28,9 @@ int64_t rt_cuda_lt_bucket(int64_t n)
     X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceDestroy) \
     X(MatmulPreferenceSetAttribute) X(MatmulAlgoCheck) X(MatmulAlgoConfigGetAttribute)
 
-enum { OLDEST = 120000, BLOCK_SCALED = 120900, ENTRIES = 1024, CANDIDATES = RT_RACE_MOST };
+enum { OLDEST = 120000, BLOCK_SCALED = 120900, ENTRIES = 1024, CANDIDATES = RT_RACE_MOST, PROPOSED = 8 };
+/* Of a key's flags, those that say which types are multiplied. */
+enum { FLAG_F32 = 1 << 3, FLAG_E4M3 = 1 << 5, FLAG_F16 = 1 << 6, FLAG_TYPES = FLAG_F32 | FLAG_E4M3 | FLAG_F16 };
 _Static_assert(sizeof(cublasLtMatmulAlgo_t) == RT_ALGO_WORDS * sizeof(uint64_t), "an algorithm of another size");
 
 struct entry {
@@ -232,7 +234,8 @@ static struct rt_product_key key_of(const struct rt_lt_call *c, int64_t N, int64
     k.align_a = alignment(c->a, c->lda, k.a_stride, in);
     k.align_b = alignment(c->b, c->ldb, k.b_stride, in);
     k.align_d = alignment(c->d, c->ldd, k.d_stride, c->d_f32 ? 4 : 2);
-    k.flags = c->ta | c->tb << 1 | c->accumulate << 2 | c->d_f32 << 3 | (c->bias != NULL) << 4 | (c->a_scale != NULL) << 5 | c->f16 << 6;
+    k.flags = c->ta | c->tb << 1 | c->accumulate << 2 | (c->d_f32 ? FLAG_F32 : 0) | (c->bias != NULL) << 4 | (c->a_scale != NULL ? FLAG_E4M3 : 0) |
+              (c->f16 ? FLAG_F16 : 0);
     return k;
 }
 
@@ -380,6 +383,20 @@ out:
     return st;
 }
 
+/* Behind the n candidates, as far as there is room: what won for other products of the same types, and suits this one. The heuristic proposes eight for a
+ * shape and often leaves out the one that wins for its neighbours. Returns how many there are. */
+static int add_winners(const struct rt_cuda_lt *lt, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo, int n)
+{
+    for (const struct entry *e = lt->table; e < lt->table + ENTRIES && n < CANDIDATES; e++) {
+        bool is_new = e->used && e->found && (e->key.flags & FLAG_TYPES) == (k->flags & FLAG_TYPES);
+        for (int i = 0; is_new && i < n; i++)
+            is_new = memcmp(&e->algo, &algo[i], sizeof algo[i]) != 0;
+        if (is_new && sound(lt, p, &e->algo))
+            algo[n++] = e->algo;
+    }
+    return n;
+}
+
 static bool measured(const struct rt_cuda_lt *lt, const struct rt_lt_call *c)
 {
     return lt->tune != NULL && 2.0 * (double)c->M * (double)c->N * (double)c->K * (double)c->batch >= worth_measuring;
@@ -402,9 +419,9 @@ static enum rt_status choose(struct rt_queue *q, const struct rt_lt_call *c, int
             lt->n = 0;
             e = find(lt, &k);
         }
-        const int n = make_plan(lt, c, N, K, &p) ? ask(lt, &p, &k, measured(lt, c) ? CANDIDATES : 1, algo) : 0;
+        const int n = make_plan(lt, c, N, K, &p) ? ask(lt, &p, &k, measured(lt, c) ? PROPOSED : 1, algo) : 0;
         if (n > 0 && measured(lt, c))
-            RT_TRY(tuned(q, c, &k, &p, algo, n, err));
+            RT_TRY(tuned(q, c, &k, &p, algo, add_winners(lt, &k, &p, algo, n), err));
         e->key = k;
         e->used = true;
         e->found = n > 0;

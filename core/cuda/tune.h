@@ -35,7 +35,7 @@ enum { RT_ALGO_WORDS = 8 };
 struct rt_product_choice {
     struct rt_product_key key;
     uint64_t algo[RT_ALGO_WORDS];
-    int32_t rank;              /* its place in the library's own order; 0: the library's first choice */
+    int32_t rank;              /* its place among the candidates; 0: the library's first choice */
     int64_t first_ns, best_ns; /* times of the library's first choice and of this one */
 };
 
