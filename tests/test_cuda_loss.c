@@ -220,6 +220,69 @@ static void test_head_loss(void **state)
     cuda_pair_close(&p);
 }
 
+#ifdef RT_CUDA
+/* Rows by one block each and by whatever is best here (a cluster, on Hopper): the same losses and gradients. */
+static void one_block_case(struct cuda_pair *p, const struct loss_case *c)
+{
+    struct rt_err err = {0};
+    const int64_t ldz = (c->V + 7) / 8 * 8, nz = c->n * ldz, nk = c->n * c->k;
+    struct loss_data d = {.logp = memory((size_t)nk, 4), .label = memory((size_t)c->n, 4), .ids = memory((size_t)nk, 4), .mask = memory((size_t)c->n, 1)};
+    float *z = memory((size_t)nz, 4), *dz[2] = {memory((size_t)nz, 4), memory((size_t)nz, 4)};
+    uint16_t *bits = memory((size_t)nz, 2);
+    double *row[2][2];
+    for (int64_t i = 0; i < c->n; i++)
+        fill_row(c, &d, i);
+    cuda_random(z, nz, 7, c->spread);
+    rt_from_f32(bits, c->logits, z, (size_t)nz);
+    int32_t *label = cuda_bytes(p, d.label, (size_t)c->n * 4), *ids = cuda_bytes(p, d.ids, (size_t)nk * 4);
+    float *logp = cuda_bytes(p, d.logp, (size_t)nk * 4);
+    uint8_t *mask = cuda_bytes(p, d.mask, (size_t)c->n);
+    double *ce = DEV(p, double, c->n), *kl = DEV(p, double, c->n);
+    const struct rt_head_loss_args a = {.n = c->n, .H = 1, .V = c->V, .label = label, .k = c->k, .top_ids = ids, .top_logp = logp, .kl_mask = mask,
+                                        .tail = c->tail, .w_ce = 0.03, .w_kl = 0.05, .T = c->T, .ce = ce, .kl = kl};
+    for (int way = 0; way < 2; way++) {
+        void *gz = cuda_bytes(p, bits, (size_t)nz * 2);
+        const struct rt_cuda_logits t = {.z = gz, .dz = gz, .ldz = ldz, .rows = c->n, .type = c->logits, .threads = way == 0 ? 512 : 0};
+        assert_ok(rt_cuda_loss_rows(p->gpu.q, &a, &t, &err));
+        cuda_get_act(p, dz[way], gz, nz);
+        for (int j = 0; j < 2; j++) {
+            row[way][j] = memory((size_t)c->n, 8);
+            cuda_get(p, row[way][j], j == 0 ? ce : kl, (size_t)c->n * 8);
+        }
+        cuda_free(p, gz);
+    }
+    print_message("  %ld rows of %ld, k %d, T %g\n", (long)c->n, (long)c->V, c->k, c->T);
+    close_rows("  ce", row[1][0], row[0][0], c->n, 2e-6);
+    close_rows("  kl", row[1][1], row[0][1], c->n, 2e-6 * c->T * c->T);
+    for (int64_t i = 0; i < c->n; i++) /* behind the row's end is nobody's */
+        memset(dz[1] + i * ldz + c->V, 0, (size_t)(ldz - c->V) * 4), memset(dz[0] + i * ldz + c->V, 0, (size_t)(ldz - c->V) * 4);
+    cuda_close("  dz", dz[1], dz[0], c->n, ldz, CUDA_BF16_ONCE, 0);
+    void *const dev[] = {label, ids, logp, mask, ce, kl};
+    for (size_t i = 0; i < sizeof dev / sizeof dev[0]; i++)
+        cuda_free(p, dev[i]);
+    void *const host[] = {d.logp, d.label, d.ids, d.mask, z, dz[0], dz[1], bits, row[0][0], row[0][1], row[1][0], row[1][1]};
+    for (size_t i = 0; i < sizeof host / sizeof host[0]; i++)
+        free(host[i]);
+}
+
+static void test_one_block(void **state)
+{
+    static const struct loss_case cases[] = {
+        {13, 1, 60007, 64, 1, RT_TAIL_BUCKET, 3.0f, 0, RT_F16, false},   {13, 1, 60007, 300, 2, RT_TAIL_BUCKET, 3.0f, 0, RT_F16, false},
+        {13, 1, 152064, 64, 1.5, RT_TAIL_BUCKET, 3.0f, 0, RT_F16, false}, {13, 1, 152064, 64, 2, RT_TAIL_RENORM, 3.0f, 0, RT_BF16, false},
+        {13, 1, 152064, 0, 1, RT_TAIL_BUCKET, 30.0f, 0, RT_F16, true},   {13, 1, 9, 3, 2, RT_TAIL_BUCKET, 3.0f, 0, RT_F16, false},
+        {13, 1, 260000, 64, 2, RT_TAIL_BUCKET, 30.0f, 0, RT_F16, false},
+    };
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        one_block_case(&p, &cases[i]);
+    cuda_pair_close(&p);
+}
+#endif
+
 /* A student that is sure: Q_R far below what 1 - sum can show, and logits whose exponentials overflow float32 by themselves. */
 static void test_confident(void **state)
 {
@@ -379,6 +442,9 @@ static void test_feature_loss(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_head_loss),
+#ifdef RT_CUDA
+    cmocka_unit_test(test_one_block),
+#endif
     cmocka_unit_test(test_confident),
     cmocka_unit_test(test_head_likelihood),
     cmocka_unit_test(test_feature_loss),

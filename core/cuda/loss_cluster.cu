@@ -19,8 +19,8 @@ namespace {
 using namespace loss_row;
 typedef __nv_bfloat16 bf16;
 
-/* PART_BYTES: four blocks to a multiprocessor, of 227 KB. */
-enum { THREADS = 256, MOST_BLOCKS = 8, PART_BYTES = 54 << 10 };
+/* BLOCKS to a multiprocessor, of 227 KB. */
+enum { THREADS = 256, MOST_BLOCKS = 8, PART_BYTES = 54 << 10, BLOCKS = 4 };
 enum temperature { T_ANY, T_ONE, T_TWO };
 
 /* Sums of a block, or of a row. */
@@ -120,29 +120,47 @@ __device__ void join_block(struct sums *s, bool has_kl, float scale, struct bloc
     }
 }
 
-/* The ids of K that lie in this part: their logits to zk [k], -inf to their places, their sums. Others: -inf in zk. */
-template <class Z>
-__device__ void take_k(const struct rt_head_loss_args &a, int64_t i, const struct part<Z> &p, float *zk, float scale, struct on_k *r)
+/* One of K: -1 for none, and for one of another part. */
+struct entry {
+    int32_t id;
+    double logp, p;
+};
+
+template <class Z> __device__ struct entry entry_of(const struct rt_head_loss_args &a, int64_t i, int j, const struct part<Z> &p)
 {
-    const int32_t *ids = a.top_ids + i * a.k;
-    const float *logp = a.top_logp + i * a.k;
+    struct entry e = {-1, 0, 0};
+    if (j >= a.k)
+        return e;
+    const int32_t id = a.top_ids[i * a.k + j];
+    if (id < 0 || !p.has(id))
+        return e;
+    e.id = id;
+    e.logp = a.top_logp[i * a.k + j];
+    e.p = exp(e.logp);
+    return e;
+}
+
+/* The ids of K that lie in this part: their logits to zk [k], -inf to their places, their sums. first: entry_of this thread's number. */
+template <class Z>
+__device__ void take_k(const struct rt_head_loss_args &a, int64_t i, const struct entry &first, const struct part<Z> &p, float *zk, float scale, struct on_k *r)
+{
     const double inv = 1 / a.T;
     for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
-        const int32_t id = ids[j];
-        zk[j] = -CUDART_INF_F;
-        if (id < 0 || !p.has(id))
+        const struct entry e = j == (int)threadIdx.x ? first : entry_of(a, i, j, p);
+        if (e.id < 0)
             continue;
-        zk[j] = element(p.at(id));
-        const struct stat one = {zk[j], 1, 1, id};
+        zk[j] = element(p.at(e.id));
+        const struct stat one = {zk[j], 1, 1, e.id};
         r->z = join(r->z, one, scale);
-        const double lp = logp[j], q = exp(lp);
-        r->mass += q;
-        r->cross += q > 0 ? q * (lp - (double)zk[j] * inv) : 0;
+        r->mass += e.p;
+        r->cross += e.p > 0 ? e.p * (e.logp - (double)zk[j] * inv) : 0;
     }
     __syncthreads(); /* every logit of K, and the label's, has been read */
-    for (int j = (int)threadIdx.x; j < a.k; j += THREADS)
-        if (ids[j] >= 0 && p.has(ids[j]))
-            set_element(p.at(ids[j]), -CUDART_INF_F);
+    for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
+        const int32_t id = j == (int)threadIdx.x ? first.id : a.top_ids[i * a.k + j];
+        if (id >= 0 && p.has(id))
+            set_element(p.at(id), -CUDART_INF_F);
+    }
 }
 
 /* One thread: the row's outputs (where `out`) and the factors of its gradient. */
@@ -222,7 +240,7 @@ __device__ void join_cluster(const struct rt_head_loss_args &a, int64_t i, int32
 #endif
 
 template <class Z, enum temperature T>
-__global__ void __launch_bounds__(THREADS, 4) loss_cluster_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t, int in_part)
+__global__ void __launch_bounds__(THREADS, BLOCKS) loss_cluster_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t, int in_part)
 {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900 /* else an empty kernel, which nothing starts */
     extern __shared__ uint4 cells[]; /* [in_part / 8], then float [k] */
@@ -245,11 +263,14 @@ __global__ void __launch_bounds__(THREADS, 4) loss_cluster_kernel(const struct r
     const bool has_kl = a.k > 0 && a.kl_mask != NULL && a.kl_mask[i] != 0;
     const float scale = (float)(1.4426950408889634 / a.T);
     struct sums s = {empty(), {empty(), 0, 0}, 0};
+    struct entry first = {-1, 0, 0};
+    if (has_kl) /* while the part arrives */
+        first = entry_of(a, i, (int)threadIdx.x, p);
     __syncthreads(); /* the barrier is there */
     hopper::barrier_wait(full, 0);
     const float z_label = label >= 0 && p.has(label) ? element(p.at(label)) : 0;
     if (has_kl)
-        take_k(a, i, p, zk, scale, &s.on);
+        take_k(a, i, first, p, zk, scale, &s.on);
     if (p.first + p.count > a.V && threadIdx.x < 8 && p.first + p.count - 8 + (int)threadIdx.x >= a.V) /* behind the row's end */
         set_element(p.at(p.first + p.count - 8 + (int)threadIdx.x), -CUDART_INF_F);
     __syncthreads();
