@@ -79,6 +79,7 @@ template <enum temperature T> __device__ void add8_of(struct stat *s, const floa
     }
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ struct stat shuffle(const struct stat &s, int d)
 {
     struct stat o;
@@ -119,6 +120,7 @@ __device__ void join_block(struct sums *s, bool has_kl, float scale, struct bloc
             sh->part = *s;
     }
 }
+#endif
 
 /* One of K: -1 for none, and for one of another part. */
 struct entry {
