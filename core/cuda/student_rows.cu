@@ -50,15 +50,16 @@ struct norm {
     bool accumulate;
 };
 
-/* r of row t; saved by the forward, else from the sum of squares. */
-__device__ float row_rstd(const struct norm &a, int64_t t, float xx)
+/* r of a row; saved by the forward, else from the sum of squares. */
+__device__ float row_rstd(const struct norm &a, float saved, float xx)
 {
-    return a.rstd != NULL ? a.rstd[t] : rsqrtf(xx / (float)a.cols + a.eps);
+    return a.rstd != NULL ? saved : rsqrtf(xx / (float)a.cols + a.eps);
 }
 
 /* What a thread holds of a row: the columns (threadIdx.x + k blockDim.x) * 8, as they lie in memory. */
 template <int K> struct piece {
     uint4 x[K], dy[K], dx[K];
+    float rstd; /* where it is saved */
 };
 
 __device__ inline int column(int k)
@@ -68,6 +69,7 @@ __device__ inline int column(int k)
 
 template <int K> __device__ void load_piece(const struct norm &a, int64_t t, struct piece<K> *p)
 {
+    p->rstd = a.rstd != NULL ? a.rstd[t] : 0;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         const int64_t at = t * a.cols + column(k);
@@ -157,22 +159,32 @@ template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, c
     }
 }
 
-/* Rows of a.cols / 8 vectors, up to 4 a thread: a warp a row and 4 rows a block where that is enough (blockDim {32, 4}: no barriers), else a block a row
- * (blockDim {32 w, 1}). Many warps a multiprocessor, each with the loads of a row under way. */
+/* A warp a row and 4 rows a block where rows are short (blockDim {32, 4}: no barriers), else a block a row (blockDim {32 w, 1}). AHEAD: the next row is on
+ * its way while this one is summed, where registers allow it. */
 enum { NORM_ROWS = 4 };
-template <int K> __global__ void __launch_bounds__(512, 1) norm_bwd_kernel(const struct norm a)
+template <int K, bool AHEAD> __global__ void __launch_bounds__(512, 1) norm_bwd_kernel(const struct norm a)
 {
     __shared__ float2 slot[2][32];
     __shared__ float total[K * 32 * 8]; /* of a block's rows, where it has several */
+    const int64_t step = (int64_t)gridDim.x * blockDim.y;
+    struct piece<K> now, next = {};
     uint4 held[K];
     float sum[K][8] = {};
     int turn = 0;
+    int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     hold_weight<K>(a, held);
-    for (int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y; t < a.n; t += (int64_t)gridDim.x * blockDim.y, turn ^= 1) {
-        struct piece<K> now;
-        load_piece<K>(a, t, &now);
+    if (AHEAD && t < a.n)
+        load_piece<K>(a, t, &next);
+    for (; t < a.n; t += step, turn ^= 1) {
+        if (AHEAD) {
+            now = next;
+            if (t + step < a.n)
+                load_piece<K>(a, t + step, &next);
+        } else {
+            load_piece<K>(a, t, &now);
+        }
         const float2 s = row_sums<K>(a, now, held, slot[turn]);
-        const float r = row_rstd(a, t, s.y);
+        const float r = row_rstd(a, now.rstd, s.y);
         finish_piece<K>(a, t, now, held, r, r * r * s.x / (float)a.cols, sum);
     }
     if (a.part == NULL)
@@ -191,8 +203,11 @@ template <int K> __global__ void __launch_bounds__(512, 1) norm_bwd_kernel(const
     }
 #pragma unroll
     for (int k = 0; k < K; k++)
-        for (int i = 0; i < 8 && threadIdx.y + 1 == blockDim.y && column(k) < a.cols; i++)
-            a.part[blockIdx.x * a.cols + column(k) + i] = sum[k][i];
+        if (threadIdx.y + 1 == blockDim.y && column(k) < a.cols) {
+            float4 *to = (float4 *)(void *)(a.part + blockIdx.x * a.cols + column(k));
+            to[0] = make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
+            to[1] = make_float4(sum[k][4], sum[k][5], sum[k][6], sum[k][7]);
+        }
 }
 
 /* Any number of columns: single elements; the block's sums of dw lie in its row of part, which begins as zeros. */
@@ -221,7 +236,7 @@ __global__ void __launch_bounds__(256) norm_bwd_any_kernel(const struct norm a)
             gx += slot[turn][i].x;
             xx += slot[turn][i].y;
         }
-        const float r = row_rstd(a, t, xx), k = r * r * gx / (float)a.cols;
+        const float r = row_rstd(a, a.rstd != NULL ? a.rstd[t] : 0, xx), k = r * r * gx / (float)a.cols;
         for (int64_t c = threadIdx.x; c < a.cols; c += 256) {
             float x[1], dy[1], w[1] = {1}, dx[1] = {0};
             vec8::load<1>(a.x + t * a.cols + c, x);
@@ -244,15 +259,15 @@ struct norm_launch {
     bool wide;
 };
 
+/* Two vectors a thread as long as a block holds the row so, else four. */
 struct norm_launch choose_norm(const struct norm *a)
 {
-    static void (*const kernel[])(const struct norm) = {norm_bwd_kernel<1>, norm_bwd_kernel<2>, norm_bwd_kernel<3>, norm_bwd_kernel<4>};
-    const int64_t vecs = a->cols / 8;
-    const unsigned warps = (unsigned)((vecs + 127) / 128);
+    const int64_t vecs = a->cols / 8, each = vecs <= 64 * 16 ? 2 : 4;
+    const unsigned warps = (unsigned)((vecs + 32 * each - 1) / (32 * each));
     struct norm_launch l = {norm_bwd_any_kernel, dim3(256), false};
     if (a->cols % 8 != 0 || warps > 16 || !aligned16(a->dy) || !aligned16(a->x) || !aligned16(a->dx) || !aligned16(a->w.data))
         return l;
-    l.kernel = kernel[(vecs + 32 * warps - 1) / (32 * warps) - 1];
+    l.kernel = each == 4 ? norm_bwd_kernel<4, false> : vecs > 32 * warps ? norm_bwd_kernel<2, true> : norm_bwd_kernel<1, true>;
     l.block = dim3(32 * warps, warps == 1 ? NORM_ROWS : 1);
     l.wide = true;
     return l;
