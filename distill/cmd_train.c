@@ -56,7 +56,8 @@ const struct rt_command rt_cmd_train = {
     .summary = "train a student on text (CE), on a teacher's rows (KL) and states, or any mix",
     .help = "The loss is w_ce CE + w_kl T^2 KL(teacher || student) + w_feature F + w_alm A, summed over the training rows of the whole global batch and\n"
             "divided by their number; A compares likelihoods of spans (shards of `retarget --mode alm`). RUN gets\n"
-            "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory.\n\n"
+            "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory; on a GPU also products.txt: which algorithm each product takes,\n"
+            "measured once and kept, so that a resumed run has the same bytes.\n\n"
             "Several --data are shuffled together: an epoch takes each WEIGHT times (1 where none is given), :0.5 another half of it each time, :2 all of\n"
             "it twice. Beside shards, text without a teacher's rows takes the cross-entropy alone. The order depends on --seed and the data alone.\n\n"
             "--gpus N takes N GPUs of this machine; for several machines, or instead of it, torchrun, mpirun or srun start one process a GPU. The ranks share each\n"

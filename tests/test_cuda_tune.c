@@ -126,11 +126,12 @@ static void test_foreign(void **state)
 
 /* ---- on the GPU ---- */
 
-/* dw [N, K] += dy^T x over n rows: 4.2e9 FLOPs, so that it is measured. */
-enum { TOKENS = 1300, OUT = 1280, IN = 1280 };
+/* A linear layer's three products, 4.3e9 FLOPs each, so that they are measured: y = x w^T, dx = dy w, dw += dy^T x. What wins for one is a candidate of
+ * the next. */
+enum { TOKENS = 1300, OUT = 1280, IN = 1280, RESULT = TOKENS * OUT + TOKENS * IN + OUT * IN };
 
 struct product {
-    float *dw, *x, *dy, *got;
+    float *w, *x, *dy, *got; /* got [RESULT] */
 };
 
 static float *numbers(int64_t n, uint64_t stream)
@@ -142,7 +143,7 @@ static float *numbers(int64_t n, uint64_t stream)
     return p;
 }
 
-/* With products measured by the file (path), in memory (NULL), or as the library likes ("-"). bytes [OUT * IN]: the result as it lies in memory. */
+/* With products measured by the file (path), in memory (NULL), or as the library likes ("-"). bytes [RESULT]: the results as they lie in memory. */
 static void run_product(const struct product *v, const char *path, uint16_t *bytes)
 {
     struct cuda_pair p;
@@ -152,11 +153,21 @@ static void run_product(const struct product *v, const char *path, uint16_t *byt
     if (path == NULL || strcmp(path, "-") != 0)
         assert_ok(p.gpu.be->tune(p.gpu.dev, path, note, sizeof note, &err));
     assert_int_equal(note[0], 0);
-    void *dw = cuda_act(&p, v->dw, OUT * IN), *x = cuda_act(&p, v->x, TOKENS * IN), *dy = cuda_act(&p, v->dy, TOKENS * OUT);
-    assert_ok(RT_OP(&p.gpu, linear_wgrad, &err, .dy = dy, .x = x, .dw = dw, .n = TOKENS, .K = IN, .N = OUT));
-    cuda_get_act(&p, v->got, dw, OUT * IN);
-    cuda_get(&p, bytes, dw, OUT * IN * sizeof *bytes);
-    cuda_free(&p, dw);
+    void *at = cuda_act(&p, v->w, OUT * IN), *x = cuda_act(&p, v->x, TOKENS * IN), *dy = cuda_act(&p, v->dy, TOKENS * OUT);
+    void *result[3] = {cuda_act(&p, NULL, TOKENS * OUT), cuda_act(&p, NULL, TOKENS * IN), cuda_act(&p, v->w, OUT * IN)};
+    const int64_t sizes[3] = {TOKENS * OUT, TOKENS * IN, OUT * IN};
+    struct rt_weight *w;
+    assert_ok(p.gpu.be->weight_param(p.gpu.dev, at, OUT, IN, &w, &err));
+    assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {.data = x}, .w = w, .y = result[0], .n = TOKENS, .K = IN, .N = OUT));
+    assert_ok(RT_OP(&p.gpu, linear_dgrad, &err, .dy = dy, .w = w, .dx = result[1], .n = TOKENS, .K = IN, .N = OUT));
+    assert_ok(RT_OP(&p.gpu, linear_wgrad, &err, .dy = dy, .x = x, .dw = result[2], .n = TOKENS, .K = IN, .N = OUT));
+    for (int64_t i = 0, first = 0; i < 3; first += sizes[i++]) {
+        cuda_get_act(&p, v->got + first, result[i], sizes[i]);
+        cuda_get(&p, bytes + first, result[i], (size_t)sizes[i] * sizeof *bytes);
+        cuda_free(&p, result[i]);
+    }
+    p.gpu.be->weight_free(p.gpu.dev, w);
+    cuda_free(&p, at);
     cuda_free(&p, x);
     cuda_free(&p, dy);
     cuda_pair_close(&p);
@@ -166,7 +177,7 @@ static void test_product(void **state)
 {
     struct cuda_pair p;
     const char *path = test_tmp("gpu.products");
-    static uint16_t bytes[3][OUT * IN];
+    static uint16_t bytes[3][RESULT];
     struct rt_err err = {0};
     struct rt_buf first = {0}, second = {0};
     (void)state;
@@ -176,12 +187,14 @@ static void test_product(void **state)
     cuda_pair_close(&p);
     if (!library)
         TEST_SKIP("no cuBLASLt");
-    struct product v = {numbers(OUT * IN, 1), numbers(TOKENS * IN, 2), numbers(TOKENS * OUT, 3), numbers(OUT * IN, 4)};
-    float *plain = numbers(OUT * IN, 5);
+    struct product v = {numbers(OUT * IN, 1), numbers(TOKENS * IN, 2), numbers(TOKENS * OUT, 3), numbers(RESULT, 4)};
+    float *plain = numbers(RESULT, 5);
     run_product(&v, "-", bytes[0]);
-    memcpy(plain, v.got, OUT * IN * sizeof *plain);
+    memcpy(plain, v.got, RESULT * sizeof *plain);
     run_product(&v, path, bytes[1]);
-    cuda_close("measured, against the first choice", v.got, plain, OUT, IN, 3.5e-3, 0); /* BF16_TWICE of test_cuda_gemm.c */
+    cuda_close("y measured, against the first choice", v.got, plain, TOKENS, OUT, 3.5e-3, 0); /* BF16_TWICE of test_cuda_gemm.c */
+    cuda_close("dx", v.got + TOKENS * OUT, plain + TOKENS * OUT, TOKENS, IN, 3.5e-3, 0);
+    cuda_close("dw", v.got + TOKENS * (OUT + IN), plain + TOKENS * (OUT + IN), OUT, IN, 3.5e-3, 0);
     assert_ok(rt_file_read_all(path, 1 << 20, &first, &err));
     run_product(&v, path, bytes[2]);
     assert_memory_equal(bytes[1], bytes[2], sizeof bytes[1]);
@@ -189,10 +202,10 @@ static void test_product(void **state)
     assert_int_equal(first.len, second.len);
     assert_memory_equal(first.data, second.data, first.len); /* nothing was measured again */
     run_product(&v, NULL, bytes[2]);
-    cuda_close("measured in memory", v.got, plain, OUT, IN, 3.5e-3, 0);
+    cuda_close("measured in memory", v.got, plain, 1, RESULT, 3.5e-3, 0);
     rt_buf_free(&first);
     rt_buf_free(&second);
-    rt_free(v.dw);
+    rt_free(v.w);
     rt_free(v.x);
     rt_free(v.dy);
     rt_free(v.got);
