@@ -1,9 +1,16 @@
-/* The batch scheduler of generation: many sequences, few slots, over a `step` callback.
+/* The batch scheduler of generation: many sequences, few slots, over an engine's callbacks.
  *
  * A slot is one sequence's place in the engine's cache. Each step feeds up to `budget` entries: first one new token of each
- * running sequence, then prompts in chunks, both in the order in which sequences were added. The scheduler samples, appends,
- * ends sequences and gives their slots to waiting ones. With a step whose rows depend on their own slot alone, a sequence's
- * result depends on (seed, stream, its own prompt) and never on slots, budget, threads or its neighbours.
+ * running sequence, then prompts in chunks, both in the order in which sequences were added. The scheduler samples (or has the
+ * engine draw), appends, ends sequences and gives their slots to waiting ones. With a step whose rows depend on their own slot
+ * alone, a sequence's result depends on (seed, stream, its own prompt) and never on slots, budget, threads or its neighbours.
+ *
+ * An engine that draws by itself may run ahead: the next step is handed over before the last one's tokens are known, and what is
+ * done about these (texts, checks, sequences that join) happens meanwhile. A sequence that turns out to have stopped has then been fed
+ * one token too many, which is thrown away.
+ *
+ * Where slots share memory that cannot hold them all at full length (room), the sequence added last gives up its place when the
+ * others need it, and is fed again from its beginning, with what it has said so far, once there is room.
  */
 #ifndef RT_CORE_BATCH_H
 #define RT_CORE_BATCH_H
@@ -20,11 +27,22 @@ extern "C" {
 #endif
 
 /* Token `token` goes into `slot` at position `position` (0-based). An entry at position p finds exactly the tokens 0 .. p-1 in
- * its slot: what an earlier sequence left at p and after it is void. */
+ * its slot: what an earlier sequence left at p and after it is void. To `submit`, token -1 - r stands for what row r of the step before drew. */
 struct rt_batch_entry {
     int32_t slot, token;
     int64_t position;
     int32_t row; /* of the logits that the step returns for this entry; -1: none wanted */
+};
+
+/* Where a row's random number is drawn (core/sampler.h). */
+struct rt_batch_draw {
+    uint64_t stream;
+    int64_t position;
+};
+struct rt_batch_law {
+    struct rt_sample_params sample;
+    uint64_t seed;
+    int64_t n_ids;
 };
 
 struct rt_batch_step {
@@ -36,6 +54,18 @@ struct rt_batch_step {
                            int64_t *row_stride, struct rt_err *err);
     /* Slot dst gets the first n_tokens of slot src. NULL: each sample of a prompt feeds the prompt again. */
     enum rt_status (*copy_slot)(void *ctx, int src, int dst, int64_t n_tokens, struct rt_err *err);
+    /* Both or neither, instead of step: submit feeds and draws, draws[row] saying where; arguments are read before it returns. The law is the
+     * same for a whole run (an engine may refuse top_k: UNSUPPORTED). collect waits for the oldest step not yet collected: ids and logprobs of its rows, in order; id -1 - j says that logit j was
+     * NaN or infinite. At most 1 + ahead steps are submitted and not collected. */
+    enum rt_status (*submit)(void *ctx, const struct rt_batch_entry *entries, int n, int n_rows, const struct rt_batch_draw *draws,
+                             const struct rt_batch_law *law, struct rt_err *err);
+    enum rt_status (*collect)(void *ctx, int32_t *ids, float *logprobs, struct rt_err *err);
+    int ahead; /* 0 or 1 */
+    /* Both or neither (every slot holds max_len tokens): memory for `tokens` tokens in the slot is set aside, or nothing is and the answer is false; `spare` such
+     * pieces as a slot grows by must be left. One slot alone can always hold max_len. drop gives back what lies behind the first `keep` tokens.
+     * copy_slot is called with a dst that holds nothing but room for one token. */
+    bool (*room)(void *ctx, int slot, int64_t tokens, int spare);
+    void (*drop)(void *ctx, int slot, int64_t keep);
 };
 
 enum rt_finish { RT_FINISH_STOP, RT_FINISH_LENGTH };
@@ -52,8 +82,8 @@ struct rt_batch_result {
 
 struct rt_batch_stats {
     int64_t added, finished, running;  /* sequences */
-    int64_t prompt_tokens, new_tokens; /* fed (without copied ones); sampled */
-    int64_t steps;
+    int64_t prompt_tokens, new_tokens; /* fed (without copied ones, with those fed again); sampled */
+    int64_t steps, parked;             /* parked: how often a sequence gave up its place */
 };
 
 struct rt_batch_options {
@@ -63,7 +93,7 @@ struct rt_batch_options {
     int64_t n_ids;        /* ids that exist: prompts and samples are below */
     uint64_t seed;
     struct rt_sample_params sample;
-    struct rt_pool *pool; /* NULL, or samples the rows of a step in parallel */
+    struct rt_pool *pool; /* NULL, or samples the rows of a step in parallel, where the engine does not draw */
     /* Called when a sequence ends, in the caller's thread, as soon as it is known: the order depends on the batch, the index
      * does not. May call rt_batch_add. An error ends the run. */
     enum rt_status (*on_finish)(void *ctx, const struct rt_batch_result *r, struct rt_err *err);

@@ -212,3 +212,19 @@ enum rt_status rt_sampler_pick(struct rt_sampler *s, const float *logits, uint64
 out:
     return st;
 }
+
+enum rt_status rt_sampler_draw(struct rt_sampler *s, const float *logits, uint64_t seed, uint64_t stream, uint64_t position,
+                               int32_t *id, float *logprob, struct rt_err *err)
+{
+    struct rt_err e = {0};
+    const enum rt_status st = rt_sampler_pick(s, logits, seed, stream, position, id, logprob, &e);
+    if (st == RT_NUMERIC) {
+        *id = 0;
+        while (isfinite(logits[*id]))
+            ++*id;
+        *id = -1 - *id;
+        *logprob = NAN;
+        return RT_OK;
+    }
+    return st == RT_OK ? st : rt_fail(err, st, "%s", e.msg);
+}

@@ -40,6 +40,10 @@ void rt_sampler_free(struct rt_sampler *s); /* NULL is fine */
 enum rt_status rt_sampler_pick(struct rt_sampler *s, const float *logits, uint64_t seed, uint64_t stream, uint64_t position,
                                int32_t *id, float *logprob, struct rt_err *err);
 
+/* The same, but a logit that is NaN or infinite is no error: *id = -1 - its id (the first such), *logprob NaN. */
+enum rt_status rt_sampler_draw(struct rt_sampler *s, const float *logits, uint64_t seed, uint64_t stream, uint64_t position,
+                               int32_t *id, float *logprob, struct rt_err *err);
+
 #ifdef __cplusplus
 }
 #endif

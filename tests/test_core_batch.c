@@ -7,7 +7,7 @@
 #include "core/rng.h"
 #include "tests/suite.h"
 
-enum { IDS = 40, STRIDE = 48, MAX_LEN = 60, MAX_SLOTS = 8, MAX_BUDGET = 64, MAX_SEQ = 64 };
+enum { IDS = 40, STRIDE = 48, MAX_LEN = 60, MAX_SLOTS = 8, MAX_BUDGET = 64, MAX_SEQ = 64, UNIT = 8 /* of a slot's memory */ };
 
 /* An engine whose cache holds, for each slot, the hash of each prefix; logits are a function of the whole prefix. It checks
  * the order that the scheduler promises. */
@@ -18,6 +18,12 @@ struct toy {
     int64_t fed, copied, steps;
     int fail_at_step, nan_at_step; /* -1: never */
     float logits[MAX_SLOTS * STRIDE];
+    /* as an engine that draws: steps under way, the first of them the oldest */
+    int ahead, under_way, rows[2];
+    int32_t ids[2][MAX_SLOTS], last[MAX_SLOTS];
+    float logprobs[2][MAX_SLOTS];
+    /* as one whose slots share memory: units in all (0: they do not), and of each slot its own and those that it shares */
+    int64_t units, own[MAX_SLOTS], shared[MAX_SLOTS];
     char fault[100];
 };
 
@@ -47,6 +53,8 @@ static enum rt_status toy_step(void *ctx, const struct rt_batch_entry *e, int n,
             fault(t, "entries out of order");
         if (p > t->held[s])
             fault(t, "a gap in a slot");
+        if (t->units > 0 && p >= (t->own[s] + t->shared[s]) * UNIT)
+            fault(t, "no room for an entry");
         t->hash[s][p] = rt_rng_u64(p == 0 ? 99 : t->hash[s][p - 1], (uint64_t)e[i].token, (uint64_t)p);
         t->held[s] = p + 1;
         t->fed++;
@@ -79,7 +87,82 @@ static enum rt_status toy_copy(void *ctx, int src, int dst, int64_t n, struct rt
     memcpy(t->hash[dst], t->hash[src], (size_t)n * sizeof t->hash[0][0]);
     t->held[dst] = n;
     t->copied += n;
+    if (t->units > 0 && (t->own[dst] != 1 || t->shared[dst] != 0))
+        fault(t, "a copy to a slot that is not empty");
+    t->shared[dst] = n / UNIT;
     return RT_OK;
+}
+
+static enum rt_status toy_submit(void *ctx, const struct rt_batch_entry *e, int n, int n_rows, const struct rt_batch_draw *draws,
+                                 const struct rt_batch_law *law, struct rt_err *err)
+{
+    struct toy *t = ctx;
+    struct rt_batch_entry known[MAX_BUDGET];
+    struct rt_sampler *s = NULL;
+    const float *logits = NULL;
+    int64_t stride = 0;
+    enum rt_status st;
+    const int at = t->under_way++;
+    if (t->under_way > 1 + t->ahead) {
+        fault(t, "too many steps under way");
+        return RT_OK;
+    }
+    for (int i = 0; i < n && i < MAX_BUDGET; i++) {
+        known[i] = e[i];
+        if (e[i].token < 0)
+            known[i].token = t->last[-1 - e[i].token];
+    }
+    RT_TRY(toy_step(t, known, n, n_rows, &logits, &stride, err));
+    RT_TRY(rt_sampler_create(law->n_ids, &law->sample, &s, err));
+    t->rows[at] = n_rows;
+    for (int i = 0; i < MAX_SLOTS; i++)
+        t->last[i] = -100;
+    for (int i = 0; i < n_rows; i++) {
+        RT_TRY(rt_sampler_draw(s, logits + i * stride, law->seed, draws[i].stream, (uint64_t)draws[i].position, &t->ids[at][i], &t->logprobs[at][i], err));
+        t->last[i] = t->ids[at][i] < 0 ? 0 : t->ids[at][i];
+    }
+out:
+    if (st != RT_OK)
+        t->under_way--;
+    rt_sampler_free(s);
+    return st;
+}
+
+static enum rt_status toy_collect(void *ctx, int32_t *ids, float *logprobs, struct rt_err *err)
+{
+    struct toy *t = ctx;
+    (void)err;
+    if (t->under_way < 1)
+        fault(t, "nothing to collect");
+    memcpy(ids, t->ids[0], (size_t)t->rows[0] * sizeof *ids);
+    memcpy(logprobs, t->logprobs[0], (size_t)t->rows[0] * sizeof *logprobs);
+    t->under_way--;
+    t->rows[0] = t->rows[1];
+    memcpy(t->ids[0], t->ids[1], sizeof t->ids[0]);
+    memcpy(t->logprobs[0], t->logprobs[1], sizeof t->logprobs[0]);
+    return RT_OK;
+}
+
+static bool toy_room(void *ctx, int slot, int64_t tokens, int spare)
+{
+    struct toy *t = ctx;
+    int64_t left = t->units;
+    const int64_t more = (tokens + UNIT - 1) / UNIT - t->own[slot] - t->shared[slot];
+    for (int s = 0; s < t->slots; s++)
+        left -= t->own[s];
+    if (more > 0 && more + spare > left)
+        return false;
+    t->own[slot] += more > 0 ? more : 0;
+    return true;
+}
+
+static void toy_drop(void *ctx, int slot, int64_t keep)
+{
+    struct toy *t = ctx;
+    const int64_t units = (keep + UNIT - 1) / UNIT;
+    t->shared[slot] = t->shared[slot] < units ? t->shared[slot] : units;
+    t->own[slot] = t->own[slot] + t->shared[slot] > units ? units - t->shared[slot] : t->own[slot];
+    t->held[slot] = t->held[slot] < keep ? t->held[slot] : keep;
 }
 
 struct got {
@@ -169,6 +252,8 @@ static void add_late(struct run *r)
     add(r, 8 + --r->added_late);
 }
 
+static const struct rt_sample_params warm = {0.8, 0, 0.95};
+
 static struct run *create(int slots, int budget, bool copy, struct rt_pool *pool, struct rt_sample_params sample)
 {
     struct rt_err err = {0};
@@ -181,7 +266,25 @@ static struct run *create(int slots, int budget, bool copy, struct rt_pool *pool
         .slots = slots, .budget = budget, .max_len = MAX_LEN, .n_ids = IDS, .seed = 4, .sample = sample, .pool = pool,
         .on_finish = on_finish, .progress = progress, .stop = stop, .ctx = r,
     };
-    const struct rt_batch_step step = {&r->toy, toy_step, copy ? toy_copy : NULL};
+    const struct rt_batch_step step = {.ctx = &r->toy, .step = toy_step, .copy_slot = copy ? toy_copy : NULL};
+    assert_ok(rt_batch_create(&o, &step, &r->batch, &err));
+    return r;
+}
+
+/* One that draws, `ahead` steps before its results are asked for; units > 0: of memory for all slots. */
+static struct run *create_drawing(int slots, int budget, bool copy, int ahead, int64_t units)
+{
+    struct rt_err err = {0};
+    struct run *r = create(slots, budget, copy, NULL, warm);
+    rt_batch_free(r->batch);
+    r->toy.ahead = ahead;
+    r->toy.units = units;
+    const struct rt_batch_options o = {
+        .slots = slots, .budget = budget, .max_len = MAX_LEN, .n_ids = IDS, .seed = 4, .sample = warm, .on_finish = on_finish, .progress = progress,
+        .stop = stop, .ctx = r,
+    };
+    const struct rt_batch_step step = {.ctx = &r->toy, .copy_slot = copy ? toy_copy : NULL, .submit = toy_submit, .collect = toy_collect, .ahead = ahead,
+                                       .room = units > 0 ? toy_room : NULL, .drop = units > 0 ? toy_drop : NULL};
     assert_ok(rt_batch_create(&o, &step, &r->batch, &err));
     return r;
 }
@@ -192,8 +295,6 @@ static void destroy(struct run *r)
     rt_batch_free(r->batch);
     rt_free(r);
 }
-
-static const struct rt_sample_params warm = {0.8, 0, 0.95};
 
 /* What a lone sequence gives: the toy and the sampler, without the scheduler. */
 static void alone(struct run *r, const struct got *g, int k)
@@ -301,6 +402,65 @@ static void results_do_not_depend_on_the_batch(void **state)
     destroy(want);
 }
 
+/* An engine that draws and runs ahead, and one whose slots share memory for one of them at the least. */
+static void engines_that_draw(void **state)
+{
+    static const int budgets[] = {1, 2, 7, MAX_BUDGET};
+    struct run *want = create(3, 10, false, NULL, warm);
+    int64_t parked = 0;
+    (void)state;
+    run_all(want);
+    for (int slots = 1; slots <= MAX_SLOTS; slots = slots == 1 ? 3 : slots == 3 ? 8 : 9)
+        for (size_t i = 0; i < sizeof budgets / sizeof budgets[0]; i++)
+            for (int mode = 0; mode < 4; mode++)
+                for (int64_t units = 0; units <= 24; units = units == 0 ? 8 : units + 4) {
+                    struct rt_batch_stats stats;
+                    struct run *r = create_drawing(slots, budgets[i], mode & 1, mode >> 1, units);
+                    run_all(r);
+                    check_same(want, r, "an engine that draws", slots, budgets[i]);
+                    assert_int_equal(r->toy.under_way, 0);
+                    rt_batch_stats(r->batch, &stats);
+                    parked += stats.parked;
+                    if (units == 0)
+                        assert_int_equal(stats.parked, 0);
+                    destroy(r);
+                }
+    assert_true(parked > 100);
+    destroy(want);
+}
+
+static void engines_that_draw_fail_cleanly(void **state)
+{
+    struct rt_err err = {0};
+    (void)state;
+    for (int ahead = 0; ahead < 2; ahead++) {
+        struct run *r = create_drawing(3, 10, true, ahead, 20);
+        r->stop_after = 6;
+        for (int k = 0; k < 8; k++)
+            add(r, k);
+        assert_status(rt_batch_run(r->batch, &err), INTERRUPTED);
+        assert_int_equal(r->toy.under_way, 0);
+        destroy(r);
+
+        r = create_drawing(3, 10, false, ahead, 0);
+        r->toy.fail_at_step = 4;
+        add(r, 0);
+        assert_int_equal(rt_batch_run(r->batch, &err), RT_DEVICE);
+        assert_int_equal(r->toy.under_way, 0);
+        rt_err_clear(&err);
+        destroy(r);
+
+        r = create_drawing(3, 10, false, ahead, 0);
+        r->toy.nan_at_step = 4;
+        add(r, 0);
+        assert_int_equal(rt_batch_run(r->batch, &err), RT_NUMERIC);
+        assert_string_equal(err.msg, "sequence 0, token 9: the logit of id 3 is not a finite number");
+        assert_int_equal(r->toy.under_way, 0);
+        rt_err_clear(&err);
+        destroy(r);
+    }
+}
+
 static void sequences_join_while_running(void **state)
 {
     struct rt_err err = {0};
@@ -369,7 +529,7 @@ static void requests_are_checked(void **state)
     struct rt_err err = {0};
     struct run *r = create(1, 1, false, NULL, warm);
     struct rt_batch *b;
-    const struct rt_batch_step step = {NULL, toy_step, NULL};
+    const struct rt_batch_step step = {.step = toy_step};
     const struct rt_batch_options bad[] = {
         {.slots = 0, .budget = 1, .max_len = 1, .n_ids = 1, .sample = warm},
         {.slots = 1, .budget = 0, .max_len = 1, .n_ids = 1, .sample = warm},
@@ -404,6 +564,7 @@ static void requests_are_checked(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(results_are_right),          cmocka_unit_test(results_do_not_depend_on_the_batch),
     cmocka_unit_test(sequences_join_while_running), cmocka_unit_test(stops_and_fails_cleanly),
+    cmocka_unit_test(engines_that_draw),          cmocka_unit_test(engines_that_draw_fail_cleanly),
     cmocka_unit_test(requests_are_checked),
 };
 RT_SUITE(core_batch, tests)

@@ -524,7 +524,7 @@ static enum rt_status toy_finish(void *ctx, const struct rt_batch_result *r, str
 static enum rt_status batch_work(void *ctx, uint64_t *digest, struct rt_err *err)
 {
     struct toy t = {.digest = digest};
-    const struct rt_batch_step step = {&t, toy_step, NULL};
+    const struct rt_batch_step step = {.ctx = &t, .step = toy_step};
     const struct rt_batch_options o = {.slots = 2, .budget = 4, .max_len = 20, .n_ids = 32, .sample = {1, 8, 0.9}, .on_finish = toy_finish, .ctx = &t};
     static const int32_t prompt[] = {3, 1, 4, 1, 5}, stop[] = {9};
     struct rt_batch *b = NULL;
