@@ -22,9 +22,11 @@
 #define RT_CORE_BACKEND_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "core/sampler.h"
 #include "core/status.h"
 
 #ifdef __cplusplus
@@ -35,6 +37,7 @@ struct rt_dev;    /* device context of a backend */
 struct rt_comm;   /* core/collective.h */
 struct rt_queue;  /* order of execution */
 struct rt_event;
+struct rt_graph;  /* recorded work */
 struct rt_weight; /* a matrix or vector prepared for use as weight; what it holds is the backend's business */
 
 /* A matrix as operand of a product: act elements (scale NULL), or e4m3 codes [rows, cols] with one scale for each run of 128
@@ -74,8 +77,8 @@ struct rt_dev_memory {
 };
 
 /* ---- forward, shared ---- */
-/* out[i,:] = table[ids[i],:] */
-struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; void *out; int64_t n, cols; };
+/* out[i,:] = table[ids[i],:]; an id below 0 stands for drawn[-1 - id] (drawn NULL: there is none). */
+struct rt_embed_fwd_args { const int32_t *ids; const struct rt_weight *table; void *out; int64_t n, cols; const int32_t *drawn; };
 
 /* s = x (+ add); y = s / rms * w, rms = sqrt(mean(s^2) + eps), rstd = 1/rms. Where act is F32 these bits are fixed, because e4m3
  * codes depend on them (core/rms.h): rms = rt_rms_f32, and y is rounded after the division and again after the product. Outputs,
@@ -170,6 +173,14 @@ struct rt_head_matmul_args {
 
 /* Caches of generation: token i belongs to slot[i] at position pos[i]; row (slot, pos) of a cache is at (slot*capacity + pos)*width. */
 struct rt_cache_put_args { const void *x; int64_t ldx; void *cache; const int32_t *slot, *pos; int64_t n, capacity, width; };
+/* Or a slot is a row of a table of pages of `len` positions, and pages may be in several slots: row (slot, pos) is then row
+ * table[slot*(capacity/len) + pos/len]*len + pos % len of the cache. table NULL: no pages. len is a multiple of 64 that divides capacity. With
+ * pages a row with pos -1 is nobody's: it is skipped, and its outputs are unspecified. */
+struct rt_cache_pages { const int32_t *table; int32_t len; };
+static inline int64_t rt_cache_row(const struct rt_cache_pages *p, int64_t capacity, int64_t slot, int64_t pos)
+{
+    return p->table == NULL ? slot * capacity + pos : (int64_t)p->table[slot * (capacity / p->len) + pos / p->len] * p->len + pos % p->len;
+}
 /* cache rows [0, n) of slot dst = those of slot src (equal slots: nothing) */
 struct rt_cache_copy_args { void *cache; int64_t capacity, width, n; int32_t src, dst; };
 
@@ -182,7 +193,20 @@ struct rt_mla_cached_args {
 /* Grouped-head attention over a cache: k and v caches of width nkv*d. q [n,nh,d] with stride q_ld, o [n,nh*d] =. */
 struct rt_attn_cached_args {
     const void *q; int64_t q_ld; const void *k_cache, *v_cache; const int32_t *slot, *pos; void *o;
-    int64_t n, capacity; int nh, nkv, d; float scale;
+    int64_t n, capacity; int nh, nkv, d; float scale; struct rt_cache_pages pages;
+};
+/* From a projection to the caches: q and k as headnorm_rope_fwd makes them (q_norm, k_norm NULL: no norm), k and v as cache_put puts them.
+ * qkv [n, nh + 2 nkv, d] dense; q [n, nh*d] dense =; the caches' rows =. */
+struct rt_rope_put_args {
+    const void *qkv; const struct rt_weight *q_norm, *k_norm; void *q, *k_cache, *v_cache; const float *cos, *sin; const int32_t *slot, *pos;
+    struct rt_cache_pages pages; int64_t n, capacity; int nh, nkv, d; float eps;
+};
+/* A token a row, as core/sampler.h picks it: z [n, ld] float32 logits, of which n_ids count; stream, position [n]: where its random number is
+ * drawn. id [n], logprob [n] float =. id -1 - j: logit j, the first such, is NaN or infinite. (cuda: weights in units of 2^-42 of the
+ * greatest; those within 2^-18 of each other count as equal; at most 2^21 ids; top_k UNSUPPORTED.) */
+struct rt_sample_args {
+    const float *z; int64_t ld, n, n_ids; struct rt_sample_params params; uint64_t seed; const uint64_t *stream; const int64_t *position;
+    int32_t *id; float *logprob;
 };
 
 /* ---- student, forward and backward ---- */
@@ -281,7 +305,7 @@ struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
 
 #define RT_BACKEND_OPS(X) \
     X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
-    X(mla_concat_k) X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) \
+    X(mla_concat_k) X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(sample) \
     X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(embed_bwd) \
     X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
 
@@ -335,6 +359,13 @@ struct rt_backend {
     enum rt_status (*download)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*copy)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*zero)(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
+    /* Work that is enqueued again and again: what is called on q between begin and end is recorded and not run, with its arguments; nothing in
+     * between may wait, upload or download, and temporary memory is the graph's. end always ends it: *out NULL where a call before it failed.
+     * graph_run enqueues the recorded calls. NULL, all four: nothing would be gained. */
+    enum rt_status (*graph_begin)(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);
+    enum rt_status (*graph_end)(struct rt_dev *dev, struct rt_queue *q, struct rt_graph **out, struct rt_err *err);
+    enum rt_status (*graph_run)(struct rt_dev *dev, struct rt_queue *q, struct rt_graph *g, struct rt_err *err);
+    void (*graph_free)(struct rt_dev *dev, struct rt_graph *g); /* NULL is fine; q is done with it */
     /* Collectives over the ranks of rt_dev_options.comm, in place on x [n] act, x at a multiple of 64 bytes; every rank calls them in the same order with
      * the same n. Nothing happens for one rank. A sum is the same, bit for bit, whenever the same ranks sum the same numbers; host backends add in
      * rank order. Shards are those of rt_comm_shard. An error means that the ranks are out of reach for good.

@@ -150,17 +150,21 @@ static void cached_item(void *ctx, int64_t item, int worker)
     const struct rt_attn_cached_args *a = c->a;
     const int64_t i = item / a->nkv, hk = item % a->nkv, width = (int64_t)a->nkv * a->d, group = a->nh / a->nkv;
     const int64_t q_ld = a->q_ld != 0 ? a->q_ld : (int64_t)a->nh * a->d, keys = (int64_t)a->pos[i] + 1;
-    const int64_t base = a->slot[i] * a->capacity * width + hk * a->d;
+    /* of a block of keys that lie together; where blocks end depends on positions alone */
+    const int64_t block = a->pages.table != NULL && a->pages.len < RT_ATTN_K ? a->pages.len : RT_ATTN_K;
     float *p = rt_cpu_tile(c->dev, worker), *scaled = rt_cpu_panel(c->dev, worker);
     struct rows st;
+    if (a->pages.table != NULL && a->pos[i] == -1)
+        return;
     for (int64_t h0 = 0; h0 < group; h0 += RT_ATTN_Q) {
         const int64_t h = hk * group + h0, n = rt_min64(RT_ATTN_Q, group - h0);
         const float *q = (const float *)a->q + i * q_ld + h * a->d;
         float *o = (float *)a->o + (i * a->nh + h) * a->d;
         for (int64_t j = 0; j < n * a->d; j++)
             scaled[j] = q[j] * a->scale;
-        for (int64_t k0 = 0; k0 < keys; k0 += RT_ATTN_K) {
-            const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), ld = rt_ceil_div(cols, 16) * 16, at = base + k0 * width;
+        for (int64_t k0 = 0; k0 < keys; k0 += block) {
+            const int64_t cols = rt_min64(block, keys - k0), ld = rt_ceil_div(cols, 16) * 16;
+            const int64_t at = rt_cache_row(&a->pages, a->capacity, a->slot[i], k0) * width + hk * a->d;
             rt_cpu_exact_nt(n, cols, a->d, scaled, a->d, (const float *)a->k_cache + at, width, false, p, ld);
             softmax_block(p, n, cols, ld, cols, k0 == 0, &st);
             if (k0 > 0)
@@ -179,7 +183,7 @@ enum rt_status rt_cpu_attn_cached(struct rt_dev *dev, struct rt_queue *queue, co
     if (a->nh <= 0 || a->nkv <= 0 || a->nh % a->nkv != 0 || a->d <= 0 || a->d > RT_CPU_PANEL / RT_ATTN_Q)
         return rt_fail(err, RT_SHAPE, "attn_cached: %d query heads of %d over %d key heads", a->nh, a->d, a->nkv);
     for (int64_t i = 0; i < a->n; i++)
-        if (a->slot[i] < 0 || a->pos[i] < 0 || a->pos[i] >= a->capacity)
+        if (a->slot[i] < 0 || a->pos[i] < (a->pages.table != NULL ? -1 : 0) || a->pos[i] >= a->capacity)
             return rt_fail(err, RT_SHAPE, "attn_cached: token %lld at slot %d, position %d; a slot holds %lld positions",
                            (long long)i, (int)a->slot[i], (int)a->pos[i], (long long)a->capacity);
     rt_pool_run(dev->pool, a->n * a->nkv, cached_item, &c);

@@ -172,6 +172,11 @@ RT_SIMD static void heads_fwd(const struct rt_headnorm_rope_fwd_args *a, int64_t
     }
 }
 
+void rt_cpu_heads_fwd(const struct rt_headnorm_rope_fwd_args *a, int64_t t0, int64_t t1)
+{
+    heads_fwd(a, t0, t1);
+}
+
 static void heads_fwd_rows(void *ctx, int64_t t0, int64_t t1, int worker)
 {
     (void)worker;

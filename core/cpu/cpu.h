@@ -127,6 +127,9 @@ enum rt_status rt_cpu_blas_setup(struct rt_pool *pool, struct rt_err *err);
 const char *rt_cpu_blas_core(void);
 
 /* ---- operations: each as core/backend.h says ---- */
+/* Rows t0 .. t1 of headnorm_rope_fwd, by the calling thread. */
+void rt_cpu_heads_fwd(const struct rt_headnorm_rope_fwd_args *a, int64_t t0, int64_t t1);
+
 #define RT_CPU_OP(op) \
     enum rt_status rt_cpu_##op(struct rt_dev *, struct rt_queue *, const struct rt_##op##_args *, struct rt_err *);
 RT_BACKEND_OPS(RT_CPU_OP)

@@ -1,6 +1,7 @@
-/* Generation with multi-head latent attention: per-head products, caches, attention over latents. Every row is exact. */
+/* Generation: per-head products, caches, sampling, attention over latents. Every row is exact. */
 #include "core/cpu/cpu.h"
 #include "core/cpu/simd.h"
+#include "core/mem.h"
 
 #define UNUSED __attribute__((unused))
 
@@ -92,6 +93,83 @@ enum rt_status rt_cpu_cache_copy(UNUSED struct rt_dev *dev, UNUSED struct rt_que
     memmove((float *)a->cache + a->dst * a->capacity * a->width, (const float *)a->cache + a->src * a->capacity * a->width,
             (size_t)(a->n * a->width) * sizeof(float));
     return RT_OK;
+}
+
+static void put_heads(void *ctx, int64_t row0, int64_t row1, UNUSED int worker)
+{
+    const struct rt_rope_put_args *a = ctx;
+    const int64_t q = (int64_t)a->nh * a->d, kv = (int64_t)a->nkv * a->d;
+    for (int64_t i = row0; i < row1; i++) {
+        const float *x = (const float *)a->qkv + i * (q + 2 * kv);
+        if (a->pages.table != NULL && a->pos[i] == -1)
+            continue;
+        const int64_t row = rt_cache_row(&a->pages, a->capacity, a->slot[i], a->pos[i]);
+        struct rt_headnorm_rope_fwd_args r = {.x = x, .w = a->q_norm, .y = (float *)a->q + i * q, .cos = a->cos, .sin = a->sin, .position = a->pos + i,
+                                              .n = 1, .heads = a->nh, .d = a->d, .eps = a->eps};
+        rt_cpu_heads_fwd(&r, 0, 1);
+        r.x = x + q;
+        r.w = a->k_norm;
+        r.y = (float *)a->k_cache + row * kv;
+        r.heads = a->nkv;
+        rt_cpu_heads_fwd(&r, 0, 1);
+        memcpy((float *)a->v_cache + row * kv, x + q + kv, (size_t)kv * sizeof *x);
+    }
+}
+
+enum rt_status rt_cpu_rope_put(struct rt_dev *dev, UNUSED struct rt_queue *queue, const struct rt_rope_put_args *a, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_rope_put_args job = *a;
+    const struct rt_weight *const norms[] = {a->q_norm, a->k_norm};
+    for (int i = 0; i < 2; i++)
+        if (norms[i] != NULL)
+            RT_TRY(rt_cpu_weight_is(norms[i], 1, a->d, "rope_put", "a norm", err));
+    if (a->d < 2 || a->d % 2 != 0)
+        RT_FAIL(err, SHAPE, "rope_put: heads of %d elements, expected an even number", a->d);
+    for (int64_t i = 0; i < a->n; i++)
+        if (a->pages.table == NULL || a->pos[i] != -1)
+            RT_TRY(check_places("rope_put", a->slot + i, a->pos + i, 1, a->capacity, err));
+    rt_cpu_rows(dev, a->n, rt_cpu_grain(a->n, ((int64_t)a->nh + 2 * a->nkv) * a->d), put_heads, &job);
+out:
+    return st;
+}
+
+/* ---- sampling ---- */
+struct sample_job {
+    const struct rt_sample_args *a;
+    struct rt_sampler **sampler; /* one a worker */
+    struct rt_err *row_err;      /* [n] */
+};
+
+static void sample_row(void *ctx, int64_t i, int worker)
+{
+    const struct sample_job *j = ctx;
+    const struct rt_sample_args *a = j->a;
+    (void)rt_sampler_draw(j->sampler[worker], a->z + i * a->ld, a->seed, a->stream[i], (uint64_t)a->position[i], &a->id[i], &a->logprob[i],
+                          &j->row_err[i]);
+}
+
+enum rt_status rt_cpu_sample(struct rt_dev *dev, UNUSED struct rt_queue *q, const struct rt_sample_args *a, struct rt_err *err)
+{
+    enum rt_status st;
+    struct sample_job j = {.a = a};
+    const int threads = rt_pool_threads(dev->pool);
+    if (a->n < 1)
+        return RT_OK;
+    RT_TRY(rt_alloc((size_t)threads, sizeof *j.sampler, "samplers", &j.sampler, err));
+    RT_TRY(rt_alloc((size_t)a->n, sizeof *j.row_err, "samplers", &j.row_err, err));
+    for (int i = 0; i < threads; i++)
+        RT_TRY(rt_sampler_create(a->n_ids, &a->params, &j.sampler[i], err));
+    rt_pool_run(dev->pool, a->n, sample_row, &j);
+    for (int64_t i = 0; i < a->n; i++)
+        if (j.row_err[i].status != RT_OK)
+            RT_FAIL(err, NOMEM, "%s", j.row_err[i].msg); /* all that a row can fail of */
+out:
+    for (int i = 0; j.sampler != NULL && i < threads; i++)
+        rt_sampler_free(j.sampler[i]);
+    rt_free(j.sampler);
+    rt_free(j.row_err);
+    return st;
 }
 
 /* ---- attention over latents ---- */

@@ -11,13 +11,18 @@ static int64_t ld_or(int64_t ld, int64_t dense)
 }
 
 /* ---- embedding ---- */
+static int32_t embed_id(const struct rt_embed_fwd_args *a, int64_t i)
+{
+    return a->ids[i] < 0 && a->drawn != NULL ? a->drawn[-1 - a->ids[i]] : a->ids[i];
+}
+
 static void embed_rows(void *ctx, int64_t row0, int64_t row1, UNUSED int worker)
 {
     const struct rt_embed_fwd_args *a = ctx;
     for (int64_t i = row0; i < row1; i++) {
         float *out = (float *)a->out + i * a->cols;
         int64_t ld;
-        const float *row = rt_cpu_weight_panel(a->table, a->ids[i], 1, 0, a->cols, out, &ld);
+        const float *row = rt_cpu_weight_panel(a->table, embed_id(a, i), 1, 0, a->cols, out, &ld);
         if (row != out)
             memcpy(out, row, (size_t)a->cols * sizeof *out);
     }
@@ -29,8 +34,8 @@ enum rt_status rt_cpu_embed_fwd(struct rt_dev *dev, UNUSED struct rt_queue *q, c
     if (st != RT_OK)
         return st;
     for (int64_t i = 0; i < a->n; i++)
-        if (a->ids[i] < 0 || a->ids[i] >= a->table->rows)
-            return rt_fail(err, RT_SHAPE, "embed_fwd: id %d at row %lld, expected 0 .. %lld", (int)a->ids[i], (long long)i,
+        if (embed_id(a, i) < 0 || embed_id(a, i) >= a->table->rows)
+            return rt_fail(err, RT_SHAPE, "embed_fwd: id %d at row %lld, expected 0 .. %lld", (int)embed_id(a, i), (long long)i,
                            (long long)a->table->rows - 1);
     struct rt_embed_fwd_args job = *a;
     rt_cpu_rows(dev, a->n, rt_cpu_grain(a->n, a->cols), embed_rows, &job);

@@ -20,6 +20,7 @@ struct work {
     const bf16 *q, *k, *v;
     bf16 *o;
     const int32_t *slot, *pos;
+    struct rt_cache_pages pages;
     int64_t q_ld, capacity, width;
     int nh, nkv, heads, head_tiles; /* heads: query heads of a key head */
     float scale;                    /* times log2 e */
@@ -33,16 +34,41 @@ __device__ __forceinline__ uint32_t at_piece(int r, int c)
     return (uint32_t)(r * D * 2 + ((c ^ (r & 7)) << 4));
 }
 
-/* 16 keys and values from `key` on; what lies behind `last` is read from there. */
+/* Where the keys of a part lie: without pages from one row on; else lane i of a warp holds the row of its i-th run of RUN keys, which lie together. */
+enum { RUN = 64 /* divides the length of pages and SPLIT */ };
+struct part_rows {
+    int64_t row0;
+    int32_t run; /* in units of RUN rows */
+};
+static_assert(SPLIT / RUN <= 32 && RUN % KEYS == 0, "a lane for each run of a part");
+
+__device__ __forceinline__ struct part_rows find_rows(const work &w, int64_t slot, int key0, int last, int lane)
+{
+    struct part_rows r = {slot * w.capacity + key0, 0};
+    const int key = key0 + lane * RUN;
+    if (w.pages.table != NULL && key <= last)
+        r.run = w.pages.table[slot * (w.capacity / w.pages.len) + key / w.pages.len] * (w.pages.len / RUN) + key % w.pages.len / RUN;
+    return r;
+}
+
+/* Row of key key0 + at, at a multiple of 16; for all lanes of a warp. */
+__device__ __forceinline__ int64_t row_of(const work &w, const struct part_rows &r, int at)
+{
+    if (w.pages.table == NULL)
+        return r.row0 + at;
+    return (int64_t)__shfl_sync(0xffffffffu, r.run, at / RUN) * RUN + at % RUN;
+}
+
+/* 16 keys and values from row `row` on, `count` of which are wanted: in place of the others the last of these. */
 template <int D>
-__device__ __forceinline__ void load_keys(const work &w, const bf16 *k, const bf16 *v, int key, int last, uint32_t to, int lane)
+__device__ __forceinline__ void load_keys(const work &w, const bf16 *k, const bf16 *v, int64_t row, int count, uint32_t to, int lane)
 {
     enum { PIECES = D / 8, ROWS = 32 / PIECES };
     const int c = lane % PIECES;
 #pragma unroll
     for (int i = 0; i < KEYS / ROWS; i++) {
         const int r = i * ROWS + lane / PIECES;
-        const int64_t from = (int64_t)min(key + r, last) * w.width + c * 8;
+        const int64_t from = (row + min(r, count - 1)) * w.width + c * 8;
         mma::copy16(to + at_piece<D>(r, c), k + from, true);
         mma::copy16(to + KEYS * D * 2 + at_piece<D>(r, c), v + from, true);
     }
@@ -161,17 +187,20 @@ __device__ void merge_warps(const work &w, const float (&o)[D / 8][4], const flo
     }
 }
 
-/* One part of a token's keys: key0 .. last. */
+/* One part of a token's keys: key0 .. last. head: the first element of the key head in a row. */
 template <int D>
-__device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][4], int64_t base, int key0, int last, uint32_t mine,
+__device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][4], int64_t slot, int head, int key0, int last, uint32_t mine,
                                      float (&o)[D / 8][4], float (&top)[2], float (&sum)[2])
 {
     enum { STAGE = 2 * KEYS * D * 2 };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (last - key0) / KEYS + 1;
+    const struct part_rows rows = find_rows(w, slot, key0, last, lane);
+    const bf16 *k = w.k + head, *v = w.v + head;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
+        const int at = (warp + i * WARPS) * KEYS;
         if (warp + i * WARPS < steps)
-            load_keys<D>(w, w.k + base, w.v + base, key0 + (warp + i * WARPS) * KEYS, last, mine + i * STAGE, lane);
+            load_keys<D>(w, k, v, row_of(w, rows, at), last - key0 - at + 1, mine + i * STAGE, lane);
         mma::copies_commit();
     }
     int at = 0;
@@ -180,7 +209,7 @@ __device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][
         float s[2][4];
         __syncwarp();
         if (next < steps)
-            load_keys<D>(w, w.k + base, w.v + base, key0 + next * KEYS, last, mine + to * STAGE, lane);
+            load_keys<D>(w, k, v, row_of(w, rows, next * KEYS), last - key0 - next * KEYS + 1, mine + to * STAGE, lane);
         mma::copies_commit();
         mma::copies_wait<STAGES - 1>();
         __syncwarp();
@@ -200,7 +229,6 @@ __global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_const
     const int64_t token = blockIdx.x / (w.nkv * w.head_tiles);
     const int which = blockIdx.x % (w.nkv * w.head_tiles), hk = which / w.head_tiles, first_head = which % w.head_tiles * 16;
     const int pos = w.pos[token], heads = min(w.heads - first_head, 16), head0 = hk * w.heads + first_head;
-    const int64_t base = w.slot[token] * w.capacity * w.width + (int64_t)hk * D;
     const uint32_t mine = mma::shared_at(shared) + threadIdx.x / 32 * STAGES * 2 * KEYS * D * 2;
     uint32_t q[D / 16][4];
     if ((int)blockIdx.y * SPLIT > pos)
@@ -208,7 +236,7 @@ __global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_const
     load_queries<D>(q, w.q + token * w.q_ld + (int64_t)head0 * D, heads, threadIdx.x % 32);
     for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y) {
         float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-        part<D>(w, q, base, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), mine, o, top, sum);
+        part<D>(w, q, w.slot[token], hk * D, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), mine, o, top, sum);
         merge_warps<D>(w, o, top, sum, (float *)shared, token, split, head0, heads, pos >= SPLIT);
         __syncthreads();
     }
@@ -238,6 +266,7 @@ enum rt_status run(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_
     w.v = (const bf16 *)a->v_cache;
     w.q_ld = q_ld;
     w.capacity = a->capacity;
+    w.pages = a->pages;
     w.width = (int64_t)a->nkv * a->d;
     w.nh = a->nh;
     w.nkv = a->nkv;
@@ -270,8 +299,12 @@ enum rt_status rt_cuda_attn_cached(struct rt_dev *dev, struct rt_queue *q, const
         return rt_fail(err, RT_SHAPE, "attn_cached: %d query heads over %d key heads; expected a multiple", a->nh, a->nkv);
     if (a->n < 1)
         return RT_OK;
+    if (a->pages.table != NULL && (a->pages.len < RUN || a->pages.len % RUN != 0 || a->capacity % a->pages.len != 0))
+        return rt_fail(err, RT_SHAPE, "attn_cached: pages of %d positions in slots of %ld; expected a multiple of %d that divides them", (int)a->pages.len,
+                       (long)a->capacity, (int)RUN);
     if ((a->d == 128 || a->d == 64) && vec8::aligned16(a->k_cache) && vec8::aligned16(a->v_cache) && (uintptr_t)a->q % 4 == 0 && q_ld % 2 == 0)
         return run(dev, q, a, q_ld, err);
+    plain.pages = a->pages;
     plain.q1 = plain.q2 = a->q;
     plain.q1_ld = q_ld;
     plain.q1_head = plain.d1 = plain.dv = a->d;

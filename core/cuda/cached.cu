@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <math.h>
 
+#include "core/cuda/cached_row.cuh"
 #include "core/cuda/vec8.cuh"
 
 namespace {
@@ -16,7 +17,7 @@ __global__ void merge_kernel(const struct rt_cached_parts p, const int32_t *__re
 {
     const int64_t t = blockIdx.x / nh, h = blockIdx.x % nh;
     const int count = pos[t] / p.length + 1;
-    if (count == 1)
+    if (count <= 1 || pos[t] < 0)
         return;
     const float *lse = p.lse + t * p.splits * nh + h, *from = p.o + (t * p.splits * nh + h) * dv;
     float top = -INFINITY, total = 0;
@@ -62,15 +63,17 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(const __grid_constant__ 
     __shared__ float p[THREADS], slot[THREADS];
     const int64_t t = blockIdx.x / a.nh;
     const int h = blockIdx.x % a.nh, keys = a.pos[t] + 1;
-    const int64_t base = a.slot[t] * a.capacity * a.width + h / (a.nh / a.nkv) * a.head;
+    const int64_t base = h / (a.nh / a.nkv) * a.head;
     const bf16 *k = (const bf16 *)a.k + base, *v = (const bf16 *)a.v + base, *q1 = (const bf16 *)a.q1 + t * a.q1_ld + h * a.q1_head,
                *q2 = (const bf16 *)a.q2 + (a.d2 > 0 ? t * a.q2_ld + h * a.q2_head : 0);
     float top = -INFINITY, total = 0;
+    if (keys < 1)
+        return;
     for (int d = threadIdx.x; d < a.dv; d += THREADS)
         acc[d] = 0;
     for (int first = 0; first < keys; first += THREADS) {
         const int key = first + threadIdx.x, here = min(keys - first, (int)THREADS);
-        const bf16 *row = k + key * a.width;
+        const bf16 *row = k + cached_row(a.pages, a.capacity, a.slot[t], min(key, keys - 1)) * a.width;
         const float s = key < keys ? a.scale * (dot(q1, row, a.d1) + dot(q2, row + a.d1, a.d2)) : -INFINITY;
         const float now = fmaxf(top, over_block<true>(s, slot)), factor = expf(top - now);
         p[threadIdx.x] = key < keys ? expf(s - now) : 0.0f;
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(THREADS) plain_kernel(const __grid_constant__ 
         for (int d = threadIdx.x; d < a.dv; d += THREADS) {
             float sum = acc[d] * factor;
             for (int j = 0; j < here; j++)
-                sum += p[j] * __bfloat162float(v[(first + j) * a.width + d]);
+                sum += p[j] * __bfloat162float(v[cached_row(a.pages, a.capacity, a.slot[t], first + j) * a.width + d]);
             acc[d] = sum;
         }
     }

@@ -34,6 +34,7 @@ struct rt_cached_plain {
     int64_t q1_ld, q1_head, q2_ld, q2_head;
     const void *k, *v;
     int64_t capacity, width, head;
+    struct rt_cache_pages pages;      /* table NULL: none */
     const int32_t *slot, *pos;
     void *o;                          /* [n, nh, dv] dense */
     int64_t n;

@@ -30,6 +30,10 @@ enum rt_status rt_cuda_upload(struct rt_dev *dev, struct rt_queue *q, void *dst,
 enum rt_status rt_cuda_download(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
 enum rt_status rt_cuda_copy(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
 enum rt_status rt_cuda_zero(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
+enum rt_status rt_cuda_graph_begin(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);
+enum rt_status rt_cuda_graph_end(struct rt_dev *dev, struct rt_queue *q, struct rt_graph **out, struct rt_err *err);
+enum rt_status rt_cuda_graph_run(struct rt_dev *dev, struct rt_queue *q, struct rt_graph *g, struct rt_err *err);
+void rt_cuda_graph_free(struct rt_dev *dev, struct rt_graph *g);
 enum rt_status rt_cuda_all_reduce(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
 enum rt_status rt_cuda_reduce_scatter(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);
 enum rt_status rt_cuda_all_gather(struct rt_dev *dev, struct rt_queue *q, void *x, int64_t n, struct rt_err *err);

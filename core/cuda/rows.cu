@@ -8,6 +8,7 @@ struct copy {
     const void *in;
     void *out;
     const int32_t *from, *to; /* NULL: row i */
+    const int32_t *drawn;     /* from[i] < 0: row drawn[-1 - from[i]] */
     const int32_t *pos;       /* not NULL: row to[i] * capacity + pos[i] */
     int64_t n, in_ld, out_ld, cols, capacity;
 };
@@ -35,7 +36,9 @@ __global__ void __launch_bounds__(256) copy_kernel(const __grid_constant__ struc
     const int64_t i = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (i >= p.n)
         return;
-    const int64_t from = p.from != NULL ? p.from[i] : i;
+    int64_t from = p.from != NULL ? p.from[i] : i;
+    if (p.drawn != NULL && from < 0)
+        from = max(p.drawn[-1 - from], 0); /* what could not be drawn is the reader's to find */
     int64_t to = p.to != NULL ? p.to[i] : i;
     if (p.pos != NULL)
         to = to * p.capacity + p.pos[i];
@@ -107,6 +110,7 @@ enum rt_status rt_cuda_embed_fwd(struct rt_dev *, struct rt_queue *q, const stru
     p.in = a->table->data;
     p.out = a->out;
     p.from = a->ids;
+    p.drawn = a->drawn;
     p.n = a->n;
     p.cols = p.in_ld = p.out_ld = a->cols;
     return copy_rows(q, "embed_fwd", p, false, err);

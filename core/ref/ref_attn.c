@@ -242,27 +242,70 @@ REF_OP(mla_cached)
     return RT_OK;
 }
 
+/* Whether row i is nobody's. */
+static bool nobody(const struct rt_cache_pages *pages, const int32_t *pos, int64_t i)
+{
+    return pages->table != NULL && pos[i] == -1;
+}
+
 REF_OP(attn_cached)
 {
-    double *p;
-    int64_t longest;
+    double *p = NULL;
+    enum rt_status st = RT_OK;
     const int64_t width = (int64_t)a->nkv * a->d, q_ld = ref_ld(a->q_ld, (int64_t)a->nh * a->d);
-    enum rt_status st = check_places("attn_cached", a->slot, a->pos, a->n, a->capacity, &longest, err);
-    if (st == RT_OK)
-        st = rt_alloc((size_t)longest, sizeof *p, "a row of scores", &p, err);
-    if (st != RT_OK)
-        return st;
     for (int64_t i = 0; i < a->n; i++) {
-        const int64_t slot = a->slot[i] * a->capacity * width, m = (int64_t)a->pos[i] + 1;
+        int64_t m;
+        if (nobody(&a->pages, a->pos, i))
+            continue;
+        RT_TRY(check_places("attn_cached", a->slot + i, a->pos + i, 1, a->capacity, &m, err));
+        rt_free(p);
+        p = NULL;
+        RT_TRY(rt_alloc((size_t)m, sizeof *p, "a row of scores", &p, err));
         for (int h = 0; h < a->nh; h++) {
-            const int64_t head = slot + (int64_t)(h / (a->nh / a->nkv)) * a->d;
+            const int64_t head = (int64_t)(h / (a->nh / a->nkv)) * a->d;
             const real *q = (const real *)a->q + i * q_ld + (int64_t)h * a->d;
+            real *o = (real *)a->o + (i * a->nh + h) * a->d;
             for (int64_t j = 0; j < m; j++)
-                p[j] = a->scale * ref_dot(q, (const real *)a->k_cache + head + j * width, a->d);
+                p[j] = a->scale * ref_dot(q, (const real *)a->k_cache + rt_cache_row(&a->pages, a->capacity, a->slot[i], j) * width + head, a->d);
             softmax(p, m);
-            weighted((real *)a->o + (i * a->nh + h) * a->d, p, m, (const real *)a->v_cache + head, width, a->d);
+            for (int d = 0; d < a->d; d++) {
+                double sum = 0;
+                for (int64_t j = 0; j < m; j++)
+                    sum += p[j] * ((const real *)a->v_cache)[rt_cache_row(&a->pages, a->capacity, a->slot[i], j) * width + head + d];
+                o[d] = (real)sum;
+            }
         }
     }
+out:
     rt_free(p);
-    return RT_OK;
+    return st;
+}
+
+REF_OP(rope_put)
+{
+    enum rt_status st = RT_OK;
+    const int64_t q = (int64_t)a->nh * a->d, kv = (int64_t)a->nkv * a->d;
+    struct rt_headnorm_rope_fwd_args r = {.cos = a->cos, .sin = a->sin, .n = 1, .d = a->d, .eps = a->eps};
+    for (int64_t i = 0; i < a->n; i++) {
+        int64_t longest;
+        const real *x = (const real *)a->qkv + i * (q + 2 * kv);
+        if (nobody(&a->pages, a->pos, i))
+            continue;
+        RT_TRY(check_places("rope_put", a->slot + i, a->pos + i, 1, a->capacity, &longest, err));
+        const int64_t row = rt_cache_row(&a->pages, a->capacity, a->slot[i], a->pos[i]);
+        r.position = a->pos + i;
+        r.x = x;
+        r.w = a->q_norm;
+        r.y = (real *)a->q + i * q;
+        r.heads = a->nh;
+        RT_TRY(REF(headnorm_rope_fwd)(dev, queue, &r, err));
+        r.x = x + q;
+        r.w = a->k_norm;
+        r.y = (real *)a->k_cache + row * kv;
+        r.heads = a->nkv;
+        RT_TRY(REF(headnorm_rope_fwd)(dev, queue, &r, err));
+        memcpy((real *)a->v_cache + row * kv, x + q + kv, (size_t)kv * sizeof *x);
+    }
+out:
+    return st;
 }

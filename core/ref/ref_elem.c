@@ -12,18 +12,18 @@ static enum rt_status check_rows(const char *op, const int32_t *ids, int64_t n, 
 
 REF_OP(embed_fwd)
 {
-    enum rt_status st = check_rows("embed_fwd", a->ids, a->n, a->table->rows, err);
-    if (st == RT_OK)
-        st = REF(weight_check)(a->table, "embed_fwd", a->table->rows, a->cols, err);
-    if (st != RT_OK)
-        return st;
-    for (int64_t i = 0; i < a->n; i++) {
+    enum rt_status st = REF(weight_check)(a->table, "embed_fwd", a->table->rows, a->cols, err);
+    for (int64_t i = 0; st == RT_OK && i < a->n; i++) {
+        const int32_t id = a->ids[i] < 0 && a->drawn != NULL ? a->drawn[-1 - a->ids[i]] : a->ids[i];
+        st = check_rows("embed_fwd", &id, 1, a->table->rows, err);
+        if (st != RT_OK)
+            break;
         real *out = (real *)a->out + i * a->cols;
-        const real *row = REF(weight_row)(a->table, a->ids[i], out);
+        const real *row = REF(weight_row)(a->table, id, out);
         if (row != out)
             memcpy(out, row, (size_t)a->cols * sizeof *out);
     }
-    return RT_OK;
+    return st;
 }
 
 REF_OP(embed_bwd)

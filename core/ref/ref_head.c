@@ -77,3 +77,15 @@ out:
     rt_free(z);
     return st;
 }
+
+REF_OP(sample)
+{
+    enum rt_status st;
+    struct rt_sampler *s = NULL;
+    RT_TRY(rt_sampler_create(a->n_ids, &a->params, &s, err));
+    for (int64_t i = 0; i < a->n; i++)
+        RT_TRY(rt_sampler_draw(s, a->z + i * a->ld, a->seed, a->stream[i], (uint64_t)a->position[i], &a->id[i], &a->logprob[i], err));
+out:
+    rt_sampler_free(s);
+    return st;
+}

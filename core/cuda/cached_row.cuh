@@ -1,0 +1,14 @@
+/* Rows of caches on the device (struct rt_cache_pages, core/backend.h). */
+#ifndef RT_CORE_CUDA_CACHED_ROW_CUH
+#define RT_CORE_CUDA_CACHED_ROW_CUH
+
+#include "core/backend.h"
+
+__device__ __forceinline__ int64_t cached_row(const struct rt_cache_pages &p, int64_t capacity, int64_t slot, int pos)
+{
+    if (p.table == NULL)
+        return slot * capacity + pos;
+    return (int64_t)p.table[slot * (capacity / p.len) + pos / p.len] * p.len + pos % p.len;
+}
+
+#endif
