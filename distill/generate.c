@@ -7,6 +7,7 @@
 
 enum {
     SLOTS_RESIDENT = 64,   /* enough for the products of a step to be matrices */
+    SLOTS_GPU = 256,       /* a student's on a device of its own: its weights are read once a step, however many share them */
     SLOTS_STREAMED = 1024, /* each step reads all weights: the more sequences share it, the better */
     PROMPT_CHUNK = 128,    /* entries of a step beyond one a slot: prompts go through in chunks */
     PROMPT_CHUNK_STREAMED = 512,
@@ -100,20 +101,26 @@ enum rt_status rt_generator_student(struct rt_student *s, const struct rt_genera
 {
     const struct rt_student_config *c = rt_student_config(s);
     const size_t act = rt_device_act_size(rt_student_device(s));
-    struct rt_decoder_options d = {.slots = o->slots > 0 ? o->slots : at_most(SLOTS_RESIDENT, o->sequences), .max_len = o->max_len};
+    const int planned = rt_student_device(s)->be->own_memory ? SLOTS_GPU : SLOTS_RESIDENT;
+    struct rt_decoder_options d = {.slots = o->slots > 0 ? o->slots : at_most(planned, o->sequences), .max_len = o->max_len};
+    const size_t memory = o->memory > 0 ? (size_t)o->memory : 0;
     enum rt_status st;
     *out = (struct rt_generator){0};
     if (d.max_len > rt_student_max_length(s))
         d.max_len = rt_student_max_length(s);
-    d.budget = chunk_of(d.slots);
-    const int fit = rt_student_decoder_slots(c, &d, act, o->memory > 0 ? (size_t)o->memory : 0);
-    if (fit < 1 || (o->slots > 0 && fit < o->slots)) {
-        char need[32], have[32];
-        d.slots = o->slots > 0 ? o->slots : 1;
-        RT_FAIL(err, NOMEM, "generating with %d sequences of %ld tokens at a time needs %s, %s are left; use fewer slots or shorter sequences", d.slots,
-                (long)d.max_len, rt_human_bytes(need, rt_student_decoder_bytes(c, &d, act)), rt_human_bytes(have, (uint64_t)(o->memory > 0 ? o->memory : 0)));
+    /* sequences share what memory is left for their caches; fewer of them where it would not hold a fourth of their full length */
+    for (;; d.slots = (d.slots + 1) / 2) {
+        d.budget = chunk_of(d.slots);
+        d.tokens = rt_student_decoder_tokens(c, &d, act, memory);
+        if (o->slots > 0 || d.slots == 1 || d.tokens >= (int64_t)d.slots * d.max_len / 4)
+            break;
     }
-    d.slots = fit;
+    if (d.tokens == 0) {
+        char need[32], have[32];
+        d.tokens = d.max_len;
+        RT_FAIL(err, NOMEM, "generating with %d sequences of up to %ld tokens at a time needs %s, %s are left; use fewer slots or shorter sequences", d.slots,
+                (long)d.max_len, rt_human_bytes(need, rt_student_decoder_bytes(c, &d, act)), rt_human_bytes(have, (uint64_t)memory));
+    }
     RT_TRY(rt_student_decoder_create(s, &d, &out->student_decoder, err));
     out->slots = d.slots;
     out->budget = d.budget;

@@ -30,7 +30,7 @@ struct rt_generator_options {
     int64_t memory;     /* host bytes to stay within; for a student: what the decoder may take */
     int64_t gpu_memory; /* teacher: bytes of a device with memory of its own, 0: what is free */
     int64_t max_len;    /* tokens of a sequence, prompt and new ones; cut to what the model can hold */
-    int slots;          /* sequences at a time; 0: planned from memory, at most 64 where the weights stay in memory, else 1024 */
+    int slots;          /* sequences at a time; 0: planned from memory, at most 64 where the weights stay in memory (a student on a GPU: 256), else 1024 */
     int64_t sequences;  /* how many there will be: no more slots than these; 0: unknown */
     bool w8a8;          /* teacher */
 };

@@ -212,9 +212,8 @@ const enum rt_op *rt_student_train_ops(int *n)
 
 const enum rt_op *rt_student_decode_ops(int *n)
 {
-    static const enum rt_op ops[] = {RT_OP_embed_fwd,  RT_OP_norm_fwd,  RT_OP_linear_fwd, RT_OP_headnorm_rope_fwd,
-                                     RT_OP_swiglu_fwd, RT_OP_cache_put, RT_OP_cache_copy, RT_OP_attn_cached,
-                                     RT_OP_gather};
+    static const enum rt_op ops[] = {RT_OP_embed_fwd,  RT_OP_norm_fwd,    RT_OP_linear_fwd, RT_OP_rope_put, RT_OP_swiglu_fwd,
+                                     RT_OP_cache_copy, RT_OP_attn_cached, RT_OP_gather,     RT_OP_sample};
     *n = (int)(sizeof ops / sizeof ops[0]);
     return ops;
 }

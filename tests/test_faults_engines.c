@@ -250,7 +250,7 @@ static enum rt_status use_work(void *ctx, uint64_t *digest, struct rt_err *err)
     const struct save_case *c = ctx;
     struct student x = {0};
     struct rt_student_decoder *g = NULL;
-    const struct rt_decoder_options o = {2, 8, TOKENS};
+    const struct rt_decoder_options o = {.slots = 2, .budget = 8, .max_len = TOKENS};
     const struct rt_student_save save = {.source = "tests/data/cases/llama3", .dtype = RT_BF16};
     enum rt_status st;
     RT_TRY(student_open(&x, c->d, "tests/data/cases/llama3", err));
