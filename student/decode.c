@@ -332,7 +332,7 @@ static enum rt_status submit(void *ctx, const struct rt_batch_entry *entries, in
         RT_FAIL(err, USAGE, "generation: %d steps are under way and were not collected", RT_DECODE_FLIGHTS);
     RT_TRY(check_entries(d, entries, n, n_rows, true, err));
     /* entries are sorted by slot: as many rows as entries are one token for each of so many slots */
-    const bool recorded = false;
+    const bool recorded = dev->be->graph_begin != NULL && n == n_rows;
     const int fill = recorded ? rt_decode_round(n) : n;
     RT_TRY(upload(d, f, entries, n, fill, draws, err));
     if (recorded)
