@@ -8,7 +8,7 @@
 
 struct values {
     struct rt_common common;
-    const char *student, *tokenizer, *template_name, *verify;
+    const char *student, *tokenizer, *template_name, *verify, *pass_k;
     struct rt_str_list data;
     int64_t samples, max_tokens, max_length, micro_tokens;
     double temperature, top_p, kd_temperature;
@@ -23,6 +23,7 @@ static const struct rt_opt options[] = {
     {"template", RT_OPT_STRING, V(template_name), NULL, 0, 0, NULL, "NAME", "chat template to use instead of the directory's own", false, false},
     {"kd-temperature", RT_OPT_FLOAT, V(kd_temperature), "1", 0.01, 100, NULL, "T", "temperature of the KL (a stored one)", false, false},
     {"samples", RT_OPT_INT, V(samples), "1", 1, 65536, NULL, "N", "completions of each prompt", false, false},
+    {"pass-k", RT_OPT_STRING, V(pass_k), NULL, 0, 0, NULL, "K,...", "unbiased pass@k of these; default: 1, 2, 4, .. up to --samples", false, false},
     {"temperature", RT_OPT_FLOAT, V(temperature), "0.6", 0, 100, NULL, "T", "of sampling; 0 takes the likeliest token", false, false},
     {"top-p", RT_OPT_FLOAT, V(top_p), "0.95", 0.0001, 1, NULL, "P", "nucleus of sampling", false, false},
     {"max-tokens", RT_OPT_INT, V(max_tokens), "32768", 1, 1e9, NULL, "N", "of a completion; the student's maximum limits too", false, false},
@@ -72,9 +73,12 @@ static void print_table(const struct rt_json *line)
     if (get(line, "n_problems", &x) && get(line, "samples", &y))
         printf("  %-18s %9.0f   %.0f samples each\n", "problems", x, y);
     print_interval(line, "pass@1", "pass1", 100, " %");
-    for (size_t i = 1; rt_json_member(rt_json_get(line, "passk"), i, &key, &k); i++)
-        if (rt_json_as_double(k, &x))
-            printf("  pass@%-13s %9.4f\n", key, 100 * x);
+    for (size_t i = 0; rt_json_member(rt_json_get(line, "passk"), i, &key, &k); i++) {
+        const struct rt_json *ci = rt_json_get(rt_json_get(line, "passk_ci"), key);
+        double lo, hi;
+        if (strcmp(key, "1") != 0 && rt_json_as_double(k, &x) && rt_json_as_double(rt_json_at(ci, 0), &lo) && rt_json_as_double(rt_json_at(ci, 1), &hi))
+            printf("  pass@%-13s %9.4f   95 %% [%.4f, %.4f] %%\n", key, 100 * x, 100 * lo, 100 * hi);
+    }
     if (get(line, "limit_share", &x) && get(line, "mean_tokens", &y))
         printf("  %-18s %9.4f %% of the samples; %.1f tokens a sample\n", "hit the limit", 100 * x, y);
 }
@@ -87,11 +91,13 @@ static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, s
     struct rt_buf rows = {0}, text = {0};
     int64_t memory;
     RT_TRY(rt_command_room(&v->common, d, &memory, err));
-    const struct rt_eval_run_options o = {
+    struct rt_eval_run_options o = {
         .data = data, .T = v->kd_temperature, .max_length = v->max_length, .micro_tokens = v->micro_tokens, .memory = memory, .log = ctx->log,
         .stop = ctx->stop, .stop_self = ctx->stop_self,
         .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,
-                     .seed = (uint64_t)v->common.seed, .memory = memory / 2, .exact = strcmp(v->verify, "exact") == 0}};
+                     .seed = (uint64_t)v->common.seed, .memory = d->be->own_memory ? memory : memory / 2,
+                     .exact = strcmp(v->verify, "exact") == 0}};
+    RT_TRY(rt_eval_parse_k(v->pass_k, &o.sampling, err));
     RT_TRY(rt_json_new_object(&line, err));
     RT_TRY(rt_eval_run(l, d, &o, line, &rows, err));
     if (v->record && step >= 0)
@@ -123,6 +129,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     const enum rt_op *train = rt_student_train_ops(&n_train), *decode = rt_student_decode_ops(&n_decode);
     memcpy(ops, train, (size_t)n_train * sizeof *ops);
     memcpy(ops + n_train, decode, (size_t)n_decode * sizeof *ops);
+    RT_TRY(rt_eval_parse_k(v->pass_k, &(struct rt_eval_sampling){.samples = v->samples}, err)); /* before anything is read */
     RT_TRY(rt_loaded_student_open(&l, &source, ctx->log, err));
     RT_TRY(rt_eval_run_step(v->student, &step, err));
     RT_TRY(rt_command_device(ctx, &v->common, ops, n_train + n_decode, &d, err));
@@ -138,9 +145,9 @@ const struct rt_command rt_cmd_eval = {
     .name = "eval",
     .synopsis = "--student DIR|RUN --data FILE|DIR [--data ...] [OPTIONS]",
     .summary = "measure a student: loss, KL to the teacher, agreement, pass@1 on prompts with answers",
-    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1.\n\n"
+    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1 and pass@k.\n\n"
             "    retort eval --student runs/soft --data shards_eval/ --kd-temperature 2\n"
-            "    retort eval --student runs/soft --data math500.jsonl --samples 4 --temperature 0.6",
+            "    retort eval --student runs/soft --data math500.jsonl --samples 64 --pass-k 1,8,64",
     .options = options,
     .values_size = sizeof(struct values),
     .run = run,

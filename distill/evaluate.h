@@ -52,20 +52,24 @@ enum rt_status rt_eval_losses(const struct rt_eval_room *room, struct rt_train_s
 enum rt_status rt_eval_losses_json(const struct rt_eval_losses *e, double T, struct rt_json *line, struct rt_err *err);
 
 /* ---- answers ---- */
+enum { RT_EVAL_MAX_K = 16 };
 struct rt_eval_sampling {
     int64_t samples, max_tokens;
+    int64_t k[RT_EVAL_MAX_K]; /* of pass@k, each at most samples */
+    int n_k;                  /* 0: k = 1, 2, 4, .. <= samples */
     double temperature, top_p;
     uint64_t seed;
-    int64_t memory;  /* host bytes for the decoder */
+    int64_t memory;  /* bytes for the decoder; on a device with memory of its own for the weights too, and no more than what is free */
     bool exact;      /* compare the text itself instead of what is boxed */
 };
 struct rt_eval_answers {
     int64_t problems, samples, limit, tokens; /* samples: all of them; limit: that hit max_tokens */
-    struct rt_ratio pass1;
-    double passk[16]; /* for k = 1, 2, 4, .. <= samples */
+    struct rt_ratio pass1, passk[RT_EVAL_MAX_K];
     int n_k;
-    int64_t k[16];
+    int64_t k[RT_EVAL_MAX_K];
 };
+/* "1,8,64" into o; NULL: none. USAGE unless they are whole numbers from 1 to o->samples, 16 at most. */
+enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err);
 /* Unbiased pass@k of c right answers among n: 1 - C(n-c, k) / C(n, k); k <= n. */
 double rt_pass_at(int64_t n, int64_t c, int64_t k);
 /* Generates for each prompt line of path that has an "answer", and checks. USAGE: no such line. */

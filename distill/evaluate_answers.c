@@ -1,5 +1,6 @@
 /* Answers: samples of each prompt that has one, verified; pass@1 and pass@k. */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "distill/evaluate.h"
@@ -17,7 +18,7 @@ struct answers {
     const struct rt_eval_sampling *o;
     struct rt_dataset *data;
     struct rt_buf problems, text; /* of struct problem */
-    int64_t n, samples_done;
+    int64_t n, samples_done, tokens;
     struct rt_progress progress;
 };
 
@@ -76,6 +77,7 @@ static enum rt_status check_sample(void *self, const struct rt_generated *g, str
     q->correct += v == RT_VERDICT_CORRECT;
     q->limit += g->finish == RT_FINISH_LENGTH;
     q->tokens += g->n;
+    a->tokens += g->n;
     rt_progress_update(&a->progress, ++a->samples_done, NULL);
 out:
     return st;
@@ -91,12 +93,30 @@ double rt_pass_at(int64_t n, int64_t c, int64_t k)
     return 1 - miss;
 }
 
+enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err)
+{
+    o->n_k = 0;
+    for (const char *p = text; p != NULL && *p != '\0';) {
+        char *end;
+        const long long k = strtoll(p, &end, 10);
+        if (end == p || (*end != '\0' && *end != ',') || k < 1 || k > o->samples)
+            return rt_fail(err, RT_USAGE, "--pass-k %s: expected numbers from 1 to %lld (--samples) with commas between them", text, (long long)o->samples);
+        if (o->n_k == RT_EVAL_MAX_K)
+            return rt_fail(err, RT_USAGE, "--pass-k %s: more than %d numbers", text, RT_EVAL_MAX_K);
+        o->k[o->n_k++] = k;
+        p = *end == ',' ? end + 1 : end;
+    }
+    return RT_OK;
+}
+
 static enum rt_status summarise(struct answers *a, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_json *line = NULL;
     out->problems = a->n;
-    for (int64_t k = 1; k <= a->o->samples && out->n_k < 16; k *= 2)
+    for (int i = 0; i < a->o->n_k; i++)
+        out->k[out->n_k++] = a->o->k[i];
+    for (int64_t k = 1; k <= a->o->samples && a->o->n_k == 0 && out->n_k < RT_EVAL_MAX_K; k *= 2)
         out->k[out->n_k++] = k;
     for (int64_t i = 0; i < a->n; i++) {
         const struct problem *q = problem_at(a, i);
@@ -105,7 +125,7 @@ static enum rt_status summarise(struct answers *a, struct rt_buf *rows, struct r
         out->tokens += q->tokens;
         rt_ratio_add(&out->pass1, (double)q->correct, (double)q->samples);
         for (int j = 0; j < out->n_k; j++)
-            out->passk[j] += rt_pass_at(q->samples, q->correct, out->k[j]) / (double)a->n;
+            rt_ratio_add(&out->passk[j], rt_pass_at(q->samples, q->correct, out->k[j]), 1);
         if (rows == NULL)
             continue;
         rt_json_free(line);
@@ -126,20 +146,37 @@ out:
     return st;
 }
 
-/* Tokens of the longest prompt; rewinds. */
-static enum rt_status longest_prompt(struct rt_dataset *data, int64_t *longest, struct rt_err *err)
+/* Tokens of the longest prompt, and how many have an answer; rewinds. */
+static enum rt_status measure_prompts(struct rt_dataset *data, int64_t *longest, int64_t *problems, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_prompt p;
     bool end;
-    *longest = 0;
+    *longest = *problems = 0;
     for (;;) {
         RT_TRY(rt_dataset_next_prompt(data, &p, &end, err));
         if (end)
             break;
         *longest = p.n > *longest ? p.n : *longest;
+        *problems += p.answer != NULL;
     }
     RT_TRY(rt_dataset_rewind(data, err));
+out:
+    return st;
+}
+
+/* What the decoder may take now. */
+static enum rt_status decoder_memory(const struct rt_loaded_student *l, const struct rt_eval_sampling *o, int64_t *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_dev_memory m;
+    *out = o->memory;
+    if (!l->d->be->own_memory)
+        goto out;
+    RT_TRY(l->d->be->memory(l->d->dev, &m, err));
+    *out -= (int64_t)l->weights.size;
+    if (*out > (int64_t)(m.free / 10 * 9)) /* a tenth for what operations take for themselves */
+        *out = (int64_t)(m.free / 10 * 9);
 out:
     return st;
 }
@@ -151,24 +188,29 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     struct answers a = {.l = l, .o = o};
     struct rt_generator g = {0};
     int32_t stop_ids[RT_GENERATE_MAX_STOP];
-    int64_t n_ids, longest;
+    int64_t n_ids, longest, problems, memory;
     *out = (struct rt_eval_answers){0};
     if (l->model.tok == NULL)
         RT_FAIL(err, UNSUPPORTED, "%s: answers need a tokenizer, the student has none; --tokenizer DIR names one", path);
     RT_TRY(rt_model_dir_n_ids(&l->model, l->c.vocab_size, &n_ids, err));
     const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl, .max_length = rt_student_max_length(l->s) - 1};
     RT_TRY(rt_dataset_open(path, &d, &a.data, err));
-    RT_TRY(longest_prompt(a.data, &longest, err));
+    RT_TRY(measure_prompts(a.data, &longest, &problems, err));
+    RT_TRY(decoder_memory(l, o, &memory, err));
     const int64_t most = rt_student_max_length(l->s);
-    const struct rt_generator_options go = {.memory = o->memory, .max_len = longest + o->max_tokens < most ? longest + o->max_tokens : most};
+    const struct rt_generator_options go = {.memory = memory, .max_len = longest + o->max_tokens < most ? longest + o->max_tokens : most,
+                                            .sequences = problems * o->samples};
     RT_TRY(rt_generator_student(l->s, &go, &g, err));
-    rt_progress_begin(&a.progress, log, "answering", "samples", 0);
+    rt_progress_begin(&a.progress, log, "answering", "samples", problems * o->samples);
+    const double start = rt_now();
     const struct rt_generate_options options = {
         .seed = o->seed, .sample = {o->temperature, 0, o->top_p}, .max_new = o->max_tokens, .n_ids = n_ids, .stop_ids = stop_ids,
         .n_stop = rt_generate_stop_ids(&l->model, l->c.eos, l->c.n_eos, stop_ids), .next = next_problem, .done = check_sample, .self = &a,
         .stop = stop, .stop_self = stop_self};
     RT_TRY(rt_generate(&g, &options, NULL, err));
     rt_progress_end(&a.progress);
+    rt_info(log, "%s: %ld samples with %ld tokens, %.0f tokens/s in %d slots", path, (long)a.samples_done, (long)a.tokens,
+            (double)a.tokens / (rt_now() - start + 1e-9), g.slots);
     if (a.n == 0)
         RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", path);
     RT_TRY(summarise(&a, rows, out, err));
@@ -187,7 +229,7 @@ out:
 enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struct rt_eval_sampling *o, struct rt_json *line, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_json *passk, *ci;
+    struct rt_json *passk, *passk_ci, *ci;
     double mean, lo, hi;
     char key[24];
     rt_ratio_result(&e->pass1, &mean, &lo, &hi);
@@ -201,9 +243,14 @@ enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struc
     RT_TRY(rt_json_set_double(ci, NULL, fmax(0, lo), err));
     RT_TRY(rt_json_set_double(ci, NULL, fmin(1, hi), err));
     RT_TRY(rt_json_set_object(line, "passk", &passk, err));
+    RT_TRY(rt_json_set_object(line, "passk_ci", &passk_ci, err));
     for (int i = 0; i < e->n_k; i++) {
         snprintf(key, sizeof key, "%ld", (long)e->k[i]);
-        RT_TRY(rt_json_set_double(passk, key, e->passk[i], err));
+        rt_ratio_result(&e->passk[i], &mean, &lo, &hi);
+        RT_TRY(rt_json_set_double(passk, key, mean, err));
+        RT_TRY(rt_json_set_array(passk_ci, key, &ci, err));
+        RT_TRY(rt_json_set_double(ci, NULL, fmax(0, lo), err));
+        RT_TRY(rt_json_set_double(ci, NULL, fmin(1, hi), err));
     }
     RT_TRY(rt_json_set_double(line, "limit_share", (double)e->limit / (double)e->samples, err));
     RT_TRY(rt_json_set_double(line, "mean_tokens", (double)e->tokens / (double)e->samples, err));

@@ -41,10 +41,10 @@
  *   "n_sequences", "n_tokens" (targets), "ce", "ce_ci": [lo, hi], "perplexity", "accuracy", "accuracy_ci"      null without completions
  *   "kl_rows", "kl", "kl_ci", "kd_temperature", "agreement", "agreement_ci", "teacher_mass", "student_mass"   null
  *                                     without teacher rows
- *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "limit_share"
+ *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "passk_ci": {"1": [lo, hi], ...}, "limit_share"
  *                                     (of the samples that hit max_tokens), "mean_tokens" (of a sample)         null without answers
  *   "per_sequence": "eval/FILE"|null, "seconds"
- *   Intervals: 95 %, normal approximation of the ratio estimator, clustered by sequence (losses) or problem (pass@1). pass@k is the
+ *   Intervals: 95 %, normal approximation of the ratio estimator, clustered by sequence (losses) or problem (pass@1, pass@k). pass@k is the
  *   unbiased 1 - C(n-c, k)/C(n, k), averaged over problems.
  *
  * RUN/eval/FILE: sums, so that any mean can be made of them
