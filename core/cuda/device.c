@@ -296,11 +296,20 @@ out:
 
 /* ---- transfers ---- */
 
+static bool is_pinned(const void *host)
+{
+    struct cudaPointerAttributes a;
+    if (cudaPointerGetAttributes(&a, host) == cudaSuccess)
+        return a.type == cudaMemoryTypeHost;
+    (void)cudaGetLastError();
+    return false;
+}
+
 /* Host memory that is not pinned is waited for by the call itself. */
 static enum rt_status copy(struct rt_queue *q, void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind, struct rt_err *err)
 {
     enum rt_status st;
-    if (kind != cudaMemcpyDeviceToDevice)
+    if (q->dev->nccl != NULL && kind != cudaMemcpyDeviceToDevice && !is_pinned(kind == cudaMemcpyHostToDevice ? src : dst))
         RT_TRY(rt_cuda_settle(q->dev, err));
     RT_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, kind, q->stream));
 out:
