@@ -118,12 +118,14 @@ static enum rt_status open_rank(struct rank *r, struct rt_err *err)
 {
     enum rt_status st;
     const struct shape *s = r->job->shape;
+    char note[256];
     const struct rt_comm_options o = {.rank = {r->rank, r->size, r->rank}, .host = "127.0.0.1", .port = r->port, .identity = "bench_cuda_scaling", .join_timeout = 60,
                                       .timeout = 60};
     if (r->size > 1)
         RT_TRY(rt_comm_open(&o, &r->comm, err));
     RT_TRY(rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){.index = r->rank, .comm = r->comm}, &r->d, err));
     r->d.be->set_scratch(r->d.dev, (uint64_t)7 << 30);
+    RT_TRY(r->d.be->tune(r->d.dev, NULL, note, sizeof note, err)); /* as `train` does */
     if (r->rank == 0)
         fprintf(stderr, "%d rank%s: %s\n", r->size, r->size > 1 ? "s" : "", r->d.be->describe(r->d.dev));
     RT_TRY(rt_student_config_parse(s->config, strlen(s->config), s->name, &r->c, err));

@@ -168,8 +168,6 @@ enum rt_status rt_optimizer_norm(const struct rt_optimizer *opt, double *norm, s
     const struct rt_student *s = opt->s;
     const struct rt_param_shard *shard = &opt->state.shard;
     double sum = 0;
-    if (shard->comm != NULL)
-        RT_TRY(rt_device_sync(s->d, err)); /* the sums of other ranks are waited for where that has an end */
     for (int b = 0; b < shard->n_buckets; b++) {
         const struct rt_param_part part = rt_param_part(shard, shard->rank, b);
         double one;

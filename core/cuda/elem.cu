@@ -1,5 +1,6 @@
 /* Elements without rows: axpy, sumsq. */
 #include "core/cuda/cuda.h"
+#include "core/cuda/nccl.h"
 #include "core/cuda/rows.cuh"
 
 namespace {
@@ -141,6 +142,7 @@ enum rt_status rt_cuda_sumsq(struct rt_dev *, struct rt_queue *q, const struct r
 {
     double *part = NULL, total = 0;
     enum rt_status st;
+    RT_TRY(rt_cuda_settle(q->dev, err));
     RT_TRY(rt_cuda_temp(q, (PARTS + 1) * sizeof *part, &part, err));
     sumsq_kernel<<<PARTS, THREADS, 0, q->stream>>>((const bf16 *)a->x, aligned16(a->x) ? a->n / VEC : 0, a->n, part);
     RT_TRY(rt_cuda_launched("sumsq", err));

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/cuda/nccl.h"
+
 enum { ROUNDS = 3, FINAL_ROUNDS = 8 };
 static const float near_best = 1.05f;  /* how far from the fastest a candidate may be after the first rounds */
 static const float in_a_row = 200e3f;  /* ns of work between two events, which take some 2000 by themselves */
@@ -161,6 +163,7 @@ enum rt_status rt_cuda_race(struct rt_queue *q, int n, bool (*run)(void *ctx, in
     struct race r = {.q = q, .run = run, .ctx = ctx, .n = n};
     enum rt_status st;
     *out = (struct rt_race_result){0};
+    RT_TRY(rt_cuda_settle(q->dev, err)); /* what is waited for below is this device's own work then */
     for (int i = 0; i <= n; i++)
         RT_CUDA_TRY(cudaEventCreate(&r.at[i]));
     RT_TRY(run_all(&r, warm_up, err));
