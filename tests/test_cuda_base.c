@@ -26,6 +26,43 @@ static void test_memory(void **state)
     cuda_pair_close(&p);
 }
 
+/* Host memory that copies reach: small blocks, and large ones with ends within a page; page by page theirs alone. */
+static void test_pinned(void **state)
+{
+    static const size_t sizes[] = {1, 5000, ((size_t)4 << 20) - 1, (size_t)4 << 20, ((size_t)44 << 20) + 12345};
+    enum { N = sizeof sizes / sizeof *sizes };
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    unsigned char *block[N];
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const struct rt_backend *be = p.gpu.be;
+    for (int i = 0; i < N; i++) {
+        assert_ok(be->host_alloc(p.gpu.dev, sizes[i], (void **)&block[i], &err));
+        assert_int_equal((uintptr_t)block[i] % 4096, 0);
+        memset(block[i], i + 1, sizes[i]);
+    }
+    for (int i = 0; i < N; i++) {
+        void *dev;
+        assert_ok(be->alloc(p.gpu.dev, sizes[i], &dev, &err));
+        assert_ok(be->upload(p.gpu.dev, p.gpu.q, dev, block[i], sizes[i], &err));
+        assert_ok(be->queue_sync(p.gpu.dev, p.gpu.q, &err));
+        memset(block[i], 0, sizes[i]);
+        assert_ok(be->download(p.gpu.dev, p.gpu.q, block[i], dev, sizes[i], &err));
+        assert_ok(be->queue_sync(p.gpu.dev, p.gpu.q, &err));
+        for (size_t j = 0; j < sizes[i]; j += j + 4096 < sizes[i] ? 4096 : 1)
+            assert_int_equal(block[i][j], i + 1);
+        be->free(p.gpu.dev, dev);
+    }
+    for (int i = 0; i < N; i++)
+        be->host_free(p.gpu.dev, block[i]);
+    be->host_free(p.gpu.dev, NULL);
+    void *none;
+    assert_status(be->host_alloc(p.gpu.dev, (size_t)1 << 46, &none, &err), NOMEM);
+    cuda_pair_close(&p);
+}
+
 static void test_convert(void **state)
 {
     enum { N = 100003 };
@@ -56,6 +93,7 @@ static void test_convert(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_memory),
+    cmocka_unit_test(test_pinned),
     cmocka_unit_test(test_convert),
 };
 RT_SUITE(cuda_base, tests)
