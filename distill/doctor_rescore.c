@@ -31,7 +31,9 @@ static const struct bound bounds[] = {
     /* roundings of 2^-9 at each of some dozen operations a layer, and experts chosen otherwise near ties */
     {"bfloat16 rounds every operation", 0.03, 0.1, 0.99},
 };
-/* w8a8: what rounding activations to FP8 does to this model on this text is computed here, too, as the distance between w8a8 and w8a16. Two sides that
+/* Where bfloat16 goes beyond its bound on a checkpoint of FP8, the logits are held to what FP8 activations would do to this model instead, as below: random
+ * weights choose their experts by a hair, and one chosen otherwise moves a row by a quarter of its spread.
+ * w8a8: what rounding activations to FP8 does to this model on this text is computed here, too, as the distance between w8a8 and w8a16. Two sides that
  * round from different last bits are two draws of it, up to twice as far apart (with some slack; errors grow by the root). A set of nonsense is at 1.4. */
 #define DRAWS_KL 2.5
 #define DRAWS_LOGITS 2
@@ -211,7 +213,7 @@ static void compare(const struct picked *p, const struct rt_row_identity *id, in
     f->rank = rank == (int64_t)p->rank[i];
 }
 
-/* Logits of the same row in w8a16 (plain) and w8a8, over the stored ids. */
+/* Logits of the same row in w8a16 and w8a8, over the stored ids. */
 static void compare_fp8(const struct picked *p, const struct rt_row_identity *id, int64_t i, const float *plain, const float *z, struct found *f)
 {
     const uint32_t *ids = p->top + i * p->k;
@@ -231,6 +233,27 @@ static void compare_fp8(const struct picked *p, const struct rt_row_identity *id
     for (int64_t j = 0; j < p->k; j++)
         off += ((double)z[ids[j]] - plain[ids[j]]) * ((double)z[ids[j]] - plain[ids[j]]) / (double)p->k;
     f->fp8_logits = sqrt(off) / (spread > 0 ? sqrt(spread) : 1);
+}
+
+static int ascending(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* What 95 % of rows stay within, of the member at `offset`; *worst: all. v [n] is scratch. */
+static double most_of(const struct found *f, int64_t n, size_t offset, double *v, double *worst)
+{
+    for (int64_t i = 0; i < n; i++)
+        v[i] = *(const double *)(const void *)((const char *)&f[i] + offset);
+    qsort(v, (size_t)n, sizeof *v, ascending);
+    *worst = v[n - 1];
+    return v[(n * 95 + 99) / 100 - 1];
+}
+
+static const struct bound *plain_bound(const struct rt_doctor *d)
+{
+    return &bounds[d->device.be->act != RT_F32 || strstr(rt_shard_set_identity(d->set)->mode, "/f32/") == NULL];
 }
 
 /* ---- all of them ---- */
@@ -299,45 +322,31 @@ out:
     return st;
 }
 
-static enum rt_status rescore(struct rt_doctor *d, struct picked *p, bool w8a8, struct found *f, struct rt_err *err)
+static enum rt_status rescore(struct rt_doctor *d, struct picked *p, bool w8a8, struct found *f, double *scratch, struct rt_err *err)
 {
     const struct rt_row_identity *id = rt_shard_set_identity(d->set);
     const int64_t V = d->tc.vocab_size;
-    float *z = NULL, *plain = NULL;
+    float *z = NULL, *other = NULL;
     enum rt_status st;
     RT_TRY(rt_alloc((size_t)(p->n * V), sizeof *z, "logits", &z, err));
     RT_TRY(compute(d, p, w8a8, z, err));
     for (int64_t i = 0; i < p->n; i++)
         compare(p, id, i, z + i * V, &f[i]);
-    if (!w8a8)
+    double worst;
+    const bool beyond = !w8a8 && d->tc.fp8 && plain_bound(d) == &bounds[1] && most_of(f, p->n, offsetof(struct found, logits), scratch, &worst) > bounds[1].logits;
+    if (!w8a8 && !beyond)
         goto out;
-    RT_TRY(rt_alloc((size_t)(p->n * V), sizeof *plain, "logits", &plain, err));
-    RT_TRY(compute(d, p, false, plain, err));
+    RT_TRY(rt_alloc((size_t)(p->n * V), sizeof *other, "logits", &other, err));
+    RT_TRY(compute(d, p, !w8a8, other, err));
     for (int64_t i = 0; i < p->n; i++)
-        compare_fp8(p, id, i, plain + i * V, z + i * V, &f[i]);
+        compare_fp8(p, id, i, other + i * V, z + i * V, &f[i]);
 out:
     rt_free(z);
-    rt_free(plain);
+    rt_free(other);
     return st;
 }
 
 /* ---- the findings ---- */
-
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-/* What 95 % of rows stay within, of the member at `offset`; *worst: all. v [n] is scratch. */
-static double most_of(const struct found *f, int64_t n, size_t offset, double *v, double *worst)
-{
-    for (int64_t i = 0; i < n; i++)
-        v[i] = *(const double *)(const void *)((const char *)&f[i] + offset);
-    qsort(v, (size_t)n, sizeof *v, ascending);
-    *worst = v[n - 1];
-    return v[(n * 95 + 99) / 100 - 1];
-}
 
 static double clamped(double v, double least, double most)
 {
@@ -348,11 +357,16 @@ static double clamped(double v, double least, double most)
 static struct bound bound_of(const struct rt_doctor *d, bool w8a8, const struct found *f, int64_t n, double *scratch, char text[160])
 {
     double kl = 0, worst;
-    if (!w8a8)
-        return bounds[d->device.be->act != RT_F32 || strstr(rt_shard_set_identity(d->set)->mode, "/f32/") == NULL];
+    const struct bound *plain = plain_bound(d);
     for (int64_t i = 0; i < n; i++)
         kl += f[i].fp8_kl / (double)n;
     const double logits = most_of(f, n, offsetof(struct found, fp8_logits), scratch, &worst);
+    if (!w8a8 && logits <= plain->logits)
+        return *plain;
+    if (!w8a8) {
+        snprintf(text, 160, "bfloat16 rounds every operation; FP8 activations would move this model by %.2e here, its logits by %.2e", kl, logits);
+        return (struct bound){text, plain->kl, clamped(logits, plain->logits, fp8_most.logits), plain->first};
+    }
     snprintf(text, 160, "activations in FP8, which move this model from w8a16 by %.2e here, its logits by %.2e", kl, logits);
     return (struct bound){text, clamped(DRAWS_KL * kl, fp8_least.kl, fp8_most.kl), clamped(DRAWS_LOGITS * logits, fp8_least.logits, fp8_most.logits), fp8_least.first};
 }
@@ -427,7 +441,7 @@ enum rt_status rt_doctor_rescore(struct rt_doctor *d, struct rt_err *err)
     if (st == RT_OK)
         st = rt_alloc((size_t)p.n, sizeof *scratch, "rows", &scratch, &bad);
     if (st == RT_OK)
-        st = rescore(d, &p, w8a8, f, &bad);
+        st = rescore(d, &p, w8a8, f, scratch, &bad);
     if (st != RT_OK) {
         st = rt_check_add(&d->checks, err, RT_CHECK_FAIL, "shards.rescored", "%s", bad.msg);
     } else {

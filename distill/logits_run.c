@@ -321,20 +321,22 @@ static enum rt_status run_round(struct rt_logits_job *j, int n, struct rt_err *e
     return st != RT_OK ? st : worst;
 }
 
+/* The rate is that of the time in which passes read: with enough memory only the first does. */
 static void tell_reading(const struct rt_logits_job *j)
 {
     char a[32], b[32], raw[64] = "";
     uint64_t bytes = 0, one;
-    double waited = 0, seconds;
+    double waited = 0, reading = 0, seconds, wait;
     for (int i = 0; i < j->lanes; i++) {
-        rt_score_reading(j->lane[i].teacher, &one, &seconds);
+        rt_score_reading(j->lane[i].teacher, &one, &seconds, &wait);
         bytes += one;
-        waited += seconds / j->lanes;
+        waited += wait / j->lanes;
+        reading = seconds > reading ? seconds : reading; /* side by side */
     }
-    const double elapsed = rt_now() - j->progress.t_start, rate = elapsed > 0 ? (double)bytes / elapsed : 0;
+    const double elapsed = rt_now() - j->progress.t_start, rate = reading > 0 ? (double)bytes / reading : 0;
     if (j->plan.rates.read > 0 && waited > 0.1 * elapsed) /* reading binds */
-        snprintf(raw, sizeof raw, ", %.0f%% of what reading alone gave", 100 * rate / j->plan.rates.read);
-    rt_info(j->ctx->log, "weights: %s read, %s/s over the whole time%s; %.1f%% of the time was spent waiting for them", rt_human_bytes(a, bytes),
+        snprintf(raw, sizeof raw, " (reading alone: %s/s before the run)", rt_human_bytes(b, (uint64_t)j->plan.rates.read));
+    rt_info(j->ctx->log, "weights: %s read at %s/s%s; %.1f%% of the time was spent waiting for them", rt_human_bytes(a, bytes),
             rt_human_bytes(b, (uint64_t)rate), raw, elapsed > 0 ? 100 * waited / elapsed : 0.0);
 }
 

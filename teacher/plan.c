@@ -202,11 +202,11 @@ static enum rt_status plan_gpu(const struct rt_teacher_options *o, const struct 
     p->gpu_resident = p->gpu_weight_budget >= model;
     p->gpu_ring = ring_wanted(o, c, z, p->gpu_weight_budget);
     p->window_bytes = (uint64_t)(p->window * o->token_bytes);
-    const uint64_t host = p->window_bytes + RT_TEACHER_FIXED_BYTES + z->staging;
+    const uint64_t host = p->window_bytes + RT_TEACHER_DRIVER_BYTES + z->staging;
     if (host > memory)
         RT_FAIL(err, NOMEM, "%s: outputs of a window of %ld tokens and staging for its weights need %s of host memory, --memory gives %s", o->dir,
                 (long)p->window, rt_human_bytes(need, host), rt_human_bytes(have, memory));
-    p->weight_budget = memory - p->window_bytes - RT_TEACHER_FIXED_BYTES;
+    p->weight_budget = memory - p->window_bytes - RT_TEACHER_DRIVER_BYTES;
     p->resident = p->gpu_resident || (p->weight_budget - z->staging) * (uint64_t)(o->devices > 1 ? o->devices : 1) >= z->model_room;
 out:
     return st;

@@ -45,9 +45,10 @@ uint64_t rt_score_keep_bytes(const struct rt_score_options *o, const struct rt_t
     return (uint64_t)n * a_token + (uint64_t)c->layers * (uint64_t)c->experts * 2 * sizeof(int64_t) + ((uint64_t)1 << 20);
 }
 
-void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *waited)
+void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *seconds, double *waited)
 {
     *bytes = rt_weights_bytes_read(t->w);
+    *seconds = rt_weights_read_seconds(t->w);
     *waited = rt_weights_waited(t->w);
 }
 
@@ -375,6 +376,8 @@ static enum rt_status finish_window(struct rt_teacher *t, const struct rt_score_
     RT_TRY(rt_weights_release(t->w, p, err));
     rt_weights_end(t->w);
 out:
+    if (st == RT_NOMEM || st == RT_DEVICE)
+        rt_err_context(err, "head");
     return st;
 }
 

@@ -70,8 +70,9 @@ enum rt_status rt_scored_put(struct rt_scored *w, int64_t skip, struct rt_row_si
 enum rt_status rt_scored_stop(struct rt_scored *w, struct rt_err *err);
 void rt_scored_free(struct rt_scored *w); /* NULL is fine */
 
-/* What passes have read of the checkpoint so far, and the seconds for which there was nothing to do but to wait for that. */
-void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *waited);
+/* What passes have read of the checkpoint so far, in how many seconds (rt_weights_read_seconds), and those for which there was nothing to do but to wait
+ * for that. */
+void rt_score_reading(const struct rt_teacher *t, uint64_t *bytes, double *seconds, double *waited);
 
 /* Layers behind the state that dir holds, by its header alone; 0: none. */
 int rt_score_saved_layer(const char *dir);

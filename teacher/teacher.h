@@ -22,7 +22,8 @@
  * scratch and OpenBLAS's buffer. */
 #define RT_TEACHER_PROCESS_BYTES ((uint64_t)48 << 20)
 #define RT_TEACHER_THREAD_BYTES ((uint64_t)8 << 20)
-#define RT_TEACHER_FIXED_BYTES (RT_TEACHER_PROCESS_BYTES + 2 * RT_TEACHER_THREAD_BYTES) /* with two threads, and for devices with memory of their own */
+#define RT_TEACHER_FIXED_BYTES (RT_TEACHER_PROCESS_BYTES + 2 * RT_TEACHER_THREAD_BYTES) /* with two threads */
+#define RT_TEACHER_DRIVER_BYTES ((uint64_t)256 << 20) /* of a device with memory of its own: the process and what the driver and libraries hold in it */
 enum { RT_TEACHER_EMBED_IDS = 1 << 16 }; /* ids that go up at a time where the embedding table is on the device */
 
 struct rt_teacher_options {

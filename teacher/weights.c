@@ -405,6 +405,11 @@ uint64_t rt_weights_group_limit(const struct rt_weights *w)
     return ring > two ? (ring / 2 < ring - two ? ring / 2 : ring - two) : 0;
 }
 
+double rt_weights_read_seconds(const struct rt_weights *w)
+{
+    return w->stream.read_seconds;
+}
+
 double rt_weights_waited(const struct rt_weights *w)
 {
     return w->waited;

@@ -81,6 +81,8 @@ uint64_t rt_weights_model_room(const struct rt_weights *w); /* in host memory be
 uint64_t rt_weights_largest_part(const struct rt_weights *w);
 uint64_t rt_weights_largest_expert(const struct rt_weights *w); /* 0: there are none */
 uint64_t rt_weights_bytes_read(const struct rt_weights *w);
+/* Seconds of ended passes from their beginning to their last bytes out of a file. */
+double rt_weights_read_seconds(const struct rt_weights *w);
 /* Seconds for which the device had nothing to do but to wait for weights. */
 double rt_weights_waited(const struct rt_weights *w);
 

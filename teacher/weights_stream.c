@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "core/io.h"
+#include "core/log.h"
 #include "core/mem.h"
 
 /* A thread's copies under way: each slot has at most one, so that the queue never fills up under the lock. */
@@ -182,8 +183,10 @@ static enum rt_status arrived(struct rt_stream *s, const struct chunk *c, struct
         slot->busy = true;
     }
     it->left -= c->c.bytes;
-    if (!s->own || slot->ref.read)
+    if (!s->own || slot->ref.read) {
         s->read_bytes += c->c.bytes;
+        s->last_read = rt_now();
+    }
     if (it->left > 0)
         goto out;
     if (s->own) {
@@ -288,6 +291,7 @@ enum rt_status rt_stream_begin(struct rt_stream *s, struct rt_item *item, int64_
     s->released = s->reading = s->fenced = 0;
     s->head = s->tail = 0;
     s->cancel = false;
+    s->begun = s->last_read = rt_now();
     rt_err_clear(&s->err);
     for (int64_t i = 0; i < n; i++)
         any |= item[i].state == RT_ITEM_WAITING;
@@ -382,6 +386,7 @@ void rt_stream_end(struct rt_stream *s, double *stalled)
             put_event(s, &it->stall1);
         }
     }
+    s->read_seconds += s->last_read - s->begun;
     s->item = NULL;
     s->n_items = 0;
 }

@@ -46,6 +46,7 @@ struct rt_stream {
     struct rt_event **spare;       /* events to use again */
     int64_t n_spare, spare_cap;
     uint64_t read_bytes;
+    double begun, last_read, read_seconds; /* when the pass began, when it last had bytes of a file; seconds of passes that read, as far as they read */
     pthread_t thread[RT_WEIGHTS_MAX_THREADS];
     int running;
     pthread_mutex_t lock;

@@ -165,7 +165,12 @@ static void wrong_rows_fail(void **state)
     expect(&d, "shards.rescored.kl", RT_CHECK_FAIL, "not this teacher's");
     expect(&d, "shards.rescored.first", RT_CHECK_FAIL, "first choice");
     close_doctor(&d);
-    d = (struct rt_doctor){.shards = rewrite(right, "shifted-bf16", "w8a8/bf16/cuda", 0, 1)};
+    d = (struct rt_doctor){.shards = rewrite(right, "shifted-bf16", "w8a16/bf16/cuda", 0, 1)};
+    doctor(&d, "cpu");
+    expect(&d, "shards.rescored.kl", RT_CHECK_FAIL, "FP8 activations would move this model");
+    expect(&d, "shards.rescored.logits", RT_CHECK_FAIL, "");
+    close_doctor(&d);
+    d = (struct rt_doctor){.shards = rewrite(right, "shifted-fp8", "w8a8/bf16/cuda", 0, 1)};
     doctor(&d, "cpu"); /* the widest bounds see it, too */
     expect(&d, "shards.rescored.kl", RT_CHECK_FAIL, "not this teacher's");
     expect(&d, "shards.rescored.logits", RT_CHECK_FAIL, "");

@@ -29,7 +29,7 @@ static void same_bytes_from_a_far_device(void **state)
         assert_ok(rt_teacher_plan_sizes(&o, &z, &p, &err));
         const uint64_t states = p.gpu_bytes - p.gpu_weight_budget;
         far_memory(runs[i].gpu > 0 ? runs[i].gpu : states + 2 * z.largest_part);
-        o.memory = runs[i].host > 0 ? runs[i].host : (int64_t)(p.window_bytes + RT_TEACHER_FIXED_BYTES + z.staging);
+        o.memory = runs[i].host > 0 ? runs[i].host : (int64_t)(p.window_bytes + RT_TEACHER_DRIVER_BYTES + z.staging);
         assert_ok(rt_teacher_open(&o, &s.t, &err));
         assert_int_equal(rt_teacher_plan(s.t)->gpu_resident, runs[i].gpu_resident);
         assert_int_equal(rt_teacher_plan(s.t)->resident, runs[i].resident);
