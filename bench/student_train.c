@@ -283,7 +283,10 @@ static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err
     struct rt_train_run *r = &b->r;
     struct rt_step_result s;
     const double weight = 1;
+    char note[512] = "";
     *m = (struct measured){0};
+    if (r->device.be->tune != NULL) /* as `train` does, but that nothing is kept */
+        RT_TRY(r->device.be->tune(r->device.dev, NULL, note, sizeof note, err));
     RT_TRY(make_student(&r->student, &r->device, rt_train_longest(r), err));
     RT_TRY(rt_trainer_open(&r->trainer, r->student.s, &b->set, &weight, 1, &r->o, err));
     RT_TRY(one_step(b, &s, err));
