@@ -423,6 +423,22 @@ static void choose_micro(struct rt_train_run *r, int64_t n, bool fixed, size_t o
     plan_micro(r, operations);
 }
 
+/* Micro-batches, level and the room of operations, which an earlier part of the run may have fixed. A large model on a small card: less room for operations,
+ * down to OPERATIONS_LEAST, costs less than computing layers again, and more than that only where nothing else fits. *operations: the most of them. */
+static void choose_cuts(struct rt_train_run *r, int64_t n, bool fixed, bool was, size_t *operations, size_t limit)
+{
+    const bool shrinks = r->device.be->own_memory && !was;
+    const size_t most = *operations;
+    for (int level = 2; level <= 3; level++)
+        for (*operations = most;; *operations -= OPERATIONS_STEP) {
+            choose_micro(r, n, fixed, *operations, limit);
+            if (need(r) <= limit && r->o.recompute <= level)
+                return;
+            if (!shrinks || *operations < (size_t)OPERATIONS_LEAST + OPERATIONS_STEP)
+                break;
+        }
+}
+
 /* Options that take less, where they are not given yet. */
 static const char *cheaper(const struct rt_train_run *r)
 {
@@ -449,11 +465,7 @@ static enum rt_status plan_memory(struct rt_train_run *r, struct rt_err *err)
     if (n == 0)
         n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
     operations = was > 0 && be->own_memory ? (size_t)was : operations;
-    choose_micro(r, n, fixed, operations, (size_t)limit);
-    while (need(r) > (size_t)limit && was == 0 && operations > OPERATIONS_LEAST) { /* a large model on a small card */
-        operations -= OPERATIONS_STEP;
-        choose_micro(r, n, fixed, operations, (size_t)limit);
-    }
+    choose_cuts(r, n, fixed, was > 0, &operations, (size_t)limit);
     if (be->own_memory)
         be->set_scratch(r->device.dev, operations);
     if (need(r) > (size_t)limit)
