@@ -292,7 +292,7 @@ static void hopper(bool back)
     }
     const struct layout l[] = {student(4, 2, 64), student(4, 2, 128), student(2, 2, 64), student(3, 1, 96), student(4, 1, 16), teacher(4, 32, 16, 32),
                                teacher(2, 64, 32, 128), student(7, 1, 64), student(6, 1, 128), student(2, 2, 128), teacher(3, 128, 64, 128)};
-    const int32_t longer[] = {0, 650, 651, 1010}, even[] = {0, 256, 512, 768};
+    const int32_t longer[] = {0, 400, 401, 660}, even[] = {0, 256, 512, 768};
     const enum rt_cuda_attn_path path = back ? RT_CUDA_ATTN_OWN : RT_CUDA_ATTN_HOPPER;
     for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
         if (back && l[i].dqk > 128)
