@@ -89,19 +89,13 @@ out:
     return st;
 }
 
-/* What AUTO tries, in this order. On an H100 cuDNN's forward is ahead where all sequences have one length and heads up to 128 elements; elsewhere, and
- * backward, the kernels for compute capability 9.0 are, or as fast without a plan for each shape. */
-static int order_of(enum rt_cuda_attn_path path, const struct rt_attn_shape *s, bool backward, enum rt_cuda_attn_path order[3])
+/* What AUTO tries, in this order: the kernels for compute capability 9.0 were ahead of cuDNN 9 on an H200 at every shape of bench_cuda_attn. */
+static int order_of(enum rt_cuda_attn_path path, enum rt_cuda_attn_path order[3])
 {
-    const bool library = !backward && s->dqk <= 128 && rt_cuda_dnn_even(s);
-    if (path != RT_CUDA_ATTN_AUTO) {
-        order[0] = path;
-        return 1;
-    }
-    order[0] = library ? RT_CUDA_ATTN_CUDNN : RT_CUDA_ATTN_HOPPER;
-    order[1] = library ? RT_CUDA_ATTN_HOPPER : RT_CUDA_ATTN_CUDNN;
+    order[0] = path != RT_CUDA_ATTN_AUTO ? path : RT_CUDA_ATTN_HOPPER;
+    order[1] = RT_CUDA_ATTN_CUDNN;
     order[2] = RT_CUDA_ATTN_OWN;
-    return 3;
+    return path != RT_CUDA_ATTN_AUTO ? 1 : 3;
 }
 
 enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
@@ -116,7 +110,7 @@ enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
         goto out;
-    const int n = order_of(path, &b.s, false, order);
+    const int n = order_of(path, order);
     for (int i = 0; i < n && !done; i++)
         switch (order[i]) {
         case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_fwd_hopper(q, &b, &done, err)); break;
@@ -144,7 +138,7 @@ enum rt_status rt_cuda_attn_bwd_by(enum rt_cuda_attn_path path, struct rt_dev *d
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
         goto out;
-    const int n = order_of(path, &b.s, true, order);
+    const int n = order_of(path, order);
     for (int i = 0; i < n && !done; i++)
         switch (order[i]) {
         case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_bwd_hopper(q, &b, &done, err)); break;

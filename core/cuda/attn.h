@@ -3,7 +3,7 @@
  *
  *   own     kernels of this backend (attn_fwd.cu, attn_bwd.cu): shapes up to 256 elements a head, any strides; the base.
  *   hopper  those for compute capability 9.0 (attn_fwd_sm90.cu, attn_bwd_sm90.cu): up to 192/128 elements a head forward, 128 backward; aligned rows.
- *   cudnn   graphs of cuDNN (dnn.h): faster where it has the shape.
+ *   cudnn   graphs of cuDNN (dnn.h): for GPUs and shapes that the former leave.
  */
 #ifndef RT_CORE_CUDA_ATTN_H
 #define RT_CORE_CUDA_ATTN_H

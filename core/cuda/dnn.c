@@ -3,7 +3,24 @@
 
 #include <stdio.h>
 
-enum { SAME_LENGTH_STEP = 256 }; /* sequences of one length that is a multiple of this get a plan of their own, without padding */
+#if __has_include(<cudnn.h>)
+
+#include <dlfcn.h>
+#include <math.h>
+#include <pthread.h>
+#include <string.h>
+
+#include "core/cuda/attn.h"
+#include "core/cuda/dnn_attn.h"
+#include "core/mem.h"
+
+enum {
+    PLANS = 64,
+    OLDEST = 91100, /* 9.11: what masks hold, and errors of 9.10 */
+    LENGTH_STEP = 128,
+    SAME_LENGTH_STEP = 256, /* sequences of one length that is a multiple of this get a plan of their own, without padding */
+};
+static const double worth = 4e9; /* floating-point operations of a call below which launching is what counts */
 
 /* Sequences that have rows: their number, the greatest length, whether all have it; floating-point operations of the forward. */
 struct lengths {
@@ -25,30 +42,6 @@ static struct lengths lengths_of(const struct rt_attn_shape *s)
     }
     return l;
 }
-
-bool rt_cuda_dnn_even(const struct rt_attn_shape *s)
-{
-    const struct lengths l = lengths_of(s);
-    return l.same && l.most % SAME_LENGTH_STEP == 0;
-}
-
-#if __has_include(<cudnn.h>)
-
-#include <dlfcn.h>
-#include <math.h>
-#include <pthread.h>
-#include <string.h>
-
-#include "core/cuda/attn.h"
-#include "core/cuda/dnn_attn.h"
-#include "core/mem.h"
-
-enum {
-    PLANS = 64,
-    OLDEST = 91100, /* 9.11: what masks hold, and errors of 9.10 */
-    LENGTH_STEP = 128,
-};
-static const double worth = 4e9; /* floating-point operations of a call below which launching is what counts */
 
 /* A kept plan, or why there is none. */
 struct entry {

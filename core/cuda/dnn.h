@@ -12,8 +12,6 @@
 extern "C" {
 #endif
 
-/* Have all sequences (but empty ones) one length, such that a plan for it needs no padding? */
-bool rt_cuda_dnn_even(const struct rt_attn_shape *s);
 /* Arguments with all strides given, n > 0. *done says whether the call was enqueued. Not done is no error, unless `must`: then UNSUPPORTED
  * with the reason. Without `must`, calls too small to gain are left alone too. */
 enum rt_status rt_cuda_dnn_attn_fwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a, bool must, bool *done,
