@@ -1,7 +1,7 @@
 /* Cross entropy and KL of rows of logits, a cluster of blocks a row.
  *
- * Each block of the cluster holds a part of the row in shared memory, brought by one bulk copy; a cluster takes row after row, and the next one is on its way
- * while this one is worked on. Two blocks lie on a multiprocessor, so that one stores while the other computes. The ids of K are taken out (-inf in their place) before the part is summed, as in loss.cu; the parts' sums
+ * Each block of the cluster holds a part of the row in shared memory, brought by one bulk copy; several blocks lie on a multiprocessor, so that some
+ * of them load or store while others compute. The ids of K are taken out (-inf in their place) before the part is summed, as in loss.cu; the parts' sums
  * are joined in the order of the blocks by every block for itself. Then the gradient is made from shared memory and written.
  *
  * One exponential an element and walk where T is 1 or 2: with u = 2^(z/T log2e - off_at),
@@ -19,8 +19,8 @@ namespace {
 using namespace loss_row;
 typedef __nv_bfloat16 bf16;
 
-/* BLOCKS to a multiprocessor of 227 KB, each with two parts. */
-enum { THREADS = 512, MOST_BLOCKS = 8, PART_BYTES = 54 << 10, BLOCKS = 2 };
+/* BLOCKS to a multiprocessor, of 227 KB. */
+enum { THREADS = 256, MOST_BLOCKS = 8, PART_BYTES = 54 << 10, BLOCKS = 4 };
 enum temperature { T_ANY, T_ONE, T_TWO };
 
 /* Sums of a block, or of a row. */
@@ -39,7 +39,7 @@ struct walk {
 struct block_shared {
     struct sums warp[THREADS / 32], part;
     struct walk w;
-    uint64_t full[2];
+    uint64_t full;
 };
 
 /* The part of the row that this block holds, as bits of Z: elements first .. first + count - 1, count a multiple of 8. */
@@ -241,57 +241,52 @@ __device__ void join_cluster(const struct rt_head_loss_args &a, int64_t i, int32
 }
 #endif
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-/* One thread: the part of a row of the tile on its way to `cell`. */
-template <class Z> __device__ void bring(const struct rt_cuda_logits &t, int64_t tile_row, const struct part<Z> &p, uint4 *cell, uint32_t full)
+template <class Z, enum temperature T>
+__global__ void __launch_bounds__(THREADS, BLOCKS) loss_cluster_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t, int in_part)
 {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900 /* else an empty kernel, which nothing starts */
+    extern __shared__ uint4 cells[]; /* [in_part / 8], then float [k] */
+    __shared__ struct block_shared sh;
+    const int rank = (int)hopper::cluster_rank(), width = (int)(a.V + 7) / 8 * 8;
+    const int64_t tile_row = blockIdx.x / cooperative_groups::this_cluster().num_blocks(), i = t.row0 + tile_row;
+    struct part<Z> p = {cells, rank * in_part, 0};
+    p.count = min(in_part, max(width - p.first, 0));
+    float *zk = (float *)(void *)(cells + in_part / 8);
     const Z *z = (const Z *)t.z + tile_row * t.ldz;
-    hopper::barrier_expect(full, p.count * (int)sizeof(Z));
-    if (p.count > 0)
-        hopper::load_bytes(hopper::smem(cell), z + p.first, p.count * (int)sizeof(Z), full);
-}
-
-/* This block's part of the sums of row i, its ids of K taken out; waits for the part. */
-template <class Z, enum temperature T>
-__device__ void sum_part(const struct rt_head_loss_args &a, int64_t i, int32_t label, bool has_kl, const struct part<Z> &p, float *zk, float scale,
-                         uint32_t full, uint32_t parity, struct sums *s)
-{
-    const int tail = p.first + p.count - 8 + (int)threadIdx.x; /* of the last eight */
-    struct entry first = {-1, 0, 0};
-    if (has_kl) /* while the part arrives */
-        first = entry_of(a, i, (int)threadIdx.x, p);
-    hopper::barrier_wait(full, parity);
-    s->z_label = label >= 0 && p.has(label) ? element(p.at(label)) : 0;
-    if (has_kl)
-        take_k(a, i, first, p, zk, scale, &s->on);
-    if (p.count > 0 && threadIdx.x < 8 && tail >= a.V) /* behind the row's end */
-        set_element(p.at(tail), -CUDART_INF_F);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* a later row is copied over what was stored here */
-    __syncthreads();
-    for (int at = (int)threadIdx.x; at < p.count / 8; at += THREADS) {
-        float x[8];
-        widen<Z>(p.cell[at], x);
-        add8_of<T>(&s->off, x, p.first + at * 8, scale);
+    const uint32_t full = hopper::smem(&sh.full);
+    if (threadIdx.x == 0) {
+        hopper::barrier_init(full, 1);
+        hopper::barrier_init_fence();
+        hopper::barrier_expect(full, p.count * (int)sizeof(Z));
+        if (p.count > 0)
+            hopper::load_bytes(hopper::smem(cells), z + p.first, p.count * (int)sizeof(Z), full);
     }
-}
-
-/* Row i, which is row tile_row of the tile: losses, and this block's part of the gradient. Every block of the cluster calls it for the same rows. */
-template <class Z, enum temperature T>
-__device__ void one_row(const struct rt_head_loss_args &a, const struct rt_cuda_logits &t, int64_t tile_row, const struct part<Z> &p, float *zk, uint32_t full,
-                        uint32_t parity, struct block_shared *sh)
-{
-    const int64_t i = t.row0 + tile_row;
     const int32_t label = a.label[i];
     const bool has_kl = a.k > 0 && a.kl_mask != NULL && a.kl_mask[i] != 0;
     const float scale = (float)(1.4426950408889634 / a.T);
     struct sums s = {empty(), {empty(), 0, 0}, 0};
-    sum_part<Z, T>(a, i, label, has_kl, p, zk, scale, full, parity, &s);
-    const float z_label = s.z_label;
-    join_block(&s, has_kl, scale, sh);
-    join_cluster<T>(a, i, label, has_kl, scale, sh);
+    struct entry first = {-1, 0, 0};
+    if (has_kl) /* while the part arrives */
+        first = entry_of(a, i, (int)threadIdx.x, p);
+    __syncthreads(); /* the barrier is there */
+    hopper::barrier_wait(full, 0);
+    const float z_label = label >= 0 && p.has(label) ? element(p.at(label)) : 0;
+    if (has_kl)
+        take_k(a, i, first, p, zk, scale, &s.on);
+    if (p.first + p.count > a.V && threadIdx.x < 8 && p.first + p.count - 8 + (int)threadIdx.x >= a.V) /* behind the row's end */
+        set_element(p.at(p.first + p.count - 8 + (int)threadIdx.x), -CUDART_INF_F);
+    __syncthreads();
+    for (int at = (int)threadIdx.x; at < p.count / 8; at += THREADS) {
+        float x[8];
+        widen<Z>(p.cell[at], x);
+        add8_of<T>(&s.off, x, p.first + at * 8, scale);
+    }
+    s.z_label = z_label;
+    join_block(&s, has_kl, scale, &sh);
+    join_cluster<T>(a, i, label, has_kl, scale, &sh);
     __syncthreads();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); /* this block has read the others' parts */
-    const struct walk w = sh->w;
+    const struct walk w = sh.w;
     bf16 *dz = (bf16 *)t.dz + tile_row * t.ldz;
     const bool none = T == T_ANY ? w.c.off == 0 && w.c.ce == 0 : w.a == 0 && w.b == 0;
     for (int at = (int)threadIdx.x; at < p.count / 8; at += THREADS) {
@@ -304,38 +299,8 @@ __device__ void one_row(const struct rt_head_loss_args &a, const struct rt_cuda_
         }
         vec8::store<8>(dz + p.first + at * 8, x);
     }
-    fix_part(a, i, label, z_label, has_kl, p, zk, w.c, scale, dz); /* begins with a barrier: the part may be overwritten then */
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); /* nobody reads this block's sums any more */
-}
-#endif
-
-template <class Z, enum temperature T>
-__global__ void __launch_bounds__(THREADS, BLOCKS) loss_cluster_kernel(const struct rt_head_loss_args a, const struct rt_cuda_logits t, int in_part)
-{
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900 /* else an empty kernel, which nothing starts */
-    extern __shared__ uint4 cells[]; /* [2][in_part / 8], then float [k] */
-    __shared__ struct block_shared sh;
-    const int blocks = (int)cooperative_groups::this_cluster().num_blocks(), width = (int)(a.V + 7) / 8 * 8;
-    const int64_t clusters = gridDim.x / blocks;
-    float *zk = (float *)(void *)(cells + in_part / 8 * 2);
-    struct part<Z> p = {cells, (int)hopper::cluster_rank() * in_part, 0};
-    int64_t row = blockIdx.x / blocks;
-    p.count = min(in_part, max(width - p.first, 0));
-    if (threadIdx.x == 0) {
-        hopper::barrier_init(hopper::smem(&sh.full[0]), 1);
-        hopper::barrier_init(hopper::smem(&sh.full[1]), 1);
-        hopper::barrier_init_fence();
-        if (row < t.rows)
-            bring(t, row, p, cells, hopper::smem(&sh.full[0]));
-    }
-    __syncthreads();
-    for (uint32_t turn = 0; row < t.rows; row += clusters, turn++) {
-        const uint32_t now = turn & 1;
-        if (threadIdx.x == 0 && row + clusters < t.rows)
-            bring(t, row + clusters, p, cells + in_part / 8 * (now ^ 1), hopper::smem(&sh.full[now ^ 1]));
-        p.cell = cells + in_part / 8 * now;
-        one_row<Z, T>(a, t, row, p, zk, hopper::smem(&sh.full[now]), turn >> 1 & 1, &sh);
-    }
+    fix_part(a, i, label, z_label, has_kl, p, zk, w.c, scale, dz);
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); /* nobody reads this block's part any more */
 #endif
 }
 
@@ -351,7 +316,7 @@ struct shape shape_of(const struct rt_head_loss_args *a)
     int64_t blocks = (width * 2 + PART_BYTES - 1) / PART_BYTES;
     blocks = blocks > MOST_BLOCKS ? MOST_BLOCKS : blocks;
     const int64_t in_part = ((width + blocks - 1) / blocks + 7) / 8 * 8;
-    const struct shape s = {(unsigned)blocks, (int)in_part, (size_t)in_part * 4 + (size_t)(a->k > 0 ? a->k : 0) * sizeof(float)};
+    const struct shape s = {(unsigned)blocks, (int)in_part, (size_t)in_part * 2 + (size_t)(a->k > 0 ? a->k : 0) * sizeof(float)};
     return s;
 }
 
@@ -362,19 +327,16 @@ enum rt_status launch(struct rt_queue *q, const struct rt_head_loss_args *a, con
     const struct shape s = shape_of(a);
     cudaLaunchAttribute cluster = {};
     cudaLaunchConfig_t c = {};
-    int clusters = 0; /* that the device holds at once */
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = s.blocks;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    c.gridDim = dim3(s.blocks);
+    c.gridDim = dim3((unsigned)t->rows * s.blocks);
     c.blockDim = dim3(THREADS);
     c.dynamicSmemBytes = s.shared;
     c.stream = q->stream;
     c.attrs = &cluster;
     c.numAttrs = 1;
     RT_CUDA_TRY(cudaFuncSetAttribute((const void *)loss_cluster_kernel<Z, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)s.shared));
-    RT_CUDA_TRY(cudaOccupancyMaxActiveClusters(&clusters, loss_cluster_kernel<Z, T>, &c));
-    c.gridDim = dim3((unsigned)vec8::smaller(clusters > 0 ? clusters : 1, t->rows) * s.blocks);
     RT_CUDA_TRY(cudaLaunchKernelEx(&c, loss_cluster_kernel<Z, T>, *a, *t, s.in_part));
 out:
     return st;
@@ -392,7 +354,7 @@ template <class Z> enum rt_status launch_for(struct rt_queue *q, const struct rt
 bool rt_cuda_loss_cluster_fits(const struct rt_dev *dev, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t)
 {
     const size_t most = (size_t)dev->block_shared;
-    return dev->cc >= 90 && t->dz != NULL && t->type != RT_F32 && a->V < INT32_MAX - 16 &&
+    return dev->cc >= 90 && t->dz != NULL && t->type != RT_F32 && a->V < INT32_MAX - 16 && t->rows <= INT32_MAX / MOST_BLOCKS &&
            shape_of(a).shared + sizeof(struct block_shared) + 1024 <= most;
 }
 
