@@ -26,8 +26,6 @@ enum {
     SHARED = STAGES * (STAGE + SCALES) + 1024 + 2 * STAGES * 8,
 };
 
-enum form { PLAIN, ADDED, GATED }; /* y =, y +=, the gated one */
-
 struct expert {
     int32_t tile0, base, padded, pairs; /* first tile; first row; rows; pairs of row blocks */
 };
@@ -40,6 +38,7 @@ struct params {
     int n_experts, K, columns;   /* column blocks of a row: N/256, gated N/128 */
     __nv_bfloat16 *y;
     int64_t ldy, rows;
+    int accumulate;
     uint8_t *hcode;
     float *hscale;
     int N;
@@ -67,7 +66,7 @@ __device__ __forceinline__ struct tile find_tile(const struct params &p, int t, 
     return out;
 }
 
-template <enum form FORM>
+template <bool GATED>
 __device__ __forceinline__ void produce(const struct params &p, const CUtensorMap *xmap, uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank)
 {
     const int blocks = p.K / BK, tiles = p.expert[p.n_experts].tile0;
@@ -75,24 +74,22 @@ __device__ __forceinline__ void produce(const struct params &p, const CUtensorMa
     uint32_t phase = 0;
     for (int t = blockIdx.x / CLUSTER; t < tiles; t += gridDim.x / CLUSTER) {
         const struct tile w = find_tile(p, t, &e);
-        const CUtensorMap *map = FORM == GATED ? p.wmap + 2 * w.e + rank : p.wmap + w.e;
+        const CUtensorMap *map = GATED ? p.wmap + 2 * w.e + rank : p.wmap + w.e;
         if (w.e != seen) {
             hopper::tensormap_acquire(map);
             seen = w.e;
         }
         const struct expert x = p.expert[w.e];
-        const int in_expert = w.row + (int)rank * BM, row = x.base + in_expert, wrow = FORM == GATED ? w.column * BN : (w.column * 2 + (int)rank) * BN;
+        const int in_expert = w.row + (int)rank * BM, row = x.base + in_expert, wrow = GATED ? w.column * BN : (w.column * 2 + (int)rank) * BN;
         const int left = x.padded - in_expert, scales = (left < 0 ? 0 : left < BM ? left : BM) * 4; /* bytes */
-        const int bytes = left > 0 ? STAGE + scales : STAGE - TILE; /* behind the expert's last row only the weight is loaded, which the other block shares */
         const float *xs = p.xscale + (int64_t)x.base * blocks + in_expert;
         for (int k = 0; k < blocks; k++) {
             const uint32_t bar = full + 8 * stage, at = ring + stage * STAGE;
             hopper::barrier_wait(empty + 8 * stage, phase ^ 1);
-            hopper::barrier_expect(bar, bytes);
-            if (left > 0) {
+            hopper::barrier_expect(bar, STAGE + scales);
+            if (scales > 0)
                 hopper::load_bytes(ring + STAGES * STAGE + stage * SCALES, xs + (int64_t)k * x.padded, scales, bar);
-                hopper::load_box(at, xmap, k * BK, row, bar);
-            }
+            hopper::load_box(at, xmap, k * BK, row, bar);
             hopper::load_box_multicast(at + (1 + rank) * TILE, map, k * BK, wrow, bar, (uint16_t)((1 << CLUSTER) - 1));
             stage = stage + 1 == STAGES ? 0 : stage + 1;
             phase ^= stage == 0;
@@ -169,8 +166,7 @@ __device__ __forceinline__ void load_row(uint4 (&old)[4], const __nv_bfloat16 *y
 }
 
 /* One row's 128 columns, spread over four lanes (c[2 j], c[2 j + 1] at column 8 j + 2 lane), to y in 16-byte pieces. */
-template <bool ADD>
-__device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[64], const uint4 (&old)[4], int half, int lane, bool inside)
+__device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[64], const uint4 (&old)[4], int half, int lane, bool inside, bool accumulate)
 {
 #pragma unroll
     for (int j = 0; j < 16; j += 4) {
@@ -178,7 +174,7 @@ __device__ __forceinline__ void store_row(__nv_bfloat16 *y, const float (&acc)[6
 #pragma unroll
         for (int i = 0; i < 4; i++)
             v[i] = pack(acc[4 * (j + i) + 2 * half], acc[4 * (j + i) + 2 * half + 1]);
-        if (ADD) { /* rounded once: the old values come to the sums */
+        if (accumulate) { /* rounded once: the old values come to the sums */
             uint32_t o[4] = {old[j / 4].x, old[j / 4].y, old[j / 4].z, old[j / 4].w};
             transpose4(o, lane);
 #pragma unroll
@@ -225,19 +221,7 @@ __device__ __forceinline__ void store_gated(uint8_t *code, float *scale, const f
     }
 }
 
-/* A warpgroup none of whose rows exist: its stages go back as they come. */
-__device__ __forceinline__ void let_pass(uint32_t full, uint32_t empty, int blocks, int *stage, uint32_t *phase)
-{
-    for (int k = 0; k < blocks; k++) {
-        hopper::barrier_wait(full + 8 * *stage, *phase);
-        if (threadIdx.x % 32 < CLUSTER)
-            hopper::barrier_arrive_at(empty + 8 * *stage, threadIdx.x % 32);
-        *stage = *stage + 1 == STAGES ? 0 : *stage + 1;
-        *phase ^= *stage == 0;
-    }
-}
-
-template <enum form FORM>
+template <bool GATED>
 __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank, int group)
 {
     const int blocks = p.K / BK, tiles = p.expert[p.n_experts].tile0, lane = threadIdx.x % 4, in_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -247,12 +231,8 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
         const struct tile w = find_tile(p, t, &e);
         const struct expert x = p.expert[w.e];
         const int row = w.row + (int)rank * BM + in_tile, left = x.padded - row;
-        if (w.row + (int)rank * BM + group * 64 >= x.padded) {
-            let_pass(full, empty, blocks, &stage, &phase);
-            continue;
-        }
-        const float *ws0 = FORM == GATED ? p.wscale[2 * w.e] + (int64_t)w.column * blocks : p.wscale[w.e] + (int64_t)w.column * 2 * blocks;
-        const float *ws1 = FORM == GATED ? p.wscale[2 * w.e + 1] + (int64_t)w.column * blocks : ws0 + blocks;
+        const float *ws0 = GATED ? p.wscale[2 * w.e] + (int64_t)w.column * blocks : p.wscale[w.e] + (int64_t)w.column * 2 * blocks;
+        const float *ws1 = GATED ? p.wscale[2 * w.e + 1] + (int64_t)w.column * blocks : ws0 + blocks;
         float acc0[64], acc1[64];
 #pragma unroll
         for (int i = 0; i < 64; i++)
@@ -275,25 +255,28 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
             phase ^= stage == 0;
         }
         const int64_t at = (int64_t)x.base + row;
-        if (FORM == GATED) {
+        if (GATED) {
             float *hs = p.hscale + (int64_t)x.base * (p.N / BN) + (int64_t)w.column * x.padded + row;
             store_gated(p.hcode + at * p.N + w.column * BN, hs, acc0, acc1, 0, lane, left > 0, p.pow2);
             store_gated(p.hcode + (at + 8) * p.N + w.column * BN, hs + 8, acc0, acc1, 1, lane, left > 8, p.pow2);
         } else {
             const int64_t to = p.rows - at; /* rows from here on that exist */
             __nv_bfloat16 *y = p.y + at * p.ldy + (int64_t)w.column * 2 * BN;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const bool inside = left > 8 * half && to > 8 * half;
-                uint4 left_half[4], right_half[4];
-                if (FORM == ADDED) {
-                    load_row(left_half, y, lane, inside);
-                    load_row(right_half, y + BN, lane, inside);
-                }
-                store_row<FORM == ADDED>(y, acc0, left_half, half, lane, inside);
-                store_row<FORM == ADDED>(y + BN, acc1, right_half, half, lane, inside);
-                y += 8 * p.ldy;
+            const bool first = left > 0 && to > 0, second = left > 8 && to > 8;
+            uint4 left_half[4], right_half[4];
+            if (p.accumulate) {
+                load_row(left_half, y, lane, first);
+                load_row(right_half, y + BN, lane, first);
             }
+            store_row(y, acc0, left_half, 0, lane, first, p.accumulate);
+            store_row(y + BN, acc1, right_half, 0, lane, first, p.accumulate);
+            y += 8 * p.ldy;
+            if (p.accumulate) {
+                load_row(left_half, y, lane, second);
+                load_row(right_half, y + BN, lane, second);
+            }
+            store_row(y, acc0, left_half, 1, lane, second, p.accumulate);
+            store_row(y + BN, acc1, right_half, 1, lane, second, p.accumulate);
         }
     }
 }
@@ -305,7 +288,7 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
 #endif
 
-template <enum form FORM>
+template <bool GATED>
 __global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __grid_constant__ CUtensorMap xmap, const struct params p)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -324,11 +307,11 @@ __global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __gr
     if (group == CONSUMERS) {
         hopper::registers_fewer<40>();
         if (threadIdx.x == CONSUMERS * 128)
-            produce<FORM>(p, &xmap, ring, full, empty, rank);
+            produce<GATED>(p, &xmap, ring, full, empty, rank);
         __syncwarp();
     } else {
         hopper::registers_more<232>();
-        consume<FORM>(p, ring, full, empty, rank, group);
+        consume<GATED>(p, ring, full, empty, rank, group);
     }
     hopper::cluster_sync(); /* nobody leaves while the other may still write to it */
 #endif
@@ -392,13 +375,13 @@ out:
     return st;
 }
 
-template <enum form FORM>
+template <bool GATED>
 enum rt_status launch(struct rt_queue *q, const CUtensorMap *xmap, const struct params *p, int tiles, struct rt_err *err)
 {
     const int most = q->dev->sm_count / CLUSTER, clusters = tiles < most ? tiles : most;
     enum rt_status st;
-    RT_CUDA_TRY(cudaFuncSetAttribute(group8_kernel<FORM>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    group8_kernel<FORM><<<clusters * CLUSTER, THREADS, SHARED, q->stream>>>(*xmap, *p);
+    RT_CUDA_TRY(cudaFuncSetAttribute(group8_kernel<GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+    group8_kernel<GATED><<<clusters * CLUSTER, THREADS, SHARED, q->stream>>>(*xmap, *p);
     RT_TRY(rt_cuda_launched("group8", err));
 out:
     return st;
@@ -456,10 +439,11 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     p.y = (__nv_bfloat16 *)g->y;
     p.ldy = g->ldy > 0 ? g->ldy : g->N;
     p.rows = g->rows > 0 ? g->rows : rows;
+    p.accumulate = g->accumulate;
     p.hcode = (uint8_t *)g->hq.data;
     p.hscale = g->hq.scale;
     p.pow2 = g->pow2;
-    RT_TRY(gated ? launch<GATED>(q, &xmap, &p, tiles, err) : g->accumulate ? launch<ADDED>(q, &xmap, &p, tiles, err) : launch<PLAIN>(q, &xmap, &p, tiles, err));
+    RT_TRY(gated ? launch<true>(q, &xmap, &p, tiles, err) : launch<false>(q, &xmap, &p, tiles, err));
 out:
     rt_cuda_temp_free(q, device);
     rt_free(host);
