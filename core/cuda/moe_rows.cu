@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(256) gather_kernel(const __grid_constant__ str
 }
 
 /* The same by tokens, for groups of which most tokens have rows: each token is read once. Blocks behind token_blocks write the padding. */
-enum { TOKENS = 4, AT_ONCE = 2 /* vectors of a row that a thread has on their way */ };
+enum { TOKENS = 4 };
 
 __device__ void fill_padding(const struct gather &p, int64_t warp)
 {
@@ -157,26 +157,18 @@ __global__ void __launch_bounds__(256) deal_kernel(const __grid_constant__ struc
             at[i] = row[i] >= 0 ? __ldg(p.row + row[i]) : make_int4(0, 0, 0, 0);
         load_scales(p, t0, (int)threadIdx.x, in, s);
     }
-    for (int c0 = 0; c0 < p.nv; c0 += AT_ONCE * (int)blockDim.x) { /* every lane makes every turn: it holds a row for the others */
+    for (int c0 = 0; c0 < p.nv; c0 += (int)blockDim.x) { /* every lane makes every turn: it holds a row for the others */
         const int c = c0 + (int)threadIdx.x;
-        uint4 v[TOKENS][AT_ONCE];
+        uint4 v[TOKENS];
 #pragma unroll
         for (int i = 0; i < TOKENS; i++)
-#pragma unroll
-            for (int u = 0; u < AT_ONCE; u++) {
-                const int at_c = c + u * (int)blockDim.x;
-                v[i][u] = in[i] != 0 && at_c < p.nv ? load_stream((const uint4 *)p.x + (t0 + i) * p.nv + at_c) : make_uint4(0, 0, 0, 0);
-            }
+            v[i] = in[i] != 0 && c < p.nv ? load_stream((const uint4 *)p.x + (t0 + i) * p.nv + c) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < TOKENS; i++)
             for (unsigned left = in[i]; left != 0; left &= left - 1) {
                 const int64_t r = __shfl_sync(0xffffffffu, row[i], __ffs((int)left) - 1);
-#pragma unroll
-                for (int u = 0; u < AT_ONCE; u++) {
-                    const int at_c = c + u * (int)blockDim.x;
-                    if (at_c < p.nv)
-                        ((uint4 *)p.to)[r * p.nv + at_c] = v[i][u];
-                }
+                if (c < p.nv)
+                    ((uint4 *)p.to)[r * p.nv + c] = v[i];
             }
     }
     for (int b0 = 0; b0 + (int)threadIdx.x / 32 * 32 < p.blocks; b0 += (int)blockDim.x) { /* blocks 0: no scales */
