@@ -68,7 +68,6 @@ static struct rt_trainer_options options(const struct rank_run *r, struct rt_com
 {
     struct rt_trainer_options o = tf_options();
     o.adamw.clip = r->clip;
-    o.adamw.bf16_moments = r->bf16_moments;
     o.comm = comm;
     o.ranks = r->size;
     o.bucket = r->bucket;

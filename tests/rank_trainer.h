@@ -11,7 +11,7 @@ struct rank_run {
     struct tf_data *data;
     int size, config, steps;
     int64_t bucket;
-    bool overlap, early, bf16_moments, states;
+    bool overlap, early, states;
     double clip, lr;       /* lr 0: 1e-2 */
     const char *from, *to; /* checkpoints: directories to begin from and to leave behind; NULL: none */
     /* what came out, on every rank alike */
