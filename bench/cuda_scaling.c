@@ -190,7 +190,7 @@ static enum rt_status measure(struct rank *r, const struct one_case *c, struct r
     struct rt_step_result x;
     const struct rt_trainer_options o = {
         .w = {.ce = 1, .T = 1}, .teacher_T = 1, .adamw = {0.9, 0.95, 1e-8, 0.1, 1, true, false, 0}, .batch_tokens = c->tokens, .micro_tokens = r->job->micro, .seed = 1,
-        .ranks = r->size, .comm = r->comm, .bucket = c->bucket > 0 ? c->bucket : rt_trainer_bucket(&r->p), .overlap = c->way >= 2, .early = c->way >= 3};
+        .ranks = r->size, .comm = r->comm, .bucket = c->bucket > 0 ? c->bucket : RT_TRAINER_BUCKET, .overlap = c->way >= 2, .early = c->way >= 3};
     const int warm = (int)(c->tokens > 131072 ? 1 : (131072 + c->tokens - 1) / c->tokens + 1);
     bool more = true;
     double begin = 0;

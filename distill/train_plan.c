@@ -534,7 +534,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(rt_train_machines(r, &machines, err));
     r->o.overlap = r->device.be->own_memory;
     r->o.early = r->o.overlap && machines > 1;
-    r->o.bucket = r->o.overlap ? rt_trainer_bucket(&r->student.p) : 0;
+    r->o.bucket = r->o.overlap ? RT_TRAINER_BUCKET : 0;
     RT_TRY(plan_memory(r, err));
     log_plan(r);
 out:

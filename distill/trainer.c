@@ -16,14 +16,6 @@ static struct rt_micro_options micro_options(const struct rt_trainer_options *o,
                                      .map = &o->map, .ce_rest = o->ce_rest, .spans = o->boundary != NULL};
 }
 
-/* Each exchange costs the host some 0.1 ms, and each sum that begins beside backward holds up a product until all ranks have come to it: few and large ones.
- * An eighth of all that is gathered behind the last update is little to wait for; 32 MB of BF16 is well past the start of a transfer. */
-int64_t rt_trainer_bucket(const struct rt_params *p)
-{
-    enum { PARTS = 8, LEAST = 1 << 24 };
-    return p->elements / PARTS > LEAST ? p->elements / PARTS : LEAST;
-}
-
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
                      size_t act_size, struct rt_trainer_memory *out)
 {

@@ -76,8 +76,8 @@ struct rt_step_result {
     double usual_norm;         /* before it; 0: none yet */
 };
 
-/* What `bucket` should be on GPUs. */
-int64_t rt_trainer_bucket(const struct rt_params *p);
+/* What `bucket` should be on GPUs: a layer of 1.5B parameters and up, several layers of smaller models. */
+enum { RT_TRAINER_BUCKET = 1 << 24 };
 /* max_length: longest sequence, of evaluation too. */
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
                      size_t act_size, struct rt_trainer_memory *out);
