@@ -67,18 +67,21 @@ for device in "$@"; do
     losses "$out/$device" >"$out/other.txt"
     # smoothed: mean of the last 50 steps
     paste -d ' ' "$out/first.txt" "$out/other.txt" | awk -v x="$first" -v y="$device" '
+        function abs(v) { return v < 0 ? -v : v }
+        BEGIN { worst = 0; at = 0 }
         $1 != $3 { print "steps " $1 " and " $3 " side by side"; exit 1 }
         {
-            d = $2 - $4; n++; sum += d < 0 ? -d : d; worst = (d < 0 ? -d : d) > worst ? (d < 0 ? -d : d) : worst; bias += d
+            d = $2 - $4; n++; sum += abs(d); bias += d
+            if (abs(d) > worst) { worst = abs(d); at = $1; pair = $2 " and " $4 }
             a[n] = $2; b[n] = $4; sa += $2; sb += $4
             if (n > 50) { sa -= a[n - 50]; sb -= b[n - 50] }
-            if (n >= 50) { s = (sa - sb) / 50; smooth += s < 0 ? -s : s; rel += (s < 0 ? -s : s) / (sa / 50); m++ }
+            if (n >= 50) { smooth += abs(sa - sb) / 50; rel += abs(sa - sb) / sa; m++ }
             ta += $2; tb += $4
             if (n % 100 == 0) { printf "  steps %5d to %5d   %s %.4f   %s %.4f   difference %+.4f\n", n - 99, n, x, ta / 100, y, tb / 100, (tb - ta) / 100; ta = tb = 0 }
         }
         END {
             if (m == 0) { print "fewer than 50 steps"; exit 1 }
-            printf "losses of %d steps: mean absolute difference %.4f a step (worst %.4f, mean %+.5f), %.4f smoothed over 50 (%.2f %%)\n", n, sum / n, worst, -bias / n, smooth / m, 100 * rel / m
+            printf "losses of %d steps: mean absolute difference %.4f a step (mean %+.5f; worst %.4f at step %d: %s), %.4f smoothed over 50 (%.2f %%)\n", n, sum / n, -bias / n, worst, at, pair, smooth / m, 100 * rel / m
             exit rel / m > 0.02
         }' || failed=1
 done
