@@ -330,7 +330,7 @@ struct rt_backend {
 
     enum rt_status (*alloc)(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err); /* 64-byte aligned, zeroed */
     void (*free)(struct rt_dev *dev, void *p);
-    /* Host memory that upload and download reach at full speed and without waiting (pinned); 4096-byte aligned, not zeroed. Any host
+    /* Host memory that upload and download reach at full speed and without waiting (pinned); 64-byte aligned, not zeroed. Any host
      * memory may be given to upload and download. */
     enum rt_status (*host_alloc)(struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err);
     void (*host_free)(struct rt_dev *dev, void *p);

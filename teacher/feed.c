@@ -10,12 +10,12 @@
 #include "core/mem.h"
 
 enum { PAGE = 4096 }; /* alignment of O_DIRECT */
-#define BLOCK_BYTES ((uint64_t)RT_FEED_CHUNK + 2 * PAGE)
+#define BLOCK_BYTES ((uint64_t)RT_FEED_CHUNK + 3 * PAGE) /* a page before and one behind, and one to begin at a page */
 
 enum chunk_state { ABSENT, READING, READY };
 
 struct rt_feed_block {
-    char *memory;          /* pinned when first used */
+    void *memory;          /* pinned when first used */
     const char *data;
     int64_t chunk;         /* over all entries; -1: free */
     enum chunk_state state;
@@ -32,7 +32,8 @@ struct member {
 
 struct kept {
     bool keep, making;
-    char *memory;          /* each chunk at a multiple of a page plus what its offset lies behind one, with room for whole pages */
+    void *memory;          /* pinned */
+    char *base;            /* in it, at a page: each chunk at a multiple of a page plus what its offset lies behind one, with room for whole pages */
 };
 
 struct rt_feed {
@@ -204,7 +205,7 @@ void rt_feed_allow(struct rt_feed *f, uint64_t bytes)
 
 void rt_feed_keep(struct rt_feed *f, int64_t entry)
 {
-    const uint64_t bytes = f->entry[entry].room;
+    const uint64_t bytes = f->entry[entry].room + PAGE;
     pthread_mutex_lock(&f->lock);
     struct kept *k = &f->kept[entry];
     if (!k->keep && bytes <= f->left) {
@@ -290,6 +291,11 @@ static enum rt_status read_chunk(const struct rt_feed *f, const struct rt_feed_c
     return rt_file_pread(rt_tensors_fd(f->ts, c->file), rt_tensors_file(f->ts, c->file), to, (size_t)c->bytes, c->offset, err);
 }
 
+static char *first_page(void *memory)
+{
+    return (char *)(((uintptr_t)memory + PAGE - 1) / PAGE * PAGE);
+}
+
 /* A chunk of a part that is kept. Under the lock, which it gives up to read; *again: ask again, something has changed. */
 static enum rt_status get_kept(struct rt_feed *f, const struct rt_device *d, const struct rt_feed_chunk *c, struct rt_feed_ref *out, bool *again,
                                struct rt_err *err)
@@ -304,19 +310,20 @@ static enum rt_status get_kept(struct rt_feed *f, const struct rt_device *d, con
         return RT_OK;
     }
     (void)walk(&f->entry[c->entry], c->no, &place, &bytes);
-    if (k->memory == NULL) {
+    if (k->base == NULL) {
         void *memory = NULL;
         k->making = true;
         pthread_mutex_unlock(&f->lock);
-        st = d->be->host_alloc(d->dev, bytes, &memory, err);
+        st = d->be->host_alloc(d->dev, bytes + PAGE, &memory, err);
         pthread_mutex_lock(&f->lock);
         k->making = false;
         k->memory = memory;
+        k->base = st == RT_OK ? first_page(memory) : NULL;
         pthread_cond_broadcast(&f->changed);
         if (st != RT_OK)
             return st;
     }
-    char *at = k->memory + place + c->offset % PAGE;
+    char *at = k->base + place + c->offset % PAGE;
     if (*state != READY) {
         *state = READING;
         pthread_mutex_unlock(&f->lock);
@@ -363,10 +370,11 @@ static enum rt_status get_new(struct rt_feed *f, const struct rt_device *d, int 
             b->wanted |= 1u << i;
     pthread_mutex_unlock(&f->lock);
     if (b->memory == NULL)
-        st = d->be->host_alloc(d->dev, BLOCK_BYTES, (void **)&b->memory, err);
+        st = d->be->host_alloc(d->dev, BLOCK_BYTES, &b->memory, err);
     if (st == RT_OK) {
-        b->data = b->memory + c->offset % PAGE;
-        st = read_chunk(f, c, b->memory + c->offset % PAGE, err);
+        char *to = first_page(b->memory) + c->offset % PAGE;
+        b->data = to;
+        st = read_chunk(f, c, to, err);
     }
     pthread_mutex_lock(&f->lock);
     b->state = READY;

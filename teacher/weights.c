@@ -104,7 +104,7 @@ static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
             w->largest_expert = e->plan.bytes;
         if (e->id.kind != RT_PART_MTP && e->id.layer < c->layers) {
             w->model_bytes += e->plan.bytes;
-            w->model_room += e->room;
+            w->model_room += e->room + 4096; /* to begin at a page */
         }
     }
 out:

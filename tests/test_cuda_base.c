@@ -26,7 +26,7 @@ static void test_memory(void **state)
     cuda_pair_close(&p);
 }
 
-/* Host memory that copies reach: small blocks, and large ones with ends within a page; page by page theirs alone. */
+/* Host memory that copies reach: small blocks, and large ones with ends within a page. */
 static void test_pinned(void **state)
 {
     static const size_t sizes[] = {1, 5000, ((size_t)4 << 20) - 1, (size_t)4 << 20, ((size_t)44 << 20) + 12345};
@@ -40,7 +40,7 @@ static void test_pinned(void **state)
     const struct rt_backend *be = p.gpu.be;
     for (int i = 0; i < N; i++) {
         assert_ok(be->host_alloc(p.gpu.dev, sizes[i], (void **)&block[i], &err));
-        assert_int_equal((uintptr_t)block[i] % 4096, 0);
+        assert_int_equal((uintptr_t)block[i] % 64, 0);
         memset(block[i], i + 1, sizes[i]);
     }
     for (int i = 0; i < N; i++) {
@@ -58,8 +58,6 @@ static void test_pinned(void **state)
     for (int i = 0; i < N; i++)
         be->host_free(p.gpu.dev, block[i]);
     be->host_free(p.gpu.dev, NULL);
-    void *none;
-    assert_status(be->host_alloc(p.gpu.dev, (size_t)1 << 46, &none, &err), NOMEM);
     cuda_pair_close(&p);
 }
 

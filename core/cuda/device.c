@@ -4,7 +4,6 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "core/cuda/convert.h"
 #include "core/cuda/cuda.h"
@@ -157,78 +156,20 @@ void rt_cuda_free(struct rt_dev *dev, void *p)
     (void)cudaFree(p);
 }
 
-/* What lies in the page before a block of pinned memory. */
-struct pinned {
-    void *map;        /* our own mapping, pinned afterwards; NULL: the runtime's */
-    size_t map_bytes, bytes;
-};
-enum { PIN_PAGE = 4096, PIN_HUGE = 2 << 20 };
-
-static enum rt_status pin_failed(cudaError_t e, const char *what, size_t bytes, struct rt_err *err)
-{
-    if (e != cudaErrorMemoryAllocation)
-        return rt_cuda_check(e, what, err);
-    (void)cudaGetLastError();
-    return rt_fail(err, RT_NOMEM, "cannot pin %.1f GiB of host memory; lower --memory", (double)bytes / (1 << 30));
-}
-
-/* Large blocks are mapped in huge pages, touched by the caller's thread and pinned then: several threads at once pin 26 GB/s so, where the runtime's own
- * memory comes at 2 GB/s from any number of threads (H200). *used false: this machine does not pin memory that is not the runtime's. */
-static enum rt_status pin_huge(size_t bytes, void **out, bool *used, struct rt_err *err)
-{
-    const size_t whole = (bytes + PIN_PAGE - 1) / PIN_PAGE * PIN_PAGE, map_bytes = whole + PIN_PAGE + PIN_HUGE;
-    char *map = mmap(NULL, map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (map == MAP_FAILED)
-        return rt_fail(err, RT_NOMEM, "cannot pin %.1f GiB of host memory; lower --memory", (double)bytes / (1 << 30));
-    char *at = (char *)(((uintptr_t)map + PIN_PAGE + PIN_HUGE - 1) / PIN_HUGE * PIN_HUGE);
-    (void)madvise(at, whole / PIN_HUGE * PIN_HUGE, MADV_HUGEPAGE); /* only whole ones: the rest would take more than was asked for */
-    for (size_t i = 0; i < whole; i += PIN_PAGE)
-        ((volatile char *)at)[i] = 0;
-    const cudaError_t e = cudaHostRegister(at, whole, cudaHostRegisterPortable);
-    *used = e == cudaSuccess;
-    if (e != cudaSuccess) {
-        (void)munmap(map, map_bytes);
-        if (e != cudaErrorNotSupported)
-            return pin_failed(e, "cudaHostRegister", bytes, err);
-        (void)cudaGetLastError();
-        return RT_OK;
-    }
-    *(struct pinned *)(void *)(at - PIN_PAGE) = (struct pinned){map, map_bytes, whole};
-    *out = at;
-    return RT_OK;
-}
-
 enum rt_status rt_cuda_host_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
 {
-    bool used = false;
-    char *p = NULL;
-    enum rt_status st = RT_OK;
-    if (bytes >= 2 * (size_t)PIN_HUGE)
-        RT_TRY(pin_huge(bytes, out, &used, err));
-    if (used)
-        goto out;
-    const cudaError_t e = cudaMallocHost((void **)&p, bytes + PIN_PAGE);
-    if (e != cudaSuccess)
-        RT_TRY(pin_failed(e, "cudaMallocHost", bytes, err));
-    *(struct pinned *)(void *)p = (struct pinned){NULL, 0, bytes};
-    *out = p + PIN_PAGE;
-out:
-    return st;
+    const cudaError_t e = cudaMallocHost(out, bytes > 0 ? bytes : 1);
+    if (e == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        return rt_fail(err, RT_NOMEM, "cannot pin %.1f GiB of host memory; lower --memory", (double)bytes / (1 << 30));
+    }
+    return rt_cuda_check(e, "cudaMallocHost", err);
 }
 
 void rt_cuda_host_free(struct rt_dev *dev, void *p)
 {
     (void)rt_cuda_settle(dev, NULL);
-    if (p == NULL)
-        return;
-    const struct pinned b = *(const struct pinned *)(const void *)((char *)p - PIN_PAGE);
-    if (b.map == NULL) {
-        (void)cudaFreeHost((char *)p - PIN_PAGE);
-        return;
-    }
-    (void)cudaDeviceSynchronize(); /* copies from there, as cudaFreeHost waits for them */
-    (void)cudaHostUnregister(p);
-    (void)munmap(b.map, b.map_bytes);
+    (void)cudaFreeHost(p);
 }
 
 enum rt_status rt_cuda_memory(UNUSED struct rt_dev *dev, struct rt_dev_memory *out, struct rt_err *err)
