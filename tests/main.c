@@ -1,5 +1,6 @@
 /* The test runner: all suites, or those named; one count at the end. */
 #include <dirent.h>
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,7 @@ int rt_oracle_main(int argc, char **argv); /* tests/oracle.c */
 int rt_fuzz_main(int argc, char **argv);   /* tests/fuzz.c */
 
 static char tmp_root[64];
+static const char *suite_running = "";
 static size_t skipped;
 
 void test_skipped(const char *reason)
@@ -44,7 +46,13 @@ const char *test_tmp(const char *name)
             exit(1);
         }
     }
-    snprintf(out, sizeof ring[0], "%s/%s", tmp_root, name);
+    /* a folder a suite: names of one are not in another's way */
+    snprintf(out, sizeof ring[0], "%s/%s", tmp_root, suite_running);
+    if (mkdir(out, 0755) != 0 && errno != EEXIST) {
+        perror(out);
+        exit(1);
+    }
+    snprintf(out, sizeof ring[0], "%s/%s/%s", tmp_root, suite_running, name);
     return out;
 }
 
@@ -111,6 +119,7 @@ int main(int argc, char **argv)
         for (size_t t = 0; run != NULL && t < suites[s]->n; t++)
             if (wanted(suites[s]->name, suites[s]->tests[t].name, argc, argv))
                 run[n++] = suites[s]->tests[t];
+        suite_running = suites[s]->name;
         if (n > 0) {
             const int bad = _cmocka_run_group_tests(suites[s]->name, run, n, NULL, NULL);
             ran += n;
