@@ -111,7 +111,7 @@ static enum rt_status warnings(struct rt_comparison *c, struct rt_err *err)
         if (!r->finished)
             RT_TRY(warn(list, err, "%s is not finished: its numbers are those of its last evaluation", r->label));
         if (number_of(r, "skipped_steps", &skipped) && skipped > 0)
-            RT_TRY(warn(list, err, "%s left out %lld steps (losses or gradients that were not finite)", r->label, (long long)skipped));
+            RT_TRY(warn(list, err, "%s left out %lld steps (losses or gradients that were not finite, or spikes of the gradient)", r->label, (long long)skipped));
         if (r != p && strcmp(r->arm, p->arm) != 0)
             RT_TRY(check_pair(r, p, &same, list, err));
         RT_TRY(check_evals(c, r, p, list, err));

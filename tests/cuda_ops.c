@@ -40,6 +40,21 @@ void cuda_round(float *x, int64_t n)
         x[i] = rt_bf16_to_f32(rt_f32_to_bf16(x[i]));
 }
 
+float *cuda_floats(int64_t n)
+{
+    struct rt_err err = {0};
+    float *p;
+    assert_ok(rt_alloc((size_t)(n > 0 ? n : 1), sizeof *p, "test", &p, &err));
+    return p;
+}
+
+void cuda_poison(float *y, int64_t rows, int64_t cols, int64_t ld)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < cols; j++)
+            y[r * ld + j] = NAN;
+}
+
 void cuda_random(float *x, int64_t n, uint64_t stream, float scale)
 {
     for (int64_t i = 0; i < n; i++)

@@ -24,6 +24,10 @@ void cuda_pair_close(struct cuda_pair *p);
 void cuda_random(float *x, int64_t n, uint64_t stream, float scale);
 /* x [n] rounded to bfloat16 in place. */
 void cuda_round(float *x, int64_t n);
+/* [n] zeros, by rt_free; n may be 0. */
+float *cuda_floats(int64_t n);
+/* y [rows, cols] at distance ld: NaN, which what overwrites must not read. */
+void cuda_poison(float *y, int64_t rows, int64_t cols, int64_t ld);
 
 /* Device arrays. act: BF16 from floats. Each has a guard of 256 bytes behind it; freed by cuda_free, which checks the guard. */
 void *cuda_act(struct cuda_pair *p, const float *x, int64_t n);          /* x NULL: poisoned with NaN */

@@ -31,19 +31,11 @@ struct arrays {
     float *q, *k, *v, *o, *lse, *dout, *dq, *dk, *dv, *delta;
 };
 
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *p;
-    assert_ok(rt_alloc((size_t)n, sizeof *p, "test", &p, &err));
-    return p;
-}
-
 static struct arrays arrays_make(const struct layout *l, int64_t n, float scale)
 {
     struct arrays a = {.n = n, .q_n = n * l->q_ld, .k_n = n * l->k_ld, .v_n = n * l->v_ld, .o_n = n * l->nh * l->dv};
-    a.q = floats(a.q_n), a.k = floats(a.k_n), a.v = floats(a.v_n), a.o = floats(a.o_n), a.lse = floats(n * l->nh);
-    a.dout = floats(a.o_n), a.dq = floats(a.q_n), a.dk = floats(a.k_n), a.dv = floats(a.v_n), a.delta = floats(n * l->nh);
+    a.q = cuda_floats(a.q_n), a.k = cuda_floats(a.k_n), a.v = cuda_floats(a.v_n), a.o = cuda_floats(a.o_n), a.lse = cuda_floats(n * l->nh);
+    a.dout = cuda_floats(a.o_n), a.dq = cuda_floats(a.q_n), a.dk = cuda_floats(a.k_n), a.dv = cuda_floats(a.v_n), a.delta = cuda_floats(n * l->nh);
     cuda_random(a.q, a.q_n, 1, scale);
     cuda_random(a.k, a.k_n, 2, 1.0f);
     cuda_random(a.v, a.v_n, 3, 1.0f);
@@ -61,7 +53,7 @@ static void arrays_free(struct arrays *a)
 /* Elements of a strided array that belong to it, dense. */
 static float *packed(const float *x, int64_t n, int heads, int d, int64_t ld, int64_t head)
 {
-    float *y = floats(n * heads * d);
+    float *y = cuda_floats(n * heads * d);
     for (int64_t t = 0; t < n; t++)
         for (int h = 0; h < heads; h++)
             memcpy(y + (t * heads + h) * d, x + t * ld + h * head, (size_t)d * sizeof *y);
@@ -118,7 +110,7 @@ static void forward(struct pass *x)
     assert_ok(x->p->ref.be->attn_fwd(x->p->ref.dev, x->p->ref.q, &f, &err));
     f.q = x->q, f.k = x->k, f.v = x->v, f.o = cuda_act(x->p, NULL, a->o_n), f.lse = cuda_bytes(x->p, NULL, (size_t)stats * 4);
     assert_ok(rt_cuda_attn_fwd_by(x->path, x->p->gpu.dev, x->p->gpu.q, &f, &err));
-    float *o = floats(a->o_n), *lse = floats(stats);
+    float *o = cuda_floats(a->o_n), *lse = cuda_floats(stats);
     cuda_get_act(x->p, o, f.o, a->o_n);
     cuda_get(x->p, lse, f.lse, (size_t)stats * 4);
     snprintf(what, sizeof what, "%d/%d x %d/%d, %lld rows: o", l->nh, l->nkv, l->dqk, l->dv, (long long)a->n);
@@ -145,7 +137,7 @@ static void backward(struct pass *x)
     cuda_round(a->o, a->o_n);
     assert_ok(x->p->ref.be->attn_bwd(x->p->ref.dev, x->p->ref.q, &b, &err));
     for (int i = 0; i < 3; i++) {
-        host[i] = floats(sizes[i]);
+        host[i] = cuda_floats(sizes[i]);
         dev[i] = cuda_act(x->p, host[i], sizes[i]);
     }
     void *o = cuda_act(x->p, a->o, a->o_n), *dout = cuda_act(x->p, a->dout, a->o_n), *lse = cuda_bytes(x->p, a->lse, (size_t)stats * 4);
@@ -163,7 +155,7 @@ static void backward(struct pass *x)
     /* the same call again: the same bytes */
     assert_ok(rt_cuda_attn_bwd_by(x->path, x->p->gpu.dev, x->p->gpu.q, &b, &err));
     for (int i = 0; i < 3; i++) {
-        float *again = floats(sizes[i]);
+        float *again = cuda_floats(sizes[i]);
         cuda_get_act(x->p, again, dev[i], sizes[i]);
         assert_memory_equal(again, host[i], (size_t)sizes[i] * sizeof *again);
         rt_free(again);
@@ -327,7 +319,7 @@ static void hopper_many(struct cuda_pair *p, const struct layout *l)
     struct rt_err err = {0};
     const int64_t n = cu[SEQS], row = l->q_ld, o_n = n * l->nh * l->dv, qkv = n * row;
     const size_t k_at = (size_t)(l->nh * l->dqk), v_at = k_at + (size_t)(l->nkv * l->dqk);
-    float *x = floats(qkv), *want = floats(qkv), *got = floats(qkv);
+    float *x = cuda_floats(qkv), *want = cuda_floats(qkv), *got = cuda_floats(qkv);
     cuda_random(x, qkv, 5, 1.5f);
     uint16_t *q = cuda_act(p, x, qkv), *dq = cuda_act(p, NULL, qkv);
     cuda_random(x, o_n, 6, 1.0f);
@@ -440,7 +432,7 @@ static void test_far(void **state)
         cuda_pair_close(&p);
         TEST_SKIP("less than 10 GB of GPU memory");
     }
-    float *x = floats(ROWS * D), *got = floats(ROWS * D);
+    float *x = cuda_floats(ROWS * D), *got = cuda_floats(ROWS * D);
     void *dev[8]; /* q, k, v, dout; o, dq, dk, dv */
     for (int i = 0; i < 8; i++) {
         cuda_random(x, ROWS * D, (uint64_t)i, 1.0f);

@@ -13,14 +13,6 @@
 /* Probabilities and results are rounded to bfloat16, independently: sqrt(2) times one rounding. */
 #define TWO_ROUNDINGS (1.42 * CUDA_BF16_ONCE)
 
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *x;
-    assert_ok(rt_alloc((size_t)n, sizeof *x, "test", &x, &err));
-    return x;
-}
-
 /* A cache [slots, capacity, width] on both sides; rows that no token may see are NaN on the GPU. */
 static void *cache_of(struct cuda_pair *p, float *x, int slots, int64_t capacity, int64_t width, const int32_t *slot, const int32_t *pos, int64_t n,
                       uint64_t stream)
@@ -79,7 +71,7 @@ static void one_mla(struct cuda_pair *p, const struct mla_case *c, const struct 
     char what[128];
     const int64_t n = at->n, lat = n * c->nh * c->R, pe_head = c->pe_head != 0 ? c->pe_head : c->dr, pe_ld = c->pe_ld != 0 ? c->pe_ld : c->nh * pe_head;
     const int64_t width = c->R + c->dr, size = at->slots * at->capacity * width;
-    float *q = floats(lat), *pe = floats(n * pe_ld), *cache = floats(size), *want = floats(lat), *got = floats(lat), *again = floats(lat);
+    float *q = cuda_floats(lat), *pe = cuda_floats(n * pe_ld), *cache = cuda_floats(size), *want = cuda_floats(lat), *got = cuda_floats(lat), *again = cuda_floats(lat);
     cuda_random(q, lat, 31, 1.0f);
     cuda_random(pe, n * pe_ld, 32, 1.0f);
     void *gcache = cache_of(p, cache, at->slots, at->capacity, width, at->slot, at->pos, n, 33);
@@ -160,7 +152,7 @@ static void one_attn(struct cuda_pair *p, const struct attn_case *c, const struc
     char what[128];
     const int64_t n = at->n, out = n * c->nh * c->d, ld = c->q_ld != 0 ? c->q_ld : c->nh * c->d, width = c->nkv * c->d;
     const int64_t size = at->slots * at->capacity * width, row = (int64_t)c->nh * c->d;
-    float *q = floats(n * ld), *k = floats(size), *v = floats(size), *want = floats(out), *got = floats(out), *again = floats(out);
+    float *q = cuda_floats(n * ld), *k = cuda_floats(size), *v = cuda_floats(size), *want = cuda_floats(out), *got = cuda_floats(out), *again = cuda_floats(out);
     cuda_random(q, n * ld, 41, 1.0f);
     void *gk = cache_of(p, k, at->slots, at->capacity, width, at->slot, at->pos, n, 42),
          *gv = cache_of(p, v, at->slots, at->capacity, width, at->slot, at->pos, n, 43);
@@ -226,7 +218,7 @@ static void one_head(struct cuda_pair *p, const struct head_case *c)
     const int64_t dx = c->transpose ? c->R : c->d, dy = c->transpose ? c->d : c->R;
     const int64_t x_head = c->x_head != 0 ? c->x_head : dx, x_ld = c->x_ld != 0 ? c->x_ld : c->nh * x_head;
     const int64_t y_head = c->y_head != 0 ? c->y_head : dy, y_ld = c->y_ld != 0 ? c->y_ld : c->nh * y_head;
-    float *x = floats(c->n * x_ld), *want = floats(c->n * y_ld), *got = floats(c->n * y_ld), *dense = floats(2 * c->n * c->nh * dy);
+    float *x = cuda_floats(c->n * x_ld), *want = cuda_floats(c->n * y_ld), *got = cuda_floats(c->n * y_ld), *dense = cuda_floats(2 * c->n * c->nh * dy);
     struct cuda_weight w = c->e4m3 ? cuda_weight_e4m3(p, c->nh * c->head_rows, c->R, 51, 0.1f) : cuda_weight_bf16(p, c->nh * c->head_rows, c->R, 51, 0.1f);
     cuda_random(x, c->n * x_ld, 52, 1.0f);
     cuda_random(want, c->n * y_ld, 53, 1.0f); /* what lies between rows stays */

@@ -1,4 +1,4 @@
-/* Products on the GPU: the interface that the backend's files call, by cuBLASLt and by the kernel of our own; then the operations. */
+/* Products on the GPU: the interface that the backend's files call, by cuBLASLt and by the kernel of our own. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -23,22 +23,6 @@
 /* e4m3 products with block scales: Hopper's tensor cores keep some 13 bits behind the largest of the sums of a run of 128: 1.4e-4 measured. */
 #define SCALED_F32 5e-4
 #define SCALED 3.5e-3
-
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *p;
-    assert_ok(rt_alloc((size_t)(n > 0 ? n : 1), sizeof *p, "test", &p, &err));
-    return p;
-}
-
-/* y [rows, cols] at distance ld: NaN, which a product that overwrites must not read. */
-static void poison(float *y, int64_t rows, int64_t cols, int64_t ld)
-{
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < cols; j++)
-            y[r * ld + j] = NAN;
-}
 
 /* ---- rt_cuda_gemm ---- */
 
@@ -77,13 +61,13 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, bool own)
     g.b_stride = b_rows * g.ldb;
     g.d_stride = s->m * g.ldd;
     const int64_t na = s->batch * g.a_stride, nb = s->batch * g.b_stride, nd = s->batch * g.d_stride;
-    float *a = floats(na), *b = floats(nb), *d = floats(nd), *got = floats(nd), *bias = floats(s->n);
+    float *a = cuda_floats(na), *b = cuda_floats(nb), *d = cuda_floats(nd), *got = cuda_floats(nd), *bias = cuda_floats(s->n);
     char what[96];
     cuda_random(a, na, 1, 1.0f);
     cuda_random(b, nb, 2, 1.0f);
     cuda_random(d, nd, 3, 10.0f);
     if (!s->accumulate)
-        poison(d, s->batch * s->m, s->n, g.ldd);
+        cuda_poison(d, s->batch * s->m, s->n, g.ldd);
     cuda_random(bias, s->n, 4, 10.0f);
     g.a = cuda_act(p, a, na);
     g.b = cuda_act(p, b, nb);
@@ -146,7 +130,7 @@ static void test_heads(void **state)
     (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
-    float *x = floats(N * HEADS * D), *w = floats(HEADS * D * R), *want = floats(N * HEADS * R), *got = floats(N * HEADS * R);
+    float *x = cuda_floats(N * HEADS * D), *w = cuda_floats(HEADS * D * R), *want = cuda_floats(N * HEADS * R), *got = cuda_floats(N * HEADS * R);
     cuda_random(x, N * HEADS * D, 1, 1.0f);
     cuda_random(w, HEADS * D * R, 2, 1.0f);
     for (int t = 0; t < N; t++)
@@ -178,7 +162,7 @@ static void test_history(void **state)
 {
     enum { K = 1024, N = 512, M = 112 };
     static uint16_t bits[2][M * N];
-    float *x = floats(M * K);
+    float *x = cuda_floats(M * K);
     struct rt_err err = {0};
     (void)state;
     for (int order = 0; order < 2; order++) {
@@ -227,8 +211,8 @@ static void test_far(void **state)
         cuda_pair_close(&p);
         TEST_SKIP("a product of 270000 rows takes 12 GiB");
     }
-    float *x = floats(LAST * K), *want = floats(LAST * N), *got = floats(LAST * N);
-    uint16_t *half = (uint16_t *)(void *)floats(LAST * N);
+    float *x = cuda_floats(LAST * K), *want = cuda_floats(LAST * N), *got = cuda_floats(LAST * N);
+    uint16_t *half = (uint16_t *)(void *)cuda_floats(LAST * N);
     struct cuda_weight w = cuda_weight_bf16(&p, N, K, 1, 1.0f);
     cuda_random(x, LAST * K, 2, 1.0f);
     rt_from_f32(half, RT_BF16, x, LAST * K);
@@ -264,7 +248,7 @@ static void test_dequant(void **state)
     for (size_t i = 0; i < 3; i++) {
         const int64_t rows = shapes[i][0], cols = shapes[i][1], blocks = (cols + 127) / 128, row0 = 3;
         struct cuda_weight w = cuda_weight_e4m3(&p, rows, cols, i, 1.0f);
-        float *want = floats(rows * cols), *got = floats(rows * cols);
+        float *want = cuda_floats(rows * cols), *got = cuda_floats(rows * cols);
         for (int64_t r = row0; r < rows; r++)
             for (int64_t c = 0; c < cols; c++)
                 want[(r - row0) * cols + c] = rt_e4m3_to_f32(((uint8_t *)w.data)[r * cols + c]) * w.scale[r / 128 * blocks + c / 128];
@@ -299,12 +283,12 @@ static void gemm8_case(struct cuda_pair *p, const struct shape8 *s, enum way way
     struct rt_cuda_lt *lt = dev->lt;
     void *encode = dev->encode_map;
     const int64_t rows = s->padded ? rt_act_rows(s->n) : s->n, ny = rows * s->ldy, ld = rt_act_rows(s->n) + s->more;
-    float *x = floats(s->n * s->K), *y = floats(ny), *got = floats(ny), *scales = floats(ld * (s->K / 128));
+    float *x = cuda_floats(s->n * s->K), *y = cuda_floats(ny), *got = cuda_floats(ny), *scales = cuda_floats(ld * (s->K / 128));
     char what[96];
     cuda_random(x, s->n * s->K, 11, 2.0f);
     cuda_random(y, ny, 12, 30.0f);
     if (!s->accumulate)
-        poison(y, rows, s->N, s->ldy);
+        cuda_poison(y, rows, s->N, s->ldy);
     struct cuda_quantised q = cuda_quantise(p, x, s->n, s->K);
     struct cuda_weight w = cuda_weight_e4m3(p, s->N, s->K, 13, 1.0f);
     for (int64_t b = 0; b < s->K / 128; b++)
@@ -395,195 +379,9 @@ static void test_scaled_used(void **state)
     cuda_pair_close(&p);
 }
 
-/* ---- operations ---- */
-
-struct linear {
-    int64_t n, K, N, ldx, ldy;
-    bool accumulate, y_f32, bias, quantised, e4m3;
-};
-
-static void linear_case(struct cuda_pair *p, const struct linear *l)
-{
-    struct rt_err err = {0};
-    const int64_t ldx = l->ldx > 0 ? l->ldx : l->K, ldy = l->ldy > 0 ? l->ldy : l->N, nx = l->n * ldx, ny = l->n * ldy;
-    float *x = floats(nx), *y = floats(ny), *got = floats(ny);
-    char what[112];
-    cuda_random(x, nx, 21, 2.0f);
-    cuda_random(y, ny, 22, 30.0f);
-    if (!l->accumulate)
-        poison(y, l->n, l->N, ldy);
-    struct cuda_weight w = l->e4m3 ? cuda_weight_e4m3(p, l->N, l->K, 23, 1.0f) : cuda_weight_bf16(p, l->N, l->K, 23, 1.0f);
-    struct cuda_weight b = l->bias ? cuda_weight_bf16(p, 1, l->N, 24, 20.0f) : (struct cuda_weight){0};
-    struct cuda_quantised q = {{NULL, NULL}, {NULL, NULL}};
-    struct rt_act dx = {NULL, NULL};
-    if (l->quantised) {
-        q = cuda_quantise(p, x, l->n, l->K);
-        dx = q.gpu;
-    } else {
-        dx.data = cuda_act(p, x, nx);
-    }
-    void *dy = l->y_f32 ? cuda_bytes(p, y, (size_t)ny * 4) : cuda_act(p, y, ny);
-    assert_ok(RT_OP(&p->gpu, linear_fwd, &err, .x = dx, .ldx = l->ldx, .w = w.gpu, .bias = b.gpu, .y = dy, .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N,
-                    .accumulate = l->accumulate, .y_f32 = l->y_f32));
-    assert_ok(RT_OP(&p->ref, linear_fwd, &err, .x = l->quantised ? q.ref : (struct rt_act){x, NULL}, .ldx = l->ldx, .w = w.ref, .bias = b.ref, .y = y,
-                    .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N, .accumulate = l->accumulate));
-    if (l->y_f32)
-        cuda_get(p, got, dy, (size_t)ny * 4);
-    else
-        cuda_get_act(p, got, dy, ny);
-    snprintf(what, sizeof what, "linear_fwd %lldx%lldx%lld%s%s%s%s", (long long)l->n, (long long)l->N, (long long)l->K,
-             l->quantised ? " w8a8" : l->e4m3 ? " w8a16" : "", l->accumulate ? " +=" : "", l->y_f32 ? " f32" : "", l->bias ? " bias" : "");
-    cuda_close(what, got, y, l->n, ldy, l->y_f32 && !l->e4m3 ? F32_SUMS : BF16_TWICE, 0);
-    cuda_free(p, dy);
-    if (l->quantised)
-        cuda_quantised_free(p, &q);
-    else
-        cuda_free(p, dx.data);
-    if (l->bias)
-        cuda_weight_free(p, &b);
-    cuda_weight_free(p, &w);
-    rt_free(x);
-    rt_free(y);
-    rt_free(got);
-}
-
-static void test_linear_fwd(void **state)
-{
-    static const struct linear cases[] = {
-        {1, 64, 48, 0, 0, false, false, true, false, false},      {77, 100, 131, 0, 0, false, false, true, false, false},
-        {130, 136, 200, 144, 208, true, false, true, false, false}, {130, 136, 200, 137, 201, false, true, false, false, false},
-        {200, 512, 96, 0, 0, true, true, true, false, false},     {33, 256, 576, 0, 0, false, false, false, false, true},
-        {300, 192, 130, 200, 0, true, false, false, false, true}, {300, 256, 256, 0, 264, false, true, false, false, true},
-        {1, 128, 128, 0, 0, false, false, false, true, true},     {66, 256, 576, 0, 0, true, false, false, true, true},
-        {131, 512, 200, 0, 208, false, false, true, true, true},  {132, 384, 256, 0, 0, true, true, true, true, true},
-    };
-    struct cuda_pair p;
-    struct rt_err err = {0};
-    (void)state;
-    if (!cuda_pair_open(&p))
-        TEST_SKIP("no GPU");
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        linear_case(&p, &cases[i]);
-    struct cuda_weight w = cuda_weight_bf16(&p, 8, 128, 1, 1.0f);
-    struct rt_act x = {w.data, w.scale};
-    float scale;
-    assert_status(RT_OP(&p.gpu, linear_fwd, &err, .x = x, .w = w.gpu, .y = NULL, .n = 1, .K = 64, .N = 8), SHAPE);
-    x.scale = &scale;
-    assert_status(RT_OP(&p.gpu, linear_fwd, &err, .x = x, .w = w.gpu, .y = NULL, .n = 1, .K = 128, .N = 8), UNSUPPORTED);
-    assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {NULL, NULL}, .w = w.gpu, .y = NULL, .n = 0, .K = 128, .N = 8));
-    cuda_weight_free(&p, &w);
-    cuda_pair_close(&p);
-}
-
-static void dgrad_case(struct cuda_pair *p, int64_t n, int64_t K, int64_t N, int64_t lddy, bool accumulate)
-{
-    struct rt_err err = {0};
-    const int64_t ld = lddy > 0 ? lddy : N;
-    float *dy = floats(n * ld), *dx = floats(n * K), *got = floats(n * K);
-    cuda_random(dy, n * ld, 31, 1.0f);
-    cuda_random(dx, n * K, 32, 20.0f);
-    if (!accumulate)
-        poison(dx, n, K, K);
-    struct cuda_weight w = cuda_weight_bf16(p, N, K, 33, 1.0f);
-    void *ddy = cuda_act(p, dy, n * ld), *ddx = cuda_act(p, dx, n * K);
-    assert_ok(RT_OP(&p->gpu, linear_dgrad, &err, .dy = ddy, .lddy = lddy, .w = w.gpu, .dx = ddx, .n = n, .K = K, .N = N, .accumulate = accumulate));
-    assert_ok(RT_OP(&p->ref, linear_dgrad, &err, .dy = dy, .lddy = lddy, .w = w.ref, .dx = dx, .n = n, .K = K, .N = N, .accumulate = accumulate));
-    cuda_get_act(p, got, ddx, n * K);
-    cuda_close(accumulate ? "linear_dgrad +=" : "linear_dgrad", got, dx, n, K, BF16_TWICE, 0);
-    cuda_free(p, ddy);
-    cuda_free(p, ddx);
-    cuda_weight_free(p, &w);
-    rt_free(dy);
-    rt_free(dx);
-    rt_free(got);
-}
-
-static void wgrad_case(struct cuda_pair *p, int64_t n, int64_t K, int64_t N, int64_t lddy, int64_t ldx, bool bias)
-{
-    struct rt_err err = {0};
-    const int64_t ly = lddy > 0 ? lddy : N, lx = ldx > 0 ? ldx : K;
-    float *dy = floats(n * ly), *x = floats(n * lx), *dw = floats(N * K), *db = floats(N), *got = floats(N * K), *got_b = floats(N);
-    cuda_random(dy, n * ly, 41, 1.0f);
-    cuda_random(x, n * lx, 42, 1.0f);
-    cuda_random(dw, N * K, 43, 20.0f);
-    cuda_random(db, N, 44, 20.0f);
-    void *ddy = cuda_act(p, dy, n * ly), *dx = cuda_act(p, x, n * lx), *ddw = cuda_act(p, dw, N * K), *ddb = bias ? cuda_act(p, db, N) : NULL;
-    assert_ok(RT_OP(&p->gpu, linear_wgrad, &err, .dy = ddy, .x = dx, .lddy = lddy, .ldx = ldx, .dw = ddw, .db = ddb, .n = n, .K = K, .N = N));
-    assert_ok(RT_OP(&p->ref, linear_wgrad, &err, .dy = dy, .x = x, .lddy = lddy, .ldx = ldx, .dw = dw, .db = bias ? db : NULL, .n = n, .K = K, .N = N));
-    cuda_get_act(p, got, ddw, N * K);
-    cuda_close("linear_wgrad", got, dw, N, K, BF16_TWICE, 0);
-    if (bias) {
-        cuda_get_act(p, got_b, ddb, N);
-        cuda_close("linear_wgrad, bias", got_b, db, 1, N, BF16_TWICE, 0);
-    }
-    cuda_free(p, ddy);
-    cuda_free(p, dx);
-    cuda_free(p, ddw);
-    cuda_free(p, ddb);
-    rt_free(dy);
-    rt_free(x);
-    rt_free(dw);
-    rt_free(db);
-    rt_free(got);
-    rt_free(got_b);
-}
-
-static void test_gradients(void **state)
-{
-    struct cuda_pair p;
-    (void)state;
-    if (!cuda_pair_open(&p))
-        TEST_SKIP("no GPU");
-    dgrad_case(&p, 1, 64, 48, 0, false);
-    dgrad_case(&p, 77, 100, 131, 140, true);
-    dgrad_case(&p, 300, 256, 136, 0, true);
-    wgrad_case(&p, 1, 64, 48, 0, 0, true);
-    wgrad_case(&p, 77, 100, 131, 140, 111, true);
-    wgrad_case(&p, 1000, 136, 264, 272, 0, true);
-    wgrad_case(&p, 515, 256, 128, 0, 0, false);
-    cuda_pair_close(&p);
-}
-
-/* Gradients of a step are added up in BF16, micro-batch by micro-batch: each addition rounds at 1.7e-3 of what is there so far, which for M of them that have
- * nothing in common comes to 1.7e-3 sqrt(M/2): 7e-3 for 32, a cosine of 0.99997. Equal ones are the worst, since each is rounded alike: 1.6e-2, 0.9999. */
-static void test_accumulation(void **state)
-{
-    enum { N = 512, K = 384, TOKENS = 512, MICRO = 32 };
-    struct cuda_pair p;
-    struct rt_err err = {0};
-    (void)state;
-    if (!cuda_pair_open(&p))
-        TEST_SKIP("no GPU");
-    float *x = floats(TOKENS * K), *dy = floats(TOKENS * N), *zero = floats(N * K), *half = floats(N * K), *whole = floats(N * K);
-    for (int alike = 0; alike < 2; alike++) {
-        void *dw = cuda_act(&p, zero, N * K), *sum = cuda_bytes(&p, zero, (size_t)N * K * 4);
-        for (int m = 0; m < MICRO; m++) {
-            cuda_random(x, TOKENS * K, alike ? 1 : 1000 + (uint64_t)m, 1.0f);
-            cuda_random(dy, TOKENS * N, alike ? 2 : 2000 + (uint64_t)m, 1.0f);
-            void *gx = cuda_act(&p, x, TOKENS * K), *gdy = cuda_act(&p, dy, TOKENS * N);
-            const struct rt_cuda_gemm_args g = {.a = gdy, .b = gx, .d = sum, .m = N, .n = K, .k = TOKENS, .a_t = true, .accumulate = true, .d_f32 = true};
-            assert_ok(RT_OP(&p.gpu, linear_wgrad, &err, .dy = gdy, .x = gx, .dw = dw, .n = TOKENS, .K = K, .N = N));
-            assert_ok(rt_cuda_gemm((struct rt_queue *)p.gpu.q, &g, &err));
-            assert_ok(rt_device_sync(&p.gpu, &err));
-            cuda_free(&p, gx);
-            cuda_free(&p, gdy);
-        }
-        cuda_get_act(&p, half, dw, N * K);
-        cuda_get(&p, whole, sum, (size_t)N * K * 4);
-        cuda_close(alike ? "32 equal micro-batches in BF16, against float32" : "32 micro-batches in BF16, against float32", half, whole, 1, N * K, alike ? 2.5e-2 : 1e-2, 0);
-        cuda_free(&p, dw);
-        cuda_free(&p, sum);
-    }
-    float *const host[] = {x, dy, zero, half, whole};
-    for (int i = 0; i < 5; i++)
-        rt_free(host[i]);
-    cuda_pair_close(&p);
-}
-
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_gemm),        cmocka_unit_test(test_heads),  cmocka_unit_test(test_history),    cmocka_unit_test(test_far),
-    cmocka_unit_test(test_dequant),     cmocka_unit_test(test_gemm8),  cmocka_unit_test(test_scaled_used), cmocka_unit_test(test_linear_fwd),
-    cmocka_unit_test(test_gradients),   cmocka_unit_test(test_accumulation),
+    cmocka_unit_test(test_gemm),    cmocka_unit_test(test_heads), cmocka_unit_test(test_history),     cmocka_unit_test(test_far),
+    cmocka_unit_test(test_dequant), cmocka_unit_test(test_gemm8), cmocka_unit_test(test_scaled_used),
 };
 
 #else

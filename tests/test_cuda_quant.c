@@ -11,14 +11,6 @@
 #define FEW 4e-3
 #define TWICE 3.5e-3
 
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *p;
-    assert_ok(rt_alloc((size_t)(n > 0 ? n : 1), sizeof *p, "test", &p, &err));
-    return p;
-}
-
 /* Room for the e4m3 form of [n, cols] on the GPU, poisoned. */
 static struct rt_act room(struct cuda_pair *p, int64_t n, int64_t cols)
 {
@@ -37,9 +29,9 @@ static void check_form(struct cuda_pair *p, struct rt_act q, const float *x, int
 {
     struct rt_err err = {0};
     const int64_t rows = rt_act_rows(n), blocks = cols / 128;
-    uint8_t *code = (uint8_t *)floats(rows * cols / 4 + 1);
-    struct rt_act want = {floats(n * cols / 4 + 1), floats(n * blocks)};
-    float *scale = floats(rows * blocks);
+    uint8_t *code = (uint8_t *)cuda_floats(rows * cols / 4 + 1);
+    struct rt_act want = {cuda_floats(n * cols / 4 + 1), cuda_floats(n * blocks)};
+    float *scale = cuda_floats(rows * blocks);
     assert_ok(RT_OP(&p->ref, quant, &err, .x = x, .q = want, .n = n, .cols = cols, .pow2 = pow2));
     cuda_get(p, code, q.data, (size_t)(rows * cols));
     cuda_get(p, scale, q.scale, (size_t)(rows * blocks) * sizeof *scale);
@@ -94,7 +86,7 @@ static void norm_call(struct cuda_pair *p, const struct norm *c, struct norm_dat
     void *y = which & Y_OVER_X ? x : which & Y ? cuda_act(p, NULL, n * ldy) : NULL;
     float *rstd = which & RSTD ? cuda_bytes(p, NULL, (size_t)n * sizeof *rstd) : NULL;
     struct rt_act yq = {0};
-    float *got = floats(n * (ldx > ldy ? ldx : ldy)), *row = floats(n * cols);
+    float *got = cuda_floats(n * (ldx > ldy ? ldx : ldy)), *row = cuda_floats(n * cols);
     const bool pow2 = which & RSTD;
     if (which & YQ)
         yq = room(p, n, cols);
@@ -136,8 +128,8 @@ static void norm_case(struct cuda_pair *p, const struct norm *c)
     struct rt_err err = {0};
     char what[80];
     const int64_t n = c->n, cols = c->cols, ldx = c->ldx ? c->ldx : cols;
-    struct norm_data d = {floats(n * ldx), floats(n * cols), floats(n * cols), floats(n * cols), floats(n), {0}};
-    float *sum = floats(n * cols), *y = floats(n * cols), *rstd = floats(n);
+    struct norm_data d = {cuda_floats(n * ldx), cuda_floats(n * cols), cuda_floats(n * cols), cuda_floats(n * cols), cuda_floats(n), {0}};
+    float *sum = cuda_floats(n * cols), *y = cuda_floats(n * cols), *rstd = cuda_floats(n);
     const unsigned all = SUM | Y | RSTD | (cols % 128 == 0 ? YQ : 0);
     const unsigned some[] = {SUM, Y, RSTD, Y | RSTD, Y | SUM_OVER_X, Y_OVER_X, YQ, YQ | Y, YQ | SUM_OVER_ADD, YQ | RSTD | Y_OVER_X};
     cuda_random(d.x, n * ldx, 1, 2.0f);
@@ -232,7 +224,7 @@ static void test_quant(void **state)
         TEST_SKIP("no GPU");
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const int64_t n = cases[i][0], cols = cases[i][1], ld = cases[i][2];
-        float *x = floats(n * ld), *rows = floats(n * cols);
+        float *x = cuda_floats(n * ld), *rows = cuda_floats(n * cols);
         quant_rows(x, n, ld);
         dense(rows, x, n, cols, ld);
         void *dev = cuda_act(&p, x, n * ld);
@@ -259,7 +251,7 @@ static void glu_case(struct cuda_pair *p, const struct glu *c)
     struct rt_err err = {0};
     char what[80];
     const int64_t n = c->n, I = c->I, ld = c->ld ? c->ld : I, size = c->ld ? n * ld : 2 * n * I;
-    float *x = floats(size), *want = floats(n * I), *h = floats(n * I), *again = floats(n * I);
+    float *x = cuda_floats(size), *want = cuda_floats(n * I), *h = cuda_floats(n * I), *again = cuda_floats(n * I);
     cuda_random(x, size, 7, 3.0f);
     x[0] = 90, x[1] = -90, x[2] = 300, x[3] = -300;
     const int64_t up = c->ld ? I : n * I;

@@ -11,17 +11,9 @@
 #ifdef RT_CUDA
 #include "core/cuda/moe_rows.h"
 
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *p;
-    assert_ok(rt_alloc((size_t)(n > 0 ? n : 1), sizeof *p, "test", &p, &err));
-    return p;
-}
-
 static int32_t *ints(int64_t n)
 {
-    return (int32_t *)floats(n);
+    return (int32_t *)cuda_floats(n);
 }
 
 /* ---- route ---- */
@@ -87,7 +79,7 @@ static void route_case(struct cuda_pair *p, const struct route *c)
     struct rt_err err = {0};
     struct cuda_weight w, bias;
     const int64_t n = c->n, size = n * c->k;
-    float *x = floats(n * c->H), *want = floats(size), *weight = floats(size);
+    float *x = cuda_floats(n * c->H), *want = cuda_floats(size), *weight = cuda_floats(size);
     int32_t *want_ids = ints(size), *ids = ints(size);
     route_inputs(p, c, x, &w, &bias);
     void *dx = cuda_act(p, x, n * c->H);
@@ -234,7 +226,7 @@ static void group_make(struct cuda_pair *p, const struct group *c, struct group_
     int32_t *ids = ints(total), *all = ints(c->E + 1);
     d->perm = ints(total);
     d->offset = ints(c->count + 1);
-    d->base = (int64_t *)(void *)floats(2 * (c->count + 1));
+    d->base = (int64_t *)(void *)cuda_floats(2 * (c->count + 1));
     choices(ids, c->n, c->k, c->E, false);
     assert_ok(RT_OP(&p->ref, moe_sort, &err, .ids = ids, .perm = d->perm, .offset = all, .n = c->n, .k = c->k, .E = c->E));
     memcpy(d->offset, all + c->first, (size_t)(c->count + 1) * sizeof *all);
@@ -273,8 +265,8 @@ static void check_blocks(struct cuda_pair *p, const struct group *c, const struc
 {
     struct rt_err err = {0};
     const int64_t blocks = cols / 128;
-    uint8_t *code = (uint8_t *)floats(d->rows * cols / 4), *want = (uint8_t *)floats(cols / 4), zero[1] = {0};
-    float *scale = floats(d->rows * blocks), *one = floats(blocks);
+    uint8_t *code = (uint8_t *)cuda_floats(d->rows * cols / 4), *want = (uint8_t *)cuda_floats(cols / 4), zero[1] = {0};
+    float *scale = cuda_floats(d->rows * blocks), *one = cuda_floats(blocks);
     cuda_get(p, code, q.data, (size_t)(d->rows * cols));
     cuda_get(p, scale, q.scale, (size_t)(d->rows * blocks) * sizeof *scale);
     for (int j = 0; j < c->count; j++) {
@@ -304,7 +296,7 @@ static void check_gather(struct cuda_pair *p, const struct group *c, const struc
 {
     struct rt_err err = {0};
     const int64_t H = c->H;
-    float *x = floats(c->n * H), *got = floats(d->rows * H);
+    float *x = cuda_floats(c->n * H), *got = cuda_floats(d->rows * H);
     cuda_random(x, c->n * H, 5, 1.0f);
     void *dx = cuda_act(p, x, c->n * H);
     struct rt_act out = {cuda_act(p, NULL, d->rows * H), NULL};
@@ -335,7 +327,7 @@ static void check_swiglu(struct cuda_pair *p, const struct group *c, const struc
 {
     struct rt_err err = {0};
     const int64_t I = c->I, rows = d->rows;
-    float *gu = floats(rows * 2 * I), *want = floats(rows * I), *h = floats(rows * I);
+    float *gu = cuda_floats(rows * 2 * I), *want = cuda_floats(rows * I), *h = cuda_floats(rows * I);
     cuda_random(gu, rows * 2 * I, 6, 2.0f);
     void *dev = cuda_act(p, gu, rows * 2 * I), *out = cuda_act(p, NULL, rows * I);
     assert_ok(RT_OP(&p->ref, swiglu_fwd, &err, .gate = gu, .up = gu + I, .ld = 2 * I, .h = want, .n = rows, .I = I));
@@ -364,7 +356,7 @@ static void check_combine(struct cuda_pair *p, const struct group *c, const stru
 {
     struct rt_err err = {0};
     const int64_t H = c->H, n = c->n;
-    float *y = floats(n * H), *out = floats(d->rows * H), *weight = floats(n * c->k), *got = floats(n * H);
+    float *y = cuda_floats(n * H), *out = cuda_floats(d->rows * H), *weight = cuda_floats(n * c->k), *got = cuda_floats(n * H);
     cuda_random(y, n * H, 7, 1.0f);
     cuda_random(out, d->rows * H, 8, 1.0f);
     for (int64_t i = 0; i < n * c->k; i++)

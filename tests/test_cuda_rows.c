@@ -8,18 +8,10 @@
 #include "core/rng.h"
 #include "tests/cuda_ops.h"
 
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *p;
-    assert_ok(rt_alloc((size_t)(n > 0 ? n : 1), sizeof *p, "test", &p, &err));
-    return p;
-}
-
 /* dev [n] act holds exactly want. */
 static void check_exact(struct cuda_pair *p, const char *what, const void *dev, const float *want, int64_t n)
 {
-    float *got = floats(n);
+    float *got = cuda_floats(n);
     cuda_get_act(p, got, dev, n);
     for (int64_t i = 0; i < n; i++)
         if (!(got[i] == want[i]))
@@ -46,7 +38,7 @@ static void copies(struct cuda_pair *p, int64_t cols)
 {
     struct rt_err err = {0};
     int32_t index[N];
-    float *x = floats(ROWS * cols), *y = floats(N * cols), *want = floats(ROWS * cols);
+    float *x = cuda_floats(ROWS * cols), *y = cuda_floats(N * cols), *want = cuda_floats(ROWS * cols);
     distinct(index, N, ROWS);
     cuda_random(x, ROWS * cols, 1, 1.0f);
     cuda_random(y, N * cols, 2, 1.0f);
@@ -97,7 +89,7 @@ static void caches(struct cuda_pair *p, int64_t width, int64_t ldx)
     static const int32_t slot[TOKENS] = {4, 0, 4, 2, 0, 1}, pos[TOKENS] = {10, 3, 0, 7, 4, 0};
     struct rt_err err = {0};
     const int64_t size = SLOTS * CAPACITY * width;
-    float *cache = floats(size), *x = floats(TOKENS * ldx);
+    float *cache = cuda_floats(size), *x = cuda_floats(TOKENS * ldx);
     cuda_random(cache, size, 1, 1.0f);
     cuda_random(x, TOKENS * ldx, 2, 1.0f);
     void *dc = cuda_act(p, cache, size), *dx = cuda_act(p, x, TOKENS * ldx);
@@ -146,8 +138,8 @@ static void rope_case(struct cuda_pair *p, const struct rope *c)
     struct rt_err err = {0};
     char what[80];
     const int64_t head_ld = c->head_ld ? c->head_ld : c->dim, ld = c->ld ? c->ld : c->heads * head_ld, size = c->n * ld, half = c->dim / 2;
-    float *x = floats(size), *was = floats(size), *got = floats(size), *table = floats(2 * POSITIONS * half);
-    int32_t *position = (int32_t *)floats(c->n);
+    float *x = cuda_floats(size), *was = cuda_floats(size), *got = cuda_floats(size), *table = cuda_floats(2 * POSITIONS * half);
+    int32_t *position = (int32_t *)cuda_floats(c->n);
     for (int64_t i = 0; i < POSITIONS * half; i++) {
         const double angle = (double)(i / half) * pow(10000, -(double)(i % half) / (double)half);
         table[i] = (float)cos(angle);
@@ -212,7 +204,7 @@ static void test_concat(void **state)
         TEST_SKIP("no GPU");
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const int64_t n = cases[i][0], nh = cases[i][1], dn = cases[i][2], dr = cases[i][3], dv = cases[i][4], ld = cases[i][5];
-        float *kv = floats(n * nh * (dn + dv)), *pe = floats(n * ld), *k = floats(n * nh * (dn + dr));
+        float *kv = cuda_floats(n * nh * (dn + dv)), *pe = cuda_floats(n * ld), *k = cuda_floats(n * nh * (dn + dr));
         cuda_random(kv, n * nh * (dn + dv), 1, 1.0f);
         cuda_random(pe, n * ld, 2, 1.0f);
         void *dkv = cuda_act(&p, kv, n * nh * (dn + dv)), *dpe = cuda_act(&p, pe, n * ld), *dk = cuda_act(&p, NULL, n * nh * (dn + dr));
@@ -236,7 +228,7 @@ static void elements(struct cuda_pair *p, int64_t n, int64_t skip) /* skip: elem
 {
     struct rt_err err = {0};
     char what[80];
-    float *x = floats(n), *y = floats(n), *got = floats(n);
+    float *x = cuda_floats(n), *y = cuda_floats(n), *got = cuda_floats(n);
     double want, sum, again;
     cuda_random(x, n, 1, 1.0f);
     cuda_random(y, n, 2, 1.0f);
@@ -296,7 +288,7 @@ static void test_long(void **state)
         cuda_pair_close(&p);
         TEST_SKIP("less than 8 GiB of GPU memory are free");
     }
-    float *y = floats(MARKED * H), *scale = floats(56 * (int64_t)MANY);
+    float *y = cuda_floats(MARKED * H), *scale = cuda_floats(56 * (int64_t)MANY);
     double want, sum;
     cuda_random(y, MARKED * H, 1, 1.0f);
     void *dy = cuda_act(&p, y, MARKED * H), *out = cuda_act(&p, NULL, MARKED * H);
@@ -312,8 +304,8 @@ static void test_long(void **state)
     assert_ok(RT_OP(&p.gpu, sumsq, &err, .x = x, .n = size, .out = &sum));
     assert_true(fabs(sum - want) <= 1e-12 * want);
 
-    float *norm = floats(MARKED * H), *got = floats(MARKED * H), *scale_dev = (float *)(void *)(q + size);
-    uint8_t *code = (uint8_t *)floats(H / 4), *code_want = (uint8_t *)floats(H / 4);
+    float *norm = cuda_floats(MARKED * H), *got = cuda_floats(MARKED * H), *scale_dev = (float *)(void *)(q + size);
+    uint8_t *code = (uint8_t *)cuda_floats(H / 4), *code_want = (uint8_t *)cuda_floats(H / 4);
     float one[56];
     assert_ok(RT_OP(&p.ref, norm_fwd, &err, .x = y, .y = norm, .n = MARKED, .cols = H, .eps = 1e-6f));
     assert_ok(RT_OP(&p.gpu, norm_fwd, &err, .x = x, .y = x, .yq = {q, scale_dev}, .n = MANY, .cols = H, .eps = 1e-6f));

@@ -14,14 +14,6 @@
  * 5e-7 on an H100 for sums of up to 7168 terms. An operand or a scale that was rounded to bfloat16 would be 1e-3. */
 #define F32_SUMS 2e-6
 
-static float *floats(int64_t n)
-{
-    struct rt_err err = {0};
-    float *x;
-    assert_ok(rt_alloc((size_t)n, sizeof *x, "test", &x, &err));
-    return x;
-}
-
 enum kind { W16, W8A16, W8A8 };
 static const char *const kind_name[] = {"bf16", "w8a16", "w8a8"};
 
@@ -55,7 +47,7 @@ static void one_linear(struct cuda_pair *p, const struct linear_case *c)
     struct rt_err err = {0};
     char what[128];
     const int64_t ldx = c->ldx != 0 ? c->ldx : c->K, ldy = c->ldy != 0 ? c->ldy : c->N;
-    float *x = floats(c->n * ldx), *want = floats(c->n * ldy), *got = floats(c->n * ldy);
+    float *x = cuda_floats(c->n * ldx), *want = cuda_floats(c->n * ldy), *got = cuda_floats(c->n * ldy);
     struct cuda_weight w = weight(p, c->kind, c->N, c->K, 11), b = {0};
     struct cuda_quantised q = {0};
     void *gx = NULL;
@@ -138,7 +130,7 @@ static void test_rows_exact(void **state)
     (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
-    float *x = floats(MOST * K), *all = floats(MOST * N), *part = floats(MOST * N);
+    float *x = cuda_floats(MOST * K), *all = cuda_floats(MOST * N), *part = cuda_floats(MOST * N);
     cuda_random(x, MOST * K, 8, 1.0f);
     void *gx = cuda_act(&p, x, MOST * K);
     for (int kind = W16; kind <= W8A16; kind++) {
@@ -202,7 +194,7 @@ static void one_moe(struct cuda_pair *p, const struct moe_case *c, bool routed)
     struct cuda_weight w[3][MAX_E];
     const struct rt_weight *ref[3][MAX_E], *gpu[3][MAX_E];
     int32_t perm[1024 * MAX_K], offset[MAX_E + 1];
-    float weights[1024 * MAX_K], *x = floats(c->n * c->H), *want = floats(c->n * c->H), *got = floats(c->n * c->H);
+    float weights[1024 * MAX_K], *x = cuda_floats(c->n * c->H), *want = cuda_floats(c->n * c->H), *got = cuda_floats(c->n * c->H);
     struct cuda_quantised q = {0};
     const int first = routed ? c->e0 : 0, count = routed ? c->e1 - c->e0 : 1;
     for (int e = 0; e < count; e++)
