@@ -55,7 +55,7 @@ TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCH_BIN := $(BENCH_SRC:bench/%.c=$(B)/bench_%)
 
-.PHONY: all help deps demo demo-crossing test check check-asan fuzz oracle bench install uninstall clean
+.PHONY: all help deps demo demo-crossing test check check-gpu check-asan fuzz oracle bench install uninstall clean
 all: deps $(B)/retort ## build the program (default)
 
 help: ## this list
@@ -108,6 +108,9 @@ test: deps $(B)/retort $(B)/retort-tests ## everything that needs no GPU; ends w
 	@sh tests/run.sh $(B)
 
 check: test
+
+check-gpu: deps $(B)/retort-tests ## the suites that a GPU computes in; without one they say SKIP
+	@$(B)/retort-tests $$($(B)/retort-tests --list | sed -n 's/^\(cuda_[a-z0-9]*\)\..*/\1/p' | sort -u) student_generate eval train_slots
 
 check-asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(MAKE) --no-print-directory MODE=asan test

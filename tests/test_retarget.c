@@ -38,13 +38,13 @@ static int random_merges(uint64_t seed, char out[][32], const char **list, int n
         char joined[16];
         if (capital(r[0]) || strlen(l) + strlen(r) > 5)
             continue;
-        snprintf(joined, sizeof joined, "%s%s", l, r);
+        snprintf(joined, sizeof joined, "%.5s%.5s", l, r);
         bool known = false;
         for (int i = 0; i < tokens; i++)
             known |= strcmp(token[i], joined) == 0;
         if (known)
             continue;
-        snprintf(out[made], 32, "%s %s", l, r);
+        snprintf(out[made], 32, "%.5s %.5s", l, r);
         list[made] = out[made];
         made++;
         strcpy(token[tokens++], joined);
