@@ -93,6 +93,28 @@ static void check_item(void *ctx, int64_t item, __attribute__((unused)) int work
     job->good[item] = check(CHECK_BIG, CHECK_BIG, CHECK_BIG, a, b, c) && check(CHECK_SMALL, CHECK_SMALL + 1, CHECK_SMALL + 2, a, b, c);
 }
 
+/* OpenBLAS keeps a buffer for each product that is under way, and asks for a new one without end where there is no memory for it. */
+extern void *blas_memory_alloc(int place) __attribute__((weak));
+extern void blas_memory_free(void *buffer) __attribute__((weak));
+
+/* Has it take n of them now, all at once: products of the check may run one after the other. */
+static enum rt_status reserve_buffers(int n, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    void **held = NULL;
+    if (blas_memory_alloc == NULL || blas_memory_free == NULL)
+        return RT_OK;
+    RT_TRY(rt_alloc((size_t)n, sizeof *held, "buffers of OpenBLAS", &held, err));
+    for (int i = 0; i < n; i++)
+        held[i] = blas_memory_alloc(0);
+    for (int i = 0; i < n; i++)
+        if (held[i] != NULL)
+            blas_memory_free(held[i]);
+out:
+    rt_free(held);
+    return st;
+}
+
 enum rt_status rt_cpu_blas_setup(struct rt_pool *pool, struct rt_err *err)
 {
     enum rt_status st;
@@ -101,6 +123,7 @@ enum rt_status rt_cpu_blas_setup(struct rt_pool *pool, struct rt_err *err)
 
     choose_core();
     openblas_set_num_threads(1);
+    RT_TRY(reserve_buffers(items, err));
     RT_TRY(rt_alloc((size_t)items * 3 * CHECK_BIG * CHECK_BIG, sizeof *job.scratch, "the check of OpenBLAS", &job.scratch, err));
     RT_TRY(rt_alloc((size_t)items, sizeof *job.good, "the check of OpenBLAS", &job.good, err));
     rt_pool_run(pool, items, check_item, &job);
