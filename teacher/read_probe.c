@@ -22,8 +22,8 @@ struct course {
     uint64_t *size;        /* usable bytes; 0: too small a file */
     int file;
     uint64_t at, read;
-    double until, last;    /* when no new chunk is begun; when the last one was there */
-    bool failed;
+    double until, last;    /* when no new chunk is begun but the first; when the last one was there */
+    bool begun, failed;
     pthread_mutex_t lock;
 };
 
@@ -32,13 +32,15 @@ static bool next_chunk(struct course *c, int *file, uint64_t *offset)
 {
     bool found = false;
     pthread_mutex_lock(&c->lock);
-    for (int tried = 0; !found && tried <= c->n_files && rt_now() < c->until && !c->failed; tried++) {
+    const bool time = !c->begun || rt_now() < c->until; /* a machine may be too busy to begin in time */
+    for (int tried = 0; !found && tried <= c->n_files && time && !c->failed; tried++) {
         found = c->at + RT_FEED_CHUNK <= c->size[c->file];
         if (!found) {
             c->file = (c->file + 1) % c->n_files;
             c->at = 0;
         }
     }
+    c->begun |= found;
     *file = c->file;
     *offset = c->at;
     c->at += RT_FEED_CHUNK;
@@ -106,6 +108,7 @@ static double run_course(struct course *c, int threads, double seconds)
     int n = 0;
     const double t0 = rt_now();
     c->read = 0;
+    c->begun = false;
     c->until = t0 + seconds;
     for (; n < threads; n++)
         if (pthread_create(&thread[n], NULL, read_chunks, c) != 0)

@@ -236,6 +236,10 @@ static void reading_is_measured(void **state)
     fclose(f);
     assert_int_equal(truncate(path, (off_t)(sizeof n + n + 100663296)), 0);
     assert_ok(rt_tensors_open(path, &ts, &err));
+    assert_ok(rt_read_probe(ts, 4, 0, &p, &err)); /* over before it begins: a chunk each all the same */
+    assert_int_equal(p.n, 3);
+    for (int i = 0; i < p.n; i++)
+        assert_true(p.rate[i] > 0);
     assert_ok(rt_read_probe(ts, 4, 0.02, &p, &err));
     assert_int_equal(p.n, 3);
     assert_int_equal(p.readers[2], 4);
