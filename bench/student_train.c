@@ -199,18 +199,8 @@ static void unplan(struct bench *b)
 {
     struct rt_train_run *r = &b->r;
     const struct rt_opt *const tables[] = {train_tables(0), train_tables(1)};
-    rt_trainer_close(&r->trainer);
-    rt_train_set_free(b->set);
-    for (int i = 0; r->set != NULL && i < r->v->data.n; i++)
-        rt_train_set_free(r->set[i]);
-    for (int i = 0; r->path != NULL && i < r->v->data.n; i++)
-        rt_free(r->path[i]);
-    rt_free(r->set);
-    rt_free(r->eval_set);
-    rt_free(r->weight);
-    rt_free(r->path);
-    rt_loaded_student_close(&r->student);
-    rt_device_close(&r->device);
+    rt_train_release(r);
+    rt_train_set_free(b->set); /* behind the trainer, which reads from it */
     rt_options_free(tables, 2, &b->t, NULL);
     b->set = NULL;
     *r = (struct rt_train_run){0};

@@ -11,10 +11,8 @@
 enum { MAX_SKIPPED = 10 }; /* steps in a row that may be left out */
 static const double log_seconds = 10;
 
-/* st, err: what the run came to. */
-static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
+void rt_train_release(struct rt_train_run *r)
 {
-    rt_train_give_up(r, st, err); /* before anything that would wait for the other ranks */
     rt_trainer_close(&r->trainer);
     for (int i = 0; i < r->n_eval; i++)
         rt_train_set_free(r->eval_set[i]);
@@ -31,6 +29,13 @@ static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt
     rt_device_close(&r->device);
     rt_comm_free(r->comm);
     r->comm = NULL;
+}
+
+/* st, err: what the run came to. */
+static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt_err *err)
+{
+    rt_train_give_up(r, st, err); /* before anything that would wait for the other ranks */
+    rt_train_release(r);
     if (r->ctx->log != NULL && r->ctx->log->copy == r->dir.log_file)
         r->ctx->log->copy = NULL;
     rt_rundir_close(&r->dir);

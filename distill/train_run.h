@@ -57,6 +57,8 @@ struct rt_train_run {
 
 /* train_plan.c: opens student and data, checks what can be checked, plans memory and steps. Nothing is trained or written. */
 enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err);
+/* train_run.c: gives back what rt_train_prepare opened, whether it succeeded or not, and the trainer; not the directory. */
+void rt_train_release(struct rt_train_run *r);
 /* Prints the plan on stdout (--dry-run). */
 enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *err);
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
