@@ -95,8 +95,7 @@ static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, s
         .data = data, .T = v->kd_temperature, .max_length = v->max_length, .micro_tokens = v->micro_tokens, .memory = memory, .log = ctx->log,
         .stop = ctx->stop, .stop_self = ctx->stop_self,
         .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,
-                     .seed = (uint64_t)v->common.seed, .memory = d->be->own_memory ? memory : memory / 2,
-                     .exact = strcmp(v->verify, "exact") == 0}};
+                     .seed = (uint64_t)v->common.seed, .memory = memory, .exact = strcmp(v->verify, "exact") == 0}};
     RT_TRY(rt_eval_parse_k(v->pass_k, &o.sampling, err));
     RT_TRY(rt_json_new_object(&line, err));
     RT_TRY(rt_eval_run(l, d, &o, line, &rows, err));

@@ -254,7 +254,7 @@ static enum rt_status answer(struct job *j, const struct rt_train_values *t, str
         const struct rt_eval_run_options o = {
             .data = j->answered[i], .T = t->kd_temperature, .memory = memory, .log = j->ctx->log, .stop = j->ctx->stop, .stop_self = j->ctx->stop_self,
             .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,
-                         .seed = (uint64_t)t->common.seed, .memory = d.be->own_memory ? memory : memory / 2, .exact = strcmp(v->verify, "exact") == 0}};
+                         .seed = (uint64_t)t->common.seed, .memory = memory, .exact = strcmp(v->verify, "exact") == 0}};
         double pass1;
         rt_json_free(line);
         line = NULL;

@@ -165,16 +165,16 @@ out:
     return st;
 }
 
-/* What the decoder may take now. */
+/* What the decoder may take now: half of a host's memory; of a device's own what weights and operations leave. */
 static enum rt_status decoder_memory(const struct rt_loaded_student *l, const struct rt_eval_sampling *o, int64_t *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_dev_memory m;
-    *out = o->memory;
+    *out = o->memory / 2;
     if (!l->d->be->own_memory)
         goto out;
     RT_TRY(l->d->be->memory(l->d->dev, &m, err));
-    *out -= (int64_t)l->weights.size;
+    *out = o->memory - (int64_t)l->weights.size;
     if (*out > (int64_t)(m.free / 10 * 9)) /* a tenth for what operations take for themselves */
         *out = (int64_t)(m.free / 10 * 9);
 out:
