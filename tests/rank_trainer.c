@@ -154,3 +154,14 @@ void rank_run(struct rank_run *r)
     r->elements = s->elements;
     free(s);
 }
+
+struct tf_data *rank_data(int config)
+{
+    struct tf_data *data = malloc(sizeof *data);
+    struct tf f;
+    tf_open(&f, &rt_backend_cpu, 1, config, 0.3f);
+    tf_data(data, f.c.vocab_size, 4);
+    tf_score(data, &f);
+    tf_close(&f);
+    return data;
+}

@@ -19,6 +19,8 @@ struct rank_run {
     float *block;          /* [elements] parameters at the end, freed by the caller */
     int64_t elements;
 };
+/* Data of a small student's shape with its teacher's rows, by malloc. */
+struct tf_data *rank_data(int config);
 /* Fails the test where a rank fails, or ranks come to different results. */
 void rank_run(struct rank_run *r);
 

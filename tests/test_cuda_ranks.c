@@ -134,17 +134,6 @@ static void test_collectives(void **state)
 
 /* ---- training ---- */
 
-static struct tf_data *data_of(int config)
-{
-    struct tf_data *data = malloc(sizeof *data);
-    struct tf f;
-    tf_open(&f, &rt_backend_cpu, 1, config, 0.3f);
-    tf_data(data, f.c.vocab_size, 4);
-    tf_score(data, &f);
-    tf_close(&f);
-    return data;
-}
-
 /* Two GPUs: the same bits whatever overlaps and again; losses near those of one GPU; a checkpoint of two goes on with one. The student is small and learns its
  * data by heart: what BF16 gradients in other sums do to it grows with every step, and is bounded here by a hundredth of the first loss. */
 static void test_training(void **state)
@@ -153,7 +142,7 @@ static void test_training(void **state)
     (void)state;
     if (be == NULL)
         TEST_SKIP("no two GPUs");
-    struct tf_data *data = data_of(TF_WIDE);
+    struct tf_data *data = rank_data(TF_WIDE);
     char dir[512];
     snprintf(dir, sizeof dir, "%s", test_tmp("cuda-ranks"));
     struct rank_run one = {.be = be, .data = data, .size = 1, .config = TF_WIDE, .steps = 40, .states = true, .clip = 1, .lr = 1e-3}, r[4];

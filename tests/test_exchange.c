@@ -7,17 +7,6 @@
 #include "core/cpu/cpu.h"
 #include "tests/rank_trainer.h"
 
-static struct tf_data *data_of(int config)
-{
-    struct tf_data *data = malloc(sizeof *data);
-    struct tf f;
-    tf_open(&f, &rt_backend_cpu, 1, config, 0.3f);
-    tf_data(data, f.c.vocab_size, 4);
-    tf_score(data, &f);
-    tf_close(&f);
-    return data;
-}
-
 static void test_parts(void **state)
 {
     (void)state;
@@ -56,7 +45,7 @@ static void test_parts(void **state)
 static void test_same_bits(void **state)
 {
     (void)state;
-    struct tf_data *data = data_of(TF_WIDE);
+    struct tf_data *data = rank_data(TF_WIDE);
     for (int size = 2; size <= 4; size++) {
         struct rank_run r[4];
         for (int i = 0; i < 4; i++) {
@@ -125,7 +114,7 @@ out:
 static void test_when(void **state)
 {
     (void)state;
-    struct tf_data *data = data_of(TF_WIDE);
+    struct tf_data *data = rank_data(TF_WIDE);
     struct rt_backend be = rt_backend_cpu;
     struct rt_err err[RANK_TRAINERS];
     enum rt_status st[RANK_TRAINERS];
@@ -146,7 +135,7 @@ static void test_when(void **state)
 static void test_checkpoint(void **state)
 {
     (void)state;
-    struct tf_data *data = data_of(TF_WIDE);
+    struct tf_data *data = rank_data(TF_WIDE);
     char dir[512], end[2][512];
     snprintf(dir, sizeof dir, "%s", test_tmp("exchange-two"));
     struct rank_run whole = {.be = &rt_backend_cpu, .data = data, .size = 2, .config = TF_WIDE, .steps = 12, .bucket = 1, .overlap = true, .early = true, .states = true, .clip = 1};
