@@ -402,6 +402,15 @@ static bool measured(const struct rt_cuda_lt *lt, const struct rt_lt_call *c)
     return lt->tune != NULL && 2.0 * (double)c->M * (double)c->N * (double)c->K * (double)c->batch >= worth_measuring;
 }
 
+/* A measurement takes up to a second of a step, and documents of mixed lengths meet every bucket: what is measured is measured once an octave. */
+static int64_t octave(int64_t n)
+{
+    int64_t end = 16;
+    while (end < n)
+        end *= 2;
+    return end;
+}
+
 /* The algorithm for c with N tokens' columns and K as given. */
 static enum rt_status choose(struct rt_queue *q, const struct rt_lt_call *c, int64_t N, int64_t K, cublasLtMatmulAlgo_t *out, bool *found,
                              struct rt_err *err)
@@ -466,7 +475,8 @@ enum rt_status rt_cuda_lt_matmul(struct rt_queue *q, const struct rt_lt_call *c,
     one.batch = c->batch > 0 ? c->batch : 1;
     if (q->dev->lt == NULL || (c->a_scale != NULL && !rt_cuda_lt_block_scaled(q->dev)))
         return RT_OK;
-    const int64_t N = c->bucket_n ? rt_cuda_lt_bucket(c->N) : c->N, K = c->bucket_k ? rt_cuda_lt_bucket(c->K) : c->K;
+    int64_t (*const end)(int64_t) = measured(q->dev->lt, &one) ? octave : rt_cuda_lt_bucket;
+    const int64_t N = c->bucket_n ? end(c->N) : c->N, K = c->bucket_k ? end(c->K) : c->K;
     RT_TRY(run(q, &one, N, K, done, err));
     if (!*done && (N != c->N || K != c->K)) /* what suits the bucket's end may not suit every size in it */
         RT_TRY(run(q, &one, c->N, c->K, done, err));
