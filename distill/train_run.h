@@ -64,6 +64,11 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
 int64_t rt_train_longest(const struct rt_train_run *r);
 
+/* train_memory.c: decides r->o's micro-batches, level and loader, and r->memory. NOMEM: what would fit is said. */
+enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err);
+/* Bytes of r->memory, on device and host. */
+size_t rt_train_memory_planned(const struct rt_train_run *r);
+
 /* train_ranks.c: every one of them is called by all ranks; with one rank they do nothing. */
 /* Meets the other ranks (r->comm), once data and order are known. */
 enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err);
