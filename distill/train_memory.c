@@ -6,8 +6,9 @@
 #include "core/pool.h"
 #include "distill/run_record.h"
 #include "distill/train_run.h"
+#include "student/describe.h"
 
-enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768 };
+enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768, MICRO_LEAST = 256 };
 
 static size_t on_device(const struct rt_trainer_memory *m)
 {
@@ -76,57 +77,86 @@ static size_t need(const struct rt_train_run *r)
     return r->device.be->own_memory ? on_device(&r->memory) : rt_train_memory_planned(r);
 }
 
-/* Micro-batches are halved down to this many tokens before more is computed again: smaller ones cost more than a level does. */
-enum { MICRO_FLOOR = 512, MICRO_FLOOR_GPU = 8192 };
+/* ---- how a step is cut ---- */
 
-static void plan_micro(struct rt_train_run *r, size_t operations)
-{
-    rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
-    r->memory.operations = operations;
-}
+/* What a product does while memory moves a byte (H100 and H200 in long runs: 650 TFLOP/s, 3 to 4 TB/s; two cores: 100 GFLOP/s, 15 GB/s), what it does while
+ * an operation begins, and the rows that a product's last wave of tiles wastes. */
+static const struct pace {
+    double byte, begin, rows;
+} paces[2] = {{7, 0, 16}, {180, 6e8, 256}};
+enum { OPERATIONS_OF_A_LAYER = 32 };
 
-/* Micro-batches of n tokens or of half of it, and so on, at the level asked for; or at the least level from 1 on at which they fit, and at 0 where a
- * device with memory of its own has room for that too. A resumed run may have another level: the bits are the same. */
-static void choose_micro(struct rt_train_run *r, int64_t n, bool fixed, size_t operations, size_t limit)
+double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_params *p, int64_t longest, bool gpu, const struct rt_train_cuts *x)
 {
-    const int64_t longest = rt_train_longest(r), least = r->device.be->own_memory ? MICRO_FLOOR_GPU : MICRO_FLOOR;
-    const bool automatic = strcmp(r->v->recompute, "auto") == 0;
-    const int from = automatic ? 1 : r->v->recompute[0] - '0', to = automatic ? 3 : from;
-    for (r->o.recompute = from;; r->o.recompute++) {
-        const int64_t low = r->o.recompute < to && least > longest ? least : longest;
-        for (int64_t m = n;; m /= 2) {
-            r->o.micro_tokens = m > longest ? m : longest;
-            plan_micro(r, operations);
-            if (need(r) <= limit || fixed || m <= low)
-                break;
-        }
-        if (need(r) <= limit || r->o.recompute == to)
-            break;
+    const struct pace *pace = &paces[gpu];
+    const double L = c->layers, H = (double)c->hidden, I = (double)c->intermediate, V = (double)c->vocab_size, m = (double)x->micro_tokens, act = gpu ? 2 : 4,
+                 len = (double)longest, head = V * H, all = (double)p->matmul, operations = (double)x->operations;
+    double a_token = rt_student_flops_per_token(c, p, len), a_micro;
+    if (x->recompute >= 1) /* two norms, and SwiGLU's output written once more */
+        a_token += pace->byte * act * L * (4 * H + I);
+    if (x->recompute >= 2) /* gate and up */
+        a_token += 4 * H * I * L + pace->byte * act * L * 2 * I;
+    if (x->recompute >= 3) /* all else of a layer */
+        a_token += 2 * (all - head) - 4 * H * I * L + 2 * L * c->heads * c->head_dim * len + pace->byte * act * L * (8 * H + 3 * I);
+    a_token *= 1 + pace->rows / m;
+    /* weights are read twice, gradients read and written once a micro-batch */
+    a_micro = pace->byte * (double)p->count * 4 * act + pace->begin * OPERATIONS_OF_A_LAYER * L;
+    if (gpu) { /* head_loss.c: the head's gradient is added to once a chunk, in float32 where that has room; logits are float32 where its copy has none */
+        const bool f32 = 2 * head > operations / 4;
+        const double room = operations - (f32 ? 0 : 2 * head), rows = (room > 8 * head ? room - 4 * head : room) / (2 * V), chunks = rows < m ? ceil(m / rows) : 0;
+        a_micro += pace->byte * head * 8 * chunks;
+        a_token += f32 ? pace->byte * 4 * V : 0;
     }
-    if (!automatic || r->o.recompute > 1 || !r->device.be->own_memory)
-        return;
-    r->o.recompute = 0;
-    plan_micro(r, operations);
-    if (need(r) <= limit)
-        return;
-    r->o.recompute = 1;
-    plan_micro(r, operations);
+    return a_token + a_micro / m;
 }
 
-/* Micro-batches, level and the room of operations, which an earlier part of the run may have fixed. A large model on a small card: less room for operations,
- * down to OPERATIONS_LEAST, costs less than computing layers again, and more than that only where nothing else fits. *operations: the most of them. */
-static void choose_cuts(struct rt_train_run *r, int64_t n, bool fixed, bool was, size_t *operations, size_t limit)
+static void plan_cuts(struct rt_train_run *r, const struct rt_train_cuts *x)
 {
-    const bool shrinks = r->device.be->own_memory && !was;
-    const size_t most = *operations;
-    for (int level = 2; level <= 3; level++)
-        for (*operations = most;; *operations -= OPERATIONS_STEP) {
-            choose_micro(r, n, fixed, *operations, limit);
-            if (need(r) <= limit && r->o.recompute <= level)
-                return;
-            if (!shrinks || *operations < (size_t)OPERATIONS_LEAST + OPERATIONS_STEP)
+    r->o.micro_tokens = x->micro_tokens;
+    r->o.recompute = x->recompute;
+    rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
+    r->memory.operations = x->operations;
+}
+
+/* Of the operations' room as much as the limit leaves, in steps; where it shrinks, down to OPERATIONS_LEAST. */
+static bool fits(struct rt_train_run *r, struct rt_train_cuts *x, bool shrinks, size_t limit)
+{
+    plan_cuts(r, x);
+    if (need(r) <= limit)
+        return true;
+    const size_t over = (need(r) - limit + OPERATIONS_STEP - 1) / OPERATIONS_STEP * OPERATIONS_STEP;
+    if (!shrinks || x->operations < over + OPERATIONS_LEAST)
+        return false;
+    x->operations -= over;
+    plan_cuts(r, x);
+    return true;
+}
+
+/* The cuts of the least cost that fit; else those that need least. most: micro-batches of so many tokens or halves of it (fixed: exactly so many); level as
+ * asked for, or at least 1 where the memory is everybody's. shrinks: operations may take less than they would. A resumed run may have another level: the
+ * bits are the same. */
+static void choose_cuts(struct rt_train_run *r, int64_t most, bool fixed, bool shrinks, size_t operations, size_t limit)
+{
+    const int64_t longest = rt_train_longest(r);
+    const bool gpu = r->device.be->own_memory, automatic = strcmp(r->v->recompute, "auto") == 0;
+    const int from = automatic ? gpu ? 0 : 1 : r->v->recompute[0] - '0', to = automatic ? 3 : from;
+    struct rt_train_cuts best = {0}, least = {0};
+    double cost = INFINITY;
+    for (int level = from; level <= to; level++)
+        for (int64_t m = most;; m /= 2) {
+            struct rt_train_cuts x = {m > longest ? m : longest, level, operations};
+            least = (struct rt_train_cuts){x.micro_tokens, level, shrinks && operations > OPERATIONS_LEAST ? (size_t)OPERATIONS_LEAST : operations};
+            if (fits(r, &x, shrinks, limit)) {
+                const double now = rt_train_cuts_cost(&r->student.c, &r->student.p, longest, gpu, &x);
+                if (now < cost) {
+                    cost = now;
+                    best = x;
+                }
+            }
+            if (fixed || m <= longest || m <= MICRO_LEAST)
                 break;
         }
+    plan_cuts(r, cost < INFINITY ? &best : &least);
 }
 
 /* Options that take less, where they are not given yet. */
@@ -155,9 +185,9 @@ enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
     if (n == 0)
         n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
     operations = was > 0 && be->own_memory ? (size_t)was : operations;
-    choose_cuts(r, n, fixed, was > 0, &operations, (size_t)limit);
+    choose_cuts(r, n, fixed, be->own_memory && was == 0, operations, (size_t)limit);
     if (be->own_memory)
-        be->set_scratch(r->device.dev, operations);
+        be->set_scratch(r->device.dev, r->memory.operations);
     if (need(r) > (size_t)limit)
         RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: --%s %.0fM or more%s%s, "
                 "or a --max-length below %ld", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest, r->o.recompute, rt_human_bytes(b, (uint64_t)limit),

@@ -263,7 +263,7 @@ static void test_mix(void **state)
     assert_true(kl_rows == (double)all && targets == 5.0 * (double)all);
 }
 
-/* Less memory: smaller micro-batches first, then more is computed again, then a refusal that says what would help; the steps are the same. */
+/* Less memory: smaller micro-batches, more that is computed again, then a refusal that says what would help; the steps are the same. */
 static void test_recompute(void **state)
 {
     (void)state;
