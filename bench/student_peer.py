@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """The peer of bench_student_train: the same geometry trained by transformers and torch.compile, random weights, on the same card.
 
-    python3 bench/student_peer.py --config config.json [--length 2048] [--sequences 8] [--top-k 64] [--loss ce,kd] [--params f32|bf16]
+    python3 bench/student_peer.py --config config.json [--length 2048] [--sequences 8] [--top-k 64] [--loss ce,kd] [--params f32|bf16] [--compile layers|whole]
 
 The usual recipe: float32 parameters under BF16 autocast (or pure BF16 with --params bf16, which loses small updates), scaled_dot_product_attention, fused
 AdamW, gradient clipping at 1, one optimiser step a batch. KD is half cross-entropy and half T^2 KL to the stored teacher logits and one bucket for all other
 ids at T = 2, as one writes it with log_softmax over whole logits; where that does not fit, over chunks of rows that are computed again in backward.
+torch.compile takes a decoder layer, once for all, and the loss of rows; or, with --compile whole, everything in one, which takes minutes.
 A line a loss: tokens a second (median step) and peak memory. Needs PyTorch with CUDA, and transformers.
 """
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -36,7 +38,7 @@ def row_loss(hidden, head, labels, top_ids, top_logp):
     return ce, T * T * kl.sum()
 
 
-def loss_of(model, ids, top_ids, top_logp, chunk):
+def loss_of(row_loss, model, ids, top_ids, top_logp, chunk):
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state.flatten(0, 1)
     labels = ids[:, 1:].flatten()
     ce = kl = 0.0
@@ -58,7 +60,13 @@ def measure(a, config, kd, chunk):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16 if bf16 else torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    step_loss = torch.compile(loss_of)
+    torch._dynamo.reset()
+    if a.compile == "whole":
+        step_loss = functools.partial(torch.compile(loss_of), row_loss)
+    else:
+        for layer in model.model.layers:
+            layer.compile()
+        step_loss = functools.partial(loss_of, torch.compile(row_loss))
     n = a.sequences * a.length
     times = []
     for i in range(a.steps + 3):
@@ -90,13 +98,14 @@ def main():
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--loss", default="ce,kd")
     p.add_argument("--params", choices=("f32", "bf16"), default="f32")
+    p.add_argument("--compile", choices=("layers", "whole"), default="layers")
     a = p.parse_args()
     torch.set_float32_matmul_precision("high")
     with open(a.config) as f:
         d = json.load(f)
     config = AutoConfig.for_model(d.pop("model_type"), **d)
     config.use_cache = False
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}; torch.compile, fused AdamW, "
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}; torch.compile ({a.compile}), fused AdamW, "
           f"{'BF16 parameters' if a.params == 'bf16' else 'float32 parameters, BF16 autocast'}, SDPA, batch {a.sequences} x {a.length}", flush=True)
     for name in a.loss.split(","):
         for chunk in (0, 4096):

@@ -19,9 +19,9 @@
 #include "distill/train_run.h"
 
 struct values {
-    const char *model, *device, *loss, *dir, *peer;
+    const char *model, *device, *loss, *dir, *peer_options;
     int64_t length, batch_tokens, micro_tokens, top_k, steps, threads, loader_threads, gpu_memory, data_tokens;
-    bool mixed, loader, parts, verbose, json, help;
+    bool mixed, loader, parts, peer, verbose, json, help;
 };
 
 #define V(field) offsetof(struct values, field)
@@ -41,7 +41,8 @@ static const struct rt_opt options[] = {
     {"gpu-memory", RT_OPT_BYTES, V(gpu_memory), "0", 0, 9e18, NULL, "24G", "GPU memory to stay within, 0: what is free", false, false},
     {"loader", RT_OPT_FLAG, V(loader), NULL, 0, 0, NULL, NULL, "the loader alone", false, false},
     {"parts", RT_OPT_FLAG, V(parts), "yes", 0, 0, NULL, NULL, "also measure the parts alone", false, false},
-    {"peer", RT_OPT_STRING, V(peer), NULL, 0, 0, NULL, "ARGUMENTS", "run bench/student_peer.py with these arguments (\"\": none) and print the ratio", false, false},
+    {"peer", RT_OPT_FLAG, V(peer), NULL, 0, 0, NULL, NULL, "then run bench/student_peer.py, where python3 has torch and transformers, and print the ratio", false, false},
+    {"peer-options", RT_OPT_STRING, V(peer_options), NULL, 0, 0, NULL, "OPTIONS", "of that program: --peer-options=\"--compile whole\"", false, false},
     {"dir", RT_OPT_STRING, V(dir), NULL, 0, 0, NULL, "DIR", "where the data go, under a name of their own; default: $TMPDIR or /tmp", false, false},
     {"verbose", RT_OPT_FLAG, V(verbose), NULL, 0, 0, NULL, NULL, "the log of planning", false, false},
     {"json", RT_OPT_FLAG, V(json), NULL, 0, 0, NULL, NULL, "one JSON object a line", false, false},
@@ -398,7 +399,8 @@ static void run_peer(const struct bench *b)
         printf("no peer: python3 has no torch or transformers\n");
         return;
     }
-    snprintf(command, sizeof command, "python3 bench/student_peer.py --config '%s' --length %ld --top-k %ld %s", b->config, (long)b->v.length, (long)b->v.top_k, b->v.peer);
+    snprintf(command, sizeof command, "python3 bench/student_peer.py --config '%s' --length %ld --top-k %ld --loss %s %s", b->config, (long)b->v.length, (long)b->v.top_k,
+             strcmp(b->v.loss, "both") == 0 ? "ce,kd" : b->v.loss, b->v.peer_options != NULL ? b->v.peer_options : "");
     FILE *f = popen(command, "r");
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
         const char *at = strstr(line, " tokens/s");
@@ -436,7 +438,7 @@ int main(int argc, char **argv)
     for (int kd = 0; kd < 2 && st == RT_OK; kd++)
         if (strcmp(b.v.loss, "both") == 0 || (strcmp(b.v.loss, "kd") == 0) == (kd == 1))
             st = run_case(&b, kd == 1, &err);
-    if (st == RT_OK && b.v.peer != NULL)
+    if (st == RT_OK && b.v.peer)
         run_peer(&b);
     remove_place(&b);
     if (st != RT_OK)
