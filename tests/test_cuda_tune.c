@@ -71,6 +71,34 @@ static void test_kept(void **state)
     rt_tune_close(t);
 }
 
+/* The choice of the fewest tokens above, where all else is equal. */
+static void test_wider(void **state)
+{
+    static const int64_t tokens[] = {16384, 2048, 4096};
+    struct rt_err err = {0};
+    char note[256];
+    struct rt_tune *t = opened(NULL, note);
+    (void)state;
+    for (int in_k = 0; in_k < 2; in_k++) {
+        struct rt_product_choice c = choice(in_k), more = choice(in_k);
+        for (int i = 0; i < 3; i++) {
+            *(in_k ? &more.key.K : &more.key.N) = tokens[i];
+            assert_ok(rt_tune_add(t, &more, &err));
+        }
+        for (int i = 0; i < 5; i++) {
+            static const int64_t asked[] = {1024, 2047, 2048, 8192, 16384}, found[] = {2048, 2048, 4096, 16384, 0};
+            *(in_k ? &c.key.K : &c.key.N) = asked[i];
+            const struct rt_product_choice *got = rt_tune_find_wider(t, &c.key, in_k);
+            assert_int_equal(got == NULL ? 0 : in_k ? got->key.K : got->key.N, found[i]);
+            assert_null(rt_tune_find_wider(t, &c.key, !in_k));
+        }
+        c.key.M++;
+        *(in_k ? &c.key.K : &c.key.N) = 1024;
+        assert_null(rt_tune_find_wider(t, &c.key, in_k));
+    }
+    rt_tune_close(t);
+}
+
 /* Every byte changed, every length: refused, and never a choice taken from it. */
 static void test_damaged(void **state)
 {
@@ -126,10 +154,10 @@ static void test_foreign(void **state)
 
 /* ---- on the GPU ---- */
 
-/* A linear layer's three products, 4.3e9 FLOPs each, so that they are measured: y = x w^T, dx = dy w, dw += dy^T x. What wins for one is a candidate of
+/* A linear layer's three products, 6.7e9 FLOPs each, so that they are measured: y = x w^T, dx = dy w, dw += dy^T x. What wins for one is a candidate of
  * the next. */
-enum { TOKENS = 1300, OUT = 1280, IN = 1280, RESULT = TOKENS * OUT + TOKENS * IN + OUT * IN };
-enum { FEWER = 1250 }; /* in the octave of TOKENS, another of the buckets that choices without measurement have; as much work */
+enum { TOKENS = 1300, OUT = 1600, IN = 1600, RESULT = TOKENS * OUT + TOKENS * IN + OUT * IN };
+enum { MORE = 1500, FEWER = 1000 }; /* in the octave of TOKENS and below it; work enough to be measured, too */
 
 struct product {
     float *w, *x, *dy, *got; /* got [RESULT] */
@@ -144,8 +172,8 @@ static float *numbers(int64_t n, uint64_t stream)
     return p;
 }
 
-/* With products measured by the file (path), in memory (NULL), or as the library likes ("-"). bytes [RESULT]: the results as they lie in memory. Then a
- * product of FEWER rows. */
+/* With products measured by the file (path), in memory (NULL), or as the library likes ("-"). bytes [RESULT]: the results as they lie in memory. Then
+ * products of MORE and FEWER rows, whose results nobody looks at. */
 static void run_product(const struct product *v, const char *path, uint16_t *bytes)
 {
     struct cuda_pair p;
@@ -167,7 +195,12 @@ static void run_product(const struct product *v, const char *path, uint16_t *byt
         cuda_get_act(&p, v->got + first, result[i], sizes[i]);
         cuda_get(&p, bytes + first, result[i], (size_t)sizes[i] * sizeof *bytes);
     }
-    assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {.data = x}, .w = w, .y = result[0], .n = FEWER, .K = IN, .N = OUT));
+    void *more = cuda_act(&p, NULL, MORE * IN), *y = cuda_act(&p, NULL, MORE * OUT);
+    assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {.data = more}, .w = w, .y = y, .n = MORE, .K = IN, .N = OUT));
+    assert_ok(RT_OP(&p.gpu, linear_fwd, &err, .x = {.data = x}, .w = w, .y = y, .n = FEWER, .K = IN, .N = OUT));
+    assert_ok(RT_OP(&p.gpu, linear_wgrad, &err, .dy = dy, .x = x, .dw = result[2], .n = FEWER, .K = IN, .N = OUT));
+    cuda_free(&p, more);
+    cuda_free(&p, y);
     for (int i = 0; i < 3; i++)
         cuda_free(&p, result[i]);
     p.gpu.be->weight_free(p.gpu.dev, w);
@@ -208,7 +241,7 @@ static void test_product(void **state)
     assert_memory_equal(first.data, second.data, first.len); /* nothing was measured again */
     for (const char *at = first.data; (at = strstr(at, "\nproduct ")) != NULL; at++)
         kept++;
-    assert_int_equal(kept, 3); /* not a fourth for fewer rows */
+    assert_int_equal(kept, 3); /* nor for other numbers of rows */
     run_product(&v, NULL, bytes[2]);
     cuda_close("measured in memory", v.got, plain, 1, RESULT, 3.5e-3, 0);
     rt_buf_free(&first);
@@ -316,7 +349,7 @@ static void test_race(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_kept),    cmocka_unit_test(test_damaged),         cmocka_unit_test(test_foreign),
+    cmocka_unit_test(test_kept),    cmocka_unit_test(test_wider),           cmocka_unit_test(test_damaged),         cmocka_unit_test(test_foreign),
     cmocka_unit_test(test_product), cmocka_unit_test(test_false_algorithm), cmocka_unit_test(test_race),
 };
 

@@ -359,20 +359,30 @@ static bool sound(const struct rt_cuda_lt *lt, const struct plan *p, const cubla
            result.workspaceSize <= RT_CUDA_WORKSPACE;
 }
 
-/* algo[0] of the n candidates becomes the one that was measured as the fastest, now or before. p: of the key's sizes. */
+/* algo[0] of the n candidates becomes the one that was measured as the fastest, now or before. p: of the key's sizes. What is left over of a batch is a
+ * micro-batch of fewer tokens: it takes what won for more of them, since measuring takes longer than such products do in a run. */
 static enum rt_status tuned(struct rt_queue *q, const struct rt_lt_call *c, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo,
                             int n, struct rt_err *err)
 {
     const struct rt_cuda_lt *lt = q->dev->lt;
-    const struct rt_product_choice *known = rt_tune_find(lt->tune, k);
+    const struct rt_product_choice *known = rt_tune_find(lt->tune, k), *wider = NULL;
     struct rt_product_choice now = {.key = *k};
     enum rt_status st = RT_OK;
+    cublasLtMatmulAlgo_t kept;
+    if (known == NULL && (c->bucket_n || c->bucket_k))
+        wider = rt_tune_find_wider(lt->tune, k, c->bucket_k);
+    if (wider != NULL) {
+        memcpy(&kept, wider->algo, sizeof kept);
+        if (sound(lt, p, &kept)) {
+            algo[0] = kept;
+            return RT_OK;
+        }
+    }
     if (known == NULL) {
         RT_TRY(measure_product(q, c, algo, n, &now, err));
         RT_TRY(rt_tune_add(lt->tune, &now, err));
         known = &now;
     } else {
-        cublasLtMatmulAlgo_t kept;
         memcpy(&kept, known->algo, sizeof kept);
         if (!sound(lt, p, &kept))
             RT_FAIL(err, FORMAT, "%s: the algorithm kept for a product of %ld x %ld x %ld is not one that cuBLASLt takes; delete the file and products are "

@@ -43,6 +43,21 @@ const struct rt_product_choice *rt_tune_find(const struct rt_tune *t, const stru
     return NULL;
 }
 
+const struct rt_product_choice *rt_tune_find_wider(const struct rt_tune *t, const struct rt_product_key *key, bool in_k)
+{
+    const struct rt_product_choice *best = NULL;
+    struct rt_product_key like = *key;
+    int64_t *const tokens = in_k ? &like.K : &like.N;
+    for (size_t i = 0; i < t->n; i++) {
+        const struct rt_product_key *k = &t->at[i].key;
+        const int64_t n = in_k ? k->K : k->N, most = best == NULL ? INT64_MAX : in_k ? best->key.K : best->key.N;
+        *tokens = n;
+        if (n > (in_k ? key->K : key->N) && n < most && memcmp(k, &like, sizeof like) == 0)
+            best = &t->at[i];
+    }
+    return best;
+}
+
 static enum rt_status keep(struct rt_tune *t, const struct rt_product_choice *c, struct rt_err *err)
 {
     enum rt_status st = RT_OK;

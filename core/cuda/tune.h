@@ -49,6 +49,8 @@ const char *rt_tune_path(const struct rt_tune *t); /* for messages */
 
 /* NULL: not measured yet. Valid until the next add. */
 const struct rt_product_choice *rt_tune_find(const struct rt_tune *t, const struct rt_product_key *key);
+/* The one whose key is this but for more tokens, N or (in_k) K; of several the one with the fewest. NULL: none. */
+const struct rt_product_choice *rt_tune_find_wider(const struct rt_tune *t, const struct rt_product_key *key, bool in_k);
 /* Keeps a choice whose key is new, and writes the file. */
 enum rt_status rt_tune_add(struct rt_tune *t, const struct rt_product_choice *c, struct rt_err *err);
 
