@@ -94,6 +94,12 @@ static void label_of(enum rt_op op, const char *name, const void *args, char out
     } else if (op == RT_OP_linear_dgrad) {
         const struct rt_linear_dgrad_args *a = args;
         snprintf(out, 48, "%s %ld <- %ld", name, (long)a->K, (long)a->N);
+    } else if (op == RT_OP_gated_fwd) {
+        const struct rt_gated_fwd_args *a = args;
+        snprintf(out, 48, "%s %ld -> 2 x %ld%s", name, (long)a->K, (long)a->I, a->kept ? "" : ", not kept");
+    } else if (op == RT_OP_gated_bwd) {
+        const struct rt_gated_bwd_args *a = args;
+        snprintf(out, 48, "%s %ld <- %ld%s", name, (long)a->I, (long)a->N, a->h != NULL ? ", h again" : "");
     } else if (op == RT_OP_linear_wgrad) {
         const struct rt_linear_wgrad_args *a = args;
         snprintf(out, 48, "%s %ld x %ld%s", name, (long)a->N, (long)a->K, a->db != NULL ? " + bias" : "");

@@ -238,6 +238,13 @@ struct rt_attn_bwd_args {
 };
 /* dgate, dup = ; with row distance ld; dh dense. h = recomputed silu(gate)*up, or NULL. */
 struct rt_swiglu_bwd_args { const void *gate, *up, *dh; int64_t ld; void *dgate, *dup, *h; int64_t n, I; };
+/* A gated MLP's first half: [gate | up] = x w^T (+ bias), h = silu(gate) * up, as linear_fwd and swiglu_fwd make them. x [n, K] dense, w [2I, K],
+ * h [n, I] dense =, or NULL. gate_up [n, 2I] dense = with `kept`; else scratch, unspecified afterwards. What comes out has the same bits whatever is
+ * asked for. */
+struct rt_gated_fwd_args { const void *x; const struct rt_weight *w, *bias; void *gate_up, *h; int64_t n, K, I; bool kept; };
+/* The way back: dh = dy w, d_gate_up = gradient at gate_up, as linear_dgrad and swiglu_bwd make them. dy [n, N] dense, w [N, I], gate_up [n, 2I] as
+ * gated_fwd leaves it, d_gate_up [n, 2I] dense =, h [n, I] = recomputed (the bits of gated_fwd), or NULL. dh [n, I] is scratch. */
+struct rt_gated_bwd_args { const void *dy; const struct rt_weight *w; const void *gate_up; void *dh, *d_gate_up, *h; int64_t n, N, I; };
 /* dtable[ids[i],:] += dy[i,:], rows in ascending i. */
 struct rt_embed_bwd_args { const int32_t *ids; const void *dy; void *dtable; int64_t n, cols, rows; };
 /* out[i,:] = x[index[i],:]; and x[index[i],:] (+)= y[i,:] for distinct indices. */
@@ -306,7 +313,7 @@ struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
 #define RT_BACKEND_OPS(X) \
     X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
     X(mla_concat_k) X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(sample) \
-    X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(embed_bwd) \
+    X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(gated_fwd) X(gated_bwd) X(embed_bwd) \
     X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
 
 enum rt_op {

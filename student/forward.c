@@ -184,12 +184,13 @@ out:
     return st;
 }
 
-enum rt_status rt_student_gate_up(struct rt_student *s, int i, struct rt_err *err)
+enum rt_status rt_student_gate_up(struct rt_student *s, int i, bool kept, struct rt_err *err)
 {
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_student_acts *a = &s->a;
-    return RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(a->saved[i].normed2, a->normed)}, .w = l->gate_up, .bias = l->gate_up_bias,
-                 .y = a->saved[i].gate_up, .n = a->batch.n, .K = s->c->hidden, .N = 2 * s->c->intermediate);
+    const struct rt_student_saved *v = &a->saved[i];
+    return RT_OP(s->d, gated_fwd, err, .x = rt_student_own(v->normed2, a->normed), .w = l->gate_up, .bias = l->gate_up_bias, .gate_up = v->gate_up,
+                 .h = rt_student_own(v->h, a->h), .n = a->batch.n, .K = s->c->hidden, .I = s->c->intermediate, .kept = kept);
 }
 
 static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
@@ -198,10 +199,8 @@ static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_student_acts *a = &s->a;
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
-    void *gate_up = a->saved[i].gate_up, *h = rt_student_own(a->saved[i].h, a->h);
-    RT_TRY(rt_student_gate_up(s, i, err));
-    RT_TRY(RT_OP(s->d, swiglu_fwd, err, .gate = gate_up, .up = rt_student_at(s, gate_up, I), .ld = 2 * I, .h = h, .n = n, .I = I));
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
+    RT_TRY(rt_student_gate_up(s, i, a->keep >= RT_KEEP_ALL, err));
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(a->saved[i].h, a->h)}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
 out:
     return st;
 }

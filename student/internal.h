@@ -76,6 +76,6 @@ enum rt_status rt_student_rotate(const struct rt_student *s, const struct rt_stu
 
 /* Of the last forward: attention of layer i from its normed input, into what the layer saves and a.branch; gate and up from the normed mid. */
 enum rt_status rt_student_attention(struct rt_student *s, int i, struct rt_err *err);
-enum rt_status rt_student_gate_up(struct rt_student *s, int i, struct rt_err *err);
+enum rt_status rt_student_gate_up(struct rt_student *s, int i, bool kept, struct rt_err *err);
 
 #endif

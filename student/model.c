@@ -202,9 +202,9 @@ enum rt_status rt_student_init(struct rt_student *s, uint64_t seed, struct rt_er
 const enum rt_op *rt_student_train_ops(int *n)
 {
     static const enum rt_op ops[] = {
-        RT_OP_embed_fwd, RT_OP_norm_fwd, RT_OP_linear_fwd, RT_OP_headnorm_rope_fwd, RT_OP_attn_fwd, RT_OP_swiglu_fwd,
+        RT_OP_embed_fwd, RT_OP_norm_fwd, RT_OP_linear_fwd, RT_OP_headnorm_rope_fwd, RT_OP_attn_fwd, RT_OP_gated_fwd,
         RT_OP_embed_bwd, RT_OP_norm_bwd, RT_OP_linear_dgrad, RT_OP_linear_wgrad, RT_OP_headnorm_rope_bwd, RT_OP_attn_bwd,
-        RT_OP_swiglu_bwd, RT_OP_gather, RT_OP_scatter, RT_OP_head_loss, RT_OP_feature_loss, RT_OP_sumsq, RT_OP_axpy, RT_OP_adamw,
+        RT_OP_gated_bwd,  RT_OP_gather, RT_OP_scatter, RT_OP_head_loss, RT_OP_feature_loss, RT_OP_sumsq, RT_OP_axpy, RT_OP_adamw,
     };
     *n = (int)(sizeof ops / sizeof ops[0]);
     return ops;

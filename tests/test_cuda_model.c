@@ -10,7 +10,7 @@
 #include "tests/student_fixture.h"
 
 static const char *const configs[] = {
-    "{\"model_type\": \"qwen2\", \"vocab_size\": 331, \"hidden_size\": 64, \"intermediate_size\": 160, \"num_hidden_layers\": 3, "
+    "{\"model_type\": \"qwen2\", \"vocab_size\": 331, \"hidden_size\": 64, \"intermediate_size\": 256, \"num_hidden_layers\": 3, "
     "\"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 64, "
     "\"tie_word_embeddings\": true, \"rope_theta\": 10000.0, \"torch_dtype\": \"bfloat16\"}",
     "{\"model_type\": \"qwen3\", \"vocab_size\": 253, \"hidden_size\": 48, \"intermediate_size\": 72, \"num_hidden_layers\": 2, "

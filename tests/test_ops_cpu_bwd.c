@@ -277,6 +277,47 @@ static void swiglu_backward(void **state)
         }
 }
 
+/* cols: I; heads: what x or dy has. */
+static enum rt_status run_gated_fwd(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
+{
+    const struct rows *t = ctx;
+    struct rt_weight *bias = t->rstd != NULL ? ops_param(d, t->rstd, 1, 2 * t->cols) : NULL;
+    struct rt_weight *w = ops_param(d, t->w, 2 * t->cols, t->heads);
+    const enum rt_status st = RT_OP(d, gated_fwd, err, .x = t->x, .w = w, .bias = bias, .gate_up = out[0], .h = out[1], .n = t->n, .K = t->heads, .I = t->cols,
+                                    .kept = true);
+    d->be->weight_free(d->dev, w);
+    d->be->weight_free(d->dev, bias);
+    return st;
+}
+static enum rt_status run_gated_bwd(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
+{
+    const struct rows *t = ctx;
+    float *dh = randoms(t->n * t->cols, 9, 1);
+    struct rt_weight *w = ops_param(d, t->w, t->heads, t->cols);
+    const enum rt_status st = RT_OP(d, gated_bwd, err, .dy = t->dy, .w = w, .gate_up = t->x, .dh = dh, .d_gate_up = out[0],
+                                    .h = t->accumulate ? out[1] : NULL, .n = t->n, .N = t->heads, .I = t->cols);
+    d->be->weight_free(d->dev, w);
+    free(dh);
+    return st;
+}
+
+static void gated(void **state)
+{
+    static const int64_t shape[][3] = {{1, 1, 1}, {2, 17, 5}, {130, 96, 40}}; /* n, I, K */
+    for (int i = 0; i < COUNT(shape); i++)
+        for (int variant = 0; variant < 2; variant++) {
+            const int64_t n = shape[i][0], I = shape[i][1], K = shape[i][2];
+            struct rows t = {.n = n, .cols = I, .heads = (int)K, .accumulate = variant};
+            t.x = randoms(n * (K > 2 * I ? K : 2 * I), 1, 1);
+            t.dy = randoms(n * K, 2, 1);
+            t.w = randoms(2 * I * K, 3, 1);
+            t.rstd = variant ? randoms(2 * I, 4, 1) : NULL; /* the bias */
+            hold(*state, "gated_fwd", run_gated_fwd, &t, 2, (const int64_t[]){n * 2 * I, n * I}, 2e-6);
+            hold(*state, "gated_bwd", run_gated_bwd, &t, 2, (const int64_t[]){n * 2 * I, n * I}, 2e-6);
+            free(t.x), free(t.dy), free(t.w), free(t.rstd);
+        }
+}
+
 static enum rt_status run_embed_bwd(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
 {
     const struct rows *t = ctx;
@@ -360,6 +401,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup_teardown(heads_in_place, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(norm_backward, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(swiglu_backward, cpu_open_all, cpu_close_all),
+    cmocka_unit_test_setup_teardown(gated, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(embedding_backward, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(adamw_steps, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(adamw_moments_end_at_zero, cpu_open_all, cpu_close_all),

@@ -229,6 +229,48 @@ static void swiglu_backward(void **state)
     rt_device_close(&d);
 }
 
+/* x -> gate and up -> h -> down: the whole MLP, with gated_fwd's own product in it. */
+struct gated_case {
+    struct rt_device *d;
+    struct rt_weight *up, *bias, *down;
+    double *x, *c, *gu, *h, *y;
+};
+static double gated_loss(void *ctx)
+{
+    struct rt_err err = {0};
+    struct gated_case *k = ctx;
+    assert_ok(RT_OP(k->d, gated_fwd, &err, .x = k->x, .w = k->up, .bias = k->bias, .gate_up = k->gu, .h = k->h, .n = N, .K = OUT, .I = COLS, .kept = true));
+    assert_ok(RT_OP(k->d, linear_fwd, &err, .x = {.data = k->h}, .w = k->down, .y = k->y, .n = N, .K = COLS, .N = OUT));
+    return ops_dot(k->y, k->c, N * OUT);
+}
+
+static void gated_backward(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_device d = ops_open(&rt_backend_ref64);
+    double x[N * OUT], c[N * OUT], up[2 * COLS * OUT], bias[2 * COLS], down[OUT * COLS], gu[N * 2 * COLS], h[N * COLS], y[N * OUT], dh[N * COLS],
+        dgu[N * 2 * COLS], again[N * COLS], dx[N * OUT], db[2 * COLS] = {0}, dw[2 * COLS * OUT] = {0};
+    ops_fill(x, COUNT(x), 1);
+    ops_fill(c, COUNT(c), 2);
+    ops_fill(up, COUNT(up), 3);
+    ops_fill(bias, COUNT(bias), 4);
+    ops_fill(down, COUNT(down), 5);
+    struct gated_case k = {&d, ops_param(&d, up, 2 * COLS, OUT), ops_param(&d, bias, 1, 2 * COLS), ops_param(&d, down, OUT, COLS), x, c, gu, h, y};
+    gated_loss(&k);
+    assert_ok(RT_OP(&d, gated_bwd, &err, .dy = c, .w = k.down, .gate_up = gu, .dh = dh, .d_gate_up = dgu, .h = again, .n = N, .N = OUT, .I = COLS));
+    assert_close(again, h, COUNT(h), 1e-15);
+    assert_ok(RT_OP(&d, linear_dgrad, &err, .dy = dgu, .w = k.up, .dx = dx, .n = N, .K = OUT, .N = 2 * COLS));
+    assert_ok(RT_OP(&d, linear_wgrad, &err, .dy = dgu, .x = x, .dw = dw, .db = db, .n = N, .K = OUT, .N = 2 * COLS));
+    ops_check_grad("gated x", gated_loss, &k, x, COUNT(x), dx);
+    ops_check_grad("gated weight", gated_loss, &k, up, COUNT(up), dw);
+    ops_check_grad("gated bias", gated_loss, &k, bias, COUNT(bias), db);
+    d.be->weight_free(d.dev, k.up);
+    d.be->weight_free(d.dev, k.bias);
+    d.be->weight_free(d.dev, k.down);
+    rt_device_close(&d);
+}
+
 struct embed_case {
     struct rt_device *d;
     struct rt_weight *table;
@@ -318,6 +360,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(linear_backward),
     cmocka_unit_test(attention_backward),
     cmocka_unit_test(swiglu_backward),
+    cmocka_unit_test(gated_backward),
     cmocka_unit_test(embedding_backward),
     cmocka_unit_test(float_backwards_use_the_saved_values),
 };

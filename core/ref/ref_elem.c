@@ -75,6 +75,24 @@ REF_OP(swiglu_bwd)
     return RT_OK;
 }
 
+REF_OP(gated_fwd)
+{
+    const struct rt_linear_fwd_args product = {.x = {.data = (void *)(uintptr_t)a->x}, .w = a->w, .bias = a->bias, .y = a->gate_up, .n = a->n, .K = a->K,
+                                               .N = 2 * a->I};
+    const struct rt_swiglu_fwd_args gate = {.gate = a->gate_up, .up = (const real *)a->gate_up + a->I, .ld = 2 * a->I, .h = a->h, .n = a->n, .I = a->I};
+    const enum rt_status st = REF(linear_fwd)(dev, queue, &product, err);
+    return st == RT_OK && a->h != NULL ? REF(swiglu_fwd)(dev, queue, &gate, err) : st;
+}
+
+REF_OP(gated_bwd)
+{
+    const struct rt_linear_dgrad_args product = {.dy = a->dy, .w = a->w, .dx = a->dh, .n = a->n, .K = a->I, .N = a->N};
+    const struct rt_swiglu_bwd_args gate = {.gate = a->gate_up, .up = (const real *)a->gate_up + a->I, .dh = a->dh, .ld = 2 * a->I, .dgate = a->d_gate_up,
+                                            .dup = (real *)a->d_gate_up + a->I, .h = a->h, .n = a->n, .I = a->I};
+    const enum rt_status st = REF(linear_dgrad)(dev, queue, &product, err);
+    return st == RT_OK ? REF(swiglu_bwd)(dev, queue, &gate, err) : st;
+}
+
 REF_OP(gather)
 {
     for (int64_t i = 0; i < a->n; i++)

@@ -1,0 +1,339 @@
+/* Products of compute capability 9.0 by bulk copies and asynchronous products of a warpgroup, for kernels that do something with a tile of the
+ * result: d [m, n] = op(a) op(b), BF16 or FP16 with float32 sums in one pass over k.
+ *
+ * A block makes tiles of 128 rows x 256 columns, one behind the other:
+ *
+ *   warpgroups 0, 1   multiply, 64 rows each; leave a tile, rounded, in shared memory, and go on with the next
+ *   warps 9 .. 11     take it from there, while the next one is multiplied: what they do is the kernel's business (`taker`)
+ *   one thread        keeps a ring of stages of 64 of k filled
+ *
+ * Two blocks of a cluster take the same columns of neighbouring rows, and each loads half of b's tile into both. Blocks stay, and walk over the
+ * tiles in bands of rows, so that a band's rows and the columns at hand stay in the L2.
+ */
+#ifndef RT_CORE_CUDA_PRODUCT_SM90_CUH
+#define RT_CORE_CUDA_PRODUCT_SM90_CUH
+
+#include <cuda.h>
+#include <cuda_fp16.h>
+
+#include "core/cuda/hopper.cuh"
+#include "core/cuda/rows.cuh"
+
+namespace {
+
+enum {
+    BM = 128, BN = 256, BK = 64, CLUSTER = 2,
+    A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE = A_BYTES + B_BYTES, STAGES = 3,
+    TILE = BM * BN * 2,     /* as the products leave it: 4 blocks of 64 columns, rows of 128 bytes in the 128-byte swizzle */
+    BLOCK = BM * 128,       /* one of them */
+    CONSUMERS = 2, TAKERS = 3, /* warpgroups; warps */
+    PRODUCT_THREADS = 128 * (CONSUMERS + 1),
+    TILE_AT = STAGES * STAGE, BARS_AT = TILE_AT + TILE, PRODUCT_SHARED = BARS_AT + (2 * STAGES + 2) * 8,
+    BAND = 16,              /* pairs of row blocks that run side by side over all columns: fastest of 4, 8, 16 at the students' sizes */
+};
+
+/* The tiles of one product. */
+struct walk {
+    int rows, k_blocks, columns, pairs, tiles; /* rows that exist; blocks of columns; pairs of row blocks */
+    int b_step, b_apart; /* b^T in rows: block c of columns begins at row c b_step, and its second half b_apart behind that */
+};
+struct maps {
+    CUtensorMap a, b, out;
+};
+struct place {
+    int row, column; /* first row; block of columns */
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+extern __shared__ __align__(1024) char pool[];
+
+struct barriers {
+    uint32_t at;
+    __device__ __forceinline__ uint32_t full(int stage) const { return at + 8 * stage; }
+    __device__ __forceinline__ uint32_t empty(int stage) const { return at + 8 * (STAGES + stage); }
+    __device__ __forceinline__ uint32_t tile_full() const { return at + 16 * STAGES; }
+    __device__ __forceinline__ uint32_t tile_empty() const { return at + 16 * STAGES + 8; }
+};
+
+struct ring {
+    int stage;
+    uint32_t phase;
+    __device__ __forceinline__ void next()
+    {
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        phase ^= stage == 0;
+    }
+};
+
+/* A wait that does not end is a defect, and better a trap than a GPU that hangs. */
+__device__ __forceinline__ void wait(uint32_t bar, uint32_t parity)
+{
+#pragma unroll 1
+    for (uint32_t tries = 0; tries < 1u << 24; tries++) {
+        uint32_t done;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+        if (done)
+            return;
+    }
+    __trap();
+}
+__device__ __forceinline__ void arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+/* A block's tiles are t = first_tile(), + tile_step(), ...; where tile t lies for the cluster's block `rank`. */
+__device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
+__device__ __forceinline__ int tile_step() { return gridDim.x / CLUSTER; }
+__device__ __forceinline__ place place_of(const walk &w, int t, uint32_t rank)
+{
+    const int of_band = BAND * w.columns, band = t / of_band, within = t - band * of_band, high = min(+BAND, w.pairs - band * BAND);
+    return {((band * BAND + within % high) * CLUSTER + (int)rank) * BM, within / high};
+}
+
+/* The cluster's block `rank` loads its half of b's tile into both. TB: b has its columns contiguous; boxes of 64. */
+template <bool TB>
+__device__ __forceinline__ void load_b(const walk &w, const maps &m, uint32_t dst, int k, int column, uint32_t rank, uint32_t bar)
+{
+    const uint32_t half = dst + rank * (B_BYTES / 2);
+    if (TB) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            hopper::load_box_multicast(half + i * (B_BYTES / 4), &m.b, column * BN + ((int)rank * 2 + i) * 64, k * BK, bar, (1 << CLUSTER) - 1);
+    } else {
+        hopper::load_box_multicast(half, &m.b, k * BK, column * w.b_step + (int)rank * w.b_apart, bar, (1 << CLUSTER) - 1);
+    }
+}
+
+/* One thread. */
+template <bool TA, bool TB>
+__device__ __forceinline__ void produce(const walk &w, const maps &m, uint32_t base, uint32_t rank)
+{
+    const barriers bar = {base + BARS_AT};
+    ring r = {0, 0};
+    for (int t = first_tile(); t < w.tiles; t += tile_step()) {
+        const place at = place_of(w, t, rank);
+        for (int k = 0; k < w.k_blocks; k++) {
+            const uint32_t to = base + r.stage * STAGE;
+            wait(bar.empty(r.stage), r.phase ^ 1);
+            hopper::barrier_expect(bar.full(r.stage), STAGE);
+            if (TA) {
+                hopper::load_box(to, &m.a, at.row, k * BK, bar.full(r.stage));
+                hopper::load_box(to + A_BYTES / 2, &m.a, at.row + BM / 2, k * BK, bar.full(r.stage));
+            } else {
+                hopper::load_box(to, &m.a, k * BK, at.row, bar.full(r.stage));
+            }
+            load_b<TB>(w, m, to + A_BYTES, k, at.column, rank, bar.full(r.stage));
+            r.next();
+        }
+    }
+}
+
+#define RT_R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define RT_R32(d, i) RT_R8(d, i), RT_R8(d, i + 8), RT_R8(d, i + 16), RT_R8(d, i + 24)
+#define RT_MMA(type) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
+                 "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+                 "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, " \
+                 "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+                 "%126, %127}, %128, %129, p, 1, 1, %131, %132;\n}" \
+                 : RT_R32(d, 0), RT_R32(d, 32), RT_R32(d, 64), RT_R32(d, 96) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB))
+/* d [64 x 256] (+)= a [64 x 16] b, float32 sums; `add` 0: d begins at 0. a, or with TA a^T; b [256 x 16]^T, or with TB [16 x 256]. Lane l of warp w holds
+ * row 16 w + l/4 (d[4 j + 0, 1]) and row + 8 (d[4 j + 2, 3]), columns 8 j + 2 (l % 4) and the next. */
+template <bool F16, int TA, int TB>
+__device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b, int add)
+{
+    if (F16)
+        RT_MMA("f16");
+    else
+        RT_MMA("bf16");
+}
+#undef RT_R8
+#undef RT_R32
+#undef RT_MMA
+
+/* Operands whose sums do not run along rows: blocks of 64 columns x 64 rows, one behind the other. */
+__device__ __forceinline__ uint64_t descriptor_t(uint32_t addr)
+{
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(BK * 128 >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+template <bool F16> __device__ __forceinline__ uint32_t pack_pair(float lo, float hi)
+{
+    if (!F16)
+        return vec8::pack2(lo, hi);
+    const __half2 h = __floats2half2_rn(lo, hi);
+    return *(const uint32_t *)(const void *)&h;
+}
+
+/* The warpgroup's 64 rows, rounded, to the tile. */
+template <bool F16>
+__device__ __forceinline__ void leave(const float (&acc)[128], uint32_t tile, int wg)
+{
+    const int lane = threadIdx.x % 32, row = wg * 64 + threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const uint32_t to = tile + row * 128;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const uint32_t at = to + j / 4 * BLOCK + ((2 * (j % 4) + lane / 16) ^ (row & 7)) * 16;
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            v[i] = pack_pair<F16>(acc[8 * j + 2 * i], acc[8 * j + 2 * i + 1]);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+    }
+}
+
+template <bool F16, bool TA, bool TB>
+__device__ __forceinline__ void multiply(const walk &w, uint32_t base, int wg)
+{
+    const barriers bar = {base + BARS_AT};
+    ring r = {0, 0};
+    uint32_t done = 0; /* tiles */
+    for (int t = first_tile(); t < w.tiles; t += tile_step(), done++) {
+        float acc[128];
+        int before = 0;
+#pragma unroll 1
+        for (int k = 0; k < w.k_blocks; k++) {
+            const uint32_t at_a = base + r.stage * STAGE + wg * (A_BYTES / 2), at_b = base + r.stage * STAGE + A_BYTES;
+            const uint64_t a = TA ? descriptor_t(at_a) : hopper::descriptor(at_a), b = TB ? descriptor_t(at_b) : hopper::descriptor(at_b);
+            wait(bar.full(r.stage), r.phase);
+            hopper::mma_fence();
+#pragma unroll
+            for (int i = 0; i < BK / 16; i++)
+                mma<F16, TA, TB>(acc, a + (TA ? 16 * 8 : 2) * i, b + (TB ? 16 * 8 : 2) * i, k > 0 || i > 0);
+            hopper::mma_commit();
+            hopper::mma_wait<1>(); /* the stage before is read */
+            if (k > 0 && threadIdx.x % 128 < CLUSTER)
+                hopper::barrier_arrive_at(bar.empty(before), threadIdx.x % 128);
+            before = r.stage;
+            r.next();
+        }
+        hopper::mma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < 128; i++)
+            asm volatile("" : "+f"(acc[i])::"memory"); /* not read before the wait */
+        if (threadIdx.x % 128 < CLUSTER)
+            hopper::barrier_arrive_at(bar.empty(before), threadIdx.x % 128);
+        wait(bar.tile_empty(), (done & 1) ^ 1);
+        leave<F16>(acc, base + TILE_AT, wg);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* bulk copies read it */
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            arrive(bar.tile_full());
+    }
+}
+
+/* 16 bytes of a tile: eight columns of a row. */
+__device__ __forceinline__ uint4 from_tile(uint32_t tile, int row, int block, int chunk)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(tile + block * BLOCK + row * 128 + (chunk ^ (row & 7)) * 16) : "memory");
+    return v;
+}
+/* A block of the tile to column x, row y of the matrix; what lies outside is not written. */
+__device__ __forceinline__ void store_box(const CUtensorMap *map, uint32_t from, int x, int y)
+{
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void add_box(const CUtensorMap *map, uint32_t from, int x, int y)
+{
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void boxes_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void boxes_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void boxes_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+#endif
+
+/* TAKER: struct with ARRIVALS, how many arrive on tile_empty when they have read a tile, and `static void take(walk, maps, taker, base, rank, warp)`, which
+ * the TAKERS warps enter whole. */
+template <class TAKER, bool F16, bool TA, bool TB>
+__global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const __grid_constant__ maps m, const __grid_constant__ walk w,
+                                                                          const __grid_constant__ TAKER taker)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const uint32_t base = hopper::smem(pool), rank = hopper::cluster_rank();
+    const barriers bar = {base + BARS_AT};
+    if (threadIdx.x == 0) {
+        if (base % 1024 != 0)
+            __trap();
+        for (int i = 0; i < STAGES; i++) {
+            hopper::barrier_init(bar.full(i), 1);
+            hopper::barrier_init(bar.empty(i), CONSUMERS * CLUSTER);
+        }
+        hopper::barrier_init(bar.tile_full(), 4 * CONSUMERS); /* warps */
+        hopper::barrier_init(bar.tile_empty(), TAKER::ARRIVALS);
+        hopper::barrier_init_fence();
+    }
+    __syncthreads();
+    hopper::cluster_sync();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp >= 4 * CONSUMERS) {
+        hopper::registers_fewer<136>();
+        if (warp == 4 * CONSUMERS) {
+            if (threadIdx.x % 32 == 0)
+                produce<TA, TB>(w, m, base, rank);
+        } else {
+            TAKER::take(w, m, taker, base, rank, warp - 4 * CONSUMERS - 1);
+        }
+        __syncwarp();
+    } else {
+        hopper::registers_more<184>();
+        multiply<F16, TA, TB>(w, base, warp / 4);
+    }
+    hopper::cluster_sync(); /* nobody leaves while the other may still write to it */
+#endif
+}
+
+/* ---- the host's side ---- */
+
+/* A matrix [rows, cols] at row distance ld (elements) in boxes of box_rows x 64 columns; what lies outside comes as 0. */
+inline enum rt_status product_map(struct rt_queue *q, CUtensorMap *map, bool f16, const void *data, int64_t rows, int64_t cols, int64_t ld, int box_rows,
+                                  struct rt_err *err)
+{
+    typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                            const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld * 2};
+    const cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const CUresult r = ((encode *)q->dev->encode_map)(map, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, size,
+                                                      stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for a matrix [%lld, %lld]", (int)r, (long long)rows,
+                                               (long long)cols);
+}
+
+/* w->rows, k_blocks, columns, b_step and b_apart are set. */
+template <class TAKER, bool F16, bool TA, bool TB>
+enum rt_status product_launch(struct rt_queue *q, const maps *m, walk *w, const TAKER *taker, const char *name, struct rt_err *err)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+    enum rt_status st;
+    w->pairs = (w->rows + CLUSTER * BM - 1) / (CLUSTER * BM);
+    w->tiles = w->pairs * w->columns;
+    const int most = q->dev->sm_count / CLUSTER, clusters = w->tiles < most ? w->tiles : most;
+    RT_CUDA_TRY(cudaFuncSetAttribute((product_sm90_kernel<TAKER, F16, TA, TB>), cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_SHARED));
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = CLUSTER;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)(clusters * CLUSTER));
+    config.blockDim = dim3(PRODUCT_THREADS);
+    config.dynamicSmemBytes = PRODUCT_SHARED;
+    config.stream = q->stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    RT_CUDA_TRY(cudaLaunchKernelEx(&config, product_sm90_kernel<TAKER, F16, TA, TB>, *m, *w, *taker));
+    RT_TRY(rt_cuda_launched(name, err));
+out:
+    return st;
+}
+
+}
+
+#endif
