@@ -110,7 +110,7 @@ test: deps $(B)/retort $(B)/retort-tests ## everything that needs no GPU; ends w
 check: test
 
 check-gpu: deps $(B)/retort-tests ## the suites that a GPU computes in; without one they say SKIP
-	@$(B)/retort-tests $$($(B)/retort-tests --list | sed -n 's/^\(cuda_[a-z0-9]*\)\..*/\1/p' | sort -u) student_generate eval train_slots
+	@$(B)/retort-tests $$($(B)/retort-tests --list | sed -n 's/^\(cuda_[a-z0-9]*\)\..*/\1/p' | sort -u) student_generate eval train_slots recorded
 
 check-asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(MAKE) --no-print-directory MODE=asan test

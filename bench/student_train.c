@@ -12,6 +12,7 @@
 #include <math.h>
 #include <unistd.h>
 
+#include "bench/median.h"
 #include "bench/train_data.h"
 #include "core/io.h"
 #include "core/log.h"
@@ -20,8 +21,8 @@
 
 struct values {
     const char *model, *device, *loss, *dir, *peer_options;
-    int64_t length, batch_tokens, micro_tokens, top_k, steps, threads, loader_threads, gpu_memory, data_tokens;
-    bool mixed, loader, parts, peer, verbose, json, help;
+    int64_t length, batch_tokens, micro_tokens, top_k, steps, threads, loader_threads, gpu_memory, data_tokens, warm_up;
+    bool mixed, loader, parts, peer, eager, in_turns, verbose, json, help;
 };
 
 #define V(field) offsetof(struct values, field)
@@ -34,7 +35,10 @@ static const struct rt_opt options[] = {
     {"batch-tokens", RT_OPT_INT, V(batch_tokens), "524288", 2, 1e9, NULL, "N", "tokens of an optimiser step", false, false},
     {"micro-tokens", RT_OPT_INT, V(micro_tokens), "0", 0, 1e9, NULL, "N", "tokens of a micro-batch, 0: planned from memory as `train` does", false, false},
     {"top-k", RT_OPT_INT, V(top_k), "64", 1, 256, NULL, "N", "teacher's entries of a row", false, false},
-    {"steps", RT_OPT_INT, V(steps), "3", 1, 1e6, NULL, "N", "timed steps, behind one that is not", false, false},
+    {"steps", RT_OPT_INT, V(steps), "3", 1, 1e6, NULL, "N", "timed steps", false, false},
+    {"warm-up", RT_OPT_INT, V(warm_up), "1", 1, 1e6, NULL, "N", "steps before them", false, false},
+    {"eager", RT_OPT_FLAG, V(eager), NULL, 0, 0, NULL, NULL, "micro-steps are not recorded", false, false},
+    {"in-turns", RT_OPT_FLAG, V(in_turns), NULL, 0, 0, NULL, NULL, "after the timed steps, as many in turns with recorded micro-steps and without", false, false},
     {"data-tokens", RT_OPT_INT, V(data_tokens), "0", 0, 1e9, NULL, "N", "tokens on disk, 0: as many as a step has", false, false},
     {"threads", RT_OPT_INT, V(threads), "0", 0, 1024, NULL, "N", "threads that compute on a CPU, 0 takes all", false, false},
     {"loader-threads", RT_OPT_INT, V(loader_threads), "-1", -1, 256, NULL, "N", "threads that decode ahead, -1: as `train` chooses", false, false},
@@ -72,7 +76,7 @@ struct bench {
 };
 
 struct measured {
-    double seconds, waited, parts, mfu;
+    double seconds, waited, parts, mfu, turn[2]; /* turn: seconds of a step call by call, and recorded */
     int64_t tokens;
 };
 
@@ -178,7 +182,7 @@ static enum rt_status plan(struct bench *b, bool kd, struct rt_err *err)
     add_number(a, "batch-tokens", (double)v->batch_tokens);
     add_number(a, "micro-tokens", (double)v->micro_tokens);
     add_number(a, "loader-threads", (double)v->loader_threads);
-    add_number(a, "steps", (double)v->steps + 1);
+    add_number(a, "steps", (double)(v->steps + v->warm_up));
     add_number(a, "lr", 1e-5);
     if (v->gpu_memory > 0)
         add_number(a, "gpu-memory", (double)v->gpu_memory);
@@ -189,6 +193,7 @@ static enum rt_status plan(struct bench *b, bool kd, struct rt_err *err)
     b->ctx = (struct rt_context){.log = &b->log, .command = &rt_cmd_train};
     b->r = (struct rt_train_run){.ctx = &b->ctx, .v = &b->t, .rank = {0, 1, 0}, .dir = {.lock = -1, .metrics = -1}};
     RT_TRY(rt_train_prepare(&b->r, err));
+    b->r.o.record = b->r.o.record && !v->eager;
     const struct rt_train_set_options so = {.model = &b->r.student.model, .vocab = b->r.student.c.vocab_size, .max_length = b->r.student.c.max_position};
     RT_TRY(rt_train_set_open(b->data[kd], &so, &b->log, &b->set, err));
 out:
@@ -228,7 +233,7 @@ static enum rt_status time_parts(struct bench *b, double *seconds, struct rt_err
     struct rt_step_report report;
     int64_t tokens = 0;
     double micro = 0, start = 0;
-    RT_TRY(rt_trainer_repeat(t, 1, &tokens, err));
+    RT_TRY(rt_trainer_repeat(t, 2, &tokens, err)); /* the second is recorded, where that is done */
     RT_TRY(rt_device_sync(t->d, err));
     start = rt_now();
     RT_TRY(rt_trainer_repeat(t, REPEATS, &tokens, err));
@@ -268,6 +273,33 @@ out:
     return st;
 }
 
+/* TURNS times so many steps of each kind, one kind behind the other: the median round of each. */
+static enum rt_status time_turns(struct bench *b, double turn[2], struct rt_err *err)
+{
+    enum { TURNS = 5 };
+    enum rt_status st = RT_OK;
+    struct rt_trainer *t = &b->r.trainer;
+    const struct rt_device *on = t->recorded.d;
+    const int64_t steps = b->v.steps / TURNS > 0 ? b->v.steps / TURNS : 1;
+    struct rt_step_result s;
+    double seconds[2][TURNS];
+    for (int i = 0; i < 2 * TURNS; i++) {
+        t->recorded.d = i % 2 == 0 ? NULL : on;
+        const double start = rt_now();
+        for (int64_t j = 0; j < steps; j++)
+            RT_TRY(one_step(b, &s, err));
+        RT_TRY(rt_device_sync(t->d, err));
+        seconds[i % 2][i / 2] = (rt_now() - start) / (double)steps;
+    }
+    for (int i = 0; i < 2; i++) {
+        qsort(seconds[i], TURNS, sizeof seconds[i][0], bench_by_value);
+        turn[i] = seconds[i][TURNS / 2];
+    }
+out:
+    t->recorded.d = on;
+    return st;
+}
+
 static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err *err)
 {
     enum rt_status st;
@@ -280,7 +312,8 @@ static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err
         RT_TRY(r->device.be->tune(r->device.dev, NULL, note, sizeof note, err));
     RT_TRY(make_student(&r->student, &r->device, rt_train_longest(r), err));
     RT_TRY(rt_trainer_open(&r->trainer, r->student.s, &b->set, &weight, 1, &r->o, err));
-    RT_TRY(one_step(b, &s, err));
+    for (int64_t i = 0; i < b->v.warm_up; i++)
+        RT_TRY(one_step(b, &s, err));
     RT_TRY(rt_device_sync(&r->device, err));
     const double waited = rt_loader_waited(r->trainer.loader), start = rt_now();
     double step = start;
@@ -296,6 +329,8 @@ static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err
     m->seconds = rt_now() - start;
     m->waited = rt_loader_waited(r->trainer.loader) - waited;
     m->mfu /= m->seconds;
+    if (b->v.in_turns && r->trainer.recorded.d != NULL)
+        RT_TRY(time_turns(b, m->turn, err));
     if (b->v.parts)
         RT_TRY(time_parts(b, &m->parts, err));
 out:
@@ -330,6 +365,10 @@ static void report(struct bench *b, bool kd, const struct measured *m)
         printf(", waiting for data %.2f %%, memory %s", 100 * m->waited / m->seconds, rt_human_bytes(memory, (uint64_t)rt_train_memory(&b->r)));
         if (!isnan(parts))
             printf("; parts alone %.0f", parts);
+        if (b->r.trainer.recorded.runs > 0)
+            printf("; %ld micro-steps from %ld recordings", (long)b->r.trainer.recorded.runs, (long)b->r.trainer.recorded.recordings);
+        if (m->turn[0] > 0)
+            printf("; a step in turns: %.3f ms recorded, %.3f ms call by call (%.2f)", m->turn[1] * 1e3, m->turn[0] * 1e3, m->turn[0] / m->turn[1]);
         printf("\n");
     }
     fflush(stdout);

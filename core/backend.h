@@ -366,9 +366,10 @@ struct rt_backend {
     enum rt_status (*download)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*copy)(struct rt_dev *dev, struct rt_queue *q, void *dst, const void *src, size_t bytes, struct rt_err *err);
     enum rt_status (*zero)(struct rt_dev *dev, struct rt_queue *q, void *dst, size_t bytes, struct rt_err *err);
-    /* Work that is enqueued again and again: what is called on q between begin and end is recorded and not run, with its arguments; nothing in
-     * between may wait, upload or download, and temporary memory is the graph's. end always ends it: *out NULL where a call before it failed.
-     * graph_run enqueues the recorded calls. NULL, all four: nothing would be gained. */
+    /* Work that is enqueued again and again: what is called on q between begin and end is recorded and not run, with its arguments, host arrays by value;
+     * nothing in between may wait, and temporary memory is the graph's. A call that cannot be recorded answers UNSUPPORTED (upload, download, and what has
+     * too much on the host to keep), and so the work is no candidate; one that was enqueued before with the same arguments gives the same bytes. end always
+     * ends it: *out NULL where a call before it failed. graph_run enqueues the recorded calls. NULL, all four: nothing would be gained. */
     enum rt_status (*graph_begin)(struct rt_dev *dev, struct rt_queue *q, struct rt_err *err);
     enum rt_status (*graph_end)(struct rt_dev *dev, struct rt_queue *q, struct rt_graph **out, struct rt_err *err);
     enum rt_status (*graph_run)(struct rt_dev *dev, struct rt_queue *q, struct rt_graph *g, struct rt_err *err);

@@ -186,6 +186,7 @@ enum rt_status rt_losses_send(struct rt_losses *l, int slot, const struct rt_mic
     if (s->started || slot >= l->slots)
         RT_FAIL(err, USAGE, "a micro-batch is sent to slot %d, whose results were not collected, of %d", slot, l->slots);
     s->p = p;
+    s->with_states = p->feature_rows > 0 && l->pairs > 0;
     for (int64_t i = 0; i < p->n_seq; i++)
         for (int32_t t = p->cu[i]; t < p->cu[i + 1]; t++)
             s->host_pos[t] = t - p->cu[i];
@@ -328,14 +329,18 @@ out:
     return st;
 }
 
-enum rt_status rt_losses_start(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
-                               bool backward, struct rt_loss_sums *sums, struct rt_err *err)
+bool rt_losses_constant(const struct rt_losses *l, int slot, const struct rt_loss_weights *w)
+{
+    return !l->slot[slot].with_states && (l->spans == NULL || !(w->alm > 0));
+}
+
+enum rt_status rt_losses_enqueue(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
+                                 bool backward, struct rt_loss_sums *sums, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_loss_slot *at = &l->slot[slot];
+    const struct rt_loss_slot *at = &l->slot[slot];
     struct rt_student_extra extra[RT_MAX_FEATURES];
     int n_extra = 0;
-    at->with_states = proj != NULL && at->p->feature_rows > 0 && l->pairs > 0;
     RT_TRY(run_head(l, at, s, w, items, backward, err));
     if (l->spans != NULL && w->alm > 0)
         RT_TRY(run_spans(l, at, s, w, items, backward, sums, err));
@@ -346,9 +351,14 @@ enum rt_status rt_losses_start(struct rt_losses *l, int slot, struct rt_student 
     }
     if (backward)
         RT_TRY(rt_student_backward(s, l->d_final, extra, n_extra, err));
-    RT_TRY(fetch_rows(l, at, err));
-    at->started = true;
 out:
+    return st;
+}
+
+enum rt_status rt_losses_fetch(struct rt_losses *l, int slot, struct rt_err *err)
+{
+    const enum rt_status st = fetch_rows(l, &l->slot[slot], err);
+    l->slot[slot].started |= st == RT_OK;
     return st;
 }
 
@@ -357,7 +367,8 @@ enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct r
 {
     enum rt_status st;
     RT_TRY(rt_losses_send(l, 0, p, err));
-    RT_TRY(rt_losses_start(l, 0, s, proj, w, items, backward, sums, err));
+    RT_TRY(rt_losses_enqueue(l, 0, s, proj, w, items, backward, sums, err));
+    RT_TRY(rt_losses_fetch(l, 0, err));
     RT_TRY(rt_losses_collect(l, 0, sums, err));
 out:
     return st;

@@ -43,7 +43,7 @@ struct rt_loss_slot {
     struct rt_event *sent, *done;
     const struct rt_micro *p; /* what is there; borrowed */
     bool with_states;
-    bool started;             /* and not collected yet */
+    bool started;             /* its results are on their way, and not collected yet */
 };
 
 /* Buffers for micro-batches of `tokens`: with backward two slots, so that one is packed and sent while the other is worked on. */
@@ -75,15 +75,19 @@ enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, 
 /* Waits for what is under way. A zeroed one is fine. */
 void rt_losses_free(struct rt_losses *l);
 
-/* A micro-batch goes through a slot in three steps, none of which waits for the device but the last (and states of spans, which take two passes):
+/* A micro-batch goes through a slot in four steps, none of which waits for the device but the last (and states of spans, which take two passes):
  *   send     its rows and ids, on a queue of their own; what is enqueued on the device behind it finds them there. p stays as it is until collect.
- *   start    behind the forward of rt_losses_batch(p), with rt_losses_sent: losses, with `backward` gradients of student, head and projectors += (then the forward must
- *            have kept everything), and the rows' results on their way to the host. items: N. proj NULL: no states. Sums of spans are added here.
- *   collect  waits for the results; sums += this micro-batch's. Of a slot that was not started: nothing. */
+ *   enqueue  behind the forward of rt_losses_batch(p), with rt_losses_sent: losses, and with `backward` gradients of student, head and projectors += (then the
+ *            forward must have kept everything). items: N. Sums of spans are added here.
+ *   fetch    the rows' results, on their way to the host.
+ *   collect  waits for the results; sums += this micro-batch's. Of a slot that was not fetched: nothing. */
 enum rt_status rt_losses_send(struct rt_losses *l, int slot, const struct rt_micro *p, struct rt_err *err);
 struct rt_student_sent rt_losses_sent(const struct rt_losses *l, int slot);
-enum rt_status rt_losses_start(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
-                               bool backward, struct rt_loss_sums *sums, struct rt_err *err);
+enum rt_status rt_losses_enqueue(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
+                                 bool backward, struct rt_loss_sums *sums, struct rt_err *err);
+enum rt_status rt_losses_fetch(struct rt_losses *l, int slot, struct rt_err *err);
+/* Does enqueue only enqueue what the slot's sizes, weights and items say? Not with states, which it uploads, nor with spans, which it waits for. */
+bool rt_losses_constant(const struct rt_losses *l, int slot, const struct rt_loss_weights *w);
 enum rt_status rt_losses_collect(struct rt_losses *l, int slot, struct rt_loss_sums *sums, struct rt_err *err);
 
 /* All three at once, in slot 0, after a forward of p's sequences (rt_losses_batch). Per-row results stay in l->ce .. l->hit until the next call. */

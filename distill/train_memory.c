@@ -12,7 +12,7 @@ enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768, MICRO_LEAST = 256 };
 
 static size_t on_device(const struct rt_trainer_memory *m)
 {
-    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations;
+    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations + m->recorded;
 }
 
 size_t rt_train_memory_planned(const struct rt_train_run *r)
@@ -159,6 +159,18 @@ static void choose_cuts(struct rt_train_run *r, int64_t most, bool fixed, bool s
     plan_cuts(r, cost < INFINITY ? &best : &least);
 }
 
+/* Micro-steps are recorded with memory that is left over: it changes no bits, so it may not change the cuts either. */
+static void choose_record(struct rt_train_run *r, size_t limit)
+{
+    const struct rt_train_cuts x = {r->o.micro_tokens, r->o.recompute, r->memory.operations};
+    r->o.record = r->device.be->graph_begin != NULL;
+    plan_cuts(r, &x);
+    if (need(r) <= limit)
+        return;
+    r->o.record = false;
+    plan_cuts(r, &x);
+}
+
 /* Options that take less, where they are not given yet. */
 static const char *cheaper(const struct rt_train_run *r)
 {
@@ -186,6 +198,7 @@ enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
         n = r->v->micro_tokens > 0 ? r->v->micro_tokens : r->v->batch_tokens < usual ? r->v->batch_tokens : usual;
     operations = was > 0 && be->own_memory ? (size_t)was : operations;
     choose_cuts(r, n, fixed, be->own_memory && was == 0, operations, (size_t)limit);
+    choose_record(r, (size_t)limit);
     if (be->own_memory)
         be->set_scratch(r->device.dev, r->memory.operations);
     if (need(r) > (size_t)limit)

@@ -16,6 +16,11 @@ static struct rt_micro_options micro_options(const struct rt_trainer_options *o,
                                      .map = &o->map, .ce_rest = o->ce_rest, .spans = o->boundary != NULL};
 }
 
+static bool records(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o)
+{
+    return o->record && o->ranks <= 1 && o->comm == NULL && rt_recorded_gains(c, p, o->micro_tokens);
+}
+
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
                      size_t act_size, struct rt_trainer_memory *out)
 {
@@ -29,6 +34,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
         .activations = rt_student_activation_bytes(c, o->micro_tokens, rt_student_recompute(o->recompute), act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
+        .recorded = records(c, p, o) ? rt_recorded_bytes(c, o->micro_tokens, act_size) : 0,
         .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size, o->adamw.bf16_moments) : 0,
         .host = RT_LOSS_SLOTS * rt_micro_bytes(&mo) + (o->loader_threads > 0 ? o->loader_bytes : 0),
     };
@@ -56,6 +62,8 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
         RT_TRY(rt_span_losses_create(&t->spans, t->d, o->micro_tokens, c->vocab_size, o->boundary, &t->scratch, err));
         t->losses.spans = &t->spans;
     }
+    if (records(c, rt_student_params(s), o) && t->d->be->graph_begin != NULL)
+        rt_recorded_init(&t->recorded, t->d);
     RT_TRY(rt_projectors_create(&t->proj, t->d, &t->o.map, c->hidden, &o->adamw, o->seed, &t->scratch, err));
     const struct rt_micro_options mo = micro_options(&t->o, c->vocab_size);
     struct rt_micro_options own = mo;
@@ -77,6 +85,7 @@ void rt_trainer_close(struct rt_trainer *t)
     if (t->d == NULL)
         return;
     rt_loader_free(t->loader);
+    rt_recorded_free(&t->recorded);
     rt_losses_free(&t->losses);
     for (int i = 0; i < RT_LOSS_SLOTS; i++)
         rt_micro_free(&t->micro[i]);
@@ -123,18 +132,44 @@ out:
     return st;
 }
 
-/* Enqueues forward to backward of the micro-batch that was sent to the slot. last: of the batch, so that what its backward leaves may be summed over
+/* A micro-step: forward to backward of the micro-batch that was sent to the slot. last: of the batch, so that what its backward leaves may be summed over
  * ranks. */
+struct micro_step {
+    struct rt_trainer *t;
+    int slot;
+    const struct rt_loss_weights *w;
+    int64_t items;
+    bool last;
+    struct rt_loss_sums *sums;
+};
+
+static enum rt_status enqueue_step(void *self, struct rt_err *err)
+{
+    enum rt_status st;
+    const struct micro_step *m = self;
+    struct rt_trainer *t = m->t;
+    const struct rt_student_batch b = rt_losses_batch(t->losses.slot[m->slot].p);
+    const struct rt_student_sent sent = rt_losses_sent(&t->losses, m->slot);
+    RT_TRY(rt_student_forward_sent(t->s, &b, &sent, rt_student_recompute(t->o.recompute), &t->acts, err));
+    if (m->last)
+        rt_optimizer_reduce_begin(&t->opt);
+    RT_TRY(rt_losses_enqueue(&t->losses, m->slot, t->s, &t->proj, m->w, m->items, true, m->sums, err));
+out:
+    return st;
+}
+
 static enum rt_status run_slot(struct rt_trainer *t, int slot, const struct rt_loss_weights *w, int64_t items, bool last, struct rt_loss_sums *sums,
                                struct rt_err *err)
 {
     enum rt_status st;
-    const struct rt_student_batch b = rt_losses_batch(t->losses.slot[slot].p);
-    const struct rt_student_sent sent = rt_losses_sent(&t->losses, slot);
-    RT_TRY(rt_student_forward_sent(t->s, &b, &sent, rt_student_recompute(t->o.recompute), &t->acts, err));
-    if (last)
-        rt_optimizer_reduce_begin(&t->opt);
-    RT_TRY(rt_losses_start(&t->losses, slot, t->s, &t->proj, w, items, true, sums, err));
+    struct micro_step m = {t, slot, w, items, last, sums};
+    if (t->recorded.d != NULL && rt_losses_constant(&t->losses, slot, w)) {
+        const struct rt_recorded_key k = rt_recorded_key(&t->losses, slot, w, items);
+        RT_TRY(rt_recorded_run(&t->recorded, &k, t->losses.slot[slot].p->cu, enqueue_step, &m, err));
+    } else {
+        RT_TRY(enqueue_step(&m, err));
+    }
+    RT_TRY(rt_losses_fetch(&t->losses, slot, err));
 out:
     return st;
 }

@@ -16,6 +16,7 @@
 #include "distill/loaded_student.h"
 #include "distill/loader.h"
 #include "distill/losses.h"
+#include "distill/recorded.h"
 
 struct rt_trainer_options {
     struct rt_loss_weights w;
@@ -36,12 +37,13 @@ struct rt_trainer_options {
     int ranks;                   /* for a plan: how many there are, or will be; 0 is 1 */
     struct rt_comm *comm;        /* NULL: one rank; else the one that the student's device was opened with, borrowed */
     int64_t bucket;              /* of several ranks: elements whose gradients are summed, and parameters gathered, at a time; 0: all */
+    bool record;                 /* micro-steps are recorded where that gains and the backend can (distill/recorded.h); the same bits. One rank alone */
     bool overlap, early;         /* what of it runs beside the computation (student/optimizer.h); the same bits */
 };
 
 /* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */
 struct rt_trainer_memory {
-    size_t weights, grads, moments, activations, losses, projectors, operations, host;
+    size_t weights, grads, moments, activations, losses, projectors, operations, recorded, host;
 };
 
 struct rt_trainer {
@@ -55,6 +57,7 @@ struct rt_trainer {
     struct rt_losses losses;
     struct rt_span_losses spans;
     struct rt_micro micro[RT_LOSS_SLOTS]; /* one is packed while the other is worked on */
+    struct rt_recorded recorded;
     int last;        /* slot of the last micro-batch */
     struct rt_loader *loader;
     int64_t own;     /* sequences of the batch under way that are this rank's */

@@ -60,6 +60,7 @@ enum rt_status rt_cuda_seqs_make(struct rt_queue *q, const struct rt_attn_shape 
     if (shape->n_seq <= RT_CUDA_ATTN_INLINE) {
         *n_tile = fill_seqs(shape, rows, s->held);
     } else {
+        RT_TRY(rt_cuda_not_recorded(q, "attention over more sequences than a launch carries", err));
         RT_TRY(rt_alloc(count, sizeof *list, "a list of sequences", &list, err));
         *n_tile = fill_seqs(shape, rows, list);
         RT_TRY(rt_cuda_temp(q, count * sizeof *list, &dev, err));

@@ -44,6 +44,7 @@ struct rt_queue {
     struct rt_dev *dev;
     cudaStream_t stream;
     void *workspace;        /* of cuBLASLt's products on this queue: RT_CUDA_WORKSPACE bytes */
+    bool recording;         /* between graph_begin and graph_end */
 };
 enum { RT_CUDA_WORKSPACE = 64 << 20 };
 
@@ -71,6 +72,9 @@ enum rt_status rt_cuda_launched(const char *kernel, struct rt_err *err);
  * 256-byte aligned, not zeroed. temp_free(NULL) is fine. */
 enum rt_status rt_cuda_temp(struct rt_queue *q, size_t bytes, void *out_ptr_to_ptr, struct rt_err *err);
 void rt_cuda_temp_free(struct rt_queue *q, void *p);
+
+/* graph.c: UNSUPPORTED while q records. In front of whatever a recording could not repeat: a copy from host memory that is gone by then, a measurement. */
+enum rt_status rt_cuda_not_recorded(const struct rt_queue *q, const char *what, struct rt_err *err);
 
 /* device.c */
 enum rt_status rt_cuda_weight_load(struct rt_dev *, struct rt_queue *, const struct rt_weight_src *, struct rt_weight **, struct rt_err *);

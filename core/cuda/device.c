@@ -309,6 +309,8 @@ static bool is_pinned(const void *host)
 static enum rt_status copy(struct rt_queue *q, void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind, struct rt_err *err)
 {
     enum rt_status st;
+    if (kind != cudaMemcpyDeviceToDevice)
+        RT_TRY(rt_cuda_not_recorded(q, "a copy from or to the host", err));
     if (q->dev->nccl != NULL && kind != cudaMemcpyDeviceToDevice && !is_pinned(kind == cudaMemcpyHostToDevice ? src : dst))
         RT_TRY(rt_cuda_settle(q->dev, err));
     RT_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, kind, q->stream));

@@ -199,6 +199,7 @@ static enum rt_status upload_lists(struct call *c, struct rt_err *err)
     const size_t bytes = (size_t)(5 * (B + 1)) * sizeof(int64_t) + (size_t)B * sizeof(int32_t);
     int64_t *off = NULL, at = 0;
     enum rt_status st;
+    RT_TRY(rt_cuda_not_recorded(c->q, "cuDNN's attention over sequences of several lengths", err));
     RT_TRY(rt_alloc(bytes, 1, "lists of sequences", &off, err));
     int32_t *len = (int32_t *)(off + 5 * (B + 1));
     for (int64_t i = 0; i < c->s->n_seq; i++) {

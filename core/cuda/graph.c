@@ -11,7 +11,16 @@ struct rt_graph {
 
 enum rt_status rt_cuda_graph_begin(UNUSED struct rt_dev *dev, struct rt_queue *q, struct rt_err *err)
 {
-    return rt_cuda_check(cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", err);
+    enum rt_status st;
+    RT_CUDA_TRY(cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal));
+    q->recording = true;
+out:
+    return st;
+}
+
+enum rt_status rt_cuda_not_recorded(const struct rt_queue *q, const char *what, struct rt_err *err)
+{
+    return q->recording ? rt_fail(err, RT_UNSUPPORTED, "%s cannot be recorded on a GPU", what) : RT_OK;
 }
 
 enum rt_status rt_cuda_graph_end(struct rt_dev *dev, struct rt_queue *q, struct rt_graph **out, struct rt_err *err)
@@ -20,6 +29,7 @@ enum rt_status rt_cuda_graph_end(struct rt_dev *dev, struct rt_queue *q, struct 
     cudaGraph_t graph = NULL;
     enum rt_status st;
     *out = NULL;
+    q->recording = false;
     RT_CUDA_TRY(cudaStreamEndCapture(q->stream, &graph));
     RT_TRY(rt_alloc(1, sizeof *g, "recorded work", &g, err));
     RT_CUDA_TRY(cudaGraphInstantiate(&g->exec, graph, 0));

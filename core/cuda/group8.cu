@@ -422,6 +422,7 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     if (rows == 0)
         return RT_OK;
     RT_ASSERT(fn != NULL);
+    RT_TRY(rt_cuda_not_recorded(q, "a group of products", err));
     RT_TRY(rt_alloc(t.bytes, 1, "descriptors of a group of products", &host, err));
     RT_TRY(fill_table(g, fn, &t, host, &tiles, err));
     RT_TRY(encode(fn, &xmap, g->x.data, rows, g->K, err));

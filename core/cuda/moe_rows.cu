@@ -333,6 +333,7 @@ enum rt_status rt_cuda_moe_group_make(struct rt_queue *q, const int32_t *perm, c
     g.k = k;
     RT_TRY(list_on_host(offset, n_experts, pad, &host, &g.rows, err));
     if (g.rows > 0) {
+        RT_TRY(rt_cuda_not_recorded(q, "rows of experts", err));
         RT_TRY(rt_cuda_temp(q, (size_t)g.rows * sizeof(int4), &g.row, err));
         RT_TRY(rt_cuda_temp(q, list_bytes, &list, err));
         RT_CUDA_TRY(cudaMemcpyAsync(list, host, list_bytes, cudaMemcpyHostToDevice, q->stream));

@@ -230,6 +230,7 @@ enum rt_status rt_cuda_adamw(struct rt_dev *, struct rt_queue *q, const struct r
     if (a->moment != RT_F32 && a->moment != RT_BF16)
         RT_FAIL(err, UNSUPPORTED, "adamw: moments of type %s; expected F32 or BF16", rt_dtype_name(a->moment));
     if (a->decay_end != NULL) {
+        RT_TRY(rt_cuda_not_recorded(q, "adamw with decay in parts", err));
         RT_TRY(rt_cuda_temp(q, (size_t)(a->n_decay + 1) * sizeof *ends, &ends, err));
         RT_CUDA_TRY(cudaMemcpyAsync(ends, a->decay_end, (size_t)a->n_decay * sizeof *ends, cudaMemcpyHostToDevice, q->stream));
         s.decay_end = ends;

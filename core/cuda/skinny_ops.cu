@@ -141,6 +141,7 @@ enum rt_status make_groups(struct rt_queue *q, const struct rt_moe_ffn_args *a, 
             x->most = g->rows > x->most ? g->rows : x->most;
         }
     }
+    RT_TRY(rt_cuda_not_recorded(q, "a group of products", err));
     RT_TRY(rt_cuda_temp(q, (size_t)blocks * sizeof *x->host, &x->table, err));
     RT_CUDA_TRY(cudaMemcpyAsync(x->table, x->host, (size_t)blocks * sizeof *x->host, cudaMemcpyHostToDevice, q->stream));
 out:
