@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/cpu/row_loops.h"
 #include "core/mem.h"
 
 size_t rt_micro_bytes(const struct rt_micro_options *o)
@@ -99,27 +100,36 @@ static void row_logp(const struct rt_micro *p, const struct rt_rows *r, int64_t 
             sum += exp(((double)z[j] - z[0]) / T);
         norm = z[0] / T + log(sum);
     }
-    for (int j = 0; j < k; j++)
-        out[j] = z[j] == -INFINITY ? 0 : (float)(z[j] / T - norm); /* an empty entry */
+    rt_row_logp(z, k, T, norm, out);
+}
+
+/* Entries from `from` on of a row are empty. */
+static void fill_empty(struct rt_micro *p, int64_t row, int from)
+{
+    for (int64_t j = row * p->o.k + from; j < (row + 1) * p->o.k; j++) {
+        p->top_ids[j] = -1;
+        p->top_logp[j] = 0;
+    }
 }
 
 static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
                                   struct rt_err *err)
 {
     const int k = p->o.k, stored_k = ids_of(p, r);
+    const uint32_t *from = r->topk_ids + stored * r->k;
     int32_t *ids = p->top_ids + row * k;
     float *logp = p->top_logp + row * k;
     if (stored_k > k)
         return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, stored_k, k);
-    for (int j = 0; j < k; j++) {
-        const bool entry = j < stored_k && r->topk_ids[stored * r->k + j] != RT_NO_ID;
-        ids[j] = entry ? (int32_t)r->topk_ids[stored * r->k + j] : -1;
-        logp[j] = 0;
-        if (entry && r->topk_ids[stored * r->k + j] >= (uint64_t)p->o.vocab)
-            return rt_fail(err, RT_REFUSED, "%s: line %ld: teacher id %u, the student's vocabulary has %ld rows", path, (long)r->source_line,
-                           r->topk_ids[stored * r->k + j], (long)p->o.vocab);
+    for (int j = 0; j < stored_k; j++) {
+        const bool entry = from[j] != RT_NO_ID;
+        ids[j] = entry ? (int32_t)from[j] : -1;
+        if (entry && from[j] >= (uint64_t)p->o.vocab)
+            return rt_fail(err, RT_REFUSED, "%s: line %ld: teacher id %u, the student's vocabulary has %ld rows", path, (long)r->source_line, from[j],
+                           (long)p->o.vocab);
     }
     row_logp(p, r, stored, lse, logp);
+    fill_empty(p, row, stored_k);
     p->kl_mask[row] = 1;
     p->kl_rows++;
     return RT_OK;
@@ -172,7 +182,7 @@ static enum rt_status columns(const struct rt_micro *p, const struct rt_train_in
     return RT_OK;
 }
 
-/* Row of token t: what it predicts, with neither teacher nor span yet. */
+/* Row of token t: what it predicts, with neither span nor the teacher's entries yet. */
 static int64_t add_row(struct rt_micro *p, const struct rt_rows *r, int64_t t)
 {
     const int64_t row = p->rows++;
@@ -182,10 +192,6 @@ static int64_t add_row(struct rt_micro *p, const struct rt_rows *r, int64_t t)
     if (p->o.spans) {
         p->span[row] = p->span_boundary[row] = 0;
         p->span_logp[row] = 0;
-    }
-    for (int j = 0; j < p->o.k; j++) {
-        p->top_ids[row * p->o.k + j] = -1;
-        p->top_logp[row * p->o.k + j] = 0;
     }
     return row;
 }
@@ -224,6 +230,8 @@ enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, 
             RT_TRY(add_teacher(p, r, stored, lse, row, info->path, err));
             if (p->o.ce_rest)
                 p->label[row] = -1;
+        } else {
+            fill_empty(p, row, 0);
         }
         if (spans && here)
             RT_TRY(add_span(p, info, r, stored, row, q->row0, err));

@@ -4,6 +4,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/cpu/row_loops.h"
+#include "core/mem.h"
 #include "core/sha256.h"
 
 void rt_rows_key(const uint32_t *ids, int64_t n, uint8_t key[RT_KEY_BYTES])
@@ -44,7 +46,36 @@ static enum rt_status check_tokens(const struct rt_rows *r, const struct rt_row_
     return RT_OK;
 }
 
-static enum rt_status check_topk(const struct rt_rows *r, int64_t i, const struct rt_row_identity *id, const char *where,
+/* Ids of a row that were met: an open table of four slots an id or more. A slot holds the row, from 1 on, above the id: it needs no clearing. */
+struct seen {
+    uint64_t *slot;
+    size_t mask;
+};
+
+static enum rt_status seen_make(struct seen *s, int k, struct rt_err *err)
+{
+    size_t n = 64;
+    while (n < 4 * (size_t)k)
+        n *= 2;
+    s->mask = n - 1;
+    return rt_alloc(n, sizeof *s->slot, "ids of a row", &s->slot, err);
+}
+
+/* Takes id of row i; whether it was there. */
+static bool seen_before(const struct seen *s, int64_t i, uint32_t id)
+{
+    const uint64_t row = (uint64_t)i + 1, it = row << 32 | id;
+    size_t at = (size_t)(id * 0x9e3779b1u >> 8) & s->mask;
+    while (s->slot[at] >> 32 == row) {
+        if (s->slot[at] == it)
+            return true;
+        at = (at + 1) & s->mask;
+    }
+    s->slot[at] = it;
+    return false;
+}
+
+static enum rt_status check_topk(const struct rt_rows *r, int64_t i, const struct rt_row_identity *id, const struct seen *seen, const char *where,
                                  struct rt_err *err)
 {
     const uint32_t *ids = r->topk_ids + i * r->k;
@@ -54,7 +85,6 @@ static enum rt_status check_topk(const struct rt_rows *r, int64_t i, const struc
         if (!(isinf(logits[j]) && logits[j] < 0))
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": entry %d is empty and has the logit %g", where, i, j, (double)logits[j]);
     for (int j = 0; j < n; j++) {
-        unsigned same = 0;
         if (!isfinite(logits[j]))
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": logit %d is not finite", where, i, j);
         if (ids[j] >= id->n_ids)
@@ -62,15 +92,29 @@ static enum rt_status check_topk(const struct rt_rows *r, int64_t i, const struc
         if (j > 0 && !(logits[j - 1] > logits[j] || (logits[j - 1] == logits[j] && ids[j - 1] < ids[j])))
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": entries %d and %d are not by descending logit, then ascending id", where, i,
                            j - 1, j);
-        for (int l = 0; l < j; l++)
-            same |= ids[l] == ids[j];
-        if (same)
+        if (seen_before(seen, i, ids[j]))
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": id %u is there twice", where, i, ids[j]);
     }
     return RT_OK;
 }
 
-static enum rt_status check_row(const struct rt_rows *r, int64_t i, const struct rt_row_identity *id, const char *where,
+/* What the probabilities of k logits at temperature T sum to, where it matters: where a sum in float32 shows that it is not above 1 + MASS_SLACK, that sum.
+ * Exponents of up to 512 + 256 are off by 1e-4 there (those that are off by more are below -256), so half the slack is enough. */
+static double mass_of(const float *logits, int k, double T, float lse)
+{
+    double mass = 0;
+    if (k > 0 && fabsf(lse) <= 256 && fabs(logits[0] / T) <= 512) {
+        mass = rt_exp_sum(logits, k, (float)(1 / T), lse);
+        if (mass <= 1 + MASS_SLACK / 2)
+            return mass;
+        mass = 0;
+    }
+    for (int j = 0; j < k; j++)
+        mass += exp(logits[j] / T - lse);
+    return mass;
+}
+
+static enum rt_status check_row(const struct rt_rows *r, int64_t i, const struct rt_row_identity *id, const struct seen *seen, const char *where,
                                 struct rt_err *err)
 {
     const uint32_t pos = r->position[i];
@@ -83,16 +127,14 @@ static enum rt_status check_row(const struct rt_rows *r, int64_t i, const struct
                        pos + 1, r->ids[pos + 1]);
     if (id->completion_only && r->loss_mask[pos + 1] != 1)
         return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 " is of a token that is masked out", where, i);
-    const enum rt_status st = check_topk(r, i, id, where, err);
+    const enum rt_status st = check_topk(r, i, id, seen, where, err);
     if (st != RT_OK)
         return st;
     int at1 = 0;
     for (int t = 0; t < r->n_lse; t++) {
-        double mass = 0;
         if (!isfinite(lse[t]))
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": log-sum-exp %d is not finite", where, i, t);
-        for (int j = 0; j < r->k; j++)
-            mass += exp(r->topk_logits[i * r->k + j] / id->lse_temperature[t] - lse[t]);
+        const double mass = mass_of(r->topk_logits + i * r->k, r->k, id->lse_temperature[t], lse[t]);
         if (mass > 1 + MASS_SLACK)
             return rt_fail(err, RT_FORMAT, "%s: row %" PRId64 ": probabilities at temperature %g sum to %g", where, i,
                            id->lse_temperature[t], mass);
@@ -156,14 +198,16 @@ enum rt_status rt_rows_check(const struct rt_rows *r, const struct rt_row_identi
 {
     enum rt_status st;
     const int64_t k = id->top_k < id->n_ids ? id->top_k : id->n_ids;
+    struct seen seen = {NULL, 0};
     if (r->k != k || r->n_lse != id->n_lse || r->n_features != id->n_features)
         RT_FAIL(err, FORMAT, "%s: rows with k %d, %d temperatures, %d features, the identity has %" PRId64 ", %d, %d", where, r->k,
                 r->n_lse, r->n_features, k, id->n_lse, id->n_features);
     RT_TRY(check_tokens(r, id, where, err));
     if (!id->completion_only && r->n_rows != r->n_tokens - 1)
         RT_FAIL(err, FORMAT, "%s: %" PRId64 " rows, expected all %" PRId64, where, r->n_rows, r->n_tokens - 1);
+    RT_TRY(seen_make(&seen, r->k, err));
     for (int64_t i = 0; i < r->n_rows; i++)
-        RT_TRY(check_row(r, i, id, where, err));
+        RT_TRY(check_row(r, i, id, &seen, where, err));
     for (int f = 0; f < r->n_features; f++)
         RT_TRY(check_feature(r, f, &id->feature[f], where, err));
     RT_TRY(check_spans(r, id, where, err));
@@ -173,5 +217,6 @@ enum rt_status rt_rows_check(const struct rt_rows *r, const struct rt_row_identi
         if (r->feature_mask[i] > 1)
             RT_FAIL(err, FORMAT, "%s: token %" PRId64 " has state mask %u, expected 0 or 1", where, i, r->feature_mask[i]);
 out:
+    rt_free(seen.slot);
     return st;
 }
