@@ -84,7 +84,7 @@ static void remember(struct rt_recorded_shape *s, const struct rt_recorded_key *
     s->used = now;
 }
 
-/* *out NULL: it cannot be recorded. */
+/* *out NULL: it cannot be recorded, or there is no memory for it. */
 static enum rt_status record(struct rt_recorded *r, enum rt_status (*enqueue)(void *self, struct rt_err *), void *self, struct rt_graph **out, struct rt_err *err)
 {
     const struct rt_device *d = r->d;
@@ -100,9 +100,35 @@ static enum rt_status record(struct rt_recorded *r, enum rt_status (*enqueue)(vo
     }
     d->be->graph_free(d->dev, *out);
     *out = NULL;
-    if (st == RT_UNSUPPORTED)
+    if (st == RT_UNSUPPORTED || (st == RT_OK && end == RT_NOMEM))
         return RT_OK;
     st = rt_fail(err, st != RT_OK ? st : end, "recording a micro-step: %s", why.msg);
+out:
+    return st;
+}
+
+/* Records into a place for k, and enqueues. The device gives a recording its memory when it is run for the first time. */
+static enum rt_status record_and_run(struct rt_recorded *r, struct rt_recorded_shape *s, const struct rt_recorded_key *k, const int32_t *cu,
+                                     enum rt_status (*enqueue)(void *self, struct rt_err *), void *self, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_err why = {0};
+    if (s->graph != NULL)
+        RT_TRY(rt_device_sync(r->d, err)); /* it may be under way */
+    drop(r, s);
+    RT_TRY(record(r, enqueue, self, &s->graph, err));
+    remember(s, k, cu, r->clock);
+    if (s->graph == NULL)
+        return enqueue(self, err);
+    st = r->d->be->graph_run(r->d->dev, r->d->q, s->graph, &why);
+    r->runs += st == RT_OK;
+    if (st == RT_NOMEM) { /* without it the run can go on */
+        r->d->be->graph_free(r->d->dev, s->graph);
+        s->graph = NULL;
+        st = enqueue(self, err);
+    } else if (st != RT_OK) {
+        st = rt_fail(err, st, "%s", why.msg);
+    }
 out:
     return st;
 }
@@ -110,33 +136,22 @@ out:
 enum rt_status rt_recorded_run(struct rt_recorded *r, const struct rt_recorded_key *k, const int32_t *cu, enum rt_status (*enqueue)(void *self, struct rt_err *),
                                void *self, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
     if (r->d == NULL || k->n_seq > RT_RECORDED_SEQS)
         return enqueue(self, err);
     r->clock++;
     struct rt_recorded_shape *s = find(r->at, RT_RECORDED, k, cu), *met = s != NULL ? NULL : find(r->met, RT_RECORDED_MET, k, cu);
-    if (s == NULL && met != NULL) {
-        s = oldest(r->at, RT_RECORDED);
-        if (s->used > 0 && r->clock - s->used < RT_RECORDED_IDLE) {
-            met->used = r->clock;
+    if (s != NULL) {
+        s->used = r->clock;
+        if (s->graph == NULL)
             return enqueue(self, err);
-        }
-        if (s->graph != NULL)
-            RT_TRY(rt_device_sync(r->d, err)); /* it may be under way */
-        drop(r, s);
-        RT_TRY(record(r, enqueue, self, &s->graph, err));
-        remember(s, k, cu, r->clock);
+        r->runs++;
+        return r->d->be->graph_run(r->d->dev, r->d->q, s->graph, err);
+    }
+    s = oldest(r->at, RT_RECORDED);
+    if (met != NULL && (s->used == 0 || r->clock - s->used >= RT_RECORDED_IDLE)) {
         met->used = 0;
+        return record_and_run(r, s, k, cu, enqueue, self, err);
     }
-    if (s == NULL) {
-        remember(oldest(r->met, RT_RECORDED_MET), k, cu, r->clock);
-        return enqueue(self, err);
-    }
-    s->used = r->clock;
-    if (s->graph == NULL)
-        return enqueue(self, err);
-    r->runs++;
-    st = r->d->be->graph_run(r->d->dev, r->d->q, s->graph, err);
-out:
-    return st;
+    remember(met != NULL ? met : oldest(r->met, RT_RECORDED_MET), k, cu, r->clock);
+    return enqueue(self, err);
 }

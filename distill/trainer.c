@@ -18,7 +18,7 @@ static struct rt_micro_options micro_options(const struct rt_trainer_options *o,
 
 static bool records(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o)
 {
-    return o->record && o->ranks <= 1 && o->comm == NULL && rt_recorded_gains(c, p, o->micro_tokens);
+    return o->record && o->ranks <= 1 && o->comm == NULL && o->map.n == 0 && o->boundary == NULL && rt_recorded_gains(c, p, o->micro_tokens);
 }
 
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,

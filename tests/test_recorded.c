@@ -25,6 +25,7 @@ struct rt_graph {
 static struct {
     struct rt_graph *now;      /* NULL: nothing is recorded */
     enum rt_status refuse;     /* what embed_bwd answers while it is recorded */
+    enum rt_status no_run;     /* what a recording answers when it is run */
     int begun, freed;
 } tape;
 
@@ -101,6 +102,8 @@ static enum rt_status tape_end(struct rt_dev *dev, struct rt_queue *q, struct rt
 static enum rt_status tape_run(struct rt_dev *dev, struct rt_queue *q, struct rt_graph *g, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
+    if (tape.no_run != RT_OK)
+        return rt_fail(err, tape.no_run, "it will not be run");
     for (int i = 0; i < g->n && st == RT_OK; i++) {
         const struct call *c = &g->call[i];
         switch (c->op) {
@@ -270,6 +273,14 @@ static void test_refused(void **state)
     assert_true(tape.begun > 0 && tape.begun <= RT_RECORDED);
     assert_int_equal(got.recordings, 0);
     expect_same(&want, &got);
+    want = run_steps(&be, data, &plans[0]);
+    tape.refuse = RT_OK;
+    tape.no_run = RT_NOMEM;
+    got = run_steps(&be, data, &p);
+    assert_true(got.recordings > 0 && got.runs == 0);
+    assert_int_equal(tape.begun, tape.freed);
+    expect_same(&want, &got);
+    tape.no_run = RT_OK;
     tape.refuse = RT_DEVICE;
     tf_open(&f, &be, 1, TF_WIDE, 0.1f);
     o.micro_tokens = o.batch_tokens = TF_LEN;
