@@ -38,7 +38,7 @@ static const struct rt_opt options[] = {
     {"steps", RT_OPT_INT, V(steps), "3", 1, 1e6, NULL, "N", "timed steps", false, false},
     {"warm-up", RT_OPT_INT, V(warm_up), "1", 1, 1e6, NULL, "N", "steps before them", false, false},
     {"eager", RT_OPT_FLAG, V(eager), NULL, 0, 0, NULL, NULL, "micro-steps are not recorded", false, false},
-    {"in-turns", RT_OPT_FLAG, V(in_turns), NULL, 0, 0, NULL, NULL, "after the timed steps, as many in turns with recorded micro-steps and without", false, false},
+    {"in-turns", RT_OPT_FLAG, V(in_turns), NULL, 0, 0, NULL, NULL, "after the timed steps, as many in turns with recorded micro-steps and without, and a check that their gradients are the same bytes", false, false},
     {"data-tokens", RT_OPT_INT, V(data_tokens), "0", 0, 1e9, NULL, "N", "tokens on disk, 0: as many as a step has", false, false},
     {"threads", RT_OPT_INT, V(threads), "0", 0, 1024, NULL, "N", "threads that compute on a CPU, 0 takes all", false, false},
     {"loader-threads", RT_OPT_INT, V(loader_threads), "-1", -1, 256, NULL, "N", "threads that decode ahead, -1: as `train` chooses", false, false},
@@ -273,6 +273,36 @@ out:
     return st;
 }
 
+/* The last micro-step's gradients call by call, at the recording and recorded are the same bytes. */
+static enum rt_status check_recorded(struct bench *b, struct rt_err *err)
+{
+    enum { TIMES = 4 }; /* call by call; the shape's first; recorded and run; run */
+    enum rt_status st = RT_OK;
+    struct rt_trainer *t = &b->r.trainer;
+    const struct rt_device *on = t->recorded.d;
+    const size_t bytes = rt_params_bytes(&b->r.student.p, rt_device_act_size(t->d));
+    const int64_t runs = t->recorded.runs;
+    char *grads[2] = {NULL};
+    int64_t tokens;
+    for (int i = 0; i < 2; i++)
+        RT_TRY(rt_alloc(bytes, 1, "gradients", &grads[i], err));
+    for (int i = 0; i < TIMES; i++) {
+        t->recorded.d = i == 0 ? NULL : on;
+        RT_TRY(rt_student_zero_grads(t->s, err));
+        RT_TRY(rt_trainer_repeat(t, 1, &tokens, err));
+        RT_TRY(rt_device_download(t->d, grads[i > 0], t->grads.base, bytes, err));
+        if (i > 0 && memcmp(grads[0], grads[1], bytes) != 0)
+            RT_FAIL(err, INTERNAL, "gradients of a recorded micro-step differ from those of its calls one by one");
+    }
+    if (t->recorded.runs != runs + 2)
+        RT_FAIL(err, INTERNAL, "%ld of 2 micro-steps were recorded ones", (long)(t->recorded.runs - runs));
+out:
+    t->recorded.d = on;
+    for (int i = 0; i < 2; i++)
+        rt_free(grads[i]);
+    return st;
+}
+
 /* TURNS times so many steps of each kind, one kind behind the other: the median round of each. */
 static enum rt_status time_turns(struct bench *b, double turn[2], struct rt_err *err)
 {
@@ -329,8 +359,10 @@ static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err
     m->seconds = rt_now() - start;
     m->waited = rt_loader_waited(r->trainer.loader) - waited;
     m->mfu /= m->seconds;
-    if (b->v.in_turns && r->trainer.recorded.d != NULL)
+    if (b->v.in_turns && r->trainer.recorded.d != NULL) {
         RT_TRY(time_turns(b, m->turn, err));
+        RT_TRY(check_recorded(b, err));
+    }
     if (b->v.parts)
         RT_TRY(time_parts(b, &m->parts, err));
 out:
