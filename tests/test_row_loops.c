@@ -77,7 +77,7 @@ static void make_one(struct one *o, double top, double spread, uint64_t seed)
     for (int t = 0; t < 2; t++) {
         for (int j = 0; j < K; j++)
             sum[t] += exp(((double)o->z[j] - o->z[0]) / (t + 1));
-        o->lse[t] = (float)(o->z[0] / (t + 1) + log(sum[t]) + 0.01);
+        o->lse[t] = (float)((double)o->z[0] / (t + 1) + log(sum[t]) + 0.01);
     }
     o->ids[0] = 3;
     o->ids[1] = o->next = 77;
