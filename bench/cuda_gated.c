@@ -1,7 +1,7 @@
-/* A student's MLP on the GPU: products with silu(gate) * up in them against the library's product and the operation behind it, in turns of 0.3 s each
- * (the card runs at its power limit then), after a comparison of the results.
+/* A student's MLP on the GPU: our own products against the library's, in turns of 0.3 s each (the card runs at its power limit then), after a comparison of
+ * the results. With the gating in them: against the product and the operation behind it.
  *
- *     bench_cuda_gated [forward|backward] [0.5b] [1.5b] [7b]          forward, all of them without an argument
+ *     bench_cuda_gated [forward|backward|plain] [0.5b] [1.5b] [7b]          forward, all of them without an argument
  */
 #include <math.h>
 #include <stdio.h>
@@ -14,9 +14,11 @@
 
 #ifdef RT_CUDA
 #include "core/cuda/gated_sm90.h"
+#include "core/cuda/product_sm90.h"
 
 enum { BLOCK = 1048573 /* odd: rows of a matrix differ */, ROWS_BEHIND = 64 };
 
+struct product;
 struct mlp {
     const struct rt_device *d;
     int64_t n, H, I;
@@ -25,6 +27,7 @@ struct mlp {
     char *gate_up2, *h2, *d_gate_up2;                           /* of the one */
     struct rt_cuda_gated one;
     bool back, product_alone;
+    struct product *product;
 };
 
 static enum rt_status fill(const struct rt_device *d, double scale, size_t elements, char **out, struct rt_err *err)
@@ -199,7 +202,64 @@ out:
     return st;
 }
 
-static enum rt_status geometry(const struct rt_device *d, const char *name, int64_t H, int64_t I, bool back, struct rt_err *err)
+/* ---- products alone ---- */
+
+struct product {
+    struct rt_cuda_gemm_args lib, own;
+};
+static enum rt_status by_library(struct mlp *m, struct rt_err *err)
+{
+    return rt_cuda_gemm(m->d->q, &m->product->lib, err);
+}
+static enum rt_status by_own(struct mlp *m, struct rt_err *err)
+{
+    return rt_cuda_product_sm90(m->d->q, &m->product->own, err);
+}
+
+static enum rt_status product(struct mlp *m, const char *name, struct rt_cuda_gemm_args g, void *own, struct rt_err *err)
+{
+    struct product p = {.lib = g, .own = g};
+    double ms, base = 1;
+    enum rt_status st;
+    p.own.d = own;
+    m->product = &p;
+    (void)cudaMemset(p.lib.d, 0, (size_t)(g.m * g.n) * 2);
+    (void)cudaMemset(p.own.d, 0, (size_t)(g.m * g.n) * 2);
+    printf("  %s: [%lld, %lld] of %lld%s\n", name, (long long)g.m, (long long)g.n, (long long)g.k, g.accumulate ? ", +=" : "");
+    RT_TRY(by_library(m, err)); /* measures: what it adds meanwhile does not count */
+    RT_TRY(rt_device_sync(m->d, err));
+    (void)cudaMemset(p.lib.d, 0, (size_t)(g.m * g.n) * 2);
+    RT_TRY(by_library(m, err));
+    RT_TRY(by_own(m, err));
+    RT_TRY(rt_device_sync(m->d, err));
+    RT_TRY(compare(m->d, name, p.lib.d, p.own.d, g.m * g.n, g.n, err));
+    for (int round = 0; round < 2; round++)
+        for (int way = 0; way < 2; way++) {
+            RT_TRY(turn(m, way == 0 ? by_library : by_own, 0.3, &ms, err));
+            base = way == 0 ? ms : base;
+            printf("  %-24s %-10s %8.4f ms  %6.1f TFLOP/s  %5.3f of the library's\n", name, way == 0 ? "library" : "own", ms,
+                   2.0 * (double)g.m * (double)g.n * (double)g.k / ms * 1e-9, ms / base);
+        }
+    fflush(stdout);
+out:
+    return st;
+}
+
+static enum rt_status products(struct mlp *m, struct rt_err *err)
+{
+    const int64_t n = m->n, H = m->H, I = m->I;
+    enum rt_status st;
+    RT_TRY(product(m, "down", (struct rt_cuda_gemm_args){.a = m->h, .b = m->w2, .d = m->dh, .m = n, .n = H, .k = I, .b_t = true}, m->h2, err));
+    RT_TRY(product(m, "dgrad of gate and up", (struct rt_cuda_gemm_args){.a = m->gate_up, .b = m->w1, .d = m->dh, .m = n, .n = H, .k = 2 * I}, m->h2, err));
+    RT_TRY(product(m, "wgrad of gate and up", (struct rt_cuda_gemm_args){.a = m->gate_up, .b = m->x, .d = m->dh, .m = 2 * I, .n = H, .k = n, .a_t = true,
+                                                                           .accumulate = true}, m->h2, err));
+    RT_TRY(product(m, "wgrad of down", (struct rt_cuda_gemm_args){.a = m->dy, .b = m->h, .d = m->dh, .m = H, .n = I, .k = n, .a_t = true,
+                                                                    .accumulate = true}, m->h2, err));
+out:
+    return st;
+}
+
+static enum rt_status geometry(const struct rt_device *d, const char *name, int64_t H, int64_t I, bool back, bool plain, struct rt_err *err)
 {
     struct mlp m = {.d = d, .n = 16384, .H = H, .I = I};
     const size_t n = 16384, rows = n + ROWS_BEHIND, h = (size_t)H, i = (size_t)I;
@@ -215,6 +275,11 @@ static enum rt_status geometry(const struct rt_device *d, const char *name, int6
         RT_TRY(d->be->alloc(d->dev, rows * i * (k < 4 ? 4 : 2), (void **)outs[k], err));
     RT_TRY(d->be->weight_param(d->dev, m.w1, 2 * I, H, &m.gate_up_w, err));
     RT_TRY(d->be->weight_param(d->dev, m.w2, H, I, &m.down_w, err));
+    if (plain) {
+        RT_TRY(pair(&m, err));
+        RT_TRY(products(&m, err));
+        goto out;
+    }
     m.back = back;
     RT_TRY(check(&m, 1000, err));
     RT_TRY(check(&m, 16384, err));
@@ -243,12 +308,12 @@ static enum rt_status run(const struct rt_device *d, char *const *list, struct r
     } all[] = {{"0.5b", 896, 4864}, {"1.5b", 1536, 8960}, {"7b", 3584, 18944}};
     char note[256];
     enum rt_status st;
-    const bool back = *list != NULL && strcmp(*list, "backward") == 0;
-    list += *list != NULL && (back || strcmp(*list, "forward") == 0);
+    const bool back = *list != NULL && strcmp(*list, "backward") == 0, plain = *list != NULL && strcmp(*list, "plain") == 0;
+    list += *list != NULL && (back || plain || strcmp(*list, "forward") == 0);
     RT_TRY(d->be->tune(d->dev, NULL, note, sizeof note, err)); /* as `train` does */
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (wanted(list, all[i].name))
-            RT_TRY(geometry(d, all[i].name, all[i].H, all[i].I, back, err));
+            RT_TRY(geometry(d, all[i].name, all[i].H, all[i].I, back, plain, err));
 out:
     return st;
 }

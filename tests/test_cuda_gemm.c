@@ -12,6 +12,7 @@
 #include "core/cuda/gemm_kernels.h"
 #include "core/cuda/group8.h"
 #include "core/cuda/lt.h"
+#include "core/cuda/product_sm90.h"
 
 /* Float32 results differ from the reference by the rounding of their sums alone: tensor cores cut each of up to 100 partial sums of 16 terms at
  * 2^-23 of its size. */
@@ -47,9 +48,11 @@ static void naive(const struct shape *s, const struct rt_cuda_gemm_args *g, cons
             }
 }
 
-/* own: by the kernel of our own, whatever the library could do. */
-static void gemm_case(struct cuda_pair *p, const struct shape *s, bool own)
+enum maker { BY_CHOICE, BY_MMA, BY_SM90 }; /* the last two: kernels of our own, whatever the library could do */
+
+static void gemm_case(struct cuda_pair *p, const struct shape *s, enum maker way)
 {
+    static const char *const name[] = {"library", "own", "own of 9.0"};
     struct rt_err err = {0};
     struct rt_cuda_gemm_args g = {.m = s->m, .n = s->n, .k = s->k, .a_t = s->a_t, .b_t = s->b_t, .accumulate = s->accumulate, .d_f32 = s->d_f32,
                                   .bias_f32 = s->bias == 2, .batch = s->batch};
@@ -73,13 +76,16 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, bool own)
     g.b = cuda_act(p, b, nb);
     g.d = s->d_f32 ? cuda_bytes(p, d, (size_t)nd * 4) : cuda_act(p, d, nd);
     g.bias = s->bias == 0 ? NULL : s->bias == 1 ? cuda_act(p, bias, s->n) : cuda_bytes(p, bias, (size_t)s->n * 4);
-    assert_ok(own ? rt_cuda_gemm_mma((struct rt_queue *)p->gpu.q, &g, &err) : rt_cuda_gemm((struct rt_queue *)p->gpu.q, &g, &err));
+    struct rt_queue *q = (struct rt_queue *)p->gpu.q;
+    if (way == BY_SM90)
+        assert_true(rt_cuda_product_sm90_fits(p->gpu.dev, &g));
+    assert_ok(way == BY_SM90 ? rt_cuda_product_sm90(q, &g, &err) : way == BY_MMA ? rt_cuda_gemm_mma(q, &g, &err) : rt_cuda_gemm(q, &g, &err));
     if (s->d_f32)
         cuda_get(p, got, g.d, (size_t)nd * 4);
     else
         cuda_get_act(p, got, g.d, nd);
     naive(s, &g, a, b, bias, d); /* what lies between the rows stays as it was */
-    snprintf(what, sizeof what, "%s %lldx%lldx%lld%s%s%s%s%s", own ? "own" : "library", (long long)s->m, (long long)s->n, (long long)s->k,
+    snprintf(what, sizeof what, "%s %lldx%lldx%lld%s%s%s%s%s", name[way], (long long)s->m, (long long)s->n, (long long)s->k,
              s->a_t ? " a_t" : "", s->b_t ? " b_t" : "", s->accumulate ? " +=" : "", s->d_f32 ? " f32" : "", s->bias ? " bias" : "");
     cuda_close(what, got, d, s->batch * s->m, g.ldd, s->d_f32 ? F32_SUMS : s->m * s->n < 64 ? BF16_FEW : BF16_TWICE, 0);
     for (int64_t r = 0; r < s->batch * s->m; r++)
@@ -110,15 +116,90 @@ static void test_gemm(void **state)
             for (int own = 0; own < 2; own++) {
                 const struct shape s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags & 1, flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1,
                                         (int)((i + (size_t)flags) % 3), 1};
-                gemm_case(&p, &s, own);
+                gemm_case(&p, &s, own ? BY_MMA : BY_CHOICE);
             }
     for (int own = 0; own < 2; own++) {
-        gemm_case(&p, &(struct shape){40, 72, 48, 0, false, true, false, false, 0, 5}, own);
-        gemm_case(&p, &(struct shape){40, 71, 48, 1, true, false, true, true, 0, 3}, own);
-        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, true, false, 1, 1}, own);  /* k 0: the bias alone */
-        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, false, true, 0, 1}, own);
+        gemm_case(&p, &(struct shape){40, 72, 48, 0, false, true, false, false, 0, 5}, own ? BY_MMA : BY_CHOICE);
+        gemm_case(&p, &(struct shape){40, 71, 48, 1, true, false, true, true, 0, 3}, own ? BY_MMA : BY_CHOICE);
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, true, false, 1, 1}, own ? BY_MMA : BY_CHOICE);  /* k 0: the bias alone */
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, false, true, 0, 1}, own ? BY_MMA : BY_CHOICE);
     }
     cuda_pair_close(&p);
+}
+
+/* The kernel of compute capability 9.0 alone: edges of its tiles of 128 x 256, more tiles than blocks, sums shorter than its ring and longer. */
+static void test_sm90(void **state)
+{
+    static const int64_t sizes[][4] = {{128, 256, 64, 0}, {1, 8, 8, 0}, {136, 264, 72, 8}, {384, 512, 256, 0}, {304, 896, 200, 0}, {2312, 2600, 16, 16},
+                                       {136, 264, 4104, 0}}; /* the last in parts along k */
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    const bool there = rt_cuda_product_sm90_fits(p.gpu.dev, &(struct rt_cuda_gemm_args){.m = 128, .n = 256, .k = 64});
+    for (size_t i = 0; there && i < sizeof sizes / sizeof *sizes; i++)
+        for (int flags = 0; flags < 8; flags++) {
+            const struct shape s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags & 1, flags >> 1 & 1, flags >> 2 & 1, false, 0, 1};
+            if (!(s.a_t && s.b_t) && (!s.a_t || s.m % 8 == 0))
+                gemm_case(&p, &s, BY_SM90);
+        }
+    /* what it does not do */
+    for (int i = 0; i < 5; i++) {
+        struct rt_cuda_gemm_args g = {.m = 128, .n = 256, .k = 64, .a_t = i == 0, .b_t = i == 0, .d_f32 = i == 1, .batch = i == 2 ? 2 : 1, .lda = i == 3 ? 68 : 0};
+        if (i == 4)
+            g.d = (char *)8; /* never read: not 16-byte aligned */
+        assert_false(rt_cuda_product_sm90_fits(p.gpu.dev, &g));
+    }
+    cuda_pair_close(&p);
+    if (!there)
+        TEST_SKIP("not of compute capability 9.0");
+}
+
+/* FP16 as the head's logits have it: against the library. */
+static void test_sm90_f16(void **state)
+{
+    enum { M = 300, N = 520, K = 136 };
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    uint16_t *a = NULL, *b = NULL, *d = NULL;
+    float *x = cuda_floats(M * N), *y = cuda_floats(M * N);
+    assert_ok(rt_alloc(M * K, sizeof *a, "a", &a, &err));
+    assert_ok(rt_alloc(N * K, sizeof *b, "b", &b, &err));
+    assert_ok(rt_alloc(M * N, sizeof *d, "d", &d, &err));
+    for (int i = 0; i < M * K; i++)
+        a[i] = (uint16_t)(0x3800 + i % 1021 + (i % 3 == 0) * 0x8000); /* +- 0.5 .. 1 */
+    for (int i = 0; i < N * K; i++)
+        b[i] = (uint16_t)(0x3c00 + i % 1013 + (i % 7 < 3) * 0x8000); /* +- 1 .. 2 */
+    struct rt_cuda_gemm_args g = {.a = cuda_bytes(&p, a, M * K * 2), .b = cuda_bytes(&p, b, N * K * 2), .d = cuda_bytes(&p, NULL, M * N * 2), .m = M, .n = N,
+                                  .k = K, .b_t = true, .f16 = true};
+    const bool there = rt_cuda_product_sm90_fits(p.gpu.dev, &g) && p.gpu.dev->lt != NULL;
+    if (there) {
+        assert_ok(rt_cuda_gemm((struct rt_queue *)p.gpu.q, &g, &err));
+        cuda_get(&p, d, g.d, M * N * 2);
+        for (int i = 0; i < M * N; i++)
+            x[i] = rt_f16_to_f32(d[i]);
+        assert_ok(rt_cuda_product_sm90((struct rt_queue *)p.gpu.q, &g, &err));
+        cuda_get(&p, d, g.d, M * N * 2);
+        for (int i = 0; i < M * N; i++)
+            y[i] = rt_f16_to_f32(d[i]);
+        cuda_close("FP16, own of 9.0", y, x, M, N, 3e-4, 0); /* both are rounded to 2^-11 */
+        g.accumulate = true;
+        assert_false(rt_cuda_product_sm90_fits(p.gpu.dev, &g));
+    }
+    cuda_free(&p, (void *)(uintptr_t)g.a);
+    cuda_free(&p, (void *)(uintptr_t)g.b);
+    cuda_free(&p, g.d);
+    rt_free(a);
+    rt_free(b);
+    rt_free(d);
+    rt_free(x);
+    rt_free(y);
+    cuda_pair_close(&p);
+    if (!there)
+        TEST_SKIP("not of compute capability 9.0, or no cuBLASLt");
 }
 
 /* Heads side by side in each row: batches at a distance smaller than a row. */
@@ -380,7 +461,7 @@ static void test_scaled_used(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_gemm),    cmocka_unit_test(test_heads), cmocka_unit_test(test_history),     cmocka_unit_test(test_far),
+    cmocka_unit_test(test_gemm),    cmocka_unit_test(test_sm90), cmocka_unit_test(test_sm90_f16), cmocka_unit_test(test_heads), cmocka_unit_test(test_history),     cmocka_unit_test(test_far),
     cmocka_unit_test(test_dequant), cmocka_unit_test(test_gemm8), cmocka_unit_test(test_scaled_used),
 };
 

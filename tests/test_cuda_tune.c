@@ -328,6 +328,43 @@ static bool clear(void *ctx, int i)
     return i > 0;
 }
 
+/* Two candidates: 0 is the faster one, until it has run by itself for long. */
+struct tiring {
+    struct cuda_pair *p;
+    void *block;
+    int last, in_a_row;
+};
+static bool tires(void *ctx, int i)
+{
+    struct tiring *t = ctx;
+    t->in_a_row = i == t->last ? t->in_a_row + 1 : 0;
+    t->last = i;
+    struct rt_err err = {0};
+    const bool tired = i == 0 && t->in_a_row >= 1000;
+    for (int k = 0; k < (tired ? 4 : 1); k++)
+        assert_ok(rt_device_zero(&t->p->gpu, t->block, (size_t)(i == 0 && !tired ? 64 : 128) << 20, &err));
+    return true;
+}
+
+static void test_final(void **state)
+{
+    struct cuda_pair p;
+    struct rt_race_result r;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    struct tiring ctx = {.p = &p, .last = -1};
+    assert_ok(p.gpu.be->alloc(p.gpu.dev, (size_t)128 << 20, &ctx.block, &err));
+    assert_ok(rt_cuda_race(p.gpu.q, 2, tires, &ctx, &(struct rt_race_rules){.warm_up = 0.001, .also = -1}, &r, &err));
+    assert_int_equal(r.best, 0);
+    assert_ok(rt_cuda_race(p.gpu.q, 2, tires, &ctx, &(struct rt_race_rules){.warm_up = 0.001, .alone = 0.05, .also = 1}, &r, &err));
+    assert_int_equal(r.best, 1);
+    assert_true(r.best_ns < r.first_ns);
+    p.gpu.be->free(p.gpu.dev, ctx.block);
+    cuda_pair_close(&p);
+}
+
 static void test_race(void **state)
 {
     struct cuda_pair p;
@@ -338,11 +375,11 @@ static void test_race(void **state)
         TEST_SKIP("no GPU");
     struct runner ctx = {.p = &p};
     assert_ok(p.gpu.be->alloc(p.gpu.dev, (size_t)256 << 20, &ctx.block, &err));
-    assert_ok(rt_cuda_race(p.gpu.q, 3, clear, &ctx, 0.001, &r, &err));
+    assert_ok(rt_cuda_race(p.gpu.q, 3, clear, &ctx, &(struct rt_race_rules){.warm_up = 0.001, .also = -1}, &r, &err));
     assert_int_equal(r.best, 2);
     assert_int_equal(r.first_ns, 0);
     assert_true(r.best_ns > 0);
-    assert_ok(rt_cuda_race(p.gpu.q, 1, clear, &ctx, 0.001, &r, &err)); /* all refuse */
+    assert_ok(rt_cuda_race(p.gpu.q, 1, clear, &ctx, &(struct rt_race_rules){.warm_up = 0.001, .also = -1}, &r, &err)); /* all refuse */
     assert_true(r.best == 0 && r.best_ns == 0);
     p.gpu.be->free(p.gpu.dev, ctx.block);
     cuda_pair_close(&p);
@@ -351,6 +388,7 @@ static void test_race(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_kept),    cmocka_unit_test(test_wider),           cmocka_unit_test(test_damaged),         cmocka_unit_test(test_foreign),
     cmocka_unit_test(test_product), cmocka_unit_test(test_false_algorithm), cmocka_unit_test(test_race),
+    cmocka_unit_test(test_final)
 };
 
 #else

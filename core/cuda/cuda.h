@@ -43,7 +43,7 @@ struct rt_dev {
 struct rt_queue {
     struct rt_dev *dev;
     cudaStream_t stream;
-    void *workspace;        /* of cuBLASLt's products on this queue: RT_CUDA_WORKSPACE bytes */
+    void *workspace;        /* what a product on this queue may use while it runs: RT_CUDA_WORKSPACE bytes */
     bool recording;         /* between graph_begin and graph_end */
 };
 enum { RT_CUDA_WORKSPACE = 64 << 20 };

@@ -7,8 +7,6 @@
 
 namespace {
 
-enum { GROUP = 4 }; /* rows that a warp gates one behind the other */
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /* s = sigmoid(g), in the bits of 1 / (1 + __expf(-g)) by __fdividef: what is too small to be normal is nothing beside 1. The steps of all elements one
@@ -23,15 +21,10 @@ template <int N> __device__ __forceinline__ void sigmoids(const float (&g)[N], f
         asm volatile("div.approx.f32 %0, %1, %2;" : "=f"(s[i]) : "f"(1.0f), "f"(1 + s[i]));
 }
 
-__device__ __forceinline__ uint4 load_once(const bf16 *p)
-{
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
+/* In one piece: left to the compiler, some of these become four. */
 __device__ __forceinline__ void put(bf16 *p, const uint4 &v)
 {
-    *(uint4 *)p = v;
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 #endif
@@ -39,7 +32,7 @@ __device__ __forceinline__ void put(bf16 *p, const uint4 &v)
 /* ---- forward ---- */
 
 struct forward {
-    enum { ARRIVALS = TAKERS };
+    enum { ARRIVALS = TAKERS, SPLIT = 0, SHARED = 0, GROUP = 4 }; /* rows that a warp gates together */
     int64_t I;
     bf16 *h; /* NULL: not wanted */
     bool store; /* gate and up are wanted: m.out */
@@ -101,44 +94,67 @@ struct forward {
 
 /* ---- backward ---- */
 
+/* Rows of gate_up come in by asynchronous copies, two rows a group: each lane brings 16 bytes of each half of a row, and reads those alone. Three groups a warp
+ * are on their way or in use; what comes after them is asked for into the L2. (Loads into registers would share one scoreboard, so that each waited for
+ * all of them.) */
 struct backward {
-    enum { ARRIVALS = TAKERS };
+    enum { ARRIVALS = TAKERS, SPLIT = 0, PAIR = 2, GROUPS = 3, AHEAD = 8, GROUP_BYTES = PAIR * 2 * BN * 2, SHARED = TAKERS * GROUPS * GROUP_BYTES };
     int64_t I;
     const bf16 *gate_up;
     bf16 *d_gate_up, *h; /* h NULL: not wanted */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    /* A lane's columns of a group of rows: a warp holds whole rows of a tile. */
-    struct rows {
-        uint4 g[GROUP], u[GROUP];
+    /* Where a warp is in its rows: it takes every third pair of a tile, tile after tile. */
+    struct cursor {
+        int t, in_tile, left; /* left: rows from this pair on that exist */
+        int64_t at, h;        /* elements of gate_up and of h where the pair's columns begin */
     };
-
-    /* What tile t needs of gate_up, on its way to the L2: 128 bytes a request. */
-    static __device__ __forceinline__ void ask_for(const walk &w, const backward &p, int t, uint32_t rank, int thread)
+    static __device__ __forceinline__ void enter(cursor &c, const walk &w, const backward &p, uint32_t rank, int warp)
     {
-        if (t >= w.tiles)
-            return;
-        const place at = place_of(w, t, rank);
-        for (int i = thread; i < BM * 8; i += TAKERS * 32) {
-            const int row = at.row + i / 8, piece = i % 8;
-            if (row < w.rows)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(p.gate_up + (int64_t)row * 2 * p.I + piece / 4 * p.I + at.column * BN + piece % 4 * 64));
+        const place at = place_of(w, c.t, rank);
+        c.in_tile = warp * PAIR;
+        c.left = c.t < w.tiles ? w.rows - at.row - c.in_tile : 0;
+        c.h = (int64_t)(at.row + c.in_tile) * p.I + at.column * BN;
+        c.at = c.h + (int64_t)(at.row + c.in_tile) * p.I;
+    }
+    static __device__ __forceinline__ void next(cursor &c, const walk &w, const backward &p, uint32_t rank, int warp)
+    {
+        c.in_tile += TAKERS * PAIR;
+        c.left -= TAKERS * PAIR;
+        c.at += TAKERS * PAIR * 2 * p.I;
+        c.h += TAKERS * PAIR * p.I;
+        if (c.in_tile >= BM) {
+            c.t += tile_step();
+            enter(c, w, p, rank, warp);
         }
     }
 
-    /* at: the lane's columns of the group's first row; left: rows from there on that exist. */
-    static __device__ __forceinline__ void fetch(rows &r, const backward &p, const bf16 *at, int left)
+    /* 128 bytes a lane. */
+    static __device__ __forceinline__ void ask_for(const cursor &c, const backward &p, int lane)
+    {
+        const int row = lane / 8, piece = lane % 8;
+        if (row < PAIR && row < c.left)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(p.gate_up + c.at + row * 2 * p.I + piece / 4 * p.I + piece % 4 * 64));
+    }
+    /* mine: the lane's place in the group. */
+    static __device__ __forceinline__ void fetch(const cursor &c, const backward &p, uint32_t mine, int lane)
     {
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            const bf16 *x = i < left ? at + i * (2 * p.I) : p.gate_up;
-            r.g[i] = load_once(x);
-            r.u[i] = load_once(x + p.I);
+        for (int i = 0; i < PAIR * 2; i++) {
+            const bf16 *x = i / 2 < c.left ? p.gate_up + c.at + i * p.I + lane * 8 : p.gate_up;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(mine + i * (BN * 2)), "l"(x) : "memory");
         }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    static __device__ __forceinline__ uint4 fetched(uint32_t mine, int i)
+    {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(mine + i * (BN * 2)) : "memory");
+        return v;
     }
 
-    /* Eight elements: dg, du (in place of u), h from dh, g, u and s = sigmoid(g), in the form of swiglu_bwd (student_rows.cu). */
-    static __device__ __forceinline__ void gradients(const uint4 &dh4, const float *g, const float *s, uint4 &u4, uint4 &dg4, uint4 &h4)
+    /* Eight elements: dg, du, h from dh, g, u and s = sigmoid(g), in the form of swiglu_bwd (student_rows.cu). */
+    static __device__ __forceinline__ void gradients(const uint4 &dh4, const float *g, const float *s, const uint4 &u4, uint4 &dg4, uint4 &du4, uint4 &h4)
     {
         float dh[8], dg[8], u[8], h[8];
         unpack(dh4, dh);
@@ -151,30 +167,27 @@ struct backward {
             u[i] = dh[i] * silu;
         }
         dg4 = pack(dg);
-        u4 = pack(u);
+        du4 = pack(u);
         h4 = pack(h);
     }
 
-    /* dh of the group is in the tile, from row in_tile on. d, h as `at` of fetch. */
-    static __device__ __forceinline__ void gate(rows &r, const backward &p, uint32_t tile, int in_tile, bf16 *d, bf16 *h, int left)
+    static __device__ __forceinline__ void gate(const cursor &c, const backward &p, uint32_t tile, uint32_t mine, int lane)
     {
-        const int lane = threadIdx.x % 32;
+        float g[8 * PAIR], s[8 * PAIR];
 #pragma unroll
-        for (int i = 0; i < GROUP; i += 2) {
-            float g[16], s[16];
-            unpack(r.g[i], g);
-            unpack(r.g[i + 1], g + 8);
-            sigmoids(g, s);
+        for (int i = 0; i < PAIR; i++)
+            unpack(fetched(mine, 2 * i), g + 8 * i);
+        sigmoids(g, s);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                uint4 dg, h4;
-                gradients(from_tile(tile, in_tile + i + j, lane / 8, lane % 8), g + 8 * j, s + 8 * j, r.u[i + j], dg, h4);
-                if (i + j < left) {
-                    put(d + (i + j) * (2 * p.I), dg);
-                    put(d + (i + j) * (2 * p.I) + p.I, r.u[i + j]);
-                    if (p.h != NULL)
-                        put(h + (i + j) * p.I, h4);
-                }
+        for (int i = 0; i < PAIR; i++) {
+            uint4 dg, du, h;
+            gradients(from_tile(tile, c.in_tile + i, lane / 8, lane % 8), g + 8 * i, s + 8 * i, fetched(mine, 2 * i + 1), dg, du, h);
+            if (i < c.left) {
+                const int64_t at = c.at + i * 2 * p.I + lane * 8;
+                put(p.d_gate_up + at, dg);
+                put(p.d_gate_up + at + p.I, du);
+                if (p.h != NULL)
+                    put(p.h + c.h + i * p.I + lane * 8, h);
             }
         }
     }
@@ -182,40 +195,36 @@ struct backward {
     static __device__ __forceinline__ void take(const walk &w, const maps &, const backward &p, uint32_t base, uint32_t rank, int warp)
     {
         const barriers bar = {base + BARS_AT};
-        const uint32_t tile = base + TILE_AT;
-        const int lane = threadIdx.x % 32, step = TAKERS * GROUP;
-        const int64_t step_h = step * p.I, step_d = 2 * step_h;
-        uint32_t done = 0;
-        ask_for(w, p, first_tile(), rank, warp * 32 + lane);
-        for (int t = first_tile(); t < w.tiles; t += tile_step(), done++) {
-            const place at = place_of(w, t, rank);
-            const int64_t first = (at.row + warp * GROUP) * p.I, column = at.column * BN + lane * 8;
-            const bf16 *x = p.gate_up + 2 * first + column;
-            bf16 *d = p.d_gate_up + 2 * first + column, *h = p.h + first + column;
-            int left = w.rows - at.row - warp * GROUP, in_tile = warp * GROUP;
-            rows one, two;
-            fetch(one, p, x, left);
-            ask_for(w, p, t + tile_step(), rank, warp * 32 + lane);
-            wait(bar.tile_full(), done & 1);
+        const int lane = threadIdx.x % 32;
+        const uint32_t tile = base + TILE_AT, mine = base + PRODUCT_SHARED + warp * (GROUPS * GROUP_BYTES) + lane * 16;
+        cursor here = {first_tile(), 0, 0, 0, 0}, coming, asked;
+        uint32_t done = 0, slot = 0, free_slot = GROUPS - 1; /* of the group here, and of the next one to come */
+        enter(here, w, p, rank, warp);
+        coming = asked = here;
+        for (int i = 0; i < AHEAD; i++, next(asked, w, p, rank, warp))
+            ask_for(asked, p, lane);
+        for (int i = 0; i < GROUPS - 1; i++, next(coming, w, p, rank, warp))
+            fetch(coming, p, mine + i * GROUP_BYTES, lane);
+        while (here.t < w.tiles) {
+            const int t = here.t;
+            wait(bar.tile_full(), done++ & 1);
 #pragma unroll 1
-            for (; in_tile < BM; in_tile += 2 * step) { /* rows of the next group are on their way while one is gated */
-                const bool more = in_tile + step < BM, yet_more = in_tile + 2 * step < BM;
-                if (more)
-                    fetch(two, p, x + step_d, left - step);
-                gate(one, p, tile, in_tile, d, h, left);
-                x += 2 * step_d;
-                if (yet_more)
-                    fetch(one, p, x, left - 2 * step);
-                if (more)
-                    gate(two, p, tile, in_tile + step, d + step_d, h + step_h, left - step);
-                d += 2 * step_d;
-                h += 2 * step_h;
-                left -= 2 * step;
+            while (here.t == t) {
+                ask_for(asked, p, lane);
+                next(asked, w, p, rank, warp);
+                fetch(coming, p, mine + free_slot * GROUP_BYTES, lane);
+                next(coming, w, p, rank, warp);
+                asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS - 1) : "memory");
+                gate(here, p, tile, mine + slot * GROUP_BYTES, lane);
+                next(here, w, p, rank, warp);
+                free_slot = slot;
+                slot = slot + 1 == GROUPS ? 0 : slot + 1;
             }
             __syncwarp();
             if (lane == 0)
                 arrive(bar.tile_empty());
         }
+        asm volatile("cp.async.wait_all;" ::: "memory");
     }
 #endif
 };

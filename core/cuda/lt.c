@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/cuda/device.h"
+#include "core/cuda/product_sm90.h"
 #include "core/cuda/race.h"
 #include "core/cuda/tune.h"
 #include "core/mem.h"
@@ -52,6 +53,7 @@ struct rt_cuda_lt {
     struct entry table[ENTRIES];
     struct rt_tune *tune;   /* NULL: the library's first choice is taken */
     bool warm;              /* a product was measured already */
+    double ran_long;        /* seconds of long runs so far */
 };
 
 /* The descriptors of one call. */
@@ -291,6 +293,29 @@ static cublasStatus_t multiply(struct rt_queue *q, const struct rt_lt_call *c, c
     return lt->Matmul(lt->handle, p->op, &one, c->a, p->a, c->b, p->b, &beta, d, p->d, d, p->d, algo, q->workspace, RT_CUDA_WORKSPACE, q->stream);
 }
 
+/* ---- our own product among the library's algorithms ---- */
+
+/* What stands for it where an algorithm is kept: a name that no algorithm of the library has, and a number that changes with its results. */
+static const uint64_t own[RT_ALGO_WORDS] = {0x6e776f /* "own" */, 1};
+
+static bool is_own(const cublasLtMatmulAlgo_t *algo)
+{
+    return memcmp(algo, own, sizeof own) == 0;
+}
+
+/* The call as gemm.h has it. */
+static struct rt_cuda_gemm_args row_major(const struct rt_lt_call *c, void *d)
+{
+    return (struct rt_cuda_gemm_args){.a = c->b, .b = c->a, .bias = c->bias, .d = d, .m = c->N, .n = c->M, .k = c->K, .lda = c->ldb, .ldb = c->lda, .ldd = c->ldd,
+                                      .a_t = c->tb, .b_t = c->ta, .accumulate = c->accumulate, .d_f32 = c->d_f32, .f16 = c->f16, .batch = c->batch};
+}
+
+static bool own_fits(const struct rt_queue *q, const struct rt_lt_call *c)
+{
+    const struct rt_cuda_gemm_args g = row_major(c, c->d);
+    return c->a_scale == NULL && rt_cuda_product_sm90_fits(q->dev, &g);
+}
+
 /* ---- measuring ---- */
 
 /* FLOPs from which a product is measured: some 10 microseconds; what is smaller is bound by its launch. */
@@ -298,6 +323,9 @@ static const double worth_measuring = 4e9;
 /* Seconds of work before measurements: clocks fall within a second under load, and which algorithm is fastest depends on them; later products are
  * met between others, but for the writing of a file. */
 static const double first_warm_up = 1.0, warm_up = 0.05;
+
+/* FLOPs from which finalists run by themselves, how long, and how much of that there is in all: a run waits for it once. */
+static const double worth_long_runs = 1e11, long_run = 0.15, long_runs = 15;
 
 struct measure {
     struct rt_queue *q;
@@ -310,6 +338,10 @@ struct measure {
 static bool run_candidate(void *measure, int i)
 {
     const struct measure *m = measure;
+    if (is_own(&m->algo[i])) {
+        const struct rt_cuda_gemm_args g = row_major(m->c, m->d);
+        return rt_cuda_product_sm90(m->q, &g, NULL) == RT_OK;
+    }
     return multiply(m->q, m->c, &m->p, m->d, &m->algo[i]) == CUBLAS_STATUS_SUCCESS;
 }
 
@@ -336,7 +368,11 @@ static enum rt_status measure_product(struct rt_queue *q, const struct rt_lt_cal
         m.d = (char *)copy + (align < 16 ? align : 0); /* aligned as d is */
         RT_CUDA_TRY(cudaMemcpyAsync(m.d, c->d, bytes, cudaMemcpyDeviceToDevice, q->stream));
     }
-    RT_TRY(rt_cuda_race(q, n, run_candidate, &m, lt->warm ? warm_up : first_warm_up, &r, err));
+    struct rt_race_rules rules = {.warm_up = lt->warm ? warm_up : first_warm_up, .also = is_own(&algo[n - 1]) ? n - 1 : -1};
+    if (2.0 * (double)c->M * (double)c->N * (double)c->K * (double)c->batch >= worth_long_runs && lt->ran_long < long_runs)
+        rules.alone = long_run;
+    RT_TRY(rt_cuda_race(q, n, run_candidate, &m, &rules, &r, err));
+    lt->ran_long += 8 * rules.alone; /* four finalists, twice */
     lt->warm = true;
     memcpy(out->algo, &algo[r.best], sizeof out->algo);
     out->rank = r.best;
@@ -360,6 +396,11 @@ static bool sound(const struct rt_cuda_lt *lt, const struct plan *p, const cubla
            result.workspaceSize <= RT_CUDA_WORKSPACE;
 }
 
+static bool usable(const struct rt_queue *q, const struct rt_lt_call *c, const struct plan *p, const cublasLtMatmulAlgo_t *algo)
+{
+    return is_own(algo) ? own_fits(q, c) : sound(q->dev->lt, p, algo);
+}
+
 /* algo[0] of the n candidates becomes the one that was measured as the fastest, now or before. p: of the key's sizes. What is left over of a batch is a
  * micro-batch of fewer tokens: it takes what won for more of them, since measuring takes longer than such products do in a run. */
 static enum rt_status tuned(struct rt_queue *q, const struct rt_lt_call *c, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo,
@@ -374,7 +415,7 @@ static enum rt_status tuned(struct rt_queue *q, const struct rt_lt_call *c, cons
         wider = rt_tune_find_wider(lt->tune, k, c->bucket_k);
     if (wider != NULL) {
         memcpy(&kept, wider->algo, sizeof kept);
-        if (sound(lt, p, &kept)) {
+        if (usable(q, c, p, &kept)) {
             algo[0] = kept;
             return RT_OK;
         }
@@ -385,8 +426,8 @@ static enum rt_status tuned(struct rt_queue *q, const struct rt_lt_call *c, cons
         known = &now;
     } else {
         memcpy(&kept, known->algo, sizeof kept);
-        if (!sound(lt, p, &kept))
-            RT_FAIL(err, FORMAT, "%s: the algorithm kept for a product of %ld x %ld x %ld is not one that cuBLASLt takes; delete the file and products are "
+        if (!usable(q, c, p, &kept))
+            RT_FAIL(err, FORMAT, "%s: the algorithm kept for a product of %ld x %ld x %ld is not one that it can be made by; delete the file and products are "
                     "measured again", rt_tune_path(lt->tune), (long)c->N, (long)c->M, (long)c->K);
     }
     memcpy(&algo[0], known->algo, sizeof algo[0]);
@@ -396,15 +437,26 @@ out:
 
 /* Behind the n candidates, as far as there is room: what won for other products of the same types, and suits this one. The heuristic proposes eight for a
  * shape and often leaves out the one that wins for its neighbours. Returns how many there are. */
-static int add_winners(const struct rt_cuda_lt *lt, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo, int n)
+static int add_winners(const struct rt_cuda_lt *lt, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo, int n, int most)
 {
-    for (const struct entry *e = lt->table; e < lt->table + ENTRIES && n < CANDIDATES; e++) {
-        bool is_new = e->used && e->found && (e->key.flags & FLAG_TYPES) == (k->flags & FLAG_TYPES);
+    for (const struct entry *e = lt->table; e < lt->table + ENTRIES && n < most; e++) {
+        bool is_new = e->used && e->found && !is_own(&e->algo) && (e->key.flags & FLAG_TYPES) == (k->flags & FLAG_TYPES);
         for (int i = 0; is_new && i < n; i++)
             is_new = memcmp(&e->algo, &algo[i], sizeof algo[i]) != 0;
         if (is_new && sound(lt, p, &e->algo))
             algo[n++] = e->algo;
     }
+    return n;
+}
+
+/* And our own. */
+static int add_others(const struct rt_queue *q, const struct rt_lt_call *c, const struct rt_product_key *k, const struct plan *p, cublasLtMatmulAlgo_t *algo,
+                      int n)
+{
+    const bool fits = own_fits(q, c);
+    n = add_winners(q->dev->lt, k, p, algo, n, CANDIDATES - fits);
+    if (fits)
+        memcpy(&algo[n++], own, sizeof own);
     return n;
 }
 
@@ -441,7 +493,7 @@ static enum rt_status choose(struct rt_queue *q, const struct rt_lt_call *c, int
         }
         const int n = make_plan(lt, c, N, K, &p) ? ask(lt, &p, &k, measured(lt, c) ? PROPOSED : 1, algo) : 0;
         if (n > 0 && measured(lt, c))
-            RT_TRY(tuned(q, c, &k, &p, algo, add_winners(lt, &k, &p, algo, n), err));
+            RT_TRY(tuned(q, c, &k, &p, algo, add_others(q, c, &k, &p, algo, n), err));
         e->key = k;
         e->used = true;
         e->found = n > 0;
@@ -467,6 +519,10 @@ static enum rt_status run(struct rt_queue *q, const struct rt_lt_call *c, int64_
     RT_TRY(choose(q, c, N, K, &algo, done, err));
     if (!*done)
         return RT_OK;
+    if (is_own(&algo)) {
+        const struct rt_cuda_gemm_args g = row_major(c, c->d);
+        return rt_cuda_product_sm90(q, &g, err);
+    }
     if (!make_plan(lt, c, c->N, c->K, &p))
         RT_FAIL(err, INTERNAL, "cuBLASLt refuses a description of a product of %ld x %ld x %ld", (long)c->N, (long)c->M, (long)c->K);
     const cublasStatus_t s = multiply(q, c, &p, c->d, &algo);

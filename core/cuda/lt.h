@@ -4,8 +4,8 @@
  * The algorithm of a product is the first that the library's heuristic gives for its shape, with the token dimension rounded up to the end of
  * its bucket, so that it depends on shapes and alignments alone, never on what ran before. Split sums are added in float32 and in a fixed
  * order (no atomic reduction). Chosen algorithms are kept in a table; entries may be used by several threads.
- * After rt_cuda_tune (core/backend.h, tune) a large product takes the fastest of the heuristic's 8 and of what won for other products instead, by the
- * file of tune.h; the token dimension enters as the next power of two, and fewer tokens than were measured take the choice of more, so that
+ * After rt_cuda_tune (core/backend.h, tune) a large product takes the fastest of the heuristic's 8, of what won for other products and of our own
+ * (product_sm90.h) instead, by the file of tune.h; the token dimension enters as the next power of two, and fewer tokens than were measured take the choice of more, so that
  * batches of mixed lengths are not measured again and again.
  */
 #ifndef RT_CORE_CUDA_LT_H

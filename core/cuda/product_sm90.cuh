@@ -9,6 +9,10 @@
  *
  * Two blocks of a cluster take the same columns of neighbouring rows, and each loads half of b's tile into both. Blocks stay, and walk over the
  * tiles in bands of rows, so that a band's rows and the columns at hand stay in the L2.
+ *
+ * Tiles that are left over when all clusters had as many may be cut along k into `parts` (a taker that is SPLIT): the sums of all but the last part go
+ * through memory, and are added to the last part's in the order of the parts. A part only waits for parts with smaller numbers, whose clusters
+ * started before.
  */
 #ifndef RT_CORE_CUDA_PRODUCT_SM90_CUH
 #define RT_CORE_CUDA_PRODUCT_SM90_CUH
@@ -36,6 +40,9 @@ enum {
 struct walk {
     int rows, k_blocks, columns, pairs, tiles; /* rows that exist; blocks of columns; pairs of row blocks */
     int b_step, b_apart; /* b^T in rows: block c of columns begins at row c b_step, and its second half b_apart behind that */
+    int whole, parts, items; /* tiles that are made whole; parts of each other one; items of work in all */
+    float4 *partial;     /* [tiles - whole][parts - 1][CLUSTER] sums of a tile, as the threads hold them */
+    uint32_t *there;     /* [the same][CONSUMERS] zeros; 1: they are written */
 };
 struct maps {
     CUtensorMap a, b, out;
@@ -43,6 +50,8 @@ struct maps {
 struct place {
     int row, column; /* first row; block of columns */
 };
+
+enum { PARTIAL = BM * BN / 4 }; /* float4s of a tile */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -93,6 +102,20 @@ __device__ __forceinline__ place place_of(const walk &w, int t, uint32_t rank)
     return {((band * BAND + within % high) * CLUSTER + (int)rank) * BM, within / high};
 }
 
+/* Item t of the work: a tile's blocks of k from k0 to k1, part `part` of it. */
+struct item {
+    place at;
+    int k0, k1, part, slot; /* slot: of the tile's first part among the partial sums */
+};
+template <bool SPLIT>
+__device__ __forceinline__ item item_of(const walk &w, int t, uint32_t rank)
+{
+    if (!SPLIT || t < w.whole)
+        return {place_of(w, t, rank), 0, w.k_blocks, w.parts - 1, -1};
+    const int tile = (t - w.whole) / w.parts, part = (t - w.whole) % w.parts;
+    return {place_of(w, w.whole + tile, rank), part * w.k_blocks / w.parts, (part + 1) * w.k_blocks / w.parts, part, tile * (w.parts - 1)};
+}
+
 /* The cluster's block `rank` loads its half of b's tile into both. TB: b has its columns contiguous; boxes of 64. */
 template <bool TB>
 __device__ __forceinline__ void load_b(const walk &w, const maps &m, uint32_t dst, int k, int column, uint32_t rank, uint32_t bar)
@@ -108,14 +131,15 @@ __device__ __forceinline__ void load_b(const walk &w, const maps &m, uint32_t ds
 }
 
 /* One thread. */
-template <bool TA, bool TB>
+template <bool SPLIT, bool TA, bool TB>
 __device__ __forceinline__ void produce(const walk &w, const maps &m, uint32_t base, uint32_t rank)
 {
     const barriers bar = {base + BARS_AT};
     ring r = {0, 0};
-    for (int t = first_tile(); t < w.tiles; t += tile_step()) {
-        const place at = place_of(w, t, rank);
-        for (int k = 0; k < w.k_blocks; k++) {
+    for (int t = first_tile(); t < w.items; t += tile_step()) {
+        const item it = item_of<SPLIT>(w, t, rank);
+        const place at = it.at;
+        for (int k = it.k0; k < it.k1; k++) {
             const uint32_t to = base + r.stage * STAGE;
             wait(bar.empty(r.stage), r.phase ^ 1);
             hopper::barrier_expect(bar.full(r.stage), STAGE);
@@ -188,27 +212,63 @@ __device__ __forceinline__ void leave(const float (&acc)[128], uint32_t tile, in
     }
 }
 
-template <bool F16, bool TA, bool TB>
-__device__ __forceinline__ void multiply(const walk &w, uint32_t base, int wg)
+__device__ __forceinline__ void warpgroup_sync(int wg) { asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory"); }
+
+/* The warpgroup's sums to memory, and from there. at: the thread's first float4. */
+__device__ __forceinline__ void sums_away(const float (&acc)[128], float4 *at, uint32_t *there, int wg)
+{
+#pragma unroll
+    for (int i = 0; i < 32; i++)
+        __stcg(at + i * (128 * CONSUMERS), make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+    __threadfence();
+    warpgroup_sync(wg);
+    if (threadIdx.x % 128 == 0)
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(there), "r"(1) : "memory");
+}
+__device__ __forceinline__ void sums_here(float (&acc)[128], const float4 *at, const uint32_t *there, int wg)
+{
+    if (threadIdx.x % 128 == 0) {
+        uint32_t yes = 0;
+#pragma unroll 1
+        for (uint32_t tries = 0; yes == 0; tries++) {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(yes) : "l"(there) : "memory");
+            if (tries == 1u << 28) /* minutes: see wait */
+                __trap();
+        }
+    }
+    warpgroup_sync(wg);
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const float4 v = __ldcg(at + i * (128 * CONSUMERS));
+        acc[4 * i] += v.x;
+        acc[4 * i + 1] += v.y;
+        acc[4 * i + 2] += v.z;
+        acc[4 * i + 3] += v.w;
+    }
+}
+
+template <bool SPLIT, bool F16, bool TA, bool TB>
+__device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t rank, int wg)
 {
     const barriers bar = {base + BARS_AT};
     ring r = {0, 0};
     uint32_t done = 0; /* tiles */
-    for (int t = first_tile(); t < w.tiles; t += tile_step(), done++) {
+    for (int t = first_tile(); t < w.items; t += tile_step()) {
+        const item it = item_of<SPLIT>(w, t, rank);
         float acc[128];
         int before = 0;
 #pragma unroll 1
-        for (int k = 0; k < w.k_blocks; k++) {
+        for (int k = it.k0; k < it.k1; k++) {
             const uint32_t at_a = base + r.stage * STAGE + wg * (A_BYTES / 2), at_b = base + r.stage * STAGE + A_BYTES;
             const uint64_t a = TA ? descriptor_t(at_a) : hopper::descriptor(at_a), b = TB ? descriptor_t(at_b) : hopper::descriptor(at_b);
             wait(bar.full(r.stage), r.phase);
             hopper::mma_fence();
 #pragma unroll
             for (int i = 0; i < BK / 16; i++)
-                mma<F16, TA, TB>(acc, a + (TA ? 16 * 8 : 2) * i, b + (TB ? 16 * 8 : 2) * i, k > 0 || i > 0);
+                mma<F16, TA, TB>(acc, a + (TA ? 16 * 8 : 2) * i, b + (TB ? 16 * 8 : 2) * i, k > it.k0 || i > 0);
             hopper::mma_commit();
             hopper::mma_wait<1>(); /* the stage before is read */
-            if (k > 0 && threadIdx.x % 128 < CLUSTER)
+            if (k > it.k0 && threadIdx.x % 128 < CLUSTER)
                 hopper::barrier_arrive_at(bar.empty(before), threadIdx.x % 128);
             before = r.stage;
             r.next();
@@ -219,7 +279,20 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, int wg)
             asm volatile("" : "+f"(acc[i])::"memory"); /* not read before the wait */
         if (threadIdx.x % 128 < CLUSTER)
             hopper::barrier_arrive_at(bar.empty(before), threadIdx.x % 128);
-        wait(bar.tile_empty(), (done & 1) ^ 1);
+        if (SPLIT && it.slot >= 0) {
+            for (int part = it.part < w.parts - 1 ? it.part : 0; part < w.parts - 1; part++) {
+                const int64_t slot = (int64_t)(it.slot + part) * CLUSTER + rank;
+                float4 *at = w.partial + slot * PARTIAL + threadIdx.x;
+                if (it.part < w.parts - 1) {
+                    sums_away(acc, at, w.there + slot * CONSUMERS + wg, wg);
+                    break;
+                }
+                sums_here(acc, at, w.there + slot * CONSUMERS + wg, wg);
+            }
+            if (it.part < w.parts - 1)
+                continue;
+        }
+        wait(bar.tile_empty(), (done++ & 1) ^ 1);
         leave<F16>(acc, base + TILE_AT, wg);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* bulk copies read it */
         __syncwarp();
@@ -251,8 +324,9 @@ __device__ __forceinline__ void boxes_written() { asm volatile("cp.async.bulk.wa
 
 #endif
 
-/* TAKER: struct with ARRIVALS, how many arrive on tile_empty when they have read a tile, and `static void take(walk, maps, taker, base, rank, warp)`, which
- * the TAKERS warps enter whole. */
+/* TAKER: struct with ARRIVALS, how many arrive on tile_empty when they have read a tile, SHARED, bytes of shared memory of its own behind
+ * PRODUCT_SHARED, SPLIT, whether tiles may be cut (it sees them in the order of their items then, once each), and `static void take(walk, maps, taker,
+ * base, rank, warp)`, which the TAKERS warps enter whole. */
 template <class TAKER, bool F16, bool TA, bool TB>
 __global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const __grid_constant__ maps m, const __grid_constant__ walk w,
                                                                           const __grid_constant__ TAKER taker)
@@ -278,14 +352,14 @@ __global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const 
         hopper::registers_fewer<136>();
         if (warp == 4 * CONSUMERS) {
             if (threadIdx.x % 32 == 0)
-                produce<TA, TB>(w, m, base, rank);
+                produce<TAKER::SPLIT, TA, TB>(w, m, base, rank);
         } else {
             TAKER::take(w, m, taker, base, rank, warp - 4 * CONSUMERS - 1);
         }
         __syncwarp();
     } else {
         hopper::registers_more<184>();
-        multiply<F16, TA, TB>(w, base, warp / 4);
+        multiply<TAKER::SPLIT, F16, TA, TB>(w, base, rank, warp / 4);
     }
     hopper::cluster_sync(); /* nobody leaves while the other may still write to it */
 #endif
@@ -308,6 +382,23 @@ inline enum rt_status product_map(struct rt_queue *q, CUtensorMap *map, bool f16
                                                (long long)cols);
 }
 
+enum { SUMS = PARTIAL * 16 + 16 }; /* bytes of a tile's sums and what says that they are there */
+/* In how many parts r tiles that are left over take the least time, that of a whole tile being 1. Bringing sums away and back takes as long as some 15 + 3
+ * parts blocks of k: 128 KB a block of threads and part. */
+inline int product_parts(int r, int clusters, int k_blocks)
+{
+    int best = 1;
+    double least = 1;
+    for (int parts = 2; parts <= 8 && k_blocks / parts >= 16 && r > 0 && (int64_t)r * (parts - 1) * CLUSTER * SUMS <= RT_CUDA_WORKSPACE; parts++) {
+        const double takes = (double)((r * parts + clusters - 1) / clusters) / parts + (15.0 + 3 * parts) / k_blocks;
+        if (takes < least) {
+            least = takes;
+            best = parts;
+        }
+    }
+    return best;
+}
+
 /* w->rows, k_blocks, columns, b_step and b_apart are set. */
 template <class TAKER, bool F16, bool TA, bool TB>
 enum rt_status product_launch(struct rt_queue *q, const maps *m, walk *w, const TAKER *taker, const char *name, struct rt_err *err)
@@ -317,14 +408,24 @@ enum rt_status product_launch(struct rt_queue *q, const maps *m, walk *w, const 
     enum rt_status st;
     w->pairs = (w->rows + CLUSTER * BM - 1) / (CLUSTER * BM);
     w->tiles = w->pairs * w->columns;
-    const int most = q->dev->sm_count / CLUSTER, clusters = w->tiles < most ? w->tiles : most;
-    RT_CUDA_TRY(cudaFuncSetAttribute((product_sm90_kernel<TAKER, F16, TA, TB>), cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_SHARED));
+    const int most = q->dev->sm_count / CLUSTER, rest = w->tiles % most;
+    w->parts = TAKER::SPLIT ? product_parts(rest, most, w->k_blocks) : 1;
+    w->whole = w->parts > 1 ? w->tiles - rest : w->tiles;
+    w->items = w->whole + (w->tiles - w->whole) * w->parts;
+    const int clusters = w->items < most ? w->items : most;
+    if (w->parts > 1) {
+        const size_t slots = (size_t)rest * (w->parts - 1) * CLUSTER;
+        w->partial = (float4 *)q->workspace;
+        w->there = (uint32_t *)(w->partial + slots * PARTIAL);
+        RT_CUDA_TRY(cudaMemsetAsync(w->there, 0, slots * CONSUMERS * sizeof *w->there, q->stream));
+    }
+    RT_CUDA_TRY(cudaFuncSetAttribute((product_sm90_kernel<TAKER, F16, TA, TB>), cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_SHARED + TAKER::SHARED));
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = CLUSTER;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.gridDim = dim3((unsigned)(clusters * CLUSTER));
     config.blockDim = dim3(PRODUCT_THREADS);
-    config.dynamicSmemBytes = PRODUCT_SHARED;
+    config.dynamicSmemBytes = PRODUCT_SHARED + TAKER::SHARED;
     config.stream = q->stream;
     config.attrs = &cluster;
     config.numAttrs = 1;

@@ -1,5 +1,5 @@
 /* Candidates take turns, round after round and without a pause, so that clocks and heat are the same for all; those near the fastest run on.
- * A round's times come from one event between neighbours. Contract: race.h. */
+ * A round's times come from one event between neighbours. Finalists then run by themselves, each for long. Contract: race.h. */
 #include "core/cuda/race.h"
 
 #include <math.h>
@@ -8,7 +8,7 @@
 
 #include "core/cuda/nccl.h"
 
-enum { ROUNDS = 3, FINAL_ROUNDS = 8 };
+enum { ROUNDS = 3, FINAL_ROUNDS = 8, FINALISTS = 3 };
 static const float near_best = 1.05f;  /* how far from the fastest a candidate may be after the first rounds */
 static const float in_a_row = 200e3f;  /* ns of work between two events, which take some 2000 by themselves */
 
@@ -157,8 +157,35 @@ out:
     return st;
 }
 
-enum rt_status rt_cuda_race(struct rt_queue *q, int n, bool (*run)(void *ctx, int i), void *ctx, double warm_up, struct rt_race_result *out,
-                            struct rt_err *err)
+/* Leaves in the race those of the final alone, with the means of their long runs. */
+static enum rt_status final(struct race *r, const struct rt_race_rules *rules, struct rt_err *err)
+{
+    int in[FINALISTS + 1], n = 0;
+    float sum[FINALISTS + 1] = {0};
+    enum rt_status st = RT_OK;
+    for (int i; n < FINALISTS && (i = fastest(r)) >= 0; r->t[i].n = -1)
+        in[n++] = i;
+    for (int i = 0; i < r->n; i++) {
+        if (i == rules->also && r->t[i].n > 0)
+            in[n++] = i;
+        r->t[i].n = -1;
+    }
+    for (int k = 0; k < 2 * n; k++) {
+        const int j = k < n ? k : 2 * n - 1 - k;
+        float ns;
+        RT_TRY(time_one(r, in[j], 1 + (int)(rules->alone * 1e9 / fmax(r->t[in[j]].median, 1000)), &ns, err));
+        sum[j] = ns < 0 || sum[j] < 0 ? -1 : sum[j] + ns / 2;
+    }
+    for (int j = 0; j < n; j++) {
+        r->t[in[j]].n = sum[j] > 0 ? 1 : -1;
+        r->t[in[j]].median = sum[j];
+    }
+out:
+    return st;
+}
+
+enum rt_status rt_cuda_race(struct rt_queue *q, int n, bool (*run)(void *ctx, int i), void *ctx, const struct rt_race_rules *rules,
+                            struct rt_race_result *out, struct rt_err *err)
 {
     struct race r = {.q = q, .run = run, .ctx = ctx, .n = n};
     enum rt_status st;
@@ -166,13 +193,18 @@ enum rt_status rt_cuda_race(struct rt_queue *q, int n, bool (*run)(void *ctx, in
     RT_TRY(rt_cuda_settle(q->dev, err)); /* what is waited for below is this device's own work then */
     for (int i = 0; i <= n; i++)
         RT_CUDA_TRY(cudaEventCreate(&r.at[i]));
-    RT_TRY(run_all(&r, warm_up, err));
+    RT_TRY(run_all(&r, rules->warm_up, err));
+    if (fastest(&r) < 0)
+        goto out;
+    out->first_ns = r.t[0].n > 0 ? (int64_t)r.t[0].median : 0;
+    if (rules->alone > 0 && n > 1)
+        RT_TRY(final(&r, rules, err));
     const int best = fastest(&r);
     if (best < 0)
         goto out;
-    const struct trial *first = &r.t[0];
-    out->best = first->n > 0 && r.t[best].median > 0.99f * first->median ? 0 : best;
-    out->first_ns = first->n > 0 ? (int64_t)first->median : 0;
+    out->best = r.t[0].n > 0 && r.t[best].median > 0.99f * r.t[0].median ? 0 : best;
+    if (r.t[0].n > 0)
+        out->first_ns = (int64_t)r.t[0].median;
     out->best_ns = (int64_t)r.t[out->best].median;
 out:
     for (int i = 0; i <= n; i++)

@@ -10,9 +10,9 @@
  *     ...
  *     sha256 HEX                       of all bytes above this line
  *
- * Numbers are decimal, times in nanoseconds, words of the algorithm (the library's own 64 bytes) hexadecimal. A file of another GPU, library or workspace is
- * left aside, with a note: its choices mean nothing here. A damaged one is an error: without it the run could not go on with the same bytes. The library
- * checks every algorithm before it is used (lt.c).
+ * Numbers are decimal, times in nanoseconds, words of the algorithm (the library's own 64 bytes, or lt.c's name for a product of ours) hexadecimal. A
+ * file of another GPU, library or workspace is left aside, with a note: its choices mean nothing here. A damaged one is an error: without it the run
+ * could not go on with the same bytes. Every algorithm is checked before it is used (lt.c).
  */
 #ifndef RT_CORE_CUDA_TUNE_H
 #define RT_CORE_CUDA_TUNE_H
