@@ -163,6 +163,8 @@ static void test_norm(void **state)
         {1, 7168, 0, 0, false, BF16_W}, {7, 7168, 0, 0, true, BF16_W}, {5, 7168, 0, 14336, false, F32_W}, {9, 1536, 0, 0, false, BF16_W},
         {13, 512, 576, 0, false, BF16_W}, {6, 512, 576, 576, false, BF16_W}, {3, 128, 0, 0, true, NONE}, {34, 896, 0, 0, true, BF16_W},
         {4, 2560, 0, 0, true, F32_W}, {2, 16384, 0, 0, true, NONE},
+        /* enough rows that blocks stay where codes are made of x alone */
+        {1101, 7168, 0, 0, false, BF16_W}, {8501, 512, 576, 0, false, BF16_W}, {8501, 384, 0, 0, false, NONE},
         /* rows that no vectors fit: odd widths, odd distances, longer than a block */
         {5, 100, 0, 0, true, BF16_W}, {5, 35, 37, 41, false, F32_W}, {5, 256, 259, 0, false, BF16_W}, {3, 1, 0, 0, false, NONE},
         {3, 40960, 0, 0, true, BF16_W}, {3, 8, 0, 0, false, BF16_W},
