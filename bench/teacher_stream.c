@@ -17,7 +17,7 @@ enum { MAX_LIST = 16, MAX_LAYERS = 256 };
 
 struct values {
     const char *teacher, *device, *lengths, *windows;
-    int64_t memory, gpu_memory, top_k, threads, model_dense, model_moe, repeats;
+    int64_t memory, gpu_memory, top_k, threads, model_dense, model_moe, repeats, chunk;
     bool w8a16, stream, profile, help;
 };
 
@@ -34,6 +34,7 @@ static const struct rt_opt options[] = {
     {"model-dense", RT_OPT_INT, V(model_dense), "3", 0, 1e4, NULL, "N", "dense layers of the whole model", false, false},
     {"model-moe", RT_OPT_INT, V(model_moe), "58", 0, 1e4, NULL, "N", "mixture layers of the whole model", false, false},
     {"repeats", RT_OPT_INT, V(repeats), "2", 1, 100, NULL, "N", "runs of each case, the best is shown", false, false},
+    {"chunk", RT_OPT_INT, V(chunk), "0", 0, 1 << 20, NULL, "N", "tokens that attention takes at a time, 0: as planned", false, false},
     {"w8a16", RT_OPT_FLAG, V(w8a16), NULL, 0, 0, NULL, NULL, "plain activations; else FP8 ones", false, false},
     {"stream", RT_OPT_FLAG, V(stream), NULL, 0, 0, NULL, NULL, "no weight stays on the device, as in a model that is far larger than it", false, false},
     {"profile", RT_OPT_FLAG, V(profile), NULL, 0, 0, NULL, NULL, "then the time of each operation, in one more run of each case", false, false},
@@ -152,7 +153,7 @@ static enum rt_status prepare(struct run *r, int64_t length, int64_t window, str
     RT_TRY(rt_device_open(be, &(struct rt_dev_options){.threads = (int)v->threads}, &r->d, err));
     r->so = (struct rt_score_options){.top_k = (int)v->top_k, .n_lse = 1, .lse_temperature = {1}, .tap = tap, .tap_self = r};
     const struct rt_teacher_options o = {.dir = v->teacher, .device = &r->d, .w8a8 = !v->w8a16, .memory = v->memory, .gpu_memory = v->gpu_memory,
-                                         .gpu_ring = v->stream ? INT64_MAX : 0,
+                                         .chunk = v->chunk, .gpu_ring = v->stream ? INT64_MAX : 0,
                                          .max_length = length, .window = window, .data_tokens = window, .token_bytes = rt_score_token_bytes(&r->so)};
     RT_TRY(rt_teacher_open(&o, &r->t, err));
     const struct rt_teacher_plan *p = rt_teacher_plan(r->t);
