@@ -245,6 +245,11 @@ static enum rt_status call_gather(const struct rt_device *d, void *ctx, struct r
     struct group *g = ctx;
     return rt_cuda_moe_gather(d->q, &g->t, g->a.x, g->xg, H, err);
 }
+static enum rt_status call_scales(const struct rt_device *d, void *ctx, struct rt_err *err)
+{
+    struct group *g = ctx;
+    return rt_cuda_moe_gather(d->q, &g->t, g->a.x, (struct rt_act){NULL, g->xg.scale}, H, err);
+}
 static enum rt_status call_swiglu(const struct rt_device *d, void *ctx, struct rt_err *err)
 {
     struct group *g = ctx;
@@ -275,6 +280,13 @@ static enum rt_status call_own_wide(const struct rt_device *d, void *ctx, struct
 {
     struct group *g = ctx;
     const struct rt_cuda_group8 wide = {.x = g->xg, .base = g->base, .n_experts = GROUP, .K = H, .N = I, .w = g->list[0], .up = g->list[1], .hq = g->h};
+    return rt_cuda_group8(d->q, &wide, err);
+}
+static enum rt_status call_own_gather(const struct rt_device *d, void *ctx, struct rt_err *err)
+{
+    struct group *g = ctx;
+    const struct rt_cuda_group8 wide = {.x = {g->a.x.data, g->xg.scale}, .row = g->t.row, .k = TOP_K, .base = g->base, .n_experts = GROUP, .K = H, .N = I,
+                                        .w = g->list[0], .up = g->list[1], .hq = g->h};
     return rt_cuda_group8(d->q, &wide, err);
 }
 static enum rt_status call_own_down(const struct rt_device *d, void *ctx, struct rt_err *err)
@@ -354,7 +366,11 @@ static enum rt_status experts(const struct rt_device *d, int64_t each, bool quan
         {"gather", call_gather, 0, 2 * (double)rows * (H + H / 32), false},
         {"products, library", call_library, flop, 0, false},
         {"gate and quantise (library)", call_swiglu, 0, (double)rows * (I * 5 + I / 32), false},
+        {"gather of scales", call_scales, 0, 2 * (double)rows * (H / 32), false},
         {"gate and up, quantised (own)", call_own_wide, flop * 2 / 3, 0, true},
+        {"the same, rows at their tokens", call_own_gather, flop * 2 / 3, 0, true},
+        {"gate and up, quantised (own)", call_own_wide, flop * 2 / 3, 0, true},
+        {"the same, rows at their tokens", call_own_gather, flop * 2 / 3, 0, true},
         {"down (own)", call_own_down, flop / 3, 0, true},
         {"combine", call_combine, 0, (double)rows * H * 6, false},
     };

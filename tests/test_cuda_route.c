@@ -314,6 +314,15 @@ static void check_gather(struct cuda_pair *p, const struct group *c, const struc
         out = (struct rt_act){cuda_bytes(p, NULL, (size_t)(d->rows * H)), cuda_bytes(p, NULL, (size_t)(d->rows * (H / 128)) * sizeof(float))};
         assert_ok(rt_cuda_moe_gather(p->gpu.q, &d->g, q.gpu, out, c->H, &err));
         check_blocks(p, c, d, out, H, x, true);
+        const size_t bytes = (size_t)(d->rows * (H / 128)) * sizeof(float);
+        struct rt_act alone = {NULL, cuda_bytes(p, NULL, bytes)};
+        float *scale = cuda_floats(2 * d->rows * (H / 128)), *again = scale + d->rows * (H / 128);
+        assert_ok(rt_cuda_moe_gather(p->gpu.q, &d->g, q.gpu, alone, c->H, &err)); /* scales without codes */
+        cuda_get(p, scale, out.scale, bytes);
+        cuda_get(p, again, alone.scale, bytes);
+        assert_memory_equal(again, scale, bytes);
+        rt_free(scale);
+        cuda_free(p, alone.scale);
         cuda_free(p, out.data);
         cuda_free(p, out.scale);
         cuda_quantised_free(p, &q);

@@ -10,7 +10,9 @@
 
 /* A block makes 128 rows x 256 columns (gated: 128 columns of the gate and of up), as two consumer warpgroups of 64 rows each; a producer
  * thread fills a ring of stages of 128 columns of K. Two blocks of a cluster take the two halves of 256 rows and share the weight's tile: each
- * loads one half of it into both, which brings what the L2 must deliver to 32 KB for 2 x 128^3 multiplications: 5 TB/s at the full rate. */
+ * loads one half of it into both, which brings what the L2 must deliver to 32 KB for 2 x 128^3 multiplications: 5 TB/s at the full rate.
+ *
+ * Rows that lie where their tokens do are copied by all threads of the producer's warpgroup, 16 bytes at a time, to where a bulk copy puts them. */
 namespace {
 
 enum {
@@ -35,6 +37,9 @@ struct params {
     const CUtensorMap *wmap;     /* [n] or [2 n]: gate, up */
     const float *const *wscale;  /* the same: [N/128][K/128] */
     const float *xscale;
+    const uint8_t *x;            /* gathered: codes of tokens, row r is that of token row[r].x / k; a negative one: zeros */
+    const int4 *row;
+    int k;
     int n_experts, K, columns;   /* column blocks of a row: N/256, gated N/128 */
     __nv_bfloat16 *y;
     int64_t ldy, rows;
@@ -66,6 +71,35 @@ __device__ __forceinline__ struct tile find_tile(const struct params &p, int t, 
     return out;
 }
 
+/* What goes with the rows of x of a stage: their scales and this block's half of the weight's tile. One thread; more: bytes of x that bulk copies bring. */
+struct source {
+    const CUtensorMap *map;
+    const float *scale;
+    int padded, scales, wrow; /* scales: bytes of a column block's */
+};
+
+template <bool GATED>
+__device__ __forceinline__ struct source source_of(const struct params &p, const struct tile &w, const struct expert &x, uint32_t rank)
+{
+    const int in_expert = w.row + (int)rank * BM, left = x.padded - in_expert;
+    struct source s;
+    s.map = GATED ? p.wmap + 2 * w.e + rank : p.wmap + w.e;
+    s.scale = p.xscale + (int64_t)x.base * (p.K / BK) + in_expert;
+    s.padded = x.padded;
+    s.scales = (left < 0 ? 0 : left < BM ? left : BM) * 4;
+    s.wrow = GATED ? w.column * BN : (w.column * 2 + (int)rank) * BN;
+    return s;
+}
+
+__device__ __forceinline__ void load_others(const struct source &s, int k, uint32_t ring, int stage, uint32_t rank, uint32_t bar, int more)
+{
+    hopper::barrier_expect(bar, 2 * TILE + s.scales + more);
+    if (s.scales > 0)
+        hopper::load_bytes(ring + STAGES * STAGE + stage * SCALES, s.scale + (int64_t)k * s.padded, s.scales, bar);
+    hopper::load_box_multicast(ring + stage * STAGE + (1 + rank) * TILE, s.map, k * BK, s.wrow, bar, (uint16_t)((1 << CLUSTER) - 1));
+}
+
+/* One thread. */
 template <bool GATED>
 __device__ __forceinline__ void produce(const struct params &p, const CUtensorMap *xmap, uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank)
 {
@@ -74,23 +108,55 @@ __device__ __forceinline__ void produce(const struct params &p, const CUtensorMa
     uint32_t phase = 0;
     for (int t = blockIdx.x / CLUSTER; t < tiles; t += gridDim.x / CLUSTER) {
         const struct tile w = find_tile(p, t, &e);
-        const CUtensorMap *map = GATED ? p.wmap + 2 * w.e + rank : p.wmap + w.e;
+        const struct expert x = p.expert[w.e];
+        const struct source s = source_of<GATED>(p, w, x, rank);
         if (w.e != seen) {
-            hopper::tensormap_acquire(map);
+            hopper::tensormap_acquire(s.map);
             seen = w.e;
         }
-        const struct expert x = p.expert[w.e];
-        const int in_expert = w.row + (int)rank * BM, row = x.base + in_expert, wrow = GATED ? w.column * BN : (w.column * 2 + (int)rank) * BN;
-        const int left = x.padded - in_expert, scales = (left < 0 ? 0 : left < BM ? left : BM) * 4; /* bytes */
-        const float *xs = p.xscale + (int64_t)x.base * blocks + in_expert;
         for (int k = 0; k < blocks; k++) {
-            const uint32_t bar = full + 8 * stage, at = ring + stage * STAGE;
+            const uint32_t bar = full + 8 * stage;
             hopper::barrier_wait(empty + 8 * stage, phase ^ 1);
-            hopper::barrier_expect(bar, STAGE + scales);
-            if (scales > 0)
-                hopper::load_bytes(ring + STAGES * STAGE + stage * SCALES, xs + (int64_t)k * x.padded, scales, bar);
-            hopper::load_box(at, xmap, k * BK, row, bar);
-            hopper::load_box_multicast(at + (1 + rank) * TILE, map, k * BK, wrow, bar, (uint16_t)((1 << CLUSTER) - 1));
+            load_others(s, k, ring, stage, rank, bar, TILE);
+            hopper::load_box(ring + stage * STAGE, xmap, k * BK, x.base + w.row + (int)rank * BM, bar);
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            phase ^= stage == 0;
+        }
+    }
+}
+
+/* The same with rows from their tokens, by a warpgroup: a thread copies the same 16 of each 128 bytes of every 16th row. */
+template <bool GATED>
+__device__ __forceinline__ void produce_gathered(const struct params &p, uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank)
+{
+    enum { EACH = BM * BK / 16 / 128 };
+    const int blocks = p.K / BK, tiles = p.expert[p.n_experts].tile0, me = threadIdx.x % 128, first = me / 8, piece = me % 8;
+    const uint32_t at = first * BK + ((piece ^ first % 8) * 16); /* in the 128-byte swizzle */
+    int stage = 0, e = 0, seen = -1;
+    uint32_t phase = 0;
+    for (int t = blockIdx.x / CLUSTER; t < tiles; t += gridDim.x / CLUSTER) {
+        const struct tile w = find_tile(p, t, &e);
+        const struct expert x = p.expert[w.e];
+        const struct source s = source_of<GATED>(p, w, x, rank);
+        uint32_t token[EACH]; /* -1: none */
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int r = w.row + (int)rank * BM + first + 16 * i, flat = r < x.padded ? __ldg(&p.row[x.base + r].x) : -1;
+            token[i] = flat < 0 ? ~0u : (uint32_t)flat / (uint32_t)p.k;
+        }
+        if (me == 0 && w.e != seen)
+            hopper::tensormap_acquire(s.map);
+        seen = w.e;
+        for (int k = 0; k < blocks; k++) {
+            const uint32_t bar = full + 8 * stage, to = ring + stage * STAGE + at;
+            const uint8_t *from = p.x + k * BK + piece * 16;
+            hopper::barrier_wait(empty + 8 * stage, phase ^ 1);
+            if (me == 0)
+                load_others(s, k, ring, stage, rank, bar, 0);
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                hopper::copy16(to + i * 16 * BK, from + (token[i] != ~0u ? (int64_t)token[i] * p.K : 0), token[i] != ~0u);
+            hopper::barrier_arrive_after_copies(bar);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
             phase ^= stage == 0;
         }
@@ -221,7 +287,7 @@ __device__ __forceinline__ void store_gated(uint8_t *code, float *scale, const f
     }
 }
 
-template <bool GATED>
+template <bool GATED, bool GATHER>
 __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, uint32_t full, uint32_t empty, uint32_t rank, int group)
 {
     const int blocks = p.K / BK, tiles = p.expert[p.n_experts].tile0, lane = threadIdx.x % 4, in_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -246,6 +312,8 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
                 s1 = ws1[k + 1];
             }
             hopper::barrier_wait(full + 8 * stage, phase);
+            if (GATHER)
+                hopper::fence_async(); /* rows that threads copied, before the tensor cores read them */
             const float a = hopper::load_float(scales), b = hopper::load_float(scales + 32);
             multiply(acc0, at + group * (TILE / 2), at + TILE, a * c, b * c);
             multiply(acc1, at + group * (TILE / 2), at + 2 * TILE, a * d, b * d);
@@ -288,7 +356,7 @@ __device__ __forceinline__ void consume(const struct params &p, uint32_t ring, u
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
 #endif
 
-template <bool GATED>
+template <bool GATED, bool GATHER>
 __global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __grid_constant__ CUtensorMap xmap, const struct params p)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -296,7 +364,7 @@ __global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __gr
     const uint32_t ring = (hopper::smem(raw) + 1023) / 1024 * 1024, full = ring + STAGES * (STAGE + SCALES), empty = full + 8 * STAGES, rank = hopper::cluster_rank();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            hopper::barrier_init(full + 8 * i, 1);
+            hopper::barrier_init(full + 8 * i, GATHER ? 1 + 128 : 1);
             hopper::barrier_init(empty + 8 * i, 4 * CONSUMERS * CLUSTER); /* each warp, at both blocks */
         }
         hopper::barrier_init_fence();
@@ -306,12 +374,14 @@ __global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __gr
     const int group = threadIdx.x / 128;
     if (group == CONSUMERS) {
         hopper::registers_fewer<40>();
-        if (threadIdx.x == CONSUMERS * 128)
+        if (GATHER)
+            produce_gathered<GATED>(p, ring, full, empty, rank);
+        else if (threadIdx.x == CONSUMERS * 128)
             produce<GATED>(p, &xmap, ring, full, empty, rank);
         __syncwarp();
     } else {
         hopper::registers_more<232>();
-        consume<GATED>(p, ring, full, empty, rank, group);
+        consume<GATED, GATHER>(p, ring, full, empty, rank, group);
     }
     hopper::cluster_sync(); /* nobody leaves while the other may still write to it */
 #endif
@@ -375,13 +445,13 @@ out:
     return st;
 }
 
-template <bool GATED>
+template <bool GATED, bool GATHER>
 enum rt_status launch(struct rt_queue *q, const CUtensorMap *xmap, const struct params *p, int tiles, struct rt_err *err)
 {
     const int most = q->dev->sm_count / CLUSTER, clusters = tiles < most ? tiles : most;
     enum rt_status st;
-    RT_CUDA_TRY(cudaFuncSetAttribute(group8_kernel<GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    group8_kernel<GATED><<<clusters * CLUSTER, THREADS, SHARED, q->stream>>>(*xmap, *p);
+    RT_CUDA_TRY(cudaFuncSetAttribute(group8_kernel<GATED, GATHER>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+    group8_kernel<GATED, GATHER><<<clusters * CLUSTER, THREADS, SHARED, q->stream>>>(*xmap, *p);
     RT_TRY(rt_cuda_launched("group8", err));
 out:
     return st;
@@ -421,11 +491,13 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     enum rt_status st;
     if (rows == 0)
         return RT_OK;
-    RT_ASSERT(fn != NULL);
+    RT_ASSERT(fn != NULL && (g->row == NULL || gated));
     RT_TRY(rt_cuda_not_recorded(q, "a group of products", err));
     RT_TRY(rt_alloc(t.bytes, 1, "descriptors of a group of products", &host, err));
     RT_TRY(fill_table(g, fn, &t, host, &tiles, err));
-    RT_TRY(encode(fn, &xmap, g->x.data, rows, g->K, err));
+    memset(&xmap, 0, sizeof xmap);
+    if (g->row == NULL)
+        RT_TRY(encode(fn, &xmap, g->x.data, rows, g->K, err));
     RT_TRY(rt_cuda_temp(q, t.bytes, &device, err));
     RT_CUDA_TRY(cudaMemcpyAsync(device, host, t.bytes, cudaMemcpyHostToDevice, q->stream)); /* pageable: read before it returns */
     memset(&p, 0, sizeof p);
@@ -433,6 +505,9 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     p.wmap = (const CUtensorMap *)(void *)(device + t.maps);
     p.wscale = (const float *const *)(void *)(device + t.scales);
     p.xscale = g->x.scale;
+    p.x = (const uint8_t *)g->x.data;
+    p.row = (const int4 *)g->row;
+    p.k = g->k;
     p.n_experts = g->n_experts;
     p.K = (int)g->K;
     p.N = (int)g->N;
@@ -444,7 +519,10 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     p.hcode = (uint8_t *)g->hq.data;
     p.hscale = g->hq.scale;
     p.pow2 = g->pow2;
-    RT_TRY(gated ? launch<true>(q, &xmap, &p, tiles, err) : launch<false>(q, &xmap, &p, tiles, err));
+    if (g->row != NULL)
+        st = launch<true, true>(q, &xmap, &p, tiles, err);
+    else
+        st = gated ? launch<true, false>(q, &xmap, &p, tiles, err) : launch<false, false>(q, &xmap, &p, tiles, err);
 out:
     rt_cuda_temp_free(q, device);
     rt_free(host);

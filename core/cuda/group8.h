@@ -15,6 +15,10 @@ extern "C" {
 
 struct rt_cuda_group8 {
     struct rt_act x;              /* codes and scales of all rows */
+    /* gated alone: NULL, or the table of a group (moe_rows.h): x.data then holds codes of tokens, at a multiple of 16 bytes, of which row r takes
+     * those of token row[r].x / k; x.scale is as ever */
+    const void *row;
+    int k;
     const int64_t *base;          /* [host] [n_experts + 1] */
     int n_experts;
     int64_t K, N;                 /* N: rows of each weight */

@@ -73,6 +73,21 @@ __device__ __forceinline__ void load_bytes(uint32_t dst, const void *src, int by
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar)
                  : "memory");
 }
+/* 16 bytes by this thread, in the background; zeros where they are not `valid`. */
+__device__ __forceinline__ void copy16(uint32_t dst, const void *src, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
+}
+/* Arrives, one of the arrivals that the barrier counts, when this thread's copies so far are there. */
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t bar)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+/* Between what threads wrote to shared memory and what the copy engine or the tensor cores read of it. */
+__device__ __forceinline__ void fence_async()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ float load_float(uint32_t at)
 {
     float x;

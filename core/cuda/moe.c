@@ -161,11 +161,12 @@ static bool own_form(const struct rt_dev *dev, const struct rt_moe_ffn_args *a)
     return a->x.scale != NULL && rt_cuda_group8_fits(dev, a->H, a->I, true) && rt_cuda_group8_fits(dev, a->I, a->H, false);
 }
 
-/* h = the e4m3 form of silu(gate x) * up x, for the n experts from `first` on. */
-static enum rt_status own_gated(struct rt_queue *q, const struct rt_moe_ffn_args *a, int first, int n, const int64_t *base, struct rt_act x,
-                                struct rt_act h, struct rt_err *err)
+/* h = the e4m3 form of silu(gate x) * up x, for the n experts from `first` on. row: the table of rows whose codes lie with their tokens, or NULL. */
+static enum rt_status own_gated(struct rt_queue *q, const struct rt_moe_ffn_args *a, int first, int n, const int64_t *base, const void *row,
+                                struct rt_act x, struct rt_act h, struct rt_err *err)
 {
-    const struct rt_cuda_group8 g = {.x = x, .base = base, .n_experts = n, .K = a->H, .N = a->I, .w = a->gate + first, .up = a->up + first, .hq = h, .pow2 = a->pow2};
+    const struct rt_cuda_group8 g = {.x = x, .row = row, .k = a->k, .base = base, .n_experts = n, .K = a->H, .N = a->I, .w = a->gate + first,
+                                     .up = a->up + first, .hq = h, .pow2 = a->pow2};
     return rt_cuda_group8(q, &g, err);
 }
 
@@ -180,18 +181,21 @@ static enum rt_status own_down(struct rt_queue *q, const struct rt_moe_ffn_args 
 
 static enum rt_status run_group(struct rt_queue *q, const struct rt_moe_ffn_args *a, const struct group *g, struct rt_err *err)
 {
-    const bool quantised = a->x.scale != NULL;
+    const bool quantised = a->x.scale != NULL, own = own_form(q->dev, a) && (uintptr_t)a->x.data % 16 == 0;
     const int64_t rows = rt_cuda_moe_place(g->offset, g->n, PAD, g->base);
     struct rt_cuda_moe_group t = {0};
     struct rows r = {0};
     enum rt_status st;
     RT_TRY(rt_cuda_moe_group_make(q, a->perm, g->offset, g->n, PAD, a->n, a->k, true, &t, err));
-    RT_TRY(alloc_act(q, quantised, rows, a->H, &r.x, err));
+    if (own) /* codes stay with their tokens */
+        RT_TRY(rt_cuda_temp(q, (size_t)(rows * (a->H / BLOCK)) * sizeof(float), &r.x.scale, err));
+    else
+        RT_TRY(alloc_act(q, quantised, rows, a->H, &r.x, err));
     RT_TRY(rt_cuda_moe_gather(q, &t, a->x, r.x, a->H, err));
     RT_TRY(alloc_act(q, quantised, rows, a->I, &r.h, err));
     RT_TRY(rt_cuda_temp(q, (size_t)(rows * a->H) * 2, &r.out, err));
-    if (own_form(q->dev, a)) {
-        RT_TRY(own_gated(q, a, g->first, g->n, g->base, r.x, r.h, err));
+    if (own) {
+        RT_TRY(own_gated(q, a, g->first, g->n, g->base, t.row, (struct rt_act){a->x.data, r.x.scale}, r.h, err));
         RT_TRY(own_down(q, a, g->first, g->n, g->base, r.h, r.out, 0, false, err));
     } else {
         RT_TRY(rt_cuda_temp(q, (size_t)(rows * a->I) * 4, &r.gate_up, err));
@@ -247,7 +251,7 @@ static enum rt_status chunk(struct rt_dev *dev, struct rt_queue *q, const struct
     RT_TRY(alloc_act(q, quantised, padded, I, &r.h, err));
     if (own_form(dev, a)) {
         const int64_t base[2] = {0, padded};
-        RT_TRY(own_gated(q, a, e, 1, base, x, r.h, err));
+        RT_TRY(own_gated(q, a, e, 1, base, NULL, x, r.h, err));
         RT_TRY(own_down(q, a, e, 1, base, r.h, (char *)a->y + first * H * 2, n, true, err));
     } else {
         RT_TRY(rt_cuda_temp(q, (size_t)(padded * I) * 4, &r.gate_up, err));

@@ -381,9 +381,9 @@ enum rt_status rt_cuda_moe_gather(struct rt_queue *q, const struct rt_cuda_moe_g
     p.scale_ld = rt_act_rows(g->n);
     p.k = g->k;
     p.blocks = codes ? H / 128 : 0;
-    p.nv = wide ? H * (codes ? 1 : 2) / 16 : codes ? H / 2 : H; /* units of 16 or of 2 bytes */
-    const int turns = (p.nv + 255) / 256;
-    const unsigned threads = (unsigned)(((p.nv + turns - 1) / turns + 31) / 32 * 32), grid = (unsigned)(g->rows / ROWS);
+    p.nv = p.to == NULL ? 0 : wide ? H * (codes ? 1 : 2) / 16 : codes ? H / 2 : H; /* units of 16 or of 2 bytes */
+    const int units = p.to == NULL ? p.blocks : p.nv, turns = (units + 255) / 256;
+    const unsigned threads = (unsigned)(((units + turns - 1) / turns + 31) / 32 * 32), grid = (unsigned)(g->rows / ROWS);
     if (wide && g->inverse != NULL && g->rows >= g->n / 2) {
         const int64_t warps = (g->rows + 31) / 32, per_block = threads / 32;
         p.inverse = g->inverse;

@@ -40,7 +40,7 @@ enum rt_status rt_cuda_moe_group_make(struct rt_queue *q, const int32_t *perm, c
 void rt_cuda_moe_group_release(struct rt_queue *q, struct rt_cuda_moe_group *g); /* a zeroed one is fine */
 
 /* xg = rows of x, token = flat/k. x.scale given: codes [n, H] and scales [H/128][rt_act_rows(n)] to codes [rows, H] and the experts' blocks of
- * scales; H a multiple of 128. Else bf16 [n, H] to [rows, H], xg.scale unused; H a multiple of 8. */
+ * scales, or with xg.data NULL scales alone; H a multiple of 128. Else bf16 [n, H] to [rows, H], xg.scale unused; H a multiple of 8. */
 enum rt_status rt_cuda_moe_gather(struct rt_queue *q, const struct rt_cuda_moe_group *g, struct rt_act x, struct rt_act xg, int H,
                                   struct rt_err *err);
 
