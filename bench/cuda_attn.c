@@ -2,6 +2,8 @@
  *
  *     bench_cuda_attn [own|hopper|cudnn]
  *
+ * MLA is the teacher's attention: keys in two parts, codes instead of the output (and what a path needs for that); MLA+ rotates queries as well, as
+ * its layer calls it.
  * TFLOP/s count the causal half alone: 2 (dqk + dv) len^2 / 2 multiply-adds of two operations a head and sequence forward, 2.5 times that
  * backward (dqk = dv). Median of the calls' times between CUDA events. The limit is 990 TFLOP/s, what the chip's tensor cores do in bfloat16.
  */
@@ -24,15 +26,17 @@ struct shape {
     int nh, nkv, dqk, dv;
     int64_t len, n_seq;
     bool ragged, backward; /* ragged: lengths differ by a row */
+    int mla; /* 1: MLA, 2: MLA+ */
 };
 
 static const struct shape shapes[] = {
-    {"teacher", 128, 128, 192, 128, 2048, 4, false, false}, {"teacher", 128, 128, 192, 128, 4096, 2, false, false},
-    {"teacher", 128, 128, 192, 128, 8192, 1, false, false}, {"teacher", 128, 128, 192, 128, 2048, 4, true, false},
-    {"0.5B", 14, 2, 64, 64, 1024, 16, false, true},         {"0.5B", 14, 2, 64, 64, 8192, 2, false, true},
-    {"1.5B", 12, 2, 128, 128, 1024, 16, false, true},       {"1.5B", 12, 2, 128, 128, 8192, 2, false, true},
-    {"7B", 28, 4, 128, 128, 2048, 8, false, true},          {"7B", 28, 4, 128, 128, 32768, 1, false, true},
-    {"7B", 28, 4, 128, 128, 2048, 8, true, true},
+    {"teacher", 128, 128, 192, 128, 2048, 4, false, false, 0}, {"MLA", 128, 128, 192, 128, 2048, 4, false, false, 1}, {"MLA+", 128, 128, 192, 128, 2048, 4, false, false, 2},
+    {"teacher", 128, 128, 192, 128, 4096, 2, false, false, 0}, {"MLA", 128, 128, 192, 128, 4096, 2, false, false, 1}, {"MLA+", 128, 128, 192, 128, 4096, 2, false, false, 2},
+    {"teacher", 128, 128, 192, 128, 8192, 1, false, false, 0}, {"MLA", 128, 128, 192, 128, 8192, 1, false, false, 1}, {"MLA+", 128, 128, 192, 128, 8192, 1, false, false, 2},
+    {"teacher", 128, 128, 192, 128, 2048, 4, true, false, 0},  {"0.5B", 14, 2, 64, 64, 1024, 16, false, true, 0},
+    {"0.5B", 14, 2, 64, 64, 8192, 2, false, true, 0},          {"1.5B", 12, 2, 128, 128, 1024, 16, false, true, 0},
+    {"1.5B", 12, 2, 128, 128, 8192, 2, false, true, 0},        {"7B", 28, 4, 128, 128, 2048, 8, false, true, 0},
+    {"7B", 28, 4, 128, 128, 32768, 1, false, true, 0},         {"7B", 28, 4, 128, 128, 2048, 8, true, true, 0},
 };
 
 static int compare(const void *a, const void *b)
@@ -42,7 +46,7 @@ static int compare(const void *a, const void *b)
 }
 
 struct buffers {
-    void *q, *k, *v, *o, *dout, *dq, *dk, *dv, *lse, *delta;
+    void *q, *k, *v, *o, *dout, *dq, *dk, *dv, *lse, *delta, *code, *scale, *angle, *position;
 };
 
 static enum rt_status random_act(const struct rt_device *d, int64_t n, void **out, struct rt_err *err)
@@ -105,6 +109,7 @@ static enum rt_status one(const struct rt_device *d, const struct shape *s, cons
 {
     int32_t cu[64] = {0};
     struct buffers x = {0};
+    int32_t *position = NULL;
     const bool packed = s->dqk == s->dv; /* q, k and v in one row, as the students have them */
     enum rt_status st;
     double flop = 0;
@@ -126,6 +131,22 @@ static enum rt_status one(const struct rt_device *d, const struct shape *s, cons
         RT_TRY(random_act(d, n * row, &x.k, err));
         RT_TRY(random_act(d, n * s->nh * 256, &x.v, err));
         f.k = x.k, f.v = (uint16_t *)x.v + 128, f.v_ld = s->nh * 256, f.v_head = 256;
+    }
+    if (s->mla > 0) {
+        RT_TRY(d->be->alloc(d->dev, (size_t)(rt_act_rows(n) * s->nh * s->dv), &x.code, err));
+        RT_TRY(d->be->alloc(d->dev, (size_t)(rt_act_rows(n) * s->nh) * 4, &x.scale, err));
+        f.k = x.v, f.k_ld = f.v_ld, f.k_head = f.v_head;
+        f.k_pe = x.k, f.k_pe_ld = 576, f.dr = 64, f.oq = (struct rt_act){x.code, x.scale};
+    }
+    if (s->mla > 1) { /* angles of 0 */
+        RT_TRY(rt_alloc((size_t)n, sizeof *position, "positions", &position, err));
+        for (int64_t i = 0; i < n; i++)
+            position[i] = (int32_t)(i % s->len);
+        RT_TRY(d->be->alloc(d->dev, (size_t)n * 4, &x.position, err));
+        RT_TRY(rt_device_upload(d, x.position, position, (size_t)n * 4, err));
+        RT_TRY(rt_device_sync(d, err));
+        RT_TRY(d->be->alloc(d->dev, (size_t)s->len * 32 * 4, &x.angle, err));
+        f.cos = f.sin = x.angle, f.position = x.position;
     }
     for (int path = RT_CUDA_ATTN_OWN; path <= RT_CUDA_ATTN_CUDNN; path++) {
         float ms = 0;
@@ -152,6 +173,7 @@ static enum rt_status one(const struct rt_device *d, const struct shape *s, cons
 out:
     for (size_t i = 0; i < sizeof x / sizeof(void *); i++)
         d->be->free(d->dev, ((void **)(void *)&x)[i]);
+    rt_free(position);
     return st;
 }
 

@@ -90,7 +90,6 @@ OP(rope_k, rope, .x = b->a + 1024, .ld = 576, .cos = b->angles, .sin = b->angles
 OP(swiglu_dense, swiglu_fwd, .gate = b->a, .up = b->a + 2 * 18432, .ld = 2 * 18432, .hq = {b->c, b->scale}, .n = N, .I = 18432)
 OP(swiglu_shared, swiglu_fwd, .gate = b->a, .up = b->a + 2 * 2048, .ld = 2 * 2048, .hq = {b->c, b->scale}, .n = MANY, .I = 2048)
 OP(swiglu_h, swiglu_fwd, .gate = b->a, .up = b->a + 2 * 2048, .ld = 2 * 2048, .h = b->c, .n = MANY, .I = 2048)
-OP(concat, mla_concat_k, .kv = b->a, .k_pe = b->c, .k_pe_ld = 576, .k = b->b, .n = N, .nh = HEADS, .dn = 128, .dr = 64, .dv = 128)
 OP(gather, gather, .x = b->a, .index = b->index, .out = b->b, .n = N, .cols = H)
 OP(scatter, scatter, .y = b->a, .index = b->index, .x = b->b, .n = N, .cols = H)
 OP(scatter_add, scatter, .y = b->a, .index = b->index, .x = b->b, .n = N, .cols = H, .accumulate = true)
@@ -250,7 +249,6 @@ int main(void)
     measure(&b, "swiglu 18432 -> codes", n * (5.0 * 18432 + 4 * 144), swiglu_dense, false);
     measure(&b, "swiglu 2048 -> codes (n 262144)", many * (5.0 * 2048 + 4 * 16), swiglu_shared, false);
     measure(&b, "swiglu 2048 -> h (n 262144)", many * 6.0 * 2048, swiglu_h, false);
-    measure(&b, "mla_concat_k 128 x (128 + 64)", n * (2 * HEADS * (128 + 192) + 128), concat, false);
     measure(&b, "gather 7168", n * 2 * row, gather, false);
     measure(&b, "scatter 7168", n * 2 * row, scatter, false);
     measure(&b, "scatter += 7168", n * 3 * row, scatter_add, false);

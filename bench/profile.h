@@ -54,7 +54,7 @@ static inline void profile_describe(enum rt_op op, const void *args, struct prof
         c->flop = 6.0 * (double)(a->offset[a->n_experts] - a->offset[0]) * a->H * a->I;
     } else if (op == RT_OP_attn_fwd) {
         const struct rt_attn_fwd_args *a = args;
-        snprintf(c->what, sizeof c->what, "attention %d/%d", a->s.dqk, a->s.dv);
+        snprintf(c->what, sizeof c->what, "attention %d/%d%s", a->s.dqk, a->s.dv, a->oq.data != NULL ? " -> codes" : "");
         c->flop = profile_attn_flop(&a->s);
     } else if (op == RT_OP_head_topk) {
         const struct rt_head_topk_args *a = args;
@@ -68,10 +68,6 @@ static inline void profile_describe(enum rt_op op, const void *args, struct prof
         const struct rt_quant_args *a = args;
         snprintf(c->what, sizeof c->what, "quantise %ld", (long)a->cols);
         c->bytes = (double)a->n * (double)a->cols * (3 + 4.0 / 128);
-    } else if (op == RT_OP_mla_concat_k) {
-        const struct rt_mla_concat_k_args *a = args;
-        snprintf(c->what, sizeof c->what, "concatenate keys");
-        c->bytes = 2.0 * (double)a->n * (a->nh * (2.0 * a->dn + a->dr) + a->dr);
     } else if (op == RT_OP_rope) {
         const struct rt_rope_args *a = args;
         snprintf(c->what, sizeof c->what, "rope, %d heads", a->heads);

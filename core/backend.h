@@ -43,7 +43,7 @@ struct rt_weight; /* a matrix or vector prepared for use as weight; what it hold
 /* A matrix as operand of a product: act elements (scale NULL), or e4m3 codes [rows, cols] with one scale for each run of 128
  * columns, scale[cols/128][rows] (column block major; rows is the n of the call that made it, and of the call that reads it):
  * value = code * scale. pow2 of what makes it: scales are powers of two (quant). cuda puts its rows of scales rt_act_rows(n) apart and may write codes and scales of the rows added: owners make room
- * for rt_act_rows(n) rows of both. Made by quant, norm_fwd, swiglu_fwd. A product takes it with E4M3 weights only (else UNSUPPORTED); an act operand
+ * for rt_act_rows(n) rows of both. Made by quant, norm_fwd, swiglu_fwd, attn_fwd. A product takes it with E4M3 weights only (else UNSUPPORTED); an act operand
  * takes any weight, E4M3 ones dequantised (float32 product of code and scale). */
 struct rt_act {
     void *data;
@@ -112,7 +112,11 @@ struct rt_rope_args {
 /* Attention over packed sequences, block-diagonal and causal: o = softmax(scale q k^T) v. Sequence s is rows cu_seqlens[s] ..
  * cu_seqlens[s+1], from 0 to n without gaps; an empty one is fine. q [n, nh, dqk], k [n, nkv, dqk], v [n, nkv, dv] with token and
  * head strides; query head h uses key head h / (nh/nkv). o [n, nh*dv] dense =. lse [nh, n] float = log sum exp of the scaled
- * scores, or NULL. */
+ * scores, or NULL.
+ * k_pe: NULL, or the last dr elements of every key, the same for all heads: rows [n, dr] at distance k_pe_ld; k then holds the first dqk - dr of
+ * each head (MLA; V2 report, 2.1.3).
+ * cos: NULL, or the last dr elements of every query are rotated first, as rope does it (interleaved); q is then scratch too.
+ * oq: {NULL}, or = the e4m3 form of o (rounded to act first), nh*dv % 128 == 0; o is then scratch, whose content is unspecified. */
 struct rt_attn_shape {
     const int32_t *cu_seqlens; /* [host] [n_seq + 1] */
     int64_t n, n_seq; int nh, nkv, dqk, dv; float scale;
@@ -120,6 +124,7 @@ struct rt_attn_shape {
 struct rt_attn_fwd_args {
     struct rt_attn_shape s;
     const void *q, *k, *v; int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head; void *o; float *lse;
+    const void *k_pe; int64_t k_pe_ld; int dr; const float *cos, *sin; const int32_t *position; struct rt_act oq; bool pow2; /* pow2: of oq */
 };
 
 /* h = silu(gate) * up; gate and up are [n, I] with row distance ld (both halves of one [n, 2I], or two matrices). h [n, I] dense = or
@@ -127,9 +132,6 @@ struct rt_attn_fwd_args {
 struct rt_swiglu_fwd_args { const void *gate, *up; int64_t ld; void *h; struct rt_act hq; int64_t n, I; bool pow2; };
 
 /* ---- teacher ---- */
-/* k[t,h,:] = [kv[t,h,0:dn], k_pe[t,:]]; kv [n, nh, dn+dv] dense, k_pe rows at distance k_pe_ld, k [n, nh, dn+dr] dense =. */
-struct rt_mla_concat_k_args { const void *kv, *k_pe; int64_t k_pe_ld; void *k; int64_t n; int nh, dn, dr, dv; };
-
 /* Router, in float32: z = x w^T; score = sigmoid(z) or softmax(z); choice = score + bias (bias for selection only, NULL: none).
  * n_group > 1: the topk_group groups of the greatest group score stay (sum of the two best choices with group_top2, else the
  * best), others get -inf; ties to the smaller group; the kept groups hold at least k experts. ids = the k greatest choices, ties
@@ -312,7 +314,7 @@ struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
 
 #define RT_BACKEND_OPS(X) \
     X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
-    X(mla_concat_k) X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(sample) \
+    X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(sample) \
     X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(gated_fwd) X(gated_bwd) X(embed_bwd) \
     X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
 

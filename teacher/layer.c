@@ -49,7 +49,6 @@ static enum rt_status cut_all(struct rt_layer_ctx *x, struct rt_arena *a, bool c
         RT_TRY(cut(a, C * (size_t)(x->c->heads * s.R), &x->o_lat, total, err));
     } else {
         RT_TRY(cut(a, C * (size_t)s.kv, &x->kv, total, err));
-        RT_TRY(cut(a, C * (size_t)s.q, &x->k, total, err));
     }
     RT_TRY(cut(a, W * (size_t)s.H * act, &x->fx, total, err));
     RT_TRY(cut(a, W * (size_t)s.k * sizeof(int32_t), &x->route_ids, total, err));
@@ -132,7 +131,7 @@ static void *plain_form(const struct rt_layer_ctx *x, const struct rt_part *p, i
     return x->w8a8 && p->fp8[slot] && p->fp8[other] ? NULL : plain;
 }
 
-/* Queries [n, nh, dn|dr] and [latent | k_pe], both rotated, the latent normalised, of n tokens. */
+/* Queries [n, nh, dn|dr] and [latent | k_pe], k_pe rotated, the latent normalised, of n tokens. */
 static enum rt_status project(struct rt_layer_ctx *x, const struct rt_part *p, const int32_t *position, void *hidden, int64_t n, bool exact,
                               struct rt_err *err)
 {
@@ -154,22 +153,8 @@ static enum rt_status project(struct rt_layer_ctx *x, const struct rt_part *p, c
     RT_TRY(product(x, p, RT_W_KV_A, x->xn, x->xq, n, s.H, s.ckv, x->ckv, false, exact, err));
     RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->ckv, .ldx = s.ckv, .w = p->w[RT_W_KV_A_NORM], .y = x->latent,
                  .yq = x->w8a8 ? x->latq : none(), .n = n, .cols = s.R, .eps = LATENT_EPS, .pow2 = c->ue8m0));
-    RT_TRY(RT_OP(x->d, rope, err, .x = at(x, x->q, c->dn), .ld = s.q, .head_ld = s.dq, .cos = x->rope_cos, .sin = x->rope_sin,
-                 .position = position, .n = n, .heads = c->heads, .dim = c->dr, .interleaved = true));
     RT_TRY(RT_OP(x->d, rope, err, .x = at(x, x->ckv, s.R), .ld = s.ckv, .cos = x->rope_cos, .sin = x->rope_sin, .position = position,
                  .n = n, .heads = 1, .dim = c->dr, .interleaved = true));
-out:
-    return st;
-}
-
-/* hidden += o_proj(o). */
-static enum rt_status project_out(struct rt_layer_ctx *x, const struct rt_part *p, void *hidden, int64_t n, bool exact, struct rt_err *err)
-{
-    const struct sizes s = sizes_of(x->c);
-    enum rt_status st;
-    if (x->w8a8 && p->fp8[RT_W_O])
-        RT_TRY(RT_OP(x->d, quant, err, .x = x->o, .q = x->oq, .n = n, .cols = s.o, .pow2 = x->c->ue8m0));
-    RT_TRY(product(x, p, RT_W_O, x->o, x->oq, n, s.o, s.H, hidden, true, exact, err));
 out:
     return st;
 }
@@ -187,13 +172,13 @@ static enum rt_status attention_packed(struct rt_layer_ctx *x, const struct rt_p
         cu[i - seq0] = b->cu_seqlens[i] - (int32_t)first;
     RT_TRY(project(x, p, b->position + first, h, n, false, err));
     RT_TRY(product(x, p, RT_W_KV_B, x->latent, x->latq, n, s.R, s.kv, x->kv, false, false, err));
-    RT_TRY(RT_OP(x->d, mla_concat_k, err, .kv = x->kv, .k_pe = at(x, x->ckv, s.R), .k_pe_ld = s.ckv, .k = x->k, .n = n, .nh = c->heads,
-                 .dn = c->dn, .dr = c->dr, .dv = c->dv));
     const struct rt_attn_shape shape = {.cu_seqlens = cu, .n = n, .n_seq = seq1 - seq0, .nh = c->heads, .nkv = c->heads, .dqk = (int)s.dq,
                                         .dv = c->dv, .scale = x->attn_scale};
-    RT_TRY(RT_OP(x->d, attn_fwd, err, .s = shape, .q = x->q, .k = x->k, .v = at(x, x->kv, c->dn), .q_ld = s.q, .q_head = s.dq, .k_ld = s.q,
-                 .k_head = s.dq, .v_ld = s.kv, .v_head = c->dn + c->dv, .o = x->o));
-    RT_TRY(project_out(x, p, h, n, false, err));
+    RT_TRY(RT_OP(x->d, attn_fwd, err, .s = shape, .q = x->q, .k = x->kv, .v = at(x, x->kv, c->dn), .q_ld = s.q, .q_head = s.dq, .k_ld = s.kv,
+                 .k_head = c->dn + c->dv, .k_pe = at(x, x->ckv, s.R), .k_pe_ld = s.ckv, .dr = c->dr, .cos = x->rope_cos, .sin = x->rope_sin,
+                 .position = b->position + first, .v_ld = s.kv, .v_head = c->dn + c->dv,
+                 .o = x->o, .oq = x->w8a8 && p->fp8[RT_W_O] ? x->oq : none(), .pow2 = c->ue8m0));
+    RT_TRY(product(x, p, RT_W_O, x->o, x->oq, n, s.o, s.H, h, true, false, err)); /* h += o_proj(o) */
 out:
     return st;
 }
@@ -207,6 +192,8 @@ static enum rt_status attention_cached(struct rt_layer_ctx *x, const struct rt_p
     enum rt_status st;
     RT_ASSERT(b->n <= x->chunk);
     RT_TRY(project(x, p, b->position, hidden, b->n, true, err));
+    RT_TRY(RT_OP(x->d, rope, err, .x = at(x, x->q, c->dn), .ld = s.q, .head_ld = s.dq, .cos = x->rope_cos, .sin = x->rope_sin,
+                 .position = b->position, .n = b->n, .heads = c->heads, .dim = c->dr, .interleaved = true));
     /* the cache row is [latent | k_pe]: the normalised latent goes back over the raw one */
     RT_TRY(RT_OP(x->d, norm_fwd, err, .x = x->ckv, .ldx = s.ckv, .w = p->w[RT_W_KV_A_NORM], .y = x->ckv, .ldy = s.ckv, .n = b->n,
                  .cols = s.R, .eps = LATENT_EPS, .pow2 = c->ue8m0));
@@ -221,7 +208,9 @@ static enum rt_status attention_cached(struct rt_layer_ctx *x, const struct rt_p
     RT_TRY(RT_OP(x->d, head_matmul, err, .x = x->o_lat, .x_ld = c->heads * s.R, .x_head = s.R, .w = p->w[RT_W_KV_B], .y = x->o,
                  .y_ld = s.o, .y_head = c->dv, .n = b->n, .nh = c->heads, .head_rows = c->dn + c->dv, .row0 = c->dn, .d = c->dv, .R = s.R,
                  .transpose = true));
-    RT_TRY(project_out(x, p, hidden, b->n, true, err));
+    if (x->w8a8 && p->fp8[RT_W_O])
+        RT_TRY(RT_OP(x->d, quant, err, .x = x->o, .q = x->oq, .n = b->n, .cols = s.o, .pow2 = c->ue8m0));
+    RT_TRY(product(x, p, RT_W_O, x->o, x->oq, b->n, s.o, s.H, hidden, true, true, err)); /* hidden += o_proj(o) */
 out:
     return st;
 }

@@ -27,7 +27,7 @@ struct rt_layer_ctx {
     float attn_scale;
     int64_t chunk, window;      /* tokens that the attention and the FFN buffers hold */
 
-    void *xn, *qa, *qan, *q, *ckv, *latent, *kv, *k, *o, *q_lat, *o_lat; /* [chunk, ...] */
+    void *xn, *qa, *qan, *q, *ckv, *latent, *kv, *o, *q_lat, *o_lat; /* [chunk, ...] */
     struct rt_act xq, qaq, latq, oq;
     void *fx;                   /* [window, H] normed input of the FFN */
     struct rt_act fxq;

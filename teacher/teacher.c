@@ -4,7 +4,7 @@
 
 const enum rt_op *rt_teacher_score_ops(int *n)
 {
-    static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_attn_fwd, RT_OP_mla_concat_k,
+    static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_attn_fwd,
                                      RT_OP_route, RT_OP_moe_sort, RT_OP_moe_ffn, RT_OP_head_topk, RT_OP_gather, RT_OP_embed_fwd, RT_OP_convert};
     *n = sizeof ops / sizeof *ops;
     return ops;

@@ -192,37 +192,6 @@ static void test_rope(void **state)
     cuda_pair_close(&p);
 }
 
-static void test_concat(void **state)
-{
-    static const int64_t cases[][6] = {/* n, nh, dn, dr, dv, k_pe_ld */
-                                       {7, 128, 128, 64, 128, 576}, {65, 16, 128, 64, 128, 64}, {3, 20, 192, 64, 256, 576}, {5, 3, 16, 8, 24, 8},
-                                       {5, 3, 10, 6, 14, 7}, {4, 1, 3, 1, 2, 1}};
-    struct cuda_pair p;
-    struct rt_err err = {0};
-    (void)state;
-    if (!cuda_pair_open(&p))
-        TEST_SKIP("no GPU");
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        const int64_t n = cases[i][0], nh = cases[i][1], dn = cases[i][2], dr = cases[i][3], dv = cases[i][4], ld = cases[i][5];
-        float *kv = cuda_floats(n * nh * (dn + dv)), *pe = cuda_floats(n * ld), *k = cuda_floats(n * nh * (dn + dr));
-        cuda_random(kv, n * nh * (dn + dv), 1, 1.0f);
-        cuda_random(pe, n * ld, 2, 1.0f);
-        void *dkv = cuda_act(&p, kv, n * nh * (dn + dv)), *dpe = cuda_act(&p, pe, n * ld), *dk = cuda_act(&p, NULL, n * nh * (dn + dr));
-        assert_ok(RT_OP(&p.ref, mla_concat_k, &err, .kv = kv, .k_pe = pe, .k_pe_ld = ld, .k = k, .n = n, .nh = (int)nh, .dn = (int)dn,
-                        .dr = (int)dr, .dv = (int)dv));
-        assert_ok(RT_OP(&p.gpu, mla_concat_k, &err, .kv = dkv, .k_pe = dpe, .k_pe_ld = ld, .k = dk, .n = n, .nh = (int)nh, .dn = (int)dn,
-                        .dr = (int)dr, .dv = (int)dv));
-        check_exact(&p, "mla_concat_k", dk, k, n * nh * (dn + dr));
-        cuda_free(&p, dkv);
-        cuda_free(&p, dpe);
-        cuda_free(&p, dk);
-        rt_free(kv);
-        rt_free(pe);
-        rt_free(k);
-    }
-    cuda_pair_close(&p);
-}
-
 /* ---- elements ---- */
 static void elements(struct cuda_pair *p, int64_t n, int64_t skip) /* skip: elements left out in front, so that no vectors fit */
 {
@@ -335,7 +304,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_copies),
     cmocka_unit_test(test_caches),
     cmocka_unit_test(test_rope),
-    cmocka_unit_test(test_concat),
     cmocka_unit_test(test_elements),
     cmocka_unit_test(test_long),
 };

@@ -5,14 +5,20 @@
 struct attn {
     struct rt_attn_shape s;
     int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head;
-    float *q, *k, *v, *o, *dout, *lse;
+    float *q, *k, *v, *o, *dout, *lse, *k_pe, *cos, *sin;
+    const float *given; /* not NULL: what q is before a call that rotates it */
+    int32_t *position;
+    int dr;
 };
 
 static enum rt_status run_attn_fwd(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
 {
     const struct attn *t = ctx;
+    if (t->given != NULL)
+        memcpy(t->q, t->given, (size_t)(t->s.n * t->s.nh * t->s.dqk) * sizeof *t->q);
     return RT_OP(d, attn_fwd, err, .s = t->s, .q = t->q, .k = t->k, .v = t->v, .q_ld = t->q_ld, .q_head = t->q_head, .k_ld = t->k_ld,
-                 .k_head = t->k_head, .v_ld = t->v_ld, .v_head = t->v_head, .o = out[0], .lse = out[1]);
+                 .k_head = t->k_head, .v_ld = t->v_ld, .v_head = t->v_head, .o = out[0], .lse = out[1], .k_pe = t->k_pe, .k_pe_ld = t->dr + 3,
+                 .dr = t->dr, .cos = t->cos, .sin = t->sin, .position = t->position);
 }
 
 static enum rt_status run_attn_bwd(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
@@ -61,6 +67,44 @@ static void attention_packed(void **state)
     hold_attn(*state, cu, 5, 2, 1, 128, 128, false);
     hold_attn(*state, cu, 5, 2, 2, 48, 32, true);
     hold_attn(*state, cu, 5, 1, 1, 192, 128, false);
+}
+
+/* MLA's keys in two parts; and codes, which are those of the output. */
+static void attention_parts(void **state)
+{
+    struct devices *all = *state;
+    struct rt_err err = {0};
+    const int32_t cu[] = {0, 1, 3, 20, 20, 750}; /* past one block of keys */
+    enum { NH = 4, DN = 16, DR = 8, DV = 32, N = 750, ROW = DN + DV };
+    struct attn t = {.s = {.cu_seqlens = cu, .n = N, .n_seq = 5, .nh = NH, .nkv = NH, .dqk = DN + DR, .dv = DV, .scale = 0.3f},
+                     .k_ld = NH * ROW, .k_head = ROW, .v_ld = NH * ROW, .v_head = ROW, .dr = DR};
+    t.q = randoms(N * NH * (DN + DR), 1, 1.5);
+    t.k = randoms(N * NH * ROW, 2, 1.5);
+    t.v = t.k + DN;
+    t.k_pe = randoms(N * (DR + 3), 3, 1.5);
+    hold(all, "attn_fwd, keys in two parts", run_attn_fwd, &t, 2, (const int64_t[]){N * NH * DV, NH * N}, 2e-6);
+    struct attn r = t;
+    r.cos = randoms(N * DR / 2, 4, 1), r.sin = randoms(N * DR / 2, 5, 1), r.position = malloc(N * sizeof *r.position);
+    r.given = t.q, r.q = malloc(N * NH * (DN + DR) * sizeof *r.q);
+    for (int i = 0; i < N; i++)
+        r.position[i] = i * 7 % N;
+    hold(all, "attn_fwd, queries rotated", run_attn_fwd, &r, 2, (const int64_t[]){N * NH * DV, NH * N}, 2e-6);
+    free(r.cos), free(r.sin), free(r.position), free(r.q);
+    for (int pow2 = 0; pow2 < 2; pow2++)
+        for (int i = 0; i < 2; i++) {
+            struct rt_device *d = i == 0 ? &all->ref : &all->cpu[1];
+            float *o = malloc(N * NH * DV * sizeof *o), *scale = malloc(N * sizeof *scale), *want_scale = malloc(N * sizeof *scale);
+            uint8_t *code = malloc(N * NH * DV), *want = malloc(N * NH * DV);
+            assert_ok(RT_OP(d, attn_fwd, &err, .s = t.s, .q = t.q, .k = t.k, .v = t.v, .k_ld = t.k_ld, .k_head = t.k_head, .v_ld = t.v_ld,
+                            .v_head = t.v_head, .k_pe = t.k_pe, .k_pe_ld = DR + 3, .dr = DR, .o = o));
+            assert_ok(RT_OP(d, quant, &err, .x = o, .q = {want, want_scale}, .n = N, .cols = NH * DV, .pow2 = pow2 != 0));
+            assert_ok(RT_OP(d, attn_fwd, &err, .s = t.s, .q = t.q, .k = t.k, .v = t.v, .k_ld = t.k_ld, .k_head = t.k_head, .v_ld = t.v_ld,
+                            .v_head = t.v_head, .k_pe = t.k_pe, .k_pe_ld = DR + 3, .dr = DR, .o = o, .oq = {code, scale}, .pow2 = pow2 != 0));
+            assert_memory_equal(code, want, N * NH * DV);
+            assert_memory_equal(scale, want_scale, N * sizeof *scale);
+            free(o), free(scale), free(want_scale), free(code), free(want);
+        }
+    free(t.q), free(t.k), free(t.k_pe);
 }
 
 /* Past one block of keys: the running softmax, forward and backward. */
@@ -394,6 +438,7 @@ static void adamw_moments_end_at_zero(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup_teardown(attention_packed, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(attention_long, cpu_open_all, cpu_close_all),
+    cmocka_unit_test_setup_teardown(attention_parts, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(attention_large_scores, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(attention_refuses, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(attention_cached, cpu_open_all, cpu_close_all),

@@ -414,9 +414,6 @@ static enum rt_status run_mla(struct rt_device *d, const void *ctx, float **out,
                    .R = t->R, .dr = t->dr, .scale = 0.2f);
     if (st == RT_OK)
         st = RT_OP(d, cache_copy, err, .cache = out[1], .capacity = t->capacity, .width = width, .n = t->capacity - 1, .src = 0, .dst = 1);
-    if (st == RT_OK)
-        st = RT_OP(d, mla_concat_k, err, .kv = t->x, .k_pe = t->pe, .k_pe_ld = t->dr + 4, .k = out[2], .n = t->n, .nh = t->nh,
-                   .dn = t->R / 2, .dr = t->dr, .dv = t->R / 2);
     return st;
 }
 
@@ -441,8 +438,7 @@ static void latent(void **state)
             const int dy = t.variant ? t.d : t.R;
             hold(all, "head_matmul", run_heads, &t, 1, (const int64_t[]){n * t.nh * (dy + 2)}, BOUND);
         }
-        hold(all, "cache_put, mla_cached, cache_copy, mla_concat_k", run_mla, &t, 3,
-             (const int64_t[]){n * t.nh * t.R, 3 * t.capacity * width, n * t.nh * (t.R / 2 + t.dr)}, 2e-6);
+        hold(all, "cache_put, mla_cached, cache_copy", run_mla, &t, 2, (const int64_t[]){n * t.nh * t.R, 3 * t.capacity * width}, 2e-6);
         free(x), free(pe), free(slot), free(pos), free(w);
     }
 }

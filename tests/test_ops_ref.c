@@ -384,7 +384,7 @@ static void absorbed_mla_is_expanded_mla(void **state)
     struct rt_device d = ops_open(&rt_backend_ref64);
     enum { HEADS = 2, DN = 3, DR = 2, VD = 4, R = 5, T = 4, ROWS = DN + VD, QD = DN + DR };
     double row[T * (R + DR)], kv_b[HEADS * ROWS * R], q[T * HEADS * QD]; /* row: [latent | k_pe] */
-    double kv[T * HEADS * ROWS], k[T * HEADS * QD], expected[T * HEADS * VD];
+    double kv[T * HEADS * ROWS], k[T * HEADS * QD], whole[T * HEADS * VD], expected[T * HEADS * VD];
     ops_fill(row, COUNT(row), 1);
     ops_fill(kv_b, COUNT(kv_b), 2);
     ops_fill(q, COUNT(q), 3);
@@ -392,13 +392,26 @@ static void absorbed_mla_is_expanded_mla(void **state)
     const int32_t seq[] = {0, T};
     const struct rt_attn_shape s = {seq, T, 1, HEADS, HEADS, QD, VD, 0.3f};
     assert_ok(RT_OP(&d, linear_fwd, &err, .x = {row, NULL}, .ldx = R + DR, .w = w, .y = kv, .n = T, .K = R, .N = HEADS * ROWS));
-    assert_ok(RT_OP(&d, mla_concat_k, &err, .kv = kv, .k_pe = row + R, .k_pe_ld = R + DR, .k = k, .n = T, .nh = HEADS, .dn = DN, .dr = DR,
-                    .dv = VD));
-    for (int h = 0; h < HEADS; h++) { /* token 2 of k */
-        assert_memory_equal(k + (2 * HEADS + h) * QD, kv + (2 * HEADS + h) * ROWS, DN * sizeof *k);
-        assert_memory_equal(k + (2 * HEADS + h) * QD + DN, row + 2 * (R + DR) + R, DR * sizeof *k);
+    assert_ok(RT_OP(&d, attn_fwd, &err, .s = s, .q = q, .k = kv, .k_ld = HEADS * ROWS, .k_head = ROWS, .k_pe = row + R, .k_pe_ld = R + DR, .dr = DR,
+                    .v = kv + DN, .v_ld = HEADS * ROWS, .v_head = ROWS, .o = expected));
+    for (int i = 0; i < T * HEADS; i++) { /* the same keys in one part */
+        memcpy(k + i * QD, kv + i * ROWS, DN * sizeof *k);
+        memcpy(k + i * QD + DN, row + i / HEADS * (R + DR) + R, DR * sizeof *k);
     }
-    assert_ok(RT_OP(&d, attn_fwd, &err, .s = s, .q = q, .k = k, .v = kv + DN, .v_ld = HEADS * ROWS, .v_head = ROWS, .o = expected));
+    assert_ok(RT_OP(&d, attn_fwd, &err, .s = s, .q = q, .k = k, .v = kv + DN, .v_ld = HEADS * ROWS, .v_head = ROWS, .o = whole));
+    assert_close(expected, whole, COUNT(whole), 1e-14); /* reordered float64 sums */
+    const float cos[T] = {1, 0.5f, -0.25f, 0}, sin[T] = {0, 0.75f, 1, -1}; /* DR / 2 a position */
+    const int32_t at[T] = {0, 3, 1, 2};
+    double turned[T * HEADS * QD], given[T * HEADS * QD];
+    memcpy(turned, q, sizeof q), memcpy(given, q, sizeof q);
+    assert_ok(RT_OP(&d, rope, &err, .x = turned + DN, .ld = HEADS * QD, .head_ld = QD, .cos = cos, .sin = sin, .position = at, .n = T, .heads = HEADS,
+                    .dim = DR, .interleaved = true));
+    assert_ok(RT_OP(&d, attn_fwd, &err, .s = s, .q = turned, .k = k, .v = kv + DN, .v_ld = HEADS * ROWS, .v_head = ROWS, .o = whole));
+    double rotated[T * HEADS * VD];
+    assert_ok(RT_OP(&d, attn_fwd, &err, .s = s, .q = given, .k = k, .dr = DR, .cos = cos, .sin = sin, .position = at, .v = kv + DN,
+                    .v_ld = HEADS * ROWS, .v_head = ROWS, .o = rotated));
+    assert_memory_equal(rotated, whole, sizeof rotated);
+    assert_status(RT_OP(&d, attn_fwd, &err, .s = s, .q = q, .k = k, .k_pe = row, .dr = QD, .v = kv, .o = whole), SHAPE);
 
     double q_lat[T * HEADS * R], o_lat[T * HEADS * R], o[T * HEADS * VD], cache[2 * T * (R + DR)];
     const int32_t slot[T] = {1, 1, 1, 1}, pos[T] = {0, 1, 2, 3};

@@ -74,7 +74,8 @@ struct block {
 struct fwd {
     const struct rt_attn_fwd_args *a;
     struct rt_dev *dev;
-    struct rt_cpu_heads q, k, v, o;
+    struct rt_cpu_heads q, k, v, o, pe;
+    int dr; /* elements of a key that lie in pe */
     const struct block *block;
 };
 
@@ -89,8 +90,10 @@ static void fwd_item(void *ctx, int64_t item, int worker)
     struct rows st;
     for (int64_t k0 = 0; k0 < keys; k0 += RT_ATTN_K) {
         const int64_t cols = rt_min64(RT_ATTN_K, keys - k0), ld = rt_ceil_div(cols, 16) * 16;
-        rt_cpu_gemm_nt(b->rows, cols, s->dqk, s->scale, rt_cpu_head_at(f->q, row0, h), f->q.ld,
-                       rt_cpu_head_at(f->k, b->first + k0, hk), f->k.ld, 0, p, ld);
+        const float *query = rt_cpu_head_at(f->q, row0, h);
+        rt_cpu_gemm_nt(b->rows, cols, s->dqk - f->dr, s->scale, query, f->q.ld, rt_cpu_head_at(f->k, b->first + k0, hk), f->k.ld, 0, p, ld);
+        if (f->dr > 0)
+            rt_cpu_gemm_nt(b->rows, cols, f->dr, s->scale, query + s->dqk - f->dr, f->q.ld, rt_cpu_head_at(f->pe, b->first + k0, 0), f->pe.ld, 1, p, ld);
         softmax_block(p, b->rows, cols, ld, b->q0 - k0 + 1, k0 == 0, &st);
         if (k0 > 0)
             scale_rows(o, f->o.ld, b->rows, s->dv, &st, true);
@@ -112,19 +115,25 @@ static int by_cost(const void *x, const void *y)
 enum rt_status rt_cpu_attn_fwd(struct rt_dev *dev, struct rt_queue *queue, const struct rt_attn_fwd_args *a, struct rt_err *err)
 {
     const struct rt_attn_shape *s = &a->s;
-    struct fwd f = {.a = a, .dev = dev,
+    const int dr = a->k_pe != NULL ? a->dr : 0;
+    struct fwd f = {.a = a, .dev = dev, .dr = dr, .pe = rt_cpu_heads(a->k_pe, a->k_pe_ld, 0, 1, dr),
                     .q = rt_cpu_heads(a->q, a->q_ld, a->q_head, s->nh, s->dqk),
-                    .k = rt_cpu_heads(a->k, a->k_ld, a->k_head, s->nkv, s->dqk),
+                    .k = rt_cpu_heads(a->k, a->k_ld, a->k_head, s->nkv, s->dqk - dr),
                     .v = rt_cpu_heads(a->v, a->v_ld, a->v_head, s->nkv, s->dv),
                     .o = rt_cpu_heads(a->o, 0, 0, s->nh, s->dv)};
     struct block *block;
     int32_t count = 0;
     enum rt_status st = rt_cpu_attn_check(s, "attn_fwd", err);
+    if (st == RT_OK && (dr < 0 || dr >= s->dqk))
+        st = rt_fail(err, RT_SHAPE, "attn_fwd: %d elements of a key of %d lie apart", dr, s->dqk);
     if (st == RT_OK)
         st = rt_cpu_shared(dev, ((size_t)s->n / 8 + (size_t)s->n_seq + 1) * sizeof *block, &block, err);
+    if (st == RT_OK && a->cos != NULL)
+        st = rt_cpu_rope(dev, queue, &(const struct rt_rope_args){.x = f.q.data + (s->dqk - a->dr), .ld = f.q.ld, .head_ld = f.q.head_ld, .cos = a->cos,
+                                                                  .sin = a->sin, .position = a->position, .n = s->n, .heads = s->nh, .dim = a->dr,
+                                                                  .interleaved = true}, err);
     if (st != RT_OK)
         return st;
-    (void)queue;
     for (int64_t i = 0; i < s->n_seq; i++) {
         const int32_t first = s->cu_seqlens[i], len = s->cu_seqlens[i + 1] - first;
         const int32_t step = len > 0 ? (int32_t)rt_cpu_attn_rows(len) : 1;
@@ -134,7 +143,9 @@ enum rt_status rt_cpu_attn_fwd(struct rt_dev *dev, struct rt_queue *queue, const
     qsort(block, (size_t)count, sizeof *block, by_cost);
     f.block = block;
     rt_pool_run(dev->pool, (int64_t)count * s->nh, fwd_item, &f);
-    return RT_OK;
+    if (a->oq.data == NULL)
+        return RT_OK;
+    return rt_cpu_quant(dev, queue, &(const struct rt_quant_args){.x = a->o, .q = a->oq, .n = s->n, .cols = (int64_t)s->nh * s->dv, .pow2 = a->pow2}, err);
 }
 
 /* ---- cache ---- */

@@ -119,7 +119,6 @@ const struct rt_backend rt_backend_cpu = {
     .linear_fwd = rt_cpu_linear_fwd,
     .rope = rt_cpu_rope,
     .swiglu_fwd = rt_cpu_swiglu_fwd,
-    .mla_concat_k = rt_cpu_mla_concat_k,
     .route = rt_cpu_route,
     .moe_sort = rt_cpu_moe_sort,
     .moe_ffn = rt_cpu_moe_ffn,

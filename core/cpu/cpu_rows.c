@@ -231,26 +231,6 @@ enum rt_status rt_cpu_scatter(struct rt_dev *dev, UNUSED struct rt_queue *q, con
     return RT_OK;
 }
 
-static void concat_rows(void *ctx, int64_t row0, int64_t row1, UNUSED int worker)
-{
-    const struct rt_mla_concat_k_args *a = ctx;
-    const int64_t kv = a->dn + a->dv, d = a->dn + a->dr;
-    for (int64_t i = row0; i < row1; i++)
-        for (int h = 0; h < a->nh; h++) {
-            float *k = (float *)a->k + (i * a->nh + h) * d;
-            memcpy(k, (const float *)a->kv + (i * a->nh + h) * kv, (size_t)a->dn * sizeof *k);
-            memcpy(k + a->dn, (const float *)a->k_pe + i * ld_or(a->k_pe_ld, a->dr), (size_t)a->dr * sizeof *k);
-        }
-}
-
-enum rt_status rt_cpu_mla_concat_k(struct rt_dev *dev, UNUSED struct rt_queue *q, const struct rt_mla_concat_k_args *a,
-                                   UNUSED struct rt_err *err)
-{
-    struct rt_mla_concat_k_args job = *a;
-    rt_cpu_rows(dev, a->n, rt_cpu_grain(a->n, (int64_t)a->nh * (a->dn + a->dr)), concat_rows, &job);
-    return RT_OK;
-}
-
 static void convert_part(void *ctx, int64_t i0, int64_t i1, UNUSED int worker)
 {
     const struct rt_convert_args *a = ctx;

@@ -99,30 +99,102 @@ static int order_of(enum rt_cuda_attn_path path, enum rt_cuda_attn_path order[3]
     return path != RT_CUDA_ATTN_AUTO ? 1 : 3;
 }
 
+/* Keys in one part, queries rotated, no codes. */
+static enum rt_status fwd_plain(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
+                                struct rt_err *err)
+{
+    enum rt_cuda_attn_path order[3];
+    enum rt_status st = RT_OK;
+    bool done = false;
+    int shared;
+    const int n = order_of(path, order);
+    for (int i = 0; i < n && !done; i++)
+        switch (order[i]) {
+        case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_fwd_hopper(q, a, &done, err)); break;
+        case RT_CUDA_ATTN_CUDNN: RT_TRY(rt_cuda_dnn_attn_fwd(dev, q, a, path == RT_CUDA_ATTN_CUDNN, &done, err)); break;
+        default:
+            RT_TRY(shared_of(dev, order[i], &shared, err));
+            RT_TRY(rt_cuda_attn_fwd_own(q, a, shared, err));
+            done = true;
+        }
+    if (!done)
+        RT_FAIL(err, UNSUPPORTED, "attn_fwd: no kernel of compute capability 9.0 for heads of %d and %d elements", a->s.dqk, a->s.dv);
+out:
+    return st;
+}
+
+/* The rows of whole sequences as a call of their own; cu [n_seq + 1] for its sequences. */
+static struct rt_attn_fwd_args fwd_part(const struct rt_attn_fwd_args *a, int64_t seq0, int64_t seq1, int32_t *cu)
+{
+    typedef uint16_t act;
+    struct rt_attn_fwd_args b = *a;
+    const int64_t row = a->s.cu_seqlens[seq0];
+    for (int64_t i = seq0; i <= seq1; i++)
+        cu[i - seq0] = a->s.cu_seqlens[i] - (int32_t)row;
+    b.s.cu_seqlens = cu, b.s.n_seq = seq1 - seq0, b.s.n = cu[seq1 - seq0];
+    b.q = (const act *)a->q + row * a->q_ld, b.k = (const act *)a->k + row * a->k_ld, b.v = (const act *)a->v + row * a->v_ld;
+    b.k_pe = (const act *)a->k_pe + row * a->k_pe_ld, b.o = (act *)a->o + row * a->s.nh * a->s.dv;
+    return b;
+}
+
+/* Keys put together in temporary memory, of as many sequences as the scratch holds; of all where log-sum-exps are asked for, whose rows are n long. */
+static enum rt_status fwd_together(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
+                                   struct rt_err *err)
+{
+    const int64_t key = (int64_t)a->s.nkv * a->s.dqk, fit = a->lse != NULL ? INT64_MAX : (int64_t)(dev->scratch / ((uint64_t)key * 2));
+    const int32_t *cu = a->s.cu_seqlens;
+    int32_t *list = NULL;
+    void *k = NULL;
+    enum rt_status st;
+    RT_TRY(rt_alloc((size_t)a->s.n_seq + 1, sizeof *list, "a list of sequences", &list, err));
+    for (int64_t s0 = 0, s1; s0 < a->s.n_seq; s0 = s1) {
+        for (s1 = s0 + 1; s1 < a->s.n_seq && cu[s1 + 1] - cu[s0] <= fit; s1++)
+            ;
+        struct rt_attn_fwd_args b = fwd_part(a, s0, s1, list);
+        RT_TRY(rt_cuda_temp(q, (size_t)(b.s.n * key) * 2, &k, err));
+        RT_TRY(rt_cuda_attn_keys(q, &b, k, err));
+        b.k = k, b.k_head = a->s.dqk, b.k_ld = key, b.k_pe = NULL;
+        if (b.s.n > 0)
+            RT_TRY(fwd_plain(path, dev, q, &b, err));
+        rt_cuda_temp_free(q, k);
+        k = NULL;
+    }
+out:
+    rt_cuda_temp_free(q, k);
+    rt_free(list);
+    return st;
+}
+
 enum rt_status rt_cuda_attn_fwd_by(enum rt_cuda_attn_path path, struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_fwd_args *a,
                                    struct rt_err *err)
 {
     struct rt_attn_fwd_args b = *a;
-    enum rt_cuda_attn_path order[3];
     enum rt_status st;
     bool done = false;
-    int shared;
     RT_TRY(rt_cuda_attn_check(&b.s, "attn_fwd", err));
+    if ((b.k_pe != NULL || b.cos != NULL) && (b.dr < 1 || b.dr >= b.s.dqk))
+        RT_FAIL(err, SHAPE, "attn_fwd: %d elements of a head of %d lie apart or are rotated", b.dr, b.s.dqk);
+    if (b.oq.data != NULL && (int64_t)b.s.nh * b.s.dv % 128 != 0)
+        RT_FAIL(err, SHAPE, "attn_fwd: %d heads of %d; the e4m3 form needs a multiple of 128 columns", b.s.nh, b.s.dv);
+    b.k_head = b.k_head != 0 ? b.k_head : b.s.dqk - (b.k_pe != NULL ? b.dr : 0);
+    b.k_pe_ld = b.k_pe_ld != 0 ? b.k_pe_ld : b.dr;
     rt_cuda_attn_dense(&b.s, &b.q_ld, &b.q_head, &b.k_ld, &b.k_head, &b.v_ld, &b.v_head);
     if (b.s.n == 0)
         goto out;
-    const int n = order_of(path, order);
-    for (int i = 0; i < n && !done; i++)
-        switch (order[i]) {
-        case RT_CUDA_ATTN_HOPPER: RT_TRY(rt_cuda_attn_fwd_hopper(q, &b, &done, err)); break;
-        case RT_CUDA_ATTN_CUDNN: RT_TRY(rt_cuda_dnn_attn_fwd(dev, q, &b, path == RT_CUDA_ATTN_CUDNN, &done, err)); break;
-        default:
-            RT_TRY(shared_of(dev, order[i], &shared, err));
-            RT_TRY(rt_cuda_attn_fwd_own(q, &b, shared, err));
-            done = true;
-        }
-    if (!done)
-        RT_FAIL(err, UNSUPPORTED, "attn_fwd: no kernel of compute capability 9.0 for heads of %d and %d elements", b.s.dqk, b.s.dv);
+    if ((path == RT_CUDA_ATTN_AUTO || path == RT_CUDA_ATTN_HOPPER) && (b.k_pe != NULL || b.oq.data != NULL || b.cos != NULL))
+        RT_TRY(rt_cuda_attn_fwd_hopper(q, &b, &done, err));
+    if (done)
+        goto out;
+    if (b.cos != NULL)
+        RT_TRY(rt_cuda_rope(dev, q, &(const struct rt_rope_args){.x = (uint16_t *)(uintptr_t)b.q + (b.s.dqk - b.dr), .ld = b.q_ld, .head_ld = b.q_head,
+                                                                 .cos = b.cos, .sin = b.sin, .position = b.position, .n = b.s.n, .heads = b.s.nh,
+                                                                 .dim = b.dr, .interleaved = true}, err));
+    b.cos = NULL;
+    b.oq = (struct rt_act){0};
+    RT_TRY(b.k_pe != NULL ? fwd_together(path, dev, q, &b, err) : fwd_plain(path, dev, q, &b, err));
+    if (a->oq.data != NULL)
+        RT_TRY(rt_cuda_quant(dev, q, &(const struct rt_quant_args){.x = b.o, .q = a->oq, .n = b.s.n, .cols = (int64_t)b.s.nh * b.s.dv, .pow2 = b.pow2},
+                             err));
 out:
     return st;
 }

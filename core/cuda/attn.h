@@ -27,12 +27,15 @@ struct rt_cuda_seqs {
 enum rt_status rt_cuda_seqs_make(struct rt_queue *q, const struct rt_attn_shape *shape, int rows, struct rt_cuda_seqs *s, int64_t *n_tile,
                                  struct rt_err *err);
 
+/* k [n, nkv, dqk] dense = the keys of a forward that gives them in two parts (rope.cu). All strides given. */
+enum rt_status rt_cuda_attn_keys(struct rt_queue *q, const struct rt_attn_fwd_args *a, void *k, struct rt_err *err);
+
 /* SHAPE unless heads divide and the sequences lie from 0 to n; UNSUPPORTED where scale <= 0. Fills strides given as 0. */
 enum rt_status rt_cuda_attn_check(const struct rt_attn_shape *s, const char *op, struct rt_err *err);
 void rt_cuda_attn_dense(const struct rt_attn_shape *s, int64_t *q_ld, int64_t *q_head, int64_t *k_ld, int64_t *k_head, int64_t *v_ld,
                         int64_t *v_head);
 
-/* Arguments with all strides given and checked. shared: bytes of shared memory that a block may take; UNSUPPORTED where a shape needs more. */
+/* Arguments with all strides given and checked; own and cudnn: keys in one part, queries rotated, no codes (attn.c gives them what they need). shared: bytes of shared memory that a block may take; UNSUPPORTED where a shape needs more. */
 enum rt_status rt_cuda_attn_fwd_own(struct rt_queue *q, const struct rt_attn_fwd_args *a, int shared, struct rt_err *err);
 enum rt_status rt_cuda_attn_bwd_own(struct rt_queue *q, const struct rt_attn_bwd_args *a, int shared, struct rt_err *err);
 /* The kernels for compute capability 9.0; *done false where the device or the shape is another. */

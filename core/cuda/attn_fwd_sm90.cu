@@ -4,8 +4,10 @@
  * asks for the scores of the next tile before it asks for the sum over the values of this one, and takes the exponentials of the former while the
  * latter runs (Shah et al., FlashAttention-3, arXiv 2407.08608). Rows of a tile beyond the sequence are rows of its neighbour: their weights are 0.
  * Blocks stay and take work by a ticket, so that the next work's tiles come in while the last one's sums go out.
+ * MLA's keys come from two arrays, and sums go out as e4m3 codes where they are asked for: a head's 128 columns are a block of them.
  */
 #include "core/cuda/attn_sm90.cuh"
+#include "core/cuda/quant.cuh"
 
 namespace {
 
@@ -16,11 +18,18 @@ struct params {
     int n_tile, nh, group, dv;
     float scale_log2; /* scale / ln 2 */
     int32_t *ticket;
+    const float *cos, *sin; /* not NULL: of the rotation of queries' columns from 128 on */
+    const int32_t *position;
+    bool k_shared;     /* columns of keys from 128 on are the same for all heads */
+    uint8_t *code;     /* not NULL: instead of o, codes and their scales [nh][scale_ld] */
+    float *code_scale;
+    int64_t scale_ld;
+    bool pow2;
     /* sequences of one length: of as many heads and sequences as L2 holds the keys and values of (pairs), the longest work first; 0: lengths differ */
     int len, tiles, pairs, all_pairs;
 };
 struct maps {
-    CUtensorMap q, k, v;
+    CUtensorMap q, k, v, k_last; /* k_last: columns of keys from 128 on */
 };
 /* Rows row .. of a sequence, for a head; -1: no more work. */
 struct work {
@@ -36,6 +45,12 @@ struct layout {
         work_from = bar_from + (4 * STAGES + 6) * 8, bytes = work_from + 2 * sizeof(work),
     };
 };
+/* Which kernels take keys in two parts, and give codes. */
+template <int DQK>
+constexpr bool in_parts = DQK > 128;
+template <int DQK, int DV>
+constexpr bool gives_codes = DQK > 128 && DV == QBLOCK;
+
 /* Barriers: a ring's stage is full, or empty again; of the keys, of the values; of the queries; and of the work. */
 template <int STAGES>
 struct barriers {
@@ -73,6 +88,18 @@ __device__ __forceinline__ struct work work_of(const params &p, const rt_cuda_se
 template <int COLS>
 __device__ __forceinline__ int tiles_of(const struct work &w, int rows) { return (min(w.row + rows, w.len) + COLS - 1) / COLS; }
 
+/* A tile of keys of head hk: its columns up to 128, and those behind them, of head hk or of all heads. */
+template <int DQK, int COLS>
+__device__ __forceinline__ void load_keys(const params &p, const maps &m, uint32_t dst, int hk, int row, uint32_t bar)
+{
+    if constexpr (in_parts<DQK>) {
+        load_tile<128, COLS>(dst, &m.k, hk, row, bar);
+        load_rows(dst + 2 * COLS * 128, &m.k_last, 0, p.k_shared ? 0 : hk, row, bar);
+    } else {
+        load_tile<DQK, COLS>(dst, &m.k, hk, row, bar);
+    }
+}
+
 /* One thread. */
 template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
 __device__ __forceinline__ void produce(const params &p, const maps &m, const rt_cuda_seqs &seqs)
@@ -98,7 +125,7 @@ __device__ __forceinline__ void produce(const params &p, const maps &m, const rt
             if (i >= STAGES)
                 barrier_wait(bar.k_empty(i), (i / STAGES - 1) & 1);
             hopper::barrier_expect(bar.k_full(i), L::k);
-            load_tile<DQK, COLS>(base + L::k_from + i % STAGES * L::k, &m.k, hk, w.first + t * COLS, bar.k_full(i));
+            load_keys<DQK, COLS>(p, m, base + L::k_from + i % STAGES * L::k, hk, w.first + t * COLS, bar.k_full(i));
             if (i >= STAGES)
                 barrier_wait(bar.v_empty(i), (i / STAGES - 1) & 1);
             hopper::barrier_expect(bar.v_full(i), L::v);
@@ -138,6 +165,10 @@ __device__ __forceinline__ void softmax_step(float (&s)[N], float (&top)[2], flo
     }
 }
 
+/* The two bfloat16 of a word. */
+__device__ __forceinline__ float low_of(uint32_t x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
 template <int N>
 __device__ __forceinline__ void mask_causal(float (&s)[N], int row, int col0, int lane)
 {
@@ -149,8 +180,46 @@ __device__ __forceinline__ void mask_causal(float (&s)[N], int row, int col0, in
                 s[4 * j + i] = -INFINITY;
 }
 
-/* A thread's rows, row and row + 8: the sums over the sum of the weights, and the log of that. */
+/* A thread's sums of rows row and row + 8, times the factor of each, as the codes of what sums_out would have written. */
 template <int DV>
+__device__ __forceinline__ void codes_out(const params &p, const struct work at, const float (&o)[DV / 2], const float (&factor)[2], int row, int lane)
+{
+    const int64_t ld = (int64_t)p.nh * DV;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t x[DV / 8]; /* columns 8 j + 2 (lane % 4) and the next, rounded */
+        float amax = 0;
+#pragma unroll
+        for (int j = 0; j < DV / 8; j++) {
+            x[j] = pack(o[4 * j + 2 * half] * factor[half], o[4 * j + 2 * half + 1] * factor[half]);
+            amax = fmaxf(amax, fmaxf(fabsf(low_of(x[j])), fabsf(high_of(x[j]))));
+        }
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
+        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
+        const struct qscale q = quant_scale(amax, p.pow2);
+        const int r = row + 8 * half;
+        const bool in = r < at.len;
+        if (in && lane % 4 == 0)
+            p.code_scale[at.head * p.scale_ld + at.first + r] = q.s;
+#pragma unroll
+        for (int m = 0; m < DV / 16; m += 4) {
+            uint32_t c[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t a = x[2 * (m + i)], b = x[2 * (m + i) + 1];
+                c[i] = code2(quotient(low_of(a), q), quotient(high_of(a), q)) | code2(quotient(low_of(b), q), quotient(high_of(b), q)) << 16;
+            }
+            transpose4(c, lane % 4); /* now columns 16 (m + lane % 4) + 2 i, the next, and both 8 further */
+            if (in)
+                *(uint4 *)(p.code + (at.first + r) * ld + at.head * DV + 16 * (m + lane % 4)) =
+                    make_uint4(__byte_perm(c[0], c[1], 0x5410), __byte_perm(c[2], c[3], 0x5410), __byte_perm(c[0], c[1], 0x7632),
+                               __byte_perm(c[2], c[3], 0x7632));
+        }
+    }
+}
+
+/* A thread's rows, row and row + 8: the sums over the sum of the weights, and the log of that. */
+template <int DQK, int DV>
 __device__ __forceinline__ void queries_out(const params &p, const struct work at, const float (&o)[DV / 2], const float (&top)[2], const float (&sum)[2],
                                             int row, int lane)
 {
@@ -164,41 +233,98 @@ __device__ __forceinline__ void queries_out(const params &p, const struct work a
         if (p.lse != NULL && lane % 4 == 0 && row + 8 * half < at.len)
             p.lse[at.head * p.n + at.first + row + 8 * half] = (top[half] * p.scale_log2 + log2f(total)) * 0.6931471805599453f;
     }
+    if constexpr (gives_codes<DQK, DV>)
+        if (p.code != NULL) {
+            codes_out<DV>(p, at, o, factor, row, lane);
+            return;
+        }
     const int64_t ld = (int64_t)p.nh * p.dv;
     sums_out<DV>(o, factor, p.o + at.first * ld + (int64_t)at.head * p.dv, ld, p.dv, row, at.len, lane);
 }
 
-/* One piece of work of a warpgroup, the it-th of the block; n: tiles before it. Returns its tiles. */
+/* A warpgroup's share of a piece of work, the it-th of the block; n: tiles before it. */
+struct piece {
+    int it, tiles, row0, row; /* row0: of the warpgroup; row: of the thread */
+    uint32_t n;
+};
+
+template <int COLS, class L>
+__device__ __forceinline__ struct piece piece_of(int it, uint32_t n, int wg, int in_block)
+{
+    const int first = uniform(work_at<L>(it)->row);
+    return {it, uniform(tiles_of<COLS>(*work_at<L>(it), L::rows)), first + 64 * wg, first + in_block, n};
+}
+
+/* Rotates columns 128 .. 191 of a warpgroup's queries of piece w where they lie: a thread takes half of a row. */
 template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
-__device__ __forceinline__ int queries(const params &p, int it, uint32_t n)
+__device__ __forceinline__ void rotate_queries(const params &p, const struct piece &w, int wg)
+{
+    typedef layout<DQK, DV, COLS, STAGES, GROUPS> L;
+    const uint32_t base = pool_at(), r = threadIdx.x % 128 / 2, half = threadIdx.x % 2, at = base + 2 * L::rows * 128 + wg * 64 * 128 + r * 128;
+    const int64_t token = (int64_t)work_at<L>(w.it)->first + w.row0 + r;
+    const int64_t angle = (int64_t)__ldg(p.position + (token < p.n ? token : p.n - 1)) * 32 + half * 16; /* rows behind the sequence: any */
+    float4 c[4], s[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        c[i] = __ldg((const float4 *)(p.cos + angle) + i);
+        s[i] = __ldg((const float4 *)(p.sin + angle) + i);
+    }
+    barrier_wait(barriers<STAGES>{base + L::bar_from}.q_full(), w.it & 1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t x = at + ((half * 4 + i) ^ r % 8) * 16;
+        const float cs[4] = {c[i].x, c[i].y, c[i].z, c[i].w}, sn[4] = {s[i].x, s[i].y, s[i].z, s[i].w};
+        uint32_t v[4];
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(x) : "memory");
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[j] = pack(fmaf(low_of(v[j]), cs[j], -(high_of(v[j]) * sn[j])), fmaf(low_of(v[j]), sn[j], high_of(v[j]) * cs[j]));
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(x), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+    }
+    asm volatile("fence.proxy.async.shared::cta;\nbar.sync %0, 128;" ::"r"(wg + 1) : "memory"); /* the tensor cores read what all threads wrote */
+}
+
+/* Asks for the scores of a piece's first tile; of none for those of what lies there, so that no path goes without. */
+template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
+__device__ __forceinline__ void first_scores(float (&s)[COLS / 2], const struct piece &w, int wg, bool none)
 {
     typedef layout<DQK, DV, COLS, STAGES, GROUPS> L;
     const uint32_t base = pool_at();
     const barriers<STAGES> bar = {base + L::bar_from};
-    const int wg = uniform(threadIdx.x / 128), lane = threadIdx.x % 32, in_block = threadIdx.x / 32 * 16 + lane / 4;
-    const int tiles = uniform(tiles_of<COLS>(*work_at<L>(it), L::rows)), first_row = uniform(work_at<L>(it)->row), row0 = first_row + 64 * wg,
-              row = first_row + in_block;
-    const uint32_t x = base + wg * 64 * 128, k0 = base + L::k_from, v0 = base + L::v_from;
-    const bool frees = threadIdx.x % 128 == 0;
-    float o[DV / 2] = {}, s[COLS / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
-    uint32_t w[COLS / 16][4];
-
-    barrier_wait(bar.q_full(), it & 1);
-    barrier_wait(bar.k_full(n), n / STAGES & 1);
+    if (!none) {
+        barrier_wait(bar.q_full(), w.it & 1);
+        barrier_wait(bar.k_full(w.n), w.n / STAGES & 1);
+    }
     hopper::mma_fence();
-    scores<DQK, L::rows, COLS>(s, x, k0 + n % STAGES * L::k);
+    scores<DQK, L::rows, COLS>(s, base + wg * 64 * 128, base + L::k_from + w.n % STAGES * L::k);
     hopper::mma_commit();
+}
+
+/* The sums of a piece whose first scores were asked for. All but the last tile's values are summed when it returns; w holds the last one's weights. */
+template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
+__device__ __forceinline__ void all_tiles(const params &p, const struct piece &at, int wg, float (&s)[COLS / 2], float (&o)[DV / 2],
+                                          uint32_t (&w)[COLS / 16][4], float (&top)[2], float (&sum)[2])
+{
+    typedef layout<DQK, DV, COLS, STAGES, GROUPS> L;
+    const uint32_t base = pool_at(), x = base + wg * 64 * 128, k0 = base + L::k_from, v0 = base + L::v_from;
+    const barriers<STAGES> bar = {base + L::bar_from};
+    const int lane = threadIdx.x % 32;
+    const bool frees = threadIdx.x % 128 == 0;
+    float shrink[2];
     hopper::mma_wait<0>();
     pin(s);
-    if (frees)
-        barrier_arrive(bar.k_empty(n));
-    if (COLS > row0)
-        mask_causal<COLS / 2>(s, row, 0, lane);
+    if (frees) {
+        barrier_arrive(bar.k_empty(at.n));
+        if (at.tiles == 1)
+            barrier_arrive(bar.q_empty());
+    }
+    if (COLS > at.row0)
+        mask_causal<COLS / 2>(s, at.row, 0, lane);
     softmax_step<COLS / 2>(s, top, sum, shrink, p.scale_log2);
     pack_all<COLS / 2>(w, s);
     constexpr bool turns = DQK <= 128; /* with more work in a product than in its exponentials they find their own rhythm */
-    for (int t = 1; t < tiles; t++) {
-        const uint32_t i = n + t;
+    for (int t = 1; t < at.tiles; t++) {
+        const uint32_t i = at.n + t;
         barrier_wait(bar.k_full(i), i / STAGES & 1);
         if (turns)
             turn_take(wg);
@@ -213,10 +339,13 @@ __device__ __forceinline__ int queries(const params &p, int it, uint32_t n)
             turn_give((wg + 1) % GROUPS);
         hopper::mma_wait<1>();
         pin(s);
-        if (frees)
+        if (frees) {
             barrier_arrive(bar.k_empty(i));
-        if ((t + 1) * COLS > row0)
-            mask_causal<COLS / 2>(s, row, t * COLS, lane);
+            if (t + 1 == at.tiles) /* the next queries are on their way while the last exponentials are taken */
+                barrier_arrive(bar.q_empty());
+        }
+        if ((t + 1) * COLS > at.row0)
+            mask_causal<COLS / 2>(s, at.row, t * COLS, lane);
         softmax_step<COLS / 2>(s, top, sum, shrink, p.scale_log2);
         hopper::mma_wait<0>();
         pin(o);
@@ -227,39 +356,53 @@ __device__ __forceinline__ int queries(const params &p, int it, uint32_t n)
             o[j] *= shrink[j >> 1 & 1];
         pack_all<COLS / 2>(w, s);
     }
-    if (frees)
-        barrier_arrive(bar.q_empty());
-    const uint32_t last = n + tiles - 1;
-    barrier_wait(bar.v_full(last), last / STAGES & 1);
-    hopper::mma_fence();
-    weighted_sum<DV, COLS>(o, w, v0 + last % STAGES * L::v);
-    hopper::mma_commit();
-    hopper::mma_wait<0>();
-    pin(o);
-    if (frees)
-        barrier_arrive(bar.v_empty(last));
-    queries_out<DV>(p, *work_at<L>(it), o, top, sum, row, lane);
-    return tiles;
 }
 
+/* The scores of the next piece's first tile are computed while the sums of this one go out. */
 template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
 __device__ __forceinline__ void consume(const params &p)
 {
     typedef layout<DQK, DV, COLS, STAGES, GROUPS> L;
-    const barriers<STAGES> bar = {pool_at() + L::bar_from};
-    const int wg = uniform(threadIdx.x / 128);
-    uint32_t n = 0;
+    const uint32_t base = pool_at();
+    const barriers<STAGES> bar = {base + L::bar_from};
+    const int wg = uniform(threadIdx.x / 128), lane = threadIdx.x % 32, in_block = threadIdx.x / 32 * 16 + lane / 4;
+    float s[COLS / 2];
     if (DQK <= 128 && wg == GROUPS - 1)
         turn_give(0);
-    for (int it = 0;; it++) {
-        barrier_wait(bar.work_full(it), it / 2 & 1);
-        if (uniform(work_at<L>(it)->head) < 0)
-            break;
-        n += queries<DQK, DV, COLS, STAGES, GROUPS>(p, it, n);
+    barrier_wait(bar.work_full(0), 0);
+    bool more = uniform(work_at<L>(0)->head) >= 0;
+    struct piece at = piece_of<COLS, L>(0, 0, wg, in_block);
+    if (in_parts<DQK> && p.cos != NULL && more)
+        rotate_queries<DQK, DV, COLS, STAGES, GROUPS>(p, at, wg);
+    first_scores<DQK, DV, COLS, STAGES, GROUPS>(s, at, wg, !more);
+    while (more) {
+        float o[DV / 2] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+        uint32_t w[COLS / 16][4];
+        all_tiles<DQK, DV, COLS, STAGES, GROUPS>(p, at, wg, s, o, w, top, sum);
+        const uint32_t last = at.n + at.tiles - 1;
+        barrier_wait(bar.v_full(last), last / STAGES & 1);
+        hopper::mma_fence();
+        weighted_sum<DV, COLS>(o, w, base + L::v_from + last % STAGES * L::v);
+        hopper::mma_commit();
+        const struct work now = *work_at<L>(at.it);
+        const int row = at.row;
+        barrier_wait(bar.work_full(at.it + 1), (at.it + 1) / 2 & 1);
+        more = uniform(work_at<L>(at.it + 1)->head) >= 0;
+        at = piece_of<COLS, L>(at.it + 1, last + 1, wg, in_block);
+        if (in_parts<DQK> && p.cos != NULL && more)
+            rotate_queries<DQK, DV, COLS, STAGES, GROUPS>(p, at, wg);
+        hopper::mma_wait<0>();
+        pin(o);
+        if (threadIdx.x % 128 == 0)
+            barrier_arrive(bar.v_empty(last));
+        first_scores<DQK, DV, COLS, STAGES, GROUPS>(s, at, wg, !more);
+        queries_out<DQK, DV>(p, now, o, top, sum, row, lane);
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            barrier_arrive(bar.work_empty(it));
+            barrier_arrive(bar.work_empty(at.it - 1));
     }
+    hopper::mma_wait<0>();
+    pin(s);
     if (DQK <= 128 && wg == 0)
         turn_take(0); /* what the last one gave last */
 }
@@ -326,6 +469,19 @@ void order_for(params *p, const struct rt_attn_shape *s, int rows, const struct 
     p->pairs = (int)(fit < 1 ? 1 : fit < all ? fit : all);
 }
 
+/* Codes and scales of the rows that rt_act_rows adds. */
+enum rt_status zero_added(struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err)
+{
+    const int64_t n = a->s.n, rows = rt_act_rows(n), cols = (int64_t)a->s.nh * a->s.dv;
+    enum rt_status st = RT_OK;
+    if (rows == n)
+        return RT_OK;
+    RT_CUDA_TRY(cudaMemsetAsync((char *)a->oq.data + n * cols, 0, (size_t)((rows - n) * cols), q->stream));
+    RT_CUDA_TRY(cudaMemset2DAsync(a->oq.scale + n, (size_t)rows * sizeof(float), 0, (size_t)(rows - n) * sizeof(float), (size_t)(cols / QBLOCK), q->stream));
+out:
+    return st;
+}
+
 template <int DQK, int DV, int COLS, int STAGES, int GROUPS>
 enum rt_status launch(struct rt_queue *q, const struct rt_attn_fwd_args *a, struct rt_err *err)
 {
@@ -339,9 +495,16 @@ enum rt_status launch(struct rt_queue *q, const struct rt_attn_fwd_args *a, stru
     seqs.dev = NULL;
     p.ticket = NULL;
     p.n = s->n, p.o = (bf16 *)a->o, p.lse = a->lse, p.nh = s->nh, p.group = s->nh / s->nkv, p.dv = s->dv;
+    p.cos = a->cos, p.sin = a->sin, p.position = a->position;
+    p.code = (uint8_t *)a->oq.data, p.code_scale = a->oq.scale, p.scale_ld = rt_act_rows(s->n), p.pow2 = a->pow2;
     p.scale_log2 = (float)(s->scale * 1.4426950408889634);
     RT_TRY(attn_map(q, &m.q, a->q, s->n, s->nh, s->dqk, a->q_ld, a->q_head, L::rows, err));
-    RT_TRY(attn_map(q, &m.k, a->k, s->n, s->nkv, s->dqk, a->k_ld, a->k_head, COLS, err));
+    RT_TRY(attn_map(q, &m.k, a->k, s->n, s->nkv, in_parts<DQK> ? 128 : s->dqk, a->k_ld, a->k_head, COLS, err));
+    if constexpr (in_parts<DQK>) {
+        p.k_shared = a->k_pe != NULL;
+        RT_TRY(p.k_shared ? attn_map(q, &m.k_last, a->k_pe, s->n, 1, a->dr, a->k_pe_ld, a->k_pe_ld, COLS, err)
+                          : attn_map(q, &m.k_last, (const bf16 *)a->k + 128, s->n, s->nkv, s->dqk - 128, a->k_ld, a->k_head, COLS, err));
+    }
     RT_TRY(attn_map(q, &m.v, a->v, s->n, s->nkv, s->dv, a->v_ld, a->v_head, COLS, err));
     RT_TRY(rt_cuda_seqs_make(q, s, L::rows, &seqs, &n_tile, err));
     p.n_tile = (int)n_tile;
@@ -352,7 +515,9 @@ enum rt_status launch(struct rt_queue *q, const struct rt_attn_fwd_args *a, stru
                                               L::bytes), "cudaFuncSetAttribute", err));
     blocks = n_tile * s->nh < q->dev->sm_count ? n_tile * s->nh : q->dev->sm_count;
     attn_fwd_sm90_kernel<DQK, DV, COLS, STAGES, GROUPS><<<(unsigned)blocks, L::threads, L::bytes, q->stream>>>(p, m, seqs);
-    st = rt_cuda_launched("attn_fwd_sm90", err);
+    RT_TRY(rt_cuda_launched("attn_fwd_sm90", err));
+    if (p.code != NULL)
+        RT_TRY(zero_added(q, a, err));
 out:
     rt_cuda_temp_free(q, p.ticket);
     rt_cuda_temp_free(q, (void *)seqs.dev);
@@ -366,6 +531,12 @@ enum rt_status rt_cuda_attn_fwd_hopper(struct rt_queue *q, const struct rt_attn_
     const struct rt_attn_shape *s = &a->s;
     *done = q->dev->encode_map != NULL && s->dqk <= 192 && s->dv <= 128 && aligned16(a->q, a->q_ld, a->q_head, s->dqk) &&
             aligned16(a->k, a->k_ld, a->k_head, s->dqk) && aligned16(a->v, a->v_ld, a->v_head, s->dv) && aligned16(a->o, 0, 0, s->dv);
+    if (a->k_pe != NULL)
+        *done = *done && s->dqk - a->dr == 128 && aligned16(a->k_pe, a->k_pe_ld, 0, a->dr);
+    if (a->cos != NULL)
+        *done = *done && s->dqk == 192 && a->dr == 64 && aligned16(a->cos, 0, 0, 0) && aligned16(a->sin, 0, 0, 0);
+    if (a->oq.data != NULL)
+        *done = *done && s->dqk > 128 && s->dv == QBLOCK && aligned16(a->oq.data, 0, 0, s->dv);
     if (!*done)
         return RT_OK;
     /* Small heads: exponentials count for more, and there are registers for a third warpgroup; unless sequences are so short that its rows cost more

@@ -1,5 +1,5 @@
 /* What MLA does to heads: rope in place, and keys put together from two parts. */
-#include "core/cuda/cuda.h"
+#include "core/cuda/attn.h"
 #include "core/cuda/rows.cuh"
 
 namespace {
@@ -29,8 +29,8 @@ __device__ __forceinline__ uint4 turn_pairs(const uint4 &v, const float (&c)[4],
     unpack(v, x);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        y[2 * i] = x[2 * i] * c[i] - x[2 * i + 1] * s[i];
-        y[2 * i + 1] = x[2 * i] * s[i] + x[2 * i + 1] * c[i];
+        y[2 * i] = fmaf(x[2 * i], c[i], -(x[2 * i + 1] * s[i])); /* the same bits as in attn_fwd_sm90.cu */
+        y[2 * i + 1] = fmaf(x[2 * i], s[i], x[2 * i + 1] * c[i]);
     }
     return pack(y);
 }
@@ -113,10 +113,10 @@ __global__ void __launch_bounds__(THREADS) rope_slow_kernel(const __grid_constan
 }
 
 struct concat {
-    const bf16 *kv, *k_pe;
-    bf16 *k;
-    int64_t n, k_pe_ld;
-    int nh, dn, dr, dv, heads_once;
+    const bf16 *k, *k_pe;
+    bf16 *out;
+    int64_t n, k_ld, k_head, k_pe_ld;
+    int heads, dn, dr, heads_once;
 };
 
 /* Unit: uint4 or bf16; all widths and ld count units. A block takes a token, a thread one unit of every heads_once-th head. */
@@ -125,28 +125,29 @@ __global__ void __launch_bounds__(1024) concat_kernel(const __grid_constant__ st
 {
     const int width = p.dn + p.dr, c = (int)threadIdx.x % width;
     const int64_t t = blockIdx.x;
-    const Unit *kv = (const Unit *)p.kv + t * p.nh * (p.dn + p.dv) + c;
-    Unit *k = (Unit *)p.k + t * p.nh * width + c;
+    const Unit *k = (const Unit *)p.k + t * p.k_ld + c;
+    Unit *out = (Unit *)p.out + t * p.heads * width + c;
     Unit pe = Unit();
     if (c >= p.dn)
         pe = ((const Unit *)p.k_pe)[t * p.k_pe_ld + c - p.dn];
-    for (int h0 = (int)threadIdx.x / width; h0 < p.nh; h0 += AT_ONCE * p.heads_once) {
+    for (int h0 = (int)threadIdx.x / width; h0 < p.heads; h0 += AT_ONCE * p.heads_once) {
         Unit v[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             const int h = h0 + i * p.heads_once;
-            v[i] = c < p.dn && h < p.nh ? kv[h * (p.dn + p.dv)] : pe;
+            v[i] = c < p.dn && h < p.heads ? k[h * p.k_head] : pe;
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (h0 + i * p.heads_once < p.nh)
-                k[(h0 + i * p.heads_once) * width] = v[i];
+            if (h0 + i * p.heads_once < p.heads)
+                out[(h0 + i * p.heads_once) * width] = v[i];
     }
 }
 
 bool concat_vectors(const struct concat &p)
 {
-    return p.dn % VEC == 0 && p.dr % VEC == 0 && p.dv % VEC == 0 && p.k_pe_ld % VEC == 0 && aligned16(p.kv) && aligned16(p.k_pe) && aligned16(p.k);
+    return p.dn % VEC == 0 && p.dr % VEC == 0 && p.k_ld % VEC == 0 && p.k_head % VEC == 0 && p.k_pe_ld % VEC == 0 && aligned16(p.k) &&
+           aligned16(p.k_pe) && aligned16(p.out);
 }
 
 }
@@ -186,35 +187,37 @@ enum rt_status rt_cuda_rope(struct rt_dev *, struct rt_queue *q, const struct rt
     return rt_cuda_launched("rope", err);
 }
 
-enum rt_status rt_cuda_mla_concat_k(struct rt_dev *, struct rt_queue *q, const struct rt_mla_concat_k_args *a, struct rt_err *err)
+enum rt_status rt_cuda_attn_keys(struct rt_queue *q, const struct rt_attn_fwd_args *a, void *k, struct rt_err *err)
 {
     struct concat p = {};
-    p.kv = (const bf16 *)a->kv;
+    p.k = (const bf16 *)a->k;
     p.k_pe = (const bf16 *)a->k_pe;
-    p.k = (bf16 *)a->k;
-    p.n = a->n;
-    p.k_pe_ld = ld_or(a->k_pe_ld, a->dr);
-    p.nh = a->nh;
-    p.dn = a->dn;
+    p.out = (bf16 *)k;
+    p.n = a->s.n;
+    p.k_ld = a->k_ld;
+    p.k_head = a->k_head;
+    p.k_pe_ld = a->k_pe_ld;
+    p.heads = a->s.nkv;
+    p.dn = a->s.dqk - a->dr;
     p.dr = a->dr;
-    p.dv = a->dv;
-    if (a->n <= 0)
+    if (p.n <= 0)
         return RT_OK;
     const bool vectors = concat_vectors(p);
     if (vectors) {
         p.dn /= VEC;
         p.dr /= VEC;
-        p.dv /= VEC;
+        p.k_ld /= VEC;
+        p.k_head /= VEC;
         p.k_pe_ld /= VEC;
     }
     const int width = p.dn + p.dr;
-    if (a->n > INT32_MAX || width < 1 || width > 1024)
-        return rt_fail(err, RT_SHAPE, "mla_concat_k: %lld rows, heads of %d + %d", (long long)a->n, a->dn, a->dr);
-    p.heads_once = 384 / width < 1 ? 1 : 384 / width > p.nh ? p.nh : 384 / width;
+    if (width > 1024)
+        return rt_fail(err, RT_UNSUPPORTED, "attn_fwd: keys of %d + %d elements", a->s.dqk - a->dr, a->dr);
+    p.heads_once = 384 / width < 1 ? 1 : 384 / width > p.heads ? p.heads : 384 / width;
     const unsigned threads = (unsigned)(width * p.heads_once);
     if (vectors)
-        concat_kernel<uint4><<<(unsigned)a->n, threads, 0, q->stream>>>(p);
+        concat_kernel<uint4><<<(unsigned)p.n, threads, 0, q->stream>>>(p);
     else
-        concat_kernel<unsigned short><<<(unsigned)a->n, threads, 0, q->stream>>>(p);
-    return rt_cuda_launched("mla_concat_k", err);
+        concat_kernel<unsigned short><<<(unsigned)p.n, threads, 0, q->stream>>>(p);
+    return rt_cuda_launched("attn_fwd: keys of two parts", err);
 }

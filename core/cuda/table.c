@@ -50,7 +50,6 @@ const struct rt_backend rt_backend_cuda = {
     .quant = rt_cuda_quant,
     .rope = rt_cuda_rope,
     .swiglu_fwd = rt_cuda_swiglu_fwd,
-    .mla_concat_k = rt_cuda_mla_concat_k,
     .route = rt_cuda_route,
     .moe_sort = rt_cuda_moe_sort,
     .cache_put = rt_cuda_cache_put,

@@ -54,10 +54,17 @@ REF_OP(attn_fwd)
     double *p = NULL, *sum = NULL;
     int64_t longest;
     const struct rt_attn_shape *s = &a->s;
-    const struct view q = view_of(a->q, a->q_ld, a->q_head, s->nh, s->dqk), k = view_of(a->k, a->k_ld, a->k_head, s->nkv, s->dqk),
-                      v = view_of(a->v, a->v_ld, a->v_head, s->nkv, s->dv), o = view_of(a->o, 0, 0, s->nh, s->dv);
+    const int dr = a->k_pe != NULL ? a->dr : 0, dn = s->dqk - dr;
+    const struct view q = view_of(a->q, a->q_ld, a->q_head, s->nh, s->dqk), k = view_of(a->k, a->k_ld, a->k_head, s->nkv, dn),
+                      v = view_of(a->v, a->v_ld, a->v_head, s->nkv, s->dv), o = view_of(a->o, 0, 0, s->nh, s->dv),
+                      pe = view_of(a->k_pe, a->k_pe_ld, 0, 1, dr);
 
     RT_TRY(check_shape(s, "attn_fwd", &longest, err));
+    if (dr < 0 || dn < 1)
+        RT_FAIL(err, SHAPE, "attn_fwd: %d elements of a key of %d lie apart", dr, s->dqk);
+    if (a->cos != NULL)
+        RT_TRY(REF(rope)(dev, queue, &(const struct rt_rope_args){.x = at(q, 0, 0) + (s->dqk - a->dr), .ld = q.ld, .head_ld = q.head, .cos = a->cos,
+                         .sin = a->sin, .position = a->position, .n = s->n, .heads = s->nh, .dim = a->dr, .interleaved = true}, err));
     RT_TRY(rt_alloc((size_t)longest, sizeof *p, "a row of scores", &p, err));
     RT_TRY(rt_alloc((size_t)s->dv, sizeof *sum, "a row of sums", &sum, err));
     for (int64_t i_seq = 0; i_seq < s->n_seq; i_seq++)
@@ -67,7 +74,7 @@ REF_OP(attn_fwd)
             for (int64_t i = first; i < end; i++) {
                 const int64_t m = i - first + 1;
                 for (int64_t j = 0; j < m; j++)
-                    p[j] = s->scale * ref_dot(at(q, i, h), at(k, first + j, hk), s->dqk);
+                    p[j] = s->scale * (ref_dot(at(q, i, h), at(k, first + j, hk), dn) + ref_dot(at(q, i, h) + dn, at(pe, first + j, 0), dr));
                 const double lse = softmax(p, m);
                 if (a->lse != NULL)
                     a->lse[h * s->n + i] = (float)lse;
@@ -79,6 +86,8 @@ REF_OP(attn_fwd)
                     at(o, i, h)[d] = (real)sum[d];
             }
         }
+    if (a->oq.data != NULL)
+        st = REF(quant)(dev, queue, &(const struct rt_quant_args){.x = a->o, .q = a->oq, .n = s->n, .cols = (int64_t)s->nh * s->dv, .pow2 = a->pow2}, err);
 out:
     rt_free(p);
     rt_free(sum);
@@ -155,18 +164,6 @@ out:
     rt_free(w.dk);
     rt_free(w.dv);
     return st;
-}
-
-REF_OP(mla_concat_k)
-{
-    const int64_t pe_ld = ref_ld(a->k_pe_ld, a->dr);
-    for (int64_t t = 0; t < a->n; t++)
-        for (int h = 0; h < a->nh; h++) {
-            real *k = (real *)a->k + (t * a->nh + h) * (a->dn + a->dr);
-            memcpy(k, (const real *)a->kv + (t * a->nh + h) * (a->dn + a->dv), (size_t)a->dn * sizeof *k);
-            memcpy(k + a->dn, (const real *)a->k_pe + t * pe_ld, (size_t)a->dr * sizeof *k);
-        }
-    return RT_OK;
 }
 
 static enum rt_status check_places(const char *op, const int32_t *slot, const int32_t *pos, int64_t n, int64_t capacity,
