@@ -44,6 +44,16 @@ endif
 # PORTABLE=1: a program for machines that lack these libraries.
 LIBS := $(if $(PORTABLE),-Wl$(comma)-Bstatic) -lopenblas -lmsgpackc -lpcre2-8 -lutf8proc -ljansson -lz $(if $(PORTABLE),-Wl$(comma)-Bdynamic) $(CUDA_LIBS) -lm
 
+# What was compiled or linked with other options is made again; warnings that are errors make no difference to what comes out.
+COMPILED := $(filter-out -Werror all-warnings,$(CC) $(CPPFLAGS) $(BASE) $(KERNEL) $(CFLAGS) $(NVCC) $(NVFLAGS))
+LINKED := $(CC) $(LDFLAGS_$(MODE)) $(LDFLAGS) $(LIBS)
+stamp = @mkdir -p $(@D); echo '$(subst ','\'',$1)' | cmp -s - $@ || echo '$(subst ','\'',$1)' >$@
+.PHONY: always
+$(B)/compile.flags: always
+	$(call stamp,$(COMPILED))
+$(B)/link.flags: always
+	$(call stamp,$(LINKED))
+
 LIB_SRC := $(wildcard core/*.c core/ref/*.c core/cpu/*.c formats/*.c teacher/*.c student/*.c) \
            $(filter-out distill/main.c,$(wildcard distill/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o)
@@ -55,6 +65,7 @@ TEST_OBJ := $(TEST_SRC:%.c=$(B)/%.o)
 BENCH_SRC := $(wildcard bench/*.c)
 BENCH_BIN := $(BENCH_SRC:bench/%.c=$(B)/bench_%)
 
+.DEFAULT_GOAL := all
 .PHONY: all help deps demo demo-crossing test check check-gpu check-asan fuzz oracle bench install uninstall clean
 all: deps $(B)/retort ## build the program (default)
 
@@ -69,15 +80,15 @@ $(B)/core/cpu/%.o: BASE += $(KERNEL)
 $(B)/core/backend.o: BASE += $(if $(NVCC),-DRT_CUDA)
 $(B)/tests/%.o $(B)/bench/%.o: BASE += $(if $(NVCC),-DRT_CUDA -isystem $(CUDA_HOME)/include)
 $(B)/core/cuda/%.o: BASE += -isystem $(CUDA_HOME)/include
-$(B)/core/cuda/%.cu.o: core/cuda/%.cu | deps
+$(B)/core/cuda/%.cu.o: core/cuda/%.cu $(B)/compile.flags | deps
 	@mkdir -p $(@D)
 	$(if $(V),,@echo '  NVCC $<')
 	$(Q)$(NVCC) $(CPPFLAGS) $(NVFLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
-$(B)/core/ref/%.64.o: core/ref/%.c | deps
+$(B)/core/ref/%.64.o: core/ref/%.c $(B)/compile.flags | deps
 	@mkdir -p $(@D)
 	$(if $(V),,@echo '  CC $< (double)')
 	$(Q)$(CC) $(CPPFLAGS) $(BASE) -DRT_REF_REAL64 $(CFLAGS) -MMD -MP -c $< -o $@
-$(B)/%.o: %.c | deps
+$(B)/%.o: %.c $(B)/compile.flags | deps
 	@mkdir -p $(@D)
 	$(if $(V),,@echo '  CC $<')
 	$(Q)$(CC) $(CPPFLAGS) $(BASE) $(CFLAGS) -MMD -MP -c $< -o $@
@@ -86,9 +97,9 @@ $(B)/libretort.a: $(LIB_OBJ)
 	@rm -f $@
 	$(Q)ar rcs $@ $^
 
-$(B)/retort: $(B)/distill/main.o $(B)/libretort.a
+$(B)/retort: $(B)/distill/main.o $(B)/libretort.a $(B)/link.flags
 	$(if $(V),,@echo '  LD $@')
-	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $(filter-out %.flags,$^) $(LIBS) -o $@
 
 # One RT_SUITE(name) in each tests/test_*.c; the runner's list is made from them.
 $(B)/tests/suites.inc: $(TEST_SRC)
@@ -100,9 +111,9 @@ $(B)/tests/main.o: $(B)/tests/suites.inc
 # What asks for memory goes through tests/fault_alloc.c.
 WRAP := malloc calloc realloc posix_memalign aligned_alloc strdup free mmap deflateInit2_ inflateInit_ pthread_create \
         $(addprefix pcre2_,compile_8 compile_context_create_8 match_context_create_8 match_data_create_8 jit_stack_create_8)
-$(B)/retort-tests: $(TEST_OBJ) $(B)/libretort.a
+$(B)/retort-tests: $(TEST_OBJ) $(B)/libretort.a $(B)/link.flags
 	$(if $(V),,@echo '  LD $@')
-	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $(WRAP:%=-Wl$(comma)--wrap=%) $^ -lcmocka $(LIBS) -o $@
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $(WRAP:%=-Wl$(comma)--wrap=%) $(filter-out %.flags,$^) -lcmocka $(LIBS) -o $@
 
 test: deps $(B)/retort $(B)/retort-tests ## everything that needs no GPU; ends with `N passed, N failed`
 	@sh tests/run.sh $(B)
@@ -130,9 +141,9 @@ oracle: deps $(B)/retort-tests ## CASES="DIR ..." [TOKENIZERS="NAME=DIR ..." TOK
 	@$(B)/retort-tests --oracle --cases "$(CASES)" --tokenizers "$(TOKENIZERS)" --tokenizer-cases "$(TOKENIZER_CASES)" \
 	    --backends "$(if $(BACKENDS),$(BACKENDS),ref cpu)"
 
-$(B)/bench_%: $(B)/bench/%.o $(B)/libretort.a
+$(B)/bench_%: $(B)/bench/%.o $(B)/libretort.a $(B)/link.flags
 	$(if $(V),,@echo '  LD $@')
-	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $^ $(LIBS) -o $@
+	$(Q)$(CC) -pthread $(LDFLAGS_$(MODE)) $(LDFLAGS) $(filter-out %.flags,$^) $(LIBS) -o $@
 bench: deps $(B)/retort $(BENCH_BIN) ## speed against OpenBLAS sgemm, memory, bytes a token
 	@sh bench/run.sh $(B)
 
