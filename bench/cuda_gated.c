@@ -1,5 +1,5 @@
 /* A student's MLP on the GPU: our own products against the library's, in turns of 0.3 s each (the card runs at its power limit then), after a comparison of
- * the results. With the gating in them: against the product and the operation behind it.
+ * the results. With the gating in them: against the product and the operation behind it. plain: against what was chosen by measurements, which may be ours.
  *
  *     bench_cuda_gated [forward|backward|plain] [0.5b] [1.5b] [7b]          forward, all of them without an argument
  */
@@ -237,7 +237,7 @@ static enum rt_status product(struct mlp *m, const char *name, struct rt_cuda_ge
         for (int way = 0; way < 2; way++) {
             RT_TRY(turn(m, way == 0 ? by_library : by_own, 0.3, &ms, err));
             base = way == 0 ? ms : base;
-            printf("  %-24s %-10s %8.4f ms  %6.1f TFLOP/s  %5.3f of the library's\n", name, way == 0 ? "library" : "own", ms,
+            printf("  %-24s %-10s %8.4f ms  %6.1f TFLOP/s  %5.3f of the choice's\n", name, way == 0 ? "choice" : "own", ms,
                    2.0 * (double)g.m * (double)g.n * (double)g.k / ms * 1e-9, ms / base);
         }
     fflush(stdout);
