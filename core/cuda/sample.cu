@@ -1,13 +1,15 @@
 /* sample: a token from each row of logits, by the rule of core/sampler.h. Contract: core/backend.h.
  *
- * A block has a row. Weights are whole numbers (2^42 for the greatest logit), so that sums do not depend on their order and atomics on them
- * change nothing. It reads its row: for the maximum and the sum at T = 1; for a histogram of weights by their distance from the maximum, in which top_p
- * ends somewhere; for a finer one of the bucket where it does. What is kept is mostly a few ids: these go to a list. Where they are too many, the
- * row itself is walked on. The last steps look for the place where a running sum passes a number: by sixteenths, a warp each.
+ * Weights are whole numbers (2^42 for the greatest logit), so that sums do not depend on their order and atomics on them change nothing. A row is
+ * shared out by the blocks of a cluster (where there are none, or few ids: one block has it), each of which holds its share in shared memory, if it
+ * fits there: device memory is read once. It is walked along for the maximum; for the sum at T = 1 and a histogram of weights by their distance
+ * from the maximum, in which top_p ends somewhere; for a finer one of the bucket where it does. The last steps look for the place where a running
+ * sum passes a number: the blocks' sums say in whose share, and there it is found by sixteenths, a warp each.
  */
 #include <cfloat>
 
 #include "core/cuda/cuda.h"
+#include "core/cuda/launch.cuh"
 
 namespace {
 
@@ -15,16 +17,19 @@ enum {
     THREADS = 512, WARPS = THREADS / 32, AHEAD = 4 /* vectors that a thread reads at once */,
     ONE = 42 /* the greatest weight is 2^ONE */,
     REACH = 32 /* a weight of e^-30 is 0 */, PER_UNIT = 64, BUCKETS = REACH * PER_UNIT, FINER = BUCKETS,
-    LIST = 1024, LARGEST = 1 << 21 /* ids: their weights add up to less than 2^63 */
+    BLOCKS = 8 /* of a row, where it has MANY ids */, MANY = 8192,
+    LARGEST = 1 << 21 /* ids: their weights add up to less than 2^63 */
 };
+static_assert(BUCKETS / BLOCKS <= THREADS && BUCKETS % THREADS == 0, "a thread has whole buckets of a slice");
 
 typedef unsigned long long u64;
 
 struct work {
     const float *z;
     int64_t ld;
-    int n_ids;
+    int n_ids, share; /* share: ids of a block, a multiple of 4 */
     bool wide; /* rows are 16-byte aligned */
+    bool held; /* shares lie in shared memory */
     float steps; /* buckets for a unit of logits: PER_UNIT / T; 0: greedy */
     float rate;  /* log2(e) / T */
     double top_p;
@@ -35,55 +40,131 @@ struct work {
     float *logprob;
 };
 
+/* Sums of 64 bits by two additions of 32: only these are the hardware's own. */
+struct histogram {
+    uint32_t low[BUCKETS], high[BUCKETS];
+};
+
 struct shared {
-    u64 mass[BUCKETS];
+    struct histogram mass[2]; /* by distance; the finer one */
+    /* what the other blocks of the row read */
+    float top, sum; /* maximum; sum of e^(z - max) */
+    int at;
+    u64 all, kept, slice[2], before[2];
+    int bucket[2];
+    /* this block's */
+    float warp_sum[WARPS];
+    int warp_at[WARPS];
     u64 warp[WARPS];
-    float max[WARPS], sum[WARPS];
-    int at[WARPS], bad[WARPS];
-    int list[LIST];
-    int count, found;
-    u64 before, passed;
+    int found;
+    u64 passed;
 };
 
-/* Where the kept ids end: a bucket, a finer one in it, and in that an id. */
-struct cut {
-    int bucket, finer, id; /* bucket BUCKETS: nowhere */
-};
-
-/* f(id, logit) for this thread's share of the row, ids ascending. */
-template <class F>
-__device__ __forceinline__ void for_share(const work &w, const float *z, F f)
+/* The same place in block `rank` of the row. */
+template <int C, class T>
+__device__ __forceinline__ const T *peer(const T *p, int rank)
 {
-    const int whole = w.wide ? w.n_ids / 4 * 4 : 0;
+#if __CUDA_ARCH__ >= 900
+    if constexpr (C > 1)
+        return (const T *)__cluster_map_shared_rank(p, rank);
+#endif
+    return p;
+}
+
+/* All blocks of the row. */
+template <int C>
+__device__ __forceinline__ void row_sync()
+{
+#if __CUDA_ARCH__ >= 900
+    if constexpr (C > 1) {
+        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
+/* f(i, array of logits) for this thread's part of the block's share z [n], ascending, four at a time where that can be; and
+ * a copy of it. */
+template <class F>
+__device__ __forceinline__ void for_groups(const float *z, int n, bool wide, F f, float *copy)
+{
+    const int whole = wide ? n / 4 * 4 : 0;
     for (int v = threadIdx.x * 4; v < whole; v += THREADS * 4 * AHEAD) {
         float4 q[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
             if (v + THREADS * 4 * u < whole)
-                q[u] = __ldcg((const float4 *)(const void *)(z + v + THREADS * 4 * u));
+                q[u] = *(const float4 *)(const void *)(z + v + THREADS * 4 * u);
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
-            const int id = v + THREADS * 4 * u;
-            if (id < whole) {
-                f(id, q[u].x);
-                f(id + 1, q[u].y);
-                f(id + 2, q[u].z);
-                f(id + 3, q[u].w);
+            const int i = v + THREADS * 4 * u;
+            if (i < whole) {
+                if (copy != NULL)
+                    *(float4 *)(void *)(copy + i) = q[u];
+                const float x[4] = {q[u].x, q[u].y, q[u].z, q[u].w};
+                f(i, x);
             }
         }
     }
-    for (int id = whole + threadIdx.x; id < w.n_ids; id += THREADS)
-        f(id, z[id]);
+    for (int i = whole + threadIdx.x; i < n; i += THREADS) {
+        const float x[1] = {z[i]};
+        if (copy != NULL)
+            copy[i] = x[0];
+        f(i, x);
+    }
 }
 
-/* Both follow from the logit and the maximum alone, the same in every pass. */
-__device__ __forceinline__ u64 weight_of(const work &w, float z, float max)
+/* f(i, logit) for each. */
+template <class F>
+__device__ __forceinline__ void for_share(const float *z, int n, bool wide, F f, float *copy = NULL)
 {
-    return __float2ull_rz(exp2f((z - max) * w.rate) * (float)(1ull << ONE));
+    for_groups(z, n, wide, [&](int i, const auto &x) {
+#pragma unroll
+        for (int j = 0; j < (int)(sizeof x / sizeof x[0]); j++)
+            f(i + j, x[j]);
+    }, copy);
 }
-__device__ __forceinline__ float place_of(const work &w, float z, float max)
+
+__device__ __forceinline__ float fmax_nan(float a, float b)
 {
-    return (max - z) * w.steps;
+    return isnan(a) || isnan(b) ? NAN : fmaxf(a, b);
+}
+
+__device__ __forceinline__ float power2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* Both follow from the distance of a logit from the maximum alone, the same in every pass. */
+__device__ __forceinline__ u64 weight_of(const work &w, float below)
+{
+    return __float2ull_rz(power2(fmaf(below, -w.rate, (float)ONE)));
+}
+__device__ __forceinline__ float place_of(const work &w, float below)
+{
+    return below * w.steps;
+}
+__device__ __forceinline__ int finer_of(float place, int bucket)
+{
+    return min((int)((place - (float)bucket) * FINER), FINER - 1);
+}
+
+/* The upper half of an addition whose lower half found `was`. */
+__device__ __forceinline__ void carry(struct histogram &h, int bucket, u64 weight, uint32_t was)
+{
+    const uint32_t low = (uint32_t)weight, high = (uint32_t)(weight >> 32) + (was + low < was);
+    if (high != 0)
+        atomicAdd(&h.high[bucket], high);
+}
+__device__ __forceinline__ void add_to(struct histogram &h, int bucket, u64 weight)
+{
+    carry(h, bucket, weight, atomicAdd(&h.low[bucket], (uint32_t)weight));
+}
+__device__ __forceinline__ u64 mass_at(const struct histogram &h, int bucket)
+{
+    return (u64)h.high[bucket] << 32 | h.low[bucket];
 }
 
 /* Sum over the block, to all threads. */
@@ -118,93 +199,143 @@ __device__ u64 block_scan(shared &s, u64 x)
     return x;
 }
 
-struct summary {
-    float max, sum; /* sum of e^(z - max) */
-    int at, bad;    /* of the maximum; of the first logit that is no number, or INT_MAX */
-};
-
-__device__ struct summary merge(const struct summary &a, const struct summary &b)
+/* The share, from id `first` on, to `held`, and its maximum to the row; in most rows that is all. NaN: the row has what is no number. */
+template <int C>
+__device__ float read_share(const work &w, shared &s, const float *z, int n, float *held)
 {
-    struct summary r;
-    const bool first = a.max > b.max || (a.max == b.max && a.at < b.at);
-    r.max = first ? a.max : b.max;
-    r.at = first ? a.at : b.at;
-    r.bad = min(a.bad, b.bad);
-    r.sum = a.sum * exp2f((a.max - r.max) * 1.44269504f) + b.sum * exp2f((b.max - r.max) * 1.44269504f);
-    return r;
+    float top = -FLT_MAX, zero = 0; /* or NaN */
+    for_share(z, n, w.wide, [&](int, float x) {
+        top = fmaxf(top, x);
+        zero = fmaf(x, 0.0f, zero);
+    }, w.held ? held : NULL);
+    top += zero;
+    for (int d = 16; d > 0; d /= 2)
+        top = fmax_nan(top, __shfl_xor_sync(~0u, top, d));
+    if (threadIdx.x % 32 == 0)
+        s.warp_sum[threadIdx.x / 32] = top;
+    __syncthreads();
+    for (int i = 0; i < WARPS; i++)
+        top = fmax_nan(top, s.warp_sum[i]);
+    if (threadIdx.x == 0)
+        s.top = top;
+    row_sync<C>();
+    for (int i = 0; i < C; i++)
+        top = fmax_nan(top, *peer<C>(&s.top, i));
+    return top;
 }
 
-/* Threads in a fixed tree, warps in ascending order. */
-__device__ struct summary summarise(const work &w, shared &s, const float *z)
+/* The row's first id of logit `top`, or where that is NaN the first that is no number. */
+template <int C>
+__device__ int first_of(shared &s, const float *z, int first, int n, bool wide, float top)
 {
-    struct summary r = {-FLT_MAX, 0, INT_MAX, INT_MAX};
-    for_share(w, z, [&](int id, float x) {
-        if (!isfinite(x)) {
-            r.bad = min(r.bad, id);
+    int at = INT_MAX;
+    for_share(z, n, wide, [&](int i, float x) {
+        if (isnan(top) ? !isfinite(x) : x == top)
+            at = min(at, first + i);
+    });
+    for (int d = 16; d > 0; d /= 2)
+        at = min(at, __shfl_xor_sync(~0u, at, d));
+    if (threadIdx.x % 32 == 0)
+        s.warp_at[threadIdx.x / 32] = at;
+    __syncthreads();
+    for (int i = 0; i < WARPS; i++)
+        at = min(at, s.warp_at[i]);
+    if (threadIdx.x == 0)
+        s.at = at;
+    row_sync<C>();
+    for (int i = 0; i < C; i++)
+        at = min(at, *peer<C>(&s.at, i));
+    return at;
+}
+
+/* Sums of the share: s.sum of e^(z - max), in a fixed tree; s.all of weights; and its histogram. */
+__device__ void weigh_share(const work &w, shared &s, const float *z, int n, bool wide, float max)
+{
+    float sum = 0;
+    u64 all = 0;
+    for_groups(z, n, wide, [&](int, const auto &x) {
+        enum { N = sizeof x / sizeof x[0] };
+        u64 weight[N];
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            sum += power2((max - x[j]) * -1.44269504f);
+        if (w.steps == 0)
+            return;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            weight[j] = weight_of(w, max - x[j]);
+        if (w.top_p == 1) {
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                all += weight[j];
             return;
         }
-        if (x > r.max) {
-            r.sum *= exp2f((r.max - x) * 1.44269504f);
-            r.max = x;
-            r.at = id;
-        }
-        r.sum += exp2f((x - r.max) * 1.44269504f);
-    });
-    for (int d = 16; d > 0; d /= 2) {
-        const struct summary other = {__shfl_down_sync(~0u, r.max, d), __shfl_down_sync(~0u, r.sum, d), __shfl_down_sync(~0u, r.at, d),
-                                      __shfl_down_sync(~0u, r.bad, d)};
-        r = merge(r, other);
-    }
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 == 0) {
-        s.max[warp] = r.max;
-        s.sum[warp] = r.sum;
-        s.at[warp] = r.at;
-        s.bad[warp] = r.bad;
-    }
+        uint32_t was[N]; /* additions that wait for each other's results one by one would take most of the time */
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            was[j] = weight[j] > 0 ? atomicAdd(&s.mass[0].low[(int)place_of(w, max - x[j])], (uint32_t)weight[j]) : 0;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            carry(s.mass[0], weight[j] > 0 ? (int)place_of(w, max - x[j]) : 0, weight[j], was[j]);
+    }, NULL);
+    for (int d = 16; d > 0; d /= 2)
+        sum += __shfl_xor_sync(~0u, sum, d);
+    if (threadIdx.x % 32 == 0)
+        s.warp_sum[threadIdx.x / 32] = sum;
     __syncthreads();
-    r = {s.max[0], s.sum[0], s.at[0], s.bad[0]};
-    for (int i = 1; i < WARPS; i++)
-        r = merge(r, {s.max[i], s.sum[i], s.at[i], s.bad[i]});
-    return r;
+    for (int i = threadIdx.x; i < BUCKETS && w.top_p < 1; i += THREADS)
+        all += mass_at(s.mass[0], i);
+    all = block_sum(s, all);
+    sum = 0;
+    for (int i = 0; i < WARPS; i++)
+        sum += s.warp_sum[i];
+    if (threadIdx.x == 0) {
+        s.sum = sum;
+        s.all = all;
+    }
 }
 
-/* The first bucket of s.mass at which the sum reaches `need` (which it does); *before: the sum of those before it. */
-__device__ int reach(shared &s, u64 need, u64 *before)
+/* The first bucket of the row's histogram at which the sum reaches `need` (which it does); *before: the sum of those before it. Each block adds up the
+ * blocks' sums of a slice of the buckets, which is what little can be had of the shared memory of others: it has a quarter of L2's rate. */
+template <int C>
+__device__ int reach(shared &s, int which, u64 need, int rank, u64 *before)
 {
-    enum { EACH = BUCKETS / THREADS };
-    u64 own[EACH], x = 0;
-    __syncthreads();
+    enum { SLICE = BUCKETS / C, EACH = SLICE > THREADS ? SLICE / THREADS : 1 };
+    const int first = rank * SLICE + threadIdx.x * EACH;
+    u64 own[EACH] = {}, x = 0, at = 0;
+    if ((int)threadIdx.x * EACH < SLICE)
+#pragma unroll
+        for (int r = 0; r < C; r++)
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                own[i] += mass_at(*peer<C>(&s.mass[which], r), first + i);
+#pragma unroll
     for (int i = 0; i < EACH; i++)
-        x += own[i] = s.mass[threadIdx.x * EACH + i];
-    u64 end = block_scan(s, x), at = end - x;
-    if (at < need && end >= need)
+        x += own[i];
+    const u64 end = block_scan(s, x);
+    if (threadIdx.x == THREADS - 1)
+        s.slice[which] = end;
+    row_sync<C>();
+    int owner = 0;
+    for (; owner < C - 1; owner++) {
+        const u64 slice = *peer<C>(&s.slice[which], owner);
+        if (at + slice >= need)
+            break;
+        at += slice;
+    }
+    at += end - x;
+    if (owner == rank && at < need && at + x >= need)
+#pragma unroll
         for (int i = 0; i < EACH; i++) {
-            if (at + own[i] >= need) {
-                s.found = threadIdx.x * EACH + i;
-                s.before = at;
-                break;
+            if (at < need && at + own[i] >= need) {
+                s.bucket[which] = first + i;
+                s.before[which] = at;
             }
             at += own[i];
         }
-    __syncthreads();
-    *before = s.before;
-    return s.found;
-}
-
-__device__ void clear(shared &s)
-{
-    __syncthreads();
-    for (int i = threadIdx.x; i < BUCKETS; i += THREADS)
-        s.mass[i] = 0;
-    if (threadIdx.x == 0)
-        s.count = 0;
-    __syncthreads();
-}
-
-__device__ __forceinline__ int finer_of(float place, int bucket)
-{
-    return min((int)((place - (float)bucket) * FINER), FINER - 1);
+    row_sync<C>();
+    *before = *peer<C>(&s.before[which], owner);
+    return *peer<C>(&s.bucket[which], owner);
 }
 
 /* The smallest i below n at which the sum of weight(0) .. weight(i) passes `target` (which it does). *passed: that sum. */
@@ -243,29 +374,6 @@ __device__ int find(shared &s, int n, u64 target, F weight, u64 *passed)
     return s.found;
 }
 
-/* Sorts s.list [n] ascending; places up to the next power of two are written. */
-__device__ void sort_list(shared &s, int n)
-{
-    int size = 1;
-    while (size < n)
-        size *= 2;
-    for (int i = n + threadIdx.x; i < size; i += THREADS)
-        s.list[i] = INT_MAX;
-    for (int run = 2; run <= size; run *= 2)
-        for (int step = run / 2; step > 0; step /= 2) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < size / 2; i += THREADS) {
-                const int a = 2 * i - (i & (step - 1)), b = a + step;
-                const int x = s.list[a], y = s.list[b];
-                if ((a & run) == 0 ? x > y : x < y) {
-                    s.list[a] = y;
-                    s.list[b] = x;
-                }
-            }
-        }
-    __syncthreads();
-}
-
 /* 53 random bits of (seed, stream, counter): core/rng.h. */
 __device__ u64 bits53(u64 seed, u64 stream, u64 counter)
 {
@@ -283,82 +391,142 @@ __device__ u64 bits53(u64 seed, u64 stream, u64 counter)
     return ((u64)x1 << 32 | x0) >> 11;
 }
 
-/* What top_p keeps: the cut, and in s.list [*listed] all ids that may be kept, ascending; *listed -1: too many. */
-__device__ struct cut nucleus(const work &w, shared &s, const float *z, float max, u64 total, u64 *kept, int *listed)
+/* Where the kept ids end: a bucket, a finer one in it, and in that an id of the share. */
+struct cut {
+    int bucket, finer, last; /* bucket BUCKETS: nowhere */
+};
+
+/* Which block of the row has the place where the sum of part(rank) passes *target; *target becomes what is left of it there. */
+template <int C, class F>
+__device__ __forceinline__ int owner_of(u64 *target, F part)
+{
+    for (int r = 0; r < C - 1; r++) {
+        const u64 x = part(r);
+        if (*target < x)
+            return r;
+        *target -= x;
+    }
+    return C - 1;
+}
+
+/* What top_p keeps of the share; s.kept: its weight. need: of the row. */
+template <int C>
+__device__ struct cut nucleus(const work &w, shared &s, const float *z, int n, bool wide, float max, u64 need, int rank)
 {
     struct cut c;
-    u64 before, before2;
-    const double exact = ceil(w.top_p * (double)total);
-    const u64 need = exact < 1 ? 1 : exact > (double)total ? total : (u64)exact;
-    c.bucket = reach(s, need, &before);
-    clear(s);
-    for_share(w, z, [&](int id, float x) {
-        const float place = place_of(w, x, max);
-        const int bucket = (int)place;
-        if (bucket > c.bucket)
-            return;
-        const int at = atomicAdd(&s.count, 1);
-        if (at < LIST)
-            s.list[at] = id;
-        if (bucket == c.bucket)
-            atomicAdd(&s.mass[finer_of(place, bucket)], weight_of(w, x, max));
+    u64 before, before2, passed = 0;
+    c.bucket = reach<C>(s, 0, need, rank, &before);
+    for_share(z, n, wide, [&](int, float x) {
+        const float place = place_of(w, max - x);
+        if ((int)place == c.bucket)
+            add_to(s.mass[1], finer_of(place, c.bucket), weight_of(w, max - x));
     });
-    c.finer = reach(s, need - before, &before2);
-    *listed = s.count <= LIST ? s.count : -1;
-    if (*listed >= 0)
-        sort_list(s, *listed);
-    const int n = *listed >= 0 ? *listed : w.n_ids;
-    const int i = find(s, n, need - before - before2 - 1, [&](int k) -> u64 {
-        const float x = z[*listed >= 0 ? s.list[k] : k], place = place_of(w, x, max);
-        return (int)place == c.bucket && finer_of(place, c.bucket) == c.finer ? weight_of(w, x, max) : 0;
-    }, kept);
-    c.id = *listed >= 0 ? s.list[i] : i;
-    *kept += before + before2;
+    row_sync<C>();
+    c.finer = reach<C>(s, 1, need - before, rank, &before2);
+    u64 target = need - before - before2 - 1;
+    const int owner = owner_of<C>(&target, [&](int r) { return mass_at(*peer<C>(&s.mass[1], r), c.finer); });
+    c.last = rank < owner ? n - 1 : -1;
+    if (rank < owner)
+        passed = mass_at(s.mass[1], c.finer);
+    if (rank == owner)
+        c.last = find(s, n, target, [&](int i) -> u64 {
+            const float place = place_of(w, max - z[i]);
+            return (int)place == c.bucket && finer_of(place, c.bucket) == c.finer ? weight_of(w, max - z[i]) : 0;
+        }, &passed);
+    u64 kept = 0;
+    for (int i = threadIdx.x; i < BUCKETS; i += THREADS) {
+        kept += i < c.bucket ? mass_at(s.mass[0], i) : 0;
+        kept += i < c.finer ? mass_at(s.mass[1], i) : 0;
+    }
+    kept = block_sum(s, kept) + passed;
+    if (threadIdx.x == 0)
+        s.kept = kept;
+    row_sync<C>();
     return c;
 }
 
-__device__ int draw(const work &w, shared &s, const float *z, const struct summary &r, int64_t row)
+/* The drawn id, in the block that has it; INT_MAX elsewhere. The others are done with this block's sums then. */
+template <int C>
+__device__ int draw(const work &w, shared &s, const float *z, int n, bool wide, float max, int64_t row, int rank)
 {
     struct cut c = {BUCKETS, 0, 0};
-    int listed = -1;
-    u64 sum = 0, passed;
-    clear(s);
-    for_share(w, z, [&](int, float x) {
-        const u64 weight = weight_of(w, x, r.max);
-        sum += weight;
-        if (w.top_p < 1 && weight > 0)
-            atomicAdd(&s.mass[(int)place_of(w, x, r.max)], weight);
-    });
-    sum = block_sum(s, sum);
-    if (w.top_p < 1)
-        c = nucleus(w, s, z, r.max, sum, &sum, &listed);
-    const u64 target = __umul64hi(bits53(w.seed, w.stream[row], (u64)w.position[row]) << 11, sum);
-    const int i = find(s, listed >= 0 ? listed : w.n_ids, target, [&](int k) -> u64 {
-        const int id = listed >= 0 ? s.list[k] : k;
-        const float x = z[id], place = place_of(w, x, r.max);
+    u64 total = 0, passed;
+    for (int r = 0; r < C; r++)
+        total += *peer<C>(&s.all, r);
+    if (w.top_p < 1) {
+        const double exact = ceil(w.top_p * (double)total);
+        c = nucleus<C>(w, s, z, n, wide, max, exact < 1 ? 1 : exact > (double)total ? total : (u64)exact, rank);
+        total = 0;
+        for (int r = 0; r < C; r++)
+            total += *peer<C>(&s.kept, r);
+    }
+    u64 target = __umul64hi(bits53(w.seed, w.stream[row], (u64)w.position[row]) << 11, total);
+    const int owner = owner_of<C>(&target, [&](int r) { return *peer<C>(w.top_p < 1 ? &s.kept : &s.all, r); });
+    row_sync<C>();
+    if (owner != rank)
+        return INT_MAX;
+    return find(s, n, target, [&](int i) -> u64 {
+        const float place = place_of(w, max - z[i]);
         const int bucket = (int)fminf(place, (float)BUCKETS - 1); /* beyond: the weight is 0 */
         const int finer = bucket == c.bucket ? finer_of(place, bucket) : 0;
-        const bool keep = bucket < c.bucket || (bucket == c.bucket && (finer < c.finer || (finer == c.finer && id <= c.id)));
-        return keep ? weight_of(w, x, r.max) : 0;
+        const bool keep = bucket < c.bucket || (bucket == c.bucket && (finer < c.finer || (finer == c.finer && i <= c.last)));
+        return keep ? weight_of(w, max - z[i]) : 0;
     }, &passed);
-    return listed >= 0 ? s.list[i] : i;
 }
 
+template <int C>
 __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const __grid_constant__ work w)
 {
-    __shared__ shared s;
-    const int64_t row = blockIdx.x;
-    const float *z = w.z + row * w.ld;
-    const struct summary r = summarise(w, s, z);
-    int id = r.at;
-    if (r.bad != INT_MAX)
-        id = -1 - r.bad;
-    else if (w.steps > 0)
-        id = draw(w, s, z, r, row);
-    if (threadIdx.x == 0) {
-        w.id[row] = id;
-        w.logprob[row] = id < 0 ? NAN : (z[id] - r.max) - logf(r.sum);
+    extern __shared__ __align__(16) float held[];
+    __shared__ __align__(16) shared s;
+    const int64_t row = blockIdx.x / C;
+    const int rank = blockIdx.x % C, first = min(rank * w.share, w.n_ids), n = min(w.share, w.n_ids - first);
+    const float *z = w.z + row * w.ld + first;
+    for (int i = threadIdx.x; i < (int)(sizeof s.mass / 16); i += THREADS)
+        ((uint4 *)(void *)s.mass)[i] = make_uint4(0, 0, 0, 0);
+    launch_after();
+    const float max = read_share<C>(w, s, z, n, held);
+    const bool wide = w.held || w.wide;
+    z = w.held ? held : z;
+    if (isnan(max)) {
+        const int bad = first_of<C>(s, z, first, n, wide, max);
+        row_sync<C>();
+        if (threadIdx.x == 0 && rank == 0) {
+            w.id[row] = -1 - bad;
+            w.logprob[row] = NAN;
+        }
+        return;
     }
+    weigh_share(w, s, z, n, wide, max);
+    row_sync<C>();
+    float sum = 0;
+    for (int i = 0; i < C; i++)
+        sum += *peer<C>(&s.sum, i);
+    int at;
+    if (w.steps > 0) {
+        at = draw<C>(w, s, z, n, wide, max, row, rank);
+    } else {
+        at = first_of<C>(s, z, first, n, wide, max) - first;
+        row_sync<C>();
+    }
+    if (threadIdx.x == 0 && at >= 0 && at < n) {
+        w.id[row] = first + at;
+        w.logprob[row] = (z[at] - max) - logf(sum);
+    }
+}
+
+template <int C>
+enum rt_status start(struct rt_queue *q, work w, int64_t n, struct rt_err *err)
+{
+    enum rt_status st;
+    w.share = (int)((w.n_ids + 4 * C - 1) / (4 * C) * 4);
+    /* two blocks a multiprocessor hide each other's waits; a long row fills one, a longer one is read again and again */
+    w.held = (int64_t)w.share * 4 + (int64_t)sizeof(shared) + 1024 <= q->dev->block_shared;
+    const size_t bytes = w.held ? (size_t)w.share * 4 : 0;
+    RT_CUDA_TRY(cudaFuncSetAttribute(sample_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    RT_CUDA_TRY(launch(q, sample_kernel<C>, dim3((unsigned)(n * C)), THREADS, bytes, C, w));
+out:
+    return st;
 }
 
 }
@@ -371,7 +539,7 @@ enum rt_status rt_cuda_sample(struct rt_dev *, struct rt_queue *q, const struct 
     if (a->params.top_k != 0 || a->n_ids > LARGEST)
         return rt_fail(err, RT_UNSUPPORTED, "sample: the best %ld of %ld ids; on the GPU without top-k and at most %d", (long)a->params.top_k, (long)a->n_ids,
                        (int)LARGEST);
-    if (a->n_ids < 1 || a->n_ids > a->ld || a->n > INT32_MAX || !(a->params.temperature >= 0) || !(a->params.top_p > 0 && a->params.top_p <= 1))
+    if (a->n_ids < 1 || a->n_ids > a->ld || a->n > INT32_MAX / BLOCKS || !(a->params.temperature >= 0) || !(a->params.top_p > 0 && a->params.top_p <= 1))
         return rt_fail(err, RT_USAGE, "sample: %ld ids in rows of %ld at temperature %g with top-p %g", (long)a->n_ids, (long)a->ld, a->params.temperature,
                        a->params.top_p);
     w.z = a->z;
@@ -387,6 +555,5 @@ enum rt_status rt_cuda_sample(struct rt_dev *, struct rt_queue *q, const struct 
     w.position = a->position;
     w.id = a->id;
     w.logprob = a->logprob;
-    sample_kernel<<<(unsigned)a->n, THREADS, 0, q->stream>>>(w);
-    return rt_cuda_launched("sample", err);
+    return q->dev->cc >= 90 && a->n_ids >= MANY ? start<BLOCKS>(q, w, a->n, err) : start<1>(q, w, a->n, err);
 }
