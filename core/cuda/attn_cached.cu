@@ -2,11 +2,13 @@
  *
  * A block has one token, one key head and up to 16 of its query heads: the 16 rows of a tensor core's tile, so that every key and value is read
  * once. Its four warps take 16 keys in turn and never wait for each other: each has stages of its own, a running maximum, a sum and an output; the
- * four are merged at the end. Keys are cut every SPLIT; bytes a block moves: SPLIT * d * 4.
+ * four are merged at the end. Keys are cut every SPLIT; bytes a block moves: SPLIT * d * 4. The block that is the last to have done its parts of a token and
+ * key head merges them.
  */
 #include <math.h>
 
 #include "core/cuda/cached.h"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/mma.cuh"
 #include "core/cuda/vec8.cuh"
 
@@ -14,7 +16,7 @@ namespace {
 
 typedef __nv_bfloat16 bf16;
 
-enum { SPLIT = 512, WARPS = 4, THREADS = 32 * WARPS, KEYS = 16, STAGES = 3 };
+enum { SPLIT = 512, WARPS = 4, THREADS = 32 * WARPS, KEYS = 16, STAGES = 3, MERGED_HERE = 256 /* parts: 16 shares of each lie over the stages */ };
 
 struct work {
     const bf16 *q, *k, *v;
@@ -25,6 +27,7 @@ struct work {
     int nh, nkv, heads, head_tiles; /* heads: query heads of a key head */
     float scale;                    /* times log2 e */
     struct rt_cached_parts parts;
+    int32_t *tickets;               /* [tokens * key heads * head_tiles] parts that are done, 0 between calls; NULL: merged by a kernel of its own */
 };
 
 /* Piece c (16 bytes) of row r of a tile of D elements a row: eight rows of one column lie in eight different places of 128 bytes. */
@@ -189,12 +192,11 @@ __device__ void merge_warps(const work &w, const float (&o)[D / 8][4], const flo
 
 /* One part of a token's keys: key0 .. last. head: the first element of the key head in a row. */
 template <int D>
-__device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][4], int64_t slot, int head, int key0, int last, uint32_t mine,
+__device__ __forceinline__ void part(const work &w, const struct part_rows &rows, const uint32_t (&q)[D / 16][4], int head, int key0, int last, uint32_t mine,
                                      float (&o)[D / 8][4], float (&top)[2], float (&sum)[2])
 {
     enum { STAGE = 2 * KEYS * D * 2 };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (last - key0) / KEYS + 1;
-    const struct part_rows rows = find_rows(w, slot, key0, last, lane);
     const bf16 *k = w.k + head, *v = w.v + head;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -221,6 +223,62 @@ __device__ __forceinline__ void part(const work &w, const uint32_t (&q)[D / 16][
     __syncthreads();
 }
 
+/* Whether this block, which has done `mine` parts, is the last of those that share a token's keys: all parts are visible then. */
+__device__ __forceinline__ bool is_last(int32_t *ticket, int mine, int parts)
+{
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(ticket, mine) + mine == parts;
+        if (last)
+            *ticket = 0;
+    }
+    __syncthreads();
+    if (last)
+        __threadfence();
+    return last;
+}
+
+/* o of some heads from their parts, in ascending order, whichever block does it. shared: [heads][parts] shares. */
+template <int D>
+__device__ void merge_parts(const work &w, float *shared, int64_t token, int head0, int heads, int parts)
+{
+    enum { AHEAD = 4 };
+    const int64_t row = token * w.parts.splits * w.nh + head0;
+    for (int i = threadIdx.x; i < heads * parts; i += THREADS)
+        shared[i] = __ldcg(w.parts.lse + row + (int64_t)(i % parts) * w.nh + i / parts);
+    __syncthreads();
+    for (int h = threadIdx.x; h < heads; h += THREADS) {
+        float top = -INFINITY, total = 0;
+        for (int s = 0; s < parts; s++)
+            top = fmaxf(top, shared[h * parts + s]);
+        for (int s = 0; s < parts; s++)
+            total += shared[h * parts + s] = exp2f(shared[h * parts + s] - top);
+        for (int s = 0; s < parts; s++)
+            shared[h * parts + s] /= total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * (D / 4); i += THREADS) {
+        const int h = i / (D / 4), d = i % (D / 4) * 4;
+        const float *from = w.parts.o + (row + h) * D + d;
+        float4 sum = make_float4(0, 0, 0, 0), x[AHEAD];
+        for (int s0 = 0; s0 < parts; s0 += AHEAD) {
+#pragma unroll
+            for (int s = 0; s < AHEAD; s++)
+                if (s0 + s < parts)
+                    x[s] = __ldcg((const float4 *)(const void *)(from + (int64_t)(s0 + s) * w.nh * D));
+#pragma unroll
+            for (int s = 0; s < AHEAD; s++)
+                if (s0 + s < parts) {
+                    const float share = shared[h * parts + s0 + s];
+                    sum.x += share * x[s].x, sum.y += share * x[s].y, sum.z += share * x[s].z, sum.w += share * x[s].w;
+                }
+        }
+        *(uint2 *)(void *)(w.o + (token * w.nh + head0 + h) * D + d) = make_uint2(mma::pack_bf16(sum.x, sum.y), mma::pack_bf16(sum.z, sum.w));
+    }
+}
+
 /* grid: tokens * key heads * tiles of 16 query heads, blocks that take the parts in turn */
 template <int D>
 __global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_constant__ work w)
@@ -231,26 +289,36 @@ __global__ void __launch_bounds__(THREADS) attn_cached_kernel(const __grid_const
     const int pos = w.pos[token], heads = min(w.heads - first_head, 16), head0 = hk * w.heads + first_head;
     const uint32_t mine = mma::shared_at(shared) + threadIdx.x / 32 * STAGES * 2 * KEYS * D * 2;
     uint32_t q[D / 16][4];
+    const int64_t slot = w.slot[token];
+    struct part_rows rows = find_rows(w, slot, blockIdx.y * SPLIT, pos, threadIdx.x % 32);
+    launch_after(); /* entries and their pages come from the host */
     if ((int)blockIdx.y * SPLIT > pos)
         return;
     load_queries<D>(q, w.q + token * w.q_ld + (int64_t)head0 * D, heads, threadIdx.x % 32);
+    int done = 0;
     for (int split = blockIdx.y; split * SPLIT <= pos; split += gridDim.y) {
         float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-        part<D>(w, q, w.slot[token], hk * D, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), mine, o, top, sum);
+        if (split != (int)blockIdx.y)
+            rows = find_rows(w, slot, split * SPLIT, pos, threadIdx.x % 32);
+        part<D>(w, rows, q, hk * D, split * SPLIT, min(pos, split * SPLIT + SPLIT - 1), mine, o, top, sum);
         merge_warps<D>(w, o, top, sum, (float *)shared, token, split, head0, heads, pos >= SPLIT);
         __syncthreads();
+        done++;
     }
+    if (w.tickets != NULL && pos >= SPLIT && is_last(w.tickets + blockIdx.x, done, pos / SPLIT + 1))
+        merge_parts<D>(w, (float *)shared, token, head0, heads, pos / SPLIT + 1);
 }
 
 template <int D>
 enum rt_status start(struct rt_queue *q, const work &w, int64_t n, struct rt_err *err)
 {
+    /* a block takes two parts, one behind the other, where there are not so many that fewer blocks are enough */
+    const int all = rt_cuda_cached_blocks(q->dev, &w.parts, n * w.nkv * w.head_tiles, 16), half = (w.parts.splits + 1) / 2;
     enum { STAGED = WARPS * STAGES * 2 * KEYS * D * 2, MERGED = WARPS * 16 * (D + 4 + 2) * 4, BYTES = STAGED > MERGED ? STAGED : MERGED };
     const int64_t blocks = n * w.nkv * w.head_tiles;
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(attn_cached_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-    attn_cached_kernel<D><<<dim3((unsigned)blocks, (unsigned)rt_cuda_cached_blocks(q->dev, &w.parts, blocks, 16)), THREADS, BYTES, q->stream>>>(w);
-    st = rt_cuda_launched("attention over a cache", err);
+    RT_CUDA_TRY(launch(q, attn_cached_kernel<D>, dim3((unsigned)blocks, (unsigned)(all < half ? all : half)), THREADS, BYTES, 1, w));
 out:
     return st;
 }
@@ -274,6 +342,7 @@ enum rt_status run(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_
     w.head_tiles = (w.heads + 15) / 16;
     w.scale = a->scale * 1.44269504088896341f;
     const int64_t chunk = rt_cuda_cached_chunk(dev, a->n, a->nh, a->d, w.parts.splits);
+    w.tickets = chunk * a->nkv * w.head_tiles <= RT_CUDA_TICKETS && w.parts.splits <= MERGED_HERE ? q->tickets : NULL;
     RT_TRY(rt_cuda_cached_parts(q, chunk, a->nh, a->d, &w.parts, &temp, err));
     for (int64_t i = 0; i < a->n; i += chunk) {
         const int64_t n = vec8::smaller(chunk, a->n - i);
@@ -282,7 +351,8 @@ enum rt_status run(struct rt_dev *dev, struct rt_queue *q, const struct rt_attn_
         w.slot = a->slot + i;
         w.pos = a->pos + i;
         RT_TRY(a->d == 128 ? start<128>(q, w, n, err) : start<64>(q, w, n, err));
-        RT_TRY(rt_cuda_cached_merge(q, &w.parts, w.pos, w.o, n, a->nh, a->d, err));
+        if (w.tickets == NULL)
+            RT_TRY(rt_cuda_cached_merge(q, &w.parts, w.pos, w.o, n, a->nh, a->d, err));
     }
 out:
     rt_cuda_temp_free(q, temp);
@@ -302,7 +372,7 @@ enum rt_status rt_cuda_attn_cached(struct rt_dev *dev, struct rt_queue *q, const
     if (a->pages.table != NULL && (a->pages.len < RUN || a->pages.len % RUN != 0 || a->capacity % a->pages.len != 0))
         return rt_fail(err, RT_SHAPE, "attn_cached: pages of %d positions in slots of %ld; expected a multiple of %d that divides them", (int)a->pages.len,
                        (long)a->capacity, (int)RUN);
-    if ((a->d == 128 || a->d == 64) && vec8::aligned16(a->k_cache) && vec8::aligned16(a->v_cache) && (uintptr_t)a->q % 4 == 0 && q_ld % 2 == 0)
+    if ((a->d == 128 || a->d == 64) && vec8::aligned16(a->k_cache) && vec8::aligned16(a->v_cache) && (uintptr_t)a->q % 4 == 0 && q_ld % 2 == 0 && (uintptr_t)a->o % 8 == 0)
         return run(dev, q, a, q_ld, err);
     plain.pages = a->pages;
     plain.q1 = plain.q2 = a->q;

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "core/cuda/cached_row.cuh"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/vec8.cuh"
 
 namespace {
@@ -13,10 +14,11 @@ typedef __nv_bfloat16 bf16;
 enum { THREADS = 128 };
 
 /* A block: one token and head. */
-__global__ void merge_kernel(const struct rt_cached_parts p, const int32_t *__restrict__ pos, bf16 *__restrict__ o, int nh, int dv)
+__global__ void merge_kernel(const struct rt_cached_parts p, const int32_t *pos, bf16 *o, int nh, int dv)
 {
     const int64_t t = blockIdx.x / nh, h = blockIdx.x % nh;
     const int count = pos[t] / p.length + 1;
+    launch_after(); /* entries come from the host */
     if (count <= 1 || pos[t] < 0)
         return;
     const float *lse = p.lse + t * p.splits * nh + h, *from = p.o + (t * p.splits * nh + h) * dv;
@@ -109,10 +111,17 @@ enum rt_status rt_cuda_cached_parts(struct rt_queue *q, int64_t n, int nh, int d
     const int64_t rows = n * parts->splits * nh;
     if (parts->splits == 1)
         return RT_OK;
-    const enum rt_status st = rt_cuda_temp(q, (size_t)(rows * (dv + 1)) * sizeof(float), temp, err);
-    parts->o = (float *)*temp;
-    parts->lse = parts->o != NULL ? parts->o + rows * dv : NULL;
-    return st;
+    const size_t bytes = (size_t)(rows * (dv + 1)) * sizeof(float);
+    if (bytes <= RT_CUDA_WORKSPACE) { /* of the queue: no product of the library runs meanwhile, and in recorded work a block of memory is a step */
+        parts->o = (float *)q->workspace;
+    } else {
+        const enum rt_status st = rt_cuda_temp(q, bytes, temp, err);
+        if (st != RT_OK)
+            return st;
+        parts->o = (float *)*temp;
+    }
+    parts->lse = parts->o + rows * dv;
+    return RT_OK;
 }
 
 enum rt_status rt_cuda_cached_merge(struct rt_queue *q, const struct rt_cached_parts *parts, const int32_t *pos, void *o, int64_t n, int nh, int dv,
@@ -120,8 +129,7 @@ enum rt_status rt_cuda_cached_merge(struct rt_queue *q, const struct rt_cached_p
 {
     if (parts->splits == 1)
         return RT_OK;
-    merge_kernel<<<(unsigned)(n * nh), dv < 128 ? 32 : 128, 0, q->stream>>>(*parts, pos, (bf16 *)o, nh, dv);
-    return rt_cuda_launched("merge of parts", err);
+    return rt_cuda_check(launch(q, merge_kernel, (unsigned)(n * nh), dv < 128 ? 32 : 128, 0, 1, *parts, pos, (bf16 *)o, nh, dv), "merge of parts", err);
 }
 
 enum rt_status rt_cuda_cached_plain(struct rt_queue *q, const struct rt_cached_plain *a, struct rt_err *err)

@@ -16,7 +16,7 @@ struct rt_cached_parts {
     int splits, length;
 };
 
-/* parts.o and .lse in one temporary block *temp for n tokens (nothing for one split). */
+/* parts.o and .lse in one block for n tokens (nothing for one split): the queue's workspace, or where that is too small a temporary one, *temp (else left alone). */
 enum rt_status rt_cuda_cached_parts(struct rt_queue *q, int64_t n, int nh, int dv, struct rt_cached_parts *parts, void **temp, struct rt_err *err);
 /* How many tokens at a time: so that the parts stay under a quarter of the scratch. */
 int64_t rt_cuda_cached_chunk(const struct rt_dev *dev, int64_t n, int nh, int dv, int splits);

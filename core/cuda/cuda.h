@@ -43,10 +43,11 @@ struct rt_dev {
 struct rt_queue {
     struct rt_dev *dev;
     cudaStream_t stream;
-    void *workspace;        /* what a product on this queue may use while it runs: RT_CUDA_WORKSPACE bytes */
+    void *workspace;        /* what a product, or attention over a cache, may use on this queue while it runs: RT_CUDA_WORKSPACE bytes */
+    int32_t *tickets;       /* RT_CUDA_TICKETS zeros: a kernel by whose blocks they are counted up leaves them as they were */
     bool recording;         /* between graph_begin and graph_end */
 };
-enum { RT_CUDA_WORKSPACE = 64 << 20 };
+enum { RT_CUDA_WORKSPACE = 64 << 20, RT_CUDA_TICKETS = 1 << 14 };
 
 struct rt_event {
     cudaEvent_t event;

@@ -214,6 +214,9 @@ enum rt_status rt_cuda_queue_create(struct rt_dev *dev, struct rt_queue **out, s
     RT_CUDA_TRY(cudaSetDevice(dev->index)); /* a queue is used by the thread that makes it */
     RT_CUDA_TRY(cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking));
     RT_CUDA_TRY(cudaMalloc(&q->workspace, RT_CUDA_WORKSPACE));
+    RT_CUDA_TRY(cudaMalloc((void **)&q->tickets, RT_CUDA_TICKETS * sizeof *q->tickets));
+    RT_CUDA_TRY(cudaMemset(q->tickets, 0, RT_CUDA_TICKETS * sizeof *q->tickets));
+    RT_CUDA_TRY(cudaStreamSynchronize(NULL)); /* the queue's stream does not wait for that one */
     *out = q;
     q = NULL;
 out:
@@ -231,6 +234,7 @@ void rt_cuda_queue_free(struct rt_dev *dev, struct rt_queue *q)
         (void)cudaStreamDestroy(q->stream);
     }
     (void)cudaFree(q->workspace);
+    (void)cudaFree(q->tickets);
     rt_free(q);
 }
 

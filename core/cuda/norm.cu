@@ -8,11 +8,12 @@
  * its stores lie a sum over the block and the codes: where many rows get codes, blocks stay, and the next rows are on their way meanwhile.
  */
 #include "core/cuda/cuda.h"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/quant.cuh"
 
 namespace {
 
-enum { ONES = 0x3f803f80 }; /* two bf16 */
+enum { ONES = 0x3f803f80 /* two bf16 */, FEW = 1024 /* rows, whose time is that of a launch */ };
 
 struct norm {
     const bf16 *x, *add;
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ stru
     const int nv = p.cols / VEC;
     uint4 s[EACH], packed[EACH];
     float squares = 0;
+    launch_after();
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int c = (int)(threadIdx.x + i * blockDim.x);
@@ -334,7 +336,9 @@ template <int EACH>
 void launch_rows(const struct norm &p, const struct row_shape &shape, struct rt_queue *q)
 {
     const unsigned grid = (unsigned)((p.rows + shape.rows - 1) / shape.rows);
-    if (!launch_stay<EACH>(p, shape, q))
+    if (p.rows <= FEW)
+        (void)launch(q, norm_kernel<EACH>, grid, dim3(shape.lanes, shape.rows), 0, 1, p);
+    else if (!launch_stay<EACH>(p, shape, q))
         norm_kernel<EACH><<<grid, dim3(shape.lanes, shape.rows), 0, q->stream>>>(p);
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/cuda/cached.h"
 #include "core/cuda/cached_row.cuh"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/vec8.cuh"
 
 namespace {
@@ -75,12 +76,15 @@ __global__ void __launch_bounds__(THREADS) rope_put_kernel(const __grid_constant
 {
     const int64_t t = blockIdx.x;
     const int pos = w.pos[t], lane = threadIdx.x % w.lanes, groups = THREADS / w.lanes, heads = w.nh + w.nkv;
-    if (pos < 0)
+    if (pos < 0) {
+        launch_after();
         return;
+    }
     const int64_t q = (int64_t)w.nh * w.d, kv = (int64_t)w.nkv * w.d;
     const int64_t row = cached_row(w.pages, w.capacity, w.slot[t], pos) * kv;
     const bf16 *x = w.qkv + t * (q + 2 * kv);
     const float *cos = w.cos + (int64_t)pos * (w.d / 2), *sin = w.sin + (int64_t)pos * (w.d / 2);
+    launch_after(); /* entries and their pages come from the host */
     for (int first = 0; first < heads; first += groups) {
         const int h = first + threadIdx.x / w.lanes;
         const bool live = h < heads, key = h >= w.nh;
@@ -127,9 +131,5 @@ enum rt_status rt_cuda_rope_put(struct rt_dev *, struct rt_queue *q, const struc
                       (a->q_norm == NULL || (vec8::aligned16(w.q_norm.data) && vec8::aligned16(w.k_norm.data)));
     for (w.lanes = 1; w.lanes < 32 && w.lanes * (wide ? 8 : 1) < a->d / 2;)
         w.lanes *= 2;
-    if (wide)
-        rope_put_kernel<8><<<(unsigned)a->n, THREADS, 0, q->stream>>>(w);
-    else
-        rope_put_kernel<1><<<(unsigned)a->n, THREADS, 0, q->stream>>>(w);
-    return rt_cuda_launched("rope_put", err);
+    return rt_cuda_check(launch(q, wide ? rope_put_kernel<8> : rope_put_kernel<1>, (unsigned)a->n, THREADS, 0, 1, w), "rope_put", err);
 }
