@@ -48,6 +48,15 @@ static inline void profile_describe(enum rt_op op, const void *args, struct prof
         const struct rt_linear_fwd_args *a = args;
         snprintf(c->what, sizeof c->what, "linear %ld x %ld", (long)a->N, (long)a->K);
         c->flop = 2.0 * (double)a->n * (double)a->N * (double)a->K;
+    } else if (op == RT_OP_linear_rope_put) {
+        const struct rt_linear_rope_put_args *a = args;
+        const long N = (long)(a->put.nh + 2 * a->put.nkv) * a->put.d;
+        snprintf(c->what, sizeof c->what, "linear %ld x %ld, rope, put", N, (long)a->K);
+        c->flop = 2.0 * (double)a->put.n * (double)N * (double)a->K;
+    } else if (op == RT_OP_gated_fwd) {
+        const struct rt_gated_fwd_args *a = args;
+        snprintf(c->what, sizeof c->what, "linear 2 x %ld x %ld, silu", (long)a->I, (long)a->K);
+        c->flop = 4.0 * (double)a->n * (double)a->I * (double)a->K;
     } else if (op == RT_OP_moe_ffn) {
         const struct rt_moe_ffn_args *a = args;
         snprintf(c->what, sizeof c->what, a->perm != NULL ? "routed experts" : "MLP of %d", a->I);

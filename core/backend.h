@@ -97,7 +97,8 @@ struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; boo
  * x.scale given: the product of 128-column blocks is (code sum) * x scale * weight scale, summed in float32.
  * With accumulate the bias is added as well.
  * row_exact: row i depends on row i of x alone, bit for bit, whatever n is (generation needs it). cuda keeps this where its kernels for few rows
- * take the call, and otherwise for equal n: there the same batch plan gives the same text. */
+ * take the call, and otherwise for equal n: there the same batch plan gives the same text. Such a weight may be read before what was enqueued just
+ * before the call has ended: no operation writes to it shortly before. */
 struct rt_linear_fwd_args {
     struct rt_act x; int64_t ldx; const struct rt_weight *w, *bias; void *y; int64_t ldy;
     int64_t n, K, N; bool accumulate, y_f32, row_exact;
@@ -173,7 +174,8 @@ struct rt_head_matmul_args {
     int64_t n; int nh, head_rows, row0, d, R; bool transpose;
 };
 
-/* Caches of generation: token i belongs to slot[i] at position pos[i]; row (slot, pos) of a cache is at (slot*capacity + pos)*width. */
+/* Caches of generation: token i belongs to slot[i] at position pos[i]; row (slot, pos) of a cache is at (slot*capacity + pos)*width. Slots, positions and
+ * tables of pages are uploaded: no operation enqueued just before writes them (they may be read before it has ended). */
 struct rt_cache_put_args { const void *x; int64_t ldx; void *cache; const int32_t *slot, *pos; int64_t n, capacity, width; };
 /* Or a slot is a row of a table of pages of `len` positions, and pages may be in several slots: row (slot, pos) is then row
  * table[slot*(capacity/len) + pos/len]*len + pos % len of the cache. table NULL: no pages. len is a multiple of 64 that divides capacity. With
@@ -203,6 +205,9 @@ struct rt_rope_put_args {
     const void *qkv; const struct rt_weight *q_norm, *k_norm; void *q, *k_cache, *v_cache; const float *cos, *sin; const int32_t *slot, *pos;
     struct rt_cache_pages pages; int64_t n, capacity; int nh, nkv, d; float eps;
 };
+/* Both in one: put.qkv = x w^T (+ bias), and what rope_put makes of it. x [n, K] dense, act elements; w [(nh + 2 nkv) d, K]; tmp is put.qkv, scratch: cuda
+ * rounds to act there only where it is used. Rows are exact as in linear_fwd. */
+struct rt_linear_rope_put_args { const void *x; const struct rt_weight *w, *bias; void *tmp; int64_t K; struct rt_rope_put_args put; };
 /* A token a row, as core/sampler.h picks it: z [n, ld] float32 logits, of which n_ids count; stream, position [n]: where its random number is
  * drawn. id [n], logprob [n] float =. id -1 - j: logit j, the first such, is NaN or infinite. (cuda: weights in units of 2^-42 of the
  * greatest; those within 2^-18 of each other count as equal; at most 2^21 ids; top_k UNSUPPORTED.) */
@@ -242,8 +247,8 @@ struct rt_attn_bwd_args {
 struct rt_swiglu_bwd_args { const void *gate, *up, *dh; int64_t ld; void *dgate, *dup, *h; int64_t n, I; };
 /* A gated MLP's first half: [gate | up] = x w^T (+ bias), h = silu(gate) * up, as linear_fwd and swiglu_fwd make them. x [n, K] dense, w [2I, K],
  * h [n, I] dense =, or NULL. gate_up [n, 2I] dense = with `kept`; else scratch, unspecified afterwards. What comes out has the same bits whatever is
- * asked for. */
-struct rt_gated_fwd_args { const void *x; const struct rt_weight *w, *bias; void *gate_up, *h; int64_t n, K, I; bool kept; };
+ * asked for. row_exact (not with `kept`): as in linear_fwd; gate and up are rounded to act only where the scratch is used. */
+struct rt_gated_fwd_args { const void *x; const struct rt_weight *w, *bias; void *gate_up, *h; int64_t n, K, I; bool kept, row_exact; };
 /* The way back: dh = dy w, d_gate_up = gradient at gate_up, as linear_dgrad and swiglu_bwd make them. dy [n, N] dense, w [N, I], gate_up [n, 2I] as
  * gated_fwd leaves it, d_gate_up [n, 2I] dense =, h [n, I] = recomputed (the bits of gated_fwd), or NULL. dh [n, I] is scratch. */
 struct rt_gated_bwd_args { const void *dy; const struct rt_weight *w; const void *gate_up; void *dh, *d_gate_up, *h; int64_t n, N, I; };
@@ -314,7 +319,7 @@ struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
 
 #define RT_BACKEND_OPS(X) \
     X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
-    X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(sample) \
+    X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(linear_rope_put) X(sample) \
     X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(gated_fwd) X(gated_bwd) X(embed_bwd) \
     X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
 

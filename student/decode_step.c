@@ -18,13 +18,12 @@ static enum rt_status attention(struct rt_student_decoder *d, int i, int64_t n, 
     const struct rt_student_config *c = s->c;
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_decode_memory *m = &d->m;
-    const int64_t q = rt_student_q_dim(c), kv = rt_student_kv_dim(c);
+    const int64_t q = rt_student_q_dim(c);
     const struct rt_cache_pages pages = {m->table, d->pages.len};
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = m->normed}, .w = l->qkv, .bias = l->qkv_bias, .y = m->qkv, .n = n, .K = c->hidden,
-                 .N = q + 2 * kv, .row_exact = true));
-    RT_TRY(RT_OP(s->d, rope_put, err, .qkv = m->qkv, .q_norm = l->q_norm, .k_norm = l->k_norm, .q = m->q, .k_cache = m->k[i], .v_cache = m->v[i],
-                 .cos = s->cos, .sin = s->sin, .slot = m->in.slot, .pos = m->in.pos, .pages = pages, .n = n, .capacity = d->capacity, .nh = c->heads,
-                 .nkv = c->kv_heads, .d = c->head_dim, .eps = (float)c->eps));
+    RT_TRY(RT_OP(s->d, linear_rope_put, err, .x = m->normed, .w = l->qkv, .bias = l->qkv_bias, .tmp = m->qkv, .K = c->hidden,
+                 .put = {.q_norm = l->q_norm, .k_norm = l->k_norm, .q = m->q, .k_cache = m->k[i], .v_cache = m->v[i], .cos = s->cos, .sin = s->sin,
+                         .slot = m->in.slot, .pos = m->in.pos, .pages = pages, .n = n, .capacity = d->capacity, .nh = c->heads, .nkv = c->kv_heads,
+                         .d = c->head_dim, .eps = (float)c->eps}));
     RT_TRY(RT_OP(s->d, attn_cached, err, .q = m->q, .k_cache = m->k[i], .v_cache = m->v[i], .slot = m->in.slot, .pos = m->in.pos, .pages = pages,
                  .o = m->o, .n = n, .capacity = d->capacity, .nh = c->heads, .nkv = c->kv_heads, .d = c->head_dim,
                  .scale = (float)(1 / sqrt(c->head_dim))));
@@ -42,10 +41,8 @@ static enum rt_status mlp(struct rt_student_decoder *d, int i, int64_t n, struct
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_decode_memory *m = &d->m;
     const int64_t H = s->c->hidden, I = s->c->intermediate;
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = m->normed}, .w = l->gate_up, .bias = l->gate_up_bias, .y = m->gate_up, .n = n,
-                 .K = H, .N = 2 * I, .row_exact = true));
-    RT_TRY(RT_OP(s->d, swiglu_fwd, err, .gate = m->gate_up, .up = rt_student_at(s, m->gate_up, I), .ld = 2 * I, .h = m->h, .n = n,
-                 .I = I));
+    RT_TRY(RT_OP(s->d, gated_fwd, err, .x = m->normed, .w = l->gate_up, .bias = l->gate_up_bias, .gate_up = m->gate_up, .h = m->h, .n = n, .K = H, .I = I,
+                 .row_exact = true));
     RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = m->h}, .w = l->down, .bias = l->down_bias, .y = m->branch, .n = n, .K = I, .N = H,
                  .row_exact = true));
 out:

@@ -212,7 +212,7 @@ const enum rt_op *rt_student_train_ops(int *n)
 
 const enum rt_op *rt_student_decode_ops(int *n)
 {
-    static const enum rt_op ops[] = {RT_OP_embed_fwd,  RT_OP_norm_fwd,    RT_OP_linear_fwd, RT_OP_rope_put, RT_OP_swiglu_fwd,
+    static const enum rt_op ops[] = {RT_OP_embed_fwd,  RT_OP_norm_fwd,    RT_OP_linear_fwd, RT_OP_linear_rope_put, RT_OP_gated_fwd,
                                      RT_OP_cache_copy, RT_OP_attn_cached, RT_OP_gather,     RT_OP_sample};
     *n = (int)(sizeof ops / sizeof ops[0]);
     return ops;

@@ -85,6 +85,7 @@ static void test_sample(void **state)
         {61, 64, 2, 0.6, 0.95},        {61, 61, 2, 0, 1},           {1, 1, 1, 1, 0.5},          {1003, 1003, 3, 1, 1},         {1003, 1004, 3, 0.6, 0.95},
         {151936, 151936, 3, 0.6, 0.95}, {151936, 151936, 1, 1, 0.95}, {151936, 151936, 0.7, 0.6, 1}, {151665, 151936, 5, 1, 0.9},  {4096, 4096, 0, 1, 0.5},
         {151936, 151936, 0, 0, 1},     {5000, 5000, 2, 100, 0.9},   {5000, 5000, 4, 0.01, 0.99}, {151936, 151936, 2, 0, 0.95}, {700, 704, 1, 1, 0.001},
+        {600001, 600004, 1, 0.8, 0.9},  {8192, 8192, 3, 0.6, 0.95},  {100000, 100001, 2, 0.6, 0.95}, {151936, 151936, 0, 1, 0.3},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
         one_sample(&p, &cases[i]);
@@ -197,17 +198,23 @@ static void test_pages(void **state)
 
 /* ---- from the projection to the caches ---- */
 
-static void one_put(struct cuda_pair *p, int nh, int nkv, int d, bool norm)
+/* K > 0: with the projection before it. */
+static void one_put(struct cuda_pair *p, int nh, int nkv, int d, bool norm, int64_t K)
 {
     struct rt_err err = {0};
     char what[64];
-    const int64_t q = (int64_t)nh * d, kv = (int64_t)nkv * d, n = TOKENS, in = n * (q + 2 * kv), size = SLOTS * CAPACITY * kv, turns = (int64_t)CAPACITY * d / 2;
+    const int64_t q = (int64_t)nh * d, kv = (int64_t)nkv * d, n = TOKENS, in = n * (K > 0 ? K : q + 2 * kv), size = SLOTS * CAPACITY * kv, turns = (int64_t)CAPACITY * d / 2;
     int32_t table[SLOTS * COLS], slot[TOKENS], pos[TOKENS];
     float *x = room((size_t)in, 4), *want = room((size_t)(n * q), 4), *got = room((size_t)(n * q), 4), *k = room((size_t)size, 4), *v = room((size_t)size, 4),
           *gotk = room((size_t)size, 4), *gotv = room((size_t)size, 4), *cos = room((size_t)turns, 4), *sin = room((size_t)turns, 4);
-    struct cuda_weight wq = {0}, wk = {0};
+    struct cuda_weight wq = {0}, wk = {0}, w = {0}, b = {0};
+    float *tmp = room((size_t)(n * (q + 2 * kv)), 4);
     make_table(table);
     cuda_random(x, in, 71, 1.5f);
+    if (K > 0) {
+        w = cuda_weight_bf16(p, q + 2 * kv, K, 74, 0.05f);
+        b = cuda_weight_bf16(p, 1, q + 2 * kv, 75, 1.0f);
+    }
     for (int64_t i = 0; i < turns; i++) {
         const float angle = (float)(i / (d / 2)) * powf(1000.0f, -2.0f * (float)(i % (d / 2)) / (float)d);
         cos[i] = cosf(angle);
@@ -230,10 +237,13 @@ static void one_put(struct cuda_pair *p, int nh, int nkv, int d, bool norm)
     int32_t *gt = cuda_bytes(p, table, sizeof table), *gs = cuda_bytes(p, slot, sizeof slot), *gpos = cuda_bytes(p, pos, sizeof pos);
     struct rt_rope_put_args a = {.qkv = x, .q_norm = wq.ref, .k_norm = wk.ref, .q = want, .k_cache = k, .v_cache = v, .cos = cos, .sin = sin, .slot = slot, .pos = pos,
                                  .pages = {table, LEN}, .n = n, .capacity = CAPACITY, .nh = nh, .nkv = nkv, .d = d, .eps = 1e-6f};
-    assert_ok(p->ref.be->rope_put(p->ref.dev, p->ref.q, &a, &err));
+    struct rt_linear_rope_put_args l = {.x = x, .w = w.ref, .bias = b.ref, .tmp = tmp, .K = K, .put = a};
+    assert_ok(K > 0 ? p->ref.be->linear_rope_put(p->ref.dev, p->ref.q, &l, &err) : p->ref.be->rope_put(p->ref.dev, p->ref.q, &a, &err));
     a.qkv = gx, a.q_norm = wq.gpu, a.k_norm = wk.gpu, a.q = gq, a.k_cache = gk, a.v_cache = gv, a.cos = gc, a.sin = gsin, a.slot = gs, a.pos = gpos;
     a.pages.table = gt;
-    assert_ok(p->gpu.be->rope_put(p->gpu.dev, p->gpu.q, &a, &err));
+    void *gtmp = cuda_act(p, NULL, n * (q + 2 * kv));
+    l = (struct rt_linear_rope_put_args){.x = gx, .w = w.gpu, .bias = b.gpu, .tmp = gtmp, .K = K, .put = a};
+    assert_ok(K > 0 ? p->gpu.be->linear_rope_put(p->gpu.dev, p->gpu.q, &l, &err) : p->gpu.be->rope_put(p->gpu.dev, p->gpu.q, &a, &err));
     cuda_get_act(p, got, gq, n * q);
     cuda_get_act(p, gotk, gk, size);
     cuda_get_act(p, gotv, gv, size);
@@ -243,13 +253,24 @@ static void one_put(struct cuda_pair *p, int nh, int nkv, int d, bool norm)
         want[i] = isnan(want[i]) ? 0 : want[i];
     }
     for (int64_t i = 0; i < size; i++) {
-        assert_true(isnan(gotk[i]) == isnan(k[i]) && isnan(gotv[i]) == isnan(v[i]) && (isnan(v[i]) || gotv[i] == v[i]));
+        assert_true(isnan(gotk[i]) == isnan(k[i]) && isnan(gotv[i]) == isnan(v[i]) && (isnan(v[i]) || K > 0 || gotv[i] == v[i]));
         gotk[i] = isnan(gotk[i]) ? 0 : gotk[i];
         k[i] = isnan(k[i]) ? 0 : k[i];
+        gotv[i] = isnan(gotv[i]) ? 0 : gotv[i];
+        v[i] = isnan(v[i]) ? 0 : v[i];
     }
-    snprintf(what, sizeof what, "rope_put %d/%d of %d%s", nh, nkv, d, norm ? " norm" : "");
-    cuda_close(what, got, want, n * nh, d, CUDA_BF16_ONCE, 0x1p-8);
-    cuda_close("  keys", gotk, k, SLOTS * CAPACITY * nkv, d, CUDA_BF16_ONCE, 0x1p-8);
+    snprintf(what, sizeof what, "%srope_put %d/%d of %d%s", K > 0 ? "linear_" : "", nh, nkv, d, norm ? " norm" : "");
+    /* where the projection is an operation of its own, its result is rounded too */
+    const double bound = K > 0 && (norm || d < 64) ? 1.42 * CUDA_BF16_ONCE : CUDA_BF16_ONCE, row = K > 0 ? 0x1p-7 : 0x1p-8;
+    cuda_close(what, got, want, n * nh, d, bound, row);
+    cuda_close("  keys", gotk, k, SLOTS * CAPACITY * nkv, d, bound, row);
+    cuda_close("  values", gotv, v, SLOTS * CAPACITY * nkv, d, bound, row);
+    if (K > 0) {
+        cuda_weight_free(p, &w);
+        cuda_weight_free(p, &b);
+    }
+    cuda_free(p, gtmp);
+    rt_free(tmp);
     if (norm) {
         cuda_weight_free(p, &wq);
         cuda_weight_free(p, &wk);
@@ -268,12 +289,17 @@ static void test_put(void **state)
     (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
-    one_put(&p, 12, 2, 128, false);
-    one_put(&p, 14, 2, 64, false);
-    one_put(&p, 16, 8, 128, true);
-    one_put(&p, 5, 1, 16, true);
-    one_put(&p, 4, 2, 10, true);
-    one_put(&p, 3, 1, 24, false);
+    one_put(&p, 12, 2, 128, false, 0);
+    one_put(&p, 14, 2, 64, false, 0);
+    one_put(&p, 16, 8, 128, true, 0);
+    one_put(&p, 5, 1, 16, true, 0);
+    one_put(&p, 4, 2, 10, true, 0);
+    one_put(&p, 3, 1, 24, false, 0);
+    one_put(&p, 12, 2, 128, false, 1536);
+    one_put(&p, 14, 2, 64, false, 896);
+    one_put(&p, 3, 2, 64, false, 72); /* half a tile is left over */
+    one_put(&p, 4, 2, 128, true, 256);
+    one_put(&p, 3, 1, 16, false, 64);
     cuda_pair_close(&p);
 }
 

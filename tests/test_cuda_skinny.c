@@ -1,5 +1,6 @@
 /* The cuda backend: products of few rows with a weight, linear_fwd and moe_ffn as generation calls them, against ref from the same rounded
  * inputs. */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -155,6 +156,123 @@ static void test_rows_exact(void **state)
     cuda_pair_close(&p);
 }
 
+/* ---- the kernel of compute capability 9.0 ---- */
+
+#ifdef RT_CUDA
+/* As linear_fwd and gated_fwd call it; `silu`: N is of gate and up. */
+static void one_hopper(struct cuda_pair *p, const struct linear_case *c, bool silu)
+{
+    struct rt_err err = {0};
+    char what[128];
+    const int64_t ldx = c->ldx != 0 ? c->ldx : c->K, cols = silu ? c->N / 2 : c->N, ldy = c->ldy != 0 ? c->ldy : cols;
+    float *x = cuda_floats(c->n * ldx), *want = cuda_floats(c->n * ldy), *tmp = cuda_floats(c->n * c->N), *got = cuda_floats(c->n * ldy);
+    struct cuda_weight w = cuda_weight_bf16(p, c->N, c->K, 11, 0.1f), b = {0};
+    cuda_random(x, c->n * ldx, 5, 1.0f);
+    cuda_random(want, c->n * ldy, 6, 1.0f);
+    if (c->bias)
+        b = cuda_weight_f32(p, 1, c->N, 7, 1.0f);
+    void *gx = cuda_act(p, x, c->n * ldx);
+    void *y = c->f32 ? cuda_bytes(p, c->accumulate ? want : NULL, (size_t)(c->n * ldy) * 4) : cuda_act(p, c->accumulate ? want : NULL, c->n * ldy);
+    struct rt_linear_fwd_args a = {.x = {gx, NULL}, .ldx = c->ldx, .w = w.gpu, .bias = b.gpu, .y = y, .ldy = c->ldy, .n = c->n, .K = c->K, .N = c->N,
+                                   .accumulate = c->accumulate, .y_f32 = c->f32, .row_exact = true};
+    const struct rt_gated_fwd_args ga = {.x = gx, .w = w.gpu, .bias = b.gpu, .gate_up = y, .h = y, .n = c->n, .K = c->K, .I = cols, .row_exact = true};
+    assert_true(rt_cuda_skinny_hopper_fits(p->gpu.dev, &a));
+    if (silu)
+        assert_ok(p->gpu.be->gated_fwd(p->gpu.dev, p->gpu.q, &ga, &err));
+    else
+        assert_ok(p->gpu.be->linear_fwd(p->gpu.dev, p->gpu.q, &a, &err));
+    a.x.data = x;
+    a.w = w.ref;
+    a.bias = b.ref;
+    a.y = want;
+    const struct rt_gated_fwd_args ra = {.x = x, .w = w.ref, .bias = b.ref, .gate_up = tmp, .h = want, .n = c->n, .K = c->K, .I = cols};
+    if (silu)
+        assert_ok(p->ref.be->gated_fwd(p->ref.dev, p->ref.q, &ra, &err));
+    else
+        assert_ok(p->ref.be->linear_fwd(p->ref.dev, p->ref.q, &a, &err));
+    if (c->f32)
+        cuda_get(p, got, y, (size_t)(c->n * ldy) * 4);
+    else
+        cuda_get_act(p, got, y, c->n * ldy);
+    for (int64_t i = 0; i < c->n; i++) { /* what lies between rows stays as it was; it is not compared */
+        for (int64_t j = cols; j < ldy && i < c->n - 1; j++)
+            assert_true(c->accumulate || isnan(got[i * ldy + j]));
+        memmove(got + i * cols, got + i * ldy, (size_t)cols * sizeof *got);
+        memmove(want + i * cols, want + i * ldy, (size_t)cols * sizeof *want);
+    }
+    snprintf(what, sizeof what, "9.0: %lld x %lld x %lld%s%s%s%s", (long long)c->n, (long long)c->N, (long long)c->K, silu ? " silu" : "", c->bias ? " bias" : "",
+             c->accumulate ? " +=" : "", c->f32 ? " f32" : "");
+    cuda_close(what, got, want, c->n, cols, c->f32 ? F32_SUMS : CUDA_BF16_ONCE, c->f32 ? 10 * F32_SUMS : 2 * CUDA_BF16_ONCE);
+    cuda_free(p, gx);
+    cuda_free(p, y);
+    cuda_weight_free(p, &w);
+    if (c->bias)
+        cuda_weight_free(p, &b);
+    rt_free(x);
+    rt_free(want);
+    rt_free(tmp);
+    rt_free(got);
+}
+
+/* A row's bits depend neither on the rows beside it nor on the run. */
+static void same_rows(struct cuda_pair *p, int64_t N, int64_t K)
+{
+    enum { MOST = RT_CUDA_SKINNY_ROWS_HOPPER };
+    static const int64_t some[] = {MOST, 1, 16, 17, 33};
+    struct rt_err err = {0};
+    float *x = cuda_floats(MOST * K), *all = cuda_floats(MOST * N), *part = cuda_floats(MOST * N);
+    cuda_random(x, MOST * K, 8, 1.0f);
+    struct cuda_weight w = cuda_weight_bf16(p, N, K, 12, 0.1f);
+    void *gx = cuda_act(p, x, MOST * K), *y = cuda_bytes(p, NULL, (size_t)(MOST * N) * 4);
+    struct rt_linear_fwd_args a = {.x = {gx, NULL}, .w = w.gpu, .y = y, .n = MOST, .K = K, .N = N, .y_f32 = true, .row_exact = true};
+    assert_ok(rt_cuda_skinny_hopper(p->gpu.q, &a, &err));
+    cuda_get(p, all, y, (size_t)(MOST * N) * 4);
+    for (int i = 0; i < (int)(sizeof some / sizeof *some); i++) {
+        a.n = some[i];
+        assert_ok(rt_cuda_skinny_hopper(p->gpu.q, &a, &err));
+        cuda_get(p, part, y, (size_t)(some[i] * N) * 4);
+        assert_memory_equal(part, all, (size_t)(some[i] * N) * 4);
+    }
+    cuda_weight_free(p, &w);
+    cuda_free(p, gx);
+    cuda_free(p, y);
+    rt_free(x);
+    rt_free(all);
+    rt_free(part);
+}
+
+static void test_hopper(void **state)
+{
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    if (p.gpu.dev->cc != 90) {
+        cuda_pair_close(&p);
+        TEST_SKIP("not of compute capability 9.0");
+    }
+    static const int64_t rows[] = {1, 7, 16, 17, 32, 33, 63, 64};
+    for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++) {
+        one_hopper(&p, &(struct linear_case){.n = rows[i], .N = 200, .K = 1152, .f32 = true}, false); /* columns are cut in three */
+        one_hopper(&p, &(struct linear_case){.n = rows[i], .N = 456, .K = 712, .bias = true}, true);
+    }
+    one_hopper(&p, &(struct linear_case){.n = 64, .N = 1536, .K = 8960, .bias = true}, false);
+    one_hopper(&p, &(struct linear_case){.n = 64, .N = 1536, .K = 1536, .f32 = true}, false);
+    one_hopper(&p, &(struct linear_case){.n = 40, .N = 300, .K = 1152, .accumulate = true, .bias = true}, false);
+    one_hopper(&p, &(struct linear_case){.n = 12, .N = 131, .K = 256, .accumulate = true, .f32 = true, .ldy = 140}, false);
+    one_hopper(&p, &(struct linear_case){.n = 30, .N = 192, .K = 256, .ldx = 264, .ldy = 200, .bias = true}, false);
+    one_hopper(&p, &(struct linear_case){.n = 50, .N = 3, .K = 8}, false);
+    one_hopper(&p, &(struct linear_case){.n = 12, .N = 40000, .K = 128}, false); /* more tiles than fit at once */
+    one_hopper(&p, &(struct linear_case){.n = 64, .N = 40000, .K = 72}, true);
+    one_hopper(&p, &(struct linear_case){.n = 9, .N = 17920, .K = 200, .bias = true}, true); /* the larger tiles, on an H100 or H200 */
+    one_hopper(&p, &(struct linear_case){.n = 30, .N = 17900, .K = 200}, true);
+    one_hopper(&p, &(struct linear_case){.n = 64, .N = 17920, .K = 600}, true);
+    same_rows(&p, 576, 2048);
+    same_rows(&p, 17920, 512);
+    cuda_pair_close(&p);
+}
+#endif
+
 /* ---- experts ---- */
 
 enum { MAX_E = 16, MAX_K = 4 };
@@ -273,5 +391,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_linear),
     cmocka_unit_test(test_rows_exact),
     cmocka_unit_test(test_experts),
+#ifdef RT_CUDA
+    cmocka_unit_test(test_hopper),
+#endif
 };
 RT_SUITE(cuda_skinny, tests)

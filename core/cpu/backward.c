@@ -298,7 +298,7 @@ enum rt_status rt_cpu_swiglu_bwd(struct rt_dev *dev, struct rt_queue *queue, con
 enum rt_status rt_cpu_gated_fwd(struct rt_dev *dev, struct rt_queue *queue, const struct rt_gated_fwd_args *a, struct rt_err *err)
 {
     const struct rt_linear_fwd_args product = {.x = {.data = (void *)(uintptr_t)a->x}, .w = a->w, .bias = a->bias, .y = a->gate_up, .n = a->n, .K = a->K,
-                                               .N = 2 * a->I};
+                                               .N = 2 * a->I, .row_exact = a->row_exact};
     const struct rt_swiglu_fwd_args gate = {.gate = a->gate_up, .up = (const float *)a->gate_up + a->I, .ld = 2 * a->I, .h = a->h, .n = a->n, .I = a->I};
     const enum rt_status st = rt_cpu_linear_fwd(dev, queue, &product, err);
     return st == RT_OK && a->h != NULL ? rt_cpu_swiglu_fwd(dev, queue, &gate, err) : st;

@@ -138,6 +138,7 @@ const struct rt_backend rt_backend_cpu = {
     .attn_bwd = rt_cpu_attn_bwd,
     .attn_cached = rt_cpu_attn_cached,
     .rope_put = rt_cpu_rope_put,
+    .linear_rope_put = rt_cpu_linear_rope_put,
     .sample = rt_cpu_sample,
     .headnorm_rope_fwd = rt_cpu_headnorm_rope_fwd,
     .headnorm_rope_bwd = rt_cpu_headnorm_rope_bwd,

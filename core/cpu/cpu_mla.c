@@ -134,6 +134,16 @@ out:
     return st;
 }
 
+enum rt_status rt_cpu_linear_rope_put(struct rt_dev *dev, struct rt_queue *queue, const struct rt_linear_rope_put_args *a, struct rt_err *err)
+{
+    struct rt_rope_put_args put = a->put;
+    const struct rt_linear_fwd_args product = {.x = {.data = (void *)(uintptr_t)a->x}, .w = a->w, .bias = a->bias, .y = a->tmp, .n = put.n, .K = a->K,
+                                               .N = (int64_t)(put.nh + 2 * put.nkv) * put.d, .row_exact = true};
+    const enum rt_status st = rt_cpu_linear_fwd(dev, queue, &product, err);
+    put.qkv = a->tmp;
+    return st == RT_OK ? rt_cpu_rope_put(dev, queue, &put, err) : st;
+}
+
 /* ---- sampling ---- */
 struct sample_job {
     const struct rt_sample_args *a;

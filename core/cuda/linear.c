@@ -35,6 +35,8 @@ enum rt_status rt_cuda_linear_fwd(struct rt_dev *dev, struct rt_queue *q, const 
     enum rt_status st;
     RT_TRY(rt_cuda_weight_check(a->w, "linear_fwd", a->N, a->K, a->x.scale != NULL, err));
     RT_TRY(check_bias(a->bias, a->N, err));
+    if (rt_cuda_skinny_hopper_fits(dev, a))
+        return rt_cuda_skinny_hopper(q, a, err);
     if (rt_cuda_skinny_linear_fits(a))
         return rt_cuda_skinny_linear(dev, q, a, err);
     if (a->x.scale != NULL) {
@@ -48,6 +50,23 @@ enum rt_status rt_cuda_linear_fwd(struct rt_dev *dev, struct rt_queue *q, const 
     RT_TRY(rt_cuda_gemm(q, &g, err));
 out:
     rt_cuda_temp_free(q, temp);
+    return st;
+}
+
+enum rt_status rt_cuda_linear_rope_put(struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_rope_put_args *a, struct rt_err *err)
+{
+    struct rt_rope_put_args put = a->put;
+    const struct rt_linear_fwd_args product = {.x = {(void *)(uintptr_t)a->x, NULL}, .w = a->w, .bias = a->bias, .y = a->tmp, .n = put.n, .K = a->K,
+                                               .N = (int64_t)(put.nh + 2 * put.nkv) * put.d, .row_exact = true};
+    enum rt_status st;
+    RT_TRY(rt_cuda_weight_check(a->w, "linear_rope_put", product.N, a->K, false, err));
+    RT_TRY(check_bias(a->bias, product.N, err));
+    if (rt_cuda_skinny_hopper_heads_fit(dev, &product, &put))
+        return rt_cuda_skinny_hopper_heads(q, &product, &put, err);
+    put.qkv = a->tmp;
+    RT_TRY(rt_cuda_linear_fwd(dev, q, &product, err));
+    RT_TRY(rt_cuda_rope_put(dev, q, &put, err));
+out:
     return st;
 }
 

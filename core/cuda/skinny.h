@@ -30,6 +30,17 @@ bool rt_cuda_skinny_moe_fits(const struct rt_moe_ffn_args *a);
 enum rt_status rt_cuda_skinny_linear(struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err);
 enum rt_status rt_cuda_skinny_moe(struct rt_dev *dev, struct rt_queue *q, const struct rt_moe_ffn_args *a, struct rt_err *err);
 
+/* Compute capability 9.0 (skinny_sm90.cu): linear_fwd of up to so many rows with a BF16 weight, row_exact calls alone, since the weight is read while what
+ * was enqueued before still runs. */
+enum { RT_CUDA_SKINNY_ROWS_HOPPER = 64 };
+bool rt_cuda_skinny_hopper_fits(const struct rt_dev *dev, const struct rt_linear_fwd_args *a);
+enum rt_status rt_cuda_skinny_hopper(struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err);
+/* The same product [n, N], gate before up, and of it y [n, N/2] = silu(gate) up of the float32 sums. accumulate false. */
+enum rt_status rt_cuda_skinny_hopper_gated(struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err);
+/* Or of it what rope_put makes: put->qkv and a->y are not used. Heads of 64 or 128 elements without norms. */
+bool rt_cuda_skinny_hopper_heads_fit(const struct rt_dev *dev, const struct rt_linear_fwd_args *a, const struct rt_rope_put_args *put);
+enum rt_status rt_cuda_skinny_hopper_heads(struct rt_queue *q, const struct rt_linear_fwd_args *a, const struct rt_rope_put_args *put, struct rt_err *err);
+
 #ifdef __cplusplus
 }
 #endif

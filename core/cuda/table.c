@@ -67,6 +67,7 @@ const struct rt_backend rt_backend_cuda = {
     .mla_cached = rt_cuda_mla_cached,
     .attn_cached = rt_cuda_attn_cached,
     .rope_put = rt_cuda_rope_put,
+    .linear_rope_put = rt_cuda_linear_rope_put,
     .sample = rt_cuda_sample,
     .attn_fwd = rt_cuda_attn_fwd,
     .attn_bwd = rt_cuda_attn_bwd,

@@ -306,3 +306,13 @@ REF_OP(rope_put)
 out:
     return st;
 }
+
+REF_OP(linear_rope_put)
+{
+    struct rt_rope_put_args put = a->put;
+    const struct rt_linear_fwd_args product = {.x = {.data = (void *)(uintptr_t)a->x}, .w = a->w, .bias = a->bias, .y = a->tmp, .n = put.n, .K = a->K,
+                                               .N = (int64_t)(put.nh + 2 * put.nkv) * put.d, .row_exact = true};
+    const enum rt_status st = REF(linear_fwd)(dev, queue, &product, err);
+    put.qkv = a->tmp;
+    return st == RT_OK ? REF(rope_put)(dev, queue, &put, err) : st;
+}

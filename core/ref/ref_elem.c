@@ -78,7 +78,7 @@ REF_OP(swiglu_bwd)
 REF_OP(gated_fwd)
 {
     const struct rt_linear_fwd_args product = {.x = {.data = (void *)(uintptr_t)a->x}, .w = a->w, .bias = a->bias, .y = a->gate_up, .n = a->n, .K = a->K,
-                                               .N = 2 * a->I};
+                                               .N = 2 * a->I, .row_exact = a->row_exact};
     const struct rt_swiglu_fwd_args gate = {.gate = a->gate_up, .up = (const real *)a->gate_up + a->I, .ld = 2 * a->I, .h = a->h, .n = a->n, .I = a->I};
     const enum rt_status st = REF(linear_fwd)(dev, queue, &product, err);
     return st == RT_OK && a->h != NULL ? REF(swiglu_fwd)(dev, queue, &gate, err) : st;
