@@ -272,7 +272,7 @@ static void print_share(const struct bench *b, double bytes, double seconds)
     printf("\n");
 }
 
-/* tokens/s of the peer; 0: there is none. */
+/* tokens/s of the peer, the best of its lines; 0: there is none. */
 static double run_peer(const struct bench *b, int sequences, int64_t context)
 {
     char command[1024], line[256];
@@ -281,7 +281,9 @@ static double run_peer(const struct bench *b, int sequences, int64_t context)
     FILE *f = popen(command, "r");
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
         printf("    peer: %s", line);
-        (void)sscanf(line, "tokens/s %lf", &rate);
+        double one = 0;
+        if (sscanf(line, "tokens/s %lf", &one) == 1 && one > rate)
+            rate = one;
     }
     if (f != NULL)
         (void)pclose(f);
