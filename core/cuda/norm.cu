@@ -336,7 +336,7 @@ template <int EACH>
 void launch_rows(const struct norm &p, const struct row_shape &shape, struct rt_queue *q)
 {
     const unsigned grid = (unsigned)((p.rows + shape.rows - 1) / shape.rows);
-    if (p.rows <= FEW)
+    if (p.rows <= FEW && p.rstd == NULL) /* generation */
         (void)launch(q, norm_kernel<EACH>, grid, dim3(shape.lanes, shape.rows), 0, 1, p);
     else if (!launch_stay<EACH>(p, shape, q))
         norm_kernel<EACH><<<grid, dim3(shape.lanes, shape.rows), 0, q->stream>>>(p);
