@@ -20,7 +20,7 @@
 #include "distill/train_run.h"
 
 struct values {
-    const char *model, *device, *loss, *dir, *peer_options;
+    const char *model, *device, *loss, *dir, *tune, *peer_options;
     int64_t length, batch_tokens, micro_tokens, top_k, steps, threads, loader_threads, gpu_memory, data_tokens, warm_up;
     bool mixed, loader, parts, peer, eager, in_turns, verbose, json, help;
 };
@@ -43,6 +43,7 @@ static const struct rt_opt options[] = {
     {"threads", RT_OPT_INT, V(threads), "0", 0, 1024, NULL, "N", "threads that compute on a CPU, 0 takes all", false, false},
     {"loader-threads", RT_OPT_INT, V(loader_threads), "-1", -1, 256, NULL, "N", "threads that decode ahead, -1: as `train` chooses", false, false},
     {"gpu-memory", RT_OPT_BYTES, V(gpu_memory), "0", 0, 9e18, NULL, "24G", "GPU memory to stay within, 0: what is free", false, false},
+    {"tune", RT_OPT_STRING, V(tune), NULL, 0, 0, NULL, "FILE", "measured products, kept in FILE; default: in memory", false, false},
     {"loader", RT_OPT_FLAG, V(loader), NULL, 0, 0, NULL, NULL, "the loader alone", false, false},
     {"parts", RT_OPT_FLAG, V(parts), "yes", 0, 0, NULL, NULL, "also measure the parts alone", false, false},
     {"peer", RT_OPT_FLAG, V(peer), NULL, 0, 0, NULL, NULL, "then run bench/student_peer.py, where python3 has torch and transformers, and print the ratio", false, false},
@@ -338,8 +339,8 @@ static enum rt_status measure(struct bench *b, struct measured *m, struct rt_err
     const double weight = 1;
     char note[512] = "";
     *m = (struct measured){0};
-    if (r->device.be->tune != NULL) /* as `train` does, but that nothing is kept */
-        RT_TRY(r->device.be->tune(r->device.dev, NULL, note, sizeof note, err));
+    if (r->device.be->tune != NULL) /* as `train` does */
+        RT_TRY(r->device.be->tune(r->device.dev, b->v.tune, note, sizeof note, err));
     RT_TRY(make_student(&r->student, &r->device, rt_train_longest(r), err));
     RT_TRY(rt_trainer_open(&r->trainer, r->student.s, &b->set, &weight, 1, &r->o, err));
     for (int64_t i = 0; i < b->v.warm_up; i++)
