@@ -94,137 +94,157 @@ struct forward {
 
 /* ---- backward ---- */
 
-/* Rows of gate_up come in by asynchronous copies, two rows a group: each lane brings 16 bytes of each half of a row, and reads those alone. Three groups a warp
- * are on their way or in use; what comes after them is asked for into the L2. (Loads into registers would share one scoreboard, so that each waited for
- * all of them.) */
+/* A warp takes every third pair of rows of a tile. Its rows of gate_up come in by asynchronous copies, each lane bringing 16 bytes of each half of a row for itself:
+ * three pairs are on their way while one is gated, whose numbers are in registers already. (Loads into registers would share one scoreboard, so that each
+ * waited for all of them.) What comes after those is asked for into the L2. */
 struct backward {
-    enum { ARRIVALS = TAKERS, SPLIT = 0, PAIR = 2, GROUPS = 3, AHEAD = 8, GROUP_BYTES = PAIR * 2 * BN * 2, SHARED = TAKERS * GROUPS * GROUP_BYTES };
+    enum { ARRIVALS = TAKERS, SPLIT = 0, PAIR = 2, STEP = TAKERS * PAIR, SLOTS = 3, AHEAD = 10, SLOT = PAIR * 2 * BN * 2, SHARED = TAKERS * SLOTS * SLOT };
     int64_t I;
     const bf16 *gate_up;
     bf16 *d_gate_up, *h; /* h NULL: not wanted */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    /* Where a warp is in its rows: it takes every third pair of a tile, tile after tile. */
-    struct cursor {
-        int t, in_tile, left; /* left: rows from this pair on that exist */
-        int64_t at, h;        /* elements of gate_up and of h where the pair's columns begin */
+    /* Where the warp's rows of a tile begin, in elements of gate_up and of h, and how many rows there are from there on. */
+    struct start {
+        uint32_t at, h;
+        int left;
     };
-    static __device__ __forceinline__ void enter(cursor &c, const walk &w, const backward &p, uint32_t rank, int warp)
+    static __device__ __forceinline__ start start_of(const walk &w, uint32_t I, int t, uint32_t rank, int warp)
     {
-        const place at = place_of(w, c.t, rank);
-        c.in_tile = warp * PAIR;
-        c.left = c.t < w.tiles ? w.rows - at.row - c.in_tile : 0;
-        c.h = (int64_t)(at.row + c.in_tile) * p.I + at.column * BN;
-        c.at = c.h + (int64_t)(at.row + c.in_tile) * p.I;
-    }
-    static __device__ __forceinline__ void next(cursor &c, const walk &w, const backward &p, uint32_t rank, int warp)
-    {
-        c.in_tile += TAKERS * PAIR;
-        c.left -= TAKERS * PAIR;
-        c.at += TAKERS * PAIR * 2 * p.I;
-        c.h += TAKERS * PAIR * p.I;
-        if (c.in_tile >= BM) {
-            c.t += tile_step();
-            enter(c, w, p, rank, warp);
-        }
+        const place at = place_of(w, t, rank);
+        const int row = at.row + warp * PAIR;
+        const uint32_t h = (uint32_t)row * I + (uint32_t)at.column * BN;
+        return {h + (uint32_t)row * I, h, t < w.tiles ? w.rows - row : 0};
     }
 
-    /* 128 bytes a lane. */
-    static __device__ __forceinline__ void ask_for(const cursor &c, const backward &p, int lane)
+    struct numbers {
+        uint4 g[PAIR], u[PAIR], dh[PAIR];
+    };
+    static __device__ __forceinline__ uint4 fetched(uint32_t at)
     {
-        const int row = lane / 8, piece = lane % 8;
-        if (row < PAIR && row < c.left)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(p.gate_up + c.at + row * 2 * p.I + piece / 4 * p.I + piece % 4 * 64));
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+        return v;
     }
-    /* mine: the lane's place in the group. */
-    static __device__ __forceinline__ void fetch(const cursor &c, const backward &p, uint32_t mine, int lane)
+    static __device__ __forceinline__ void read(numbers &x, uint32_t slot)
+    {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+            x.g[i] = fetched(slot + i * (BN * 4));
+            x.u[i] = fetched(slot + i * (BN * 4) + BN * 2);
+        }
+    }
+    static __device__ __forceinline__ void read_dh(numbers &x, uint32_t tile, int in_tile, int lane)
+    {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++)
+            x.dh[i] = from_tile(tile, in_tile + i, lane / 8, lane % 8);
+    }
+
+    /* The pair at element `at`, of whose rows `left` exist, to the lane's place in a slot. */
+    static __device__ __forceinline__ void fetch(const backward &p, uint32_t I, uint32_t at, int left, uint32_t slot, int lane)
     {
 #pragma unroll
         for (int i = 0; i < PAIR * 2; i++) {
-            const bf16 *x = i / 2 < c.left ? p.gate_up + c.at + i * p.I + lane * 8 : p.gate_up;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(mine + i * (BN * 2)), "l"(x) : "memory");
+            const bf16 *x = p.gate_up + (i / 2 < left ? at + i * I + lane * 8 : 0);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot + i * (BN * 2)), "l"(x) : "memory");
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    static __device__ __forceinline__ uint4 fetched(uint32_t mine, int i)
+    /* The same to the L2: 128 bytes a lane. */
+    static __device__ __forceinline__ void ask_for(const backward &p, uint32_t I, uint32_t at, int left, int lane)
     {
-        uint4 v;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(mine + i * (BN * 2)) : "memory");
-        return v;
+        const uint32_t row = lane / 8, piece = lane % 8;
+        if (row < PAIR && (int)row < left)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(p.gate_up + (at + row * 2 * I + piece / 4 * I + piece % 4 * 64)));
     }
 
-    /* Eight elements: dg, du, h from dh, g, u and s = sigmoid(g), in the form of swiglu_bwd (student_rows.cu). */
-    static __device__ __forceinline__ void gradients(const uint4 &dh4, const float *g, const float *s, const uint4 &u4, uint4 &dg4, uint4 &du4, uint4 &h4)
-    {
-        float dh[8], dg[8], u[8], h[8];
-        unpack(dh4, dh);
-        unpack(u4, u);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float silu = g[i] * s[i];
-            h[i] = silu * u[i];
-            dg[i] = dh[i] * u[i] * s[i] * (1 + g[i] * (1 - s[i]));
-            u[i] = dh[i] * silu;
-        }
-        dg4 = pack(dg);
-        du4 = pack(u);
-        h4 = pack(h);
-    }
-
-    static __device__ __forceinline__ void gate(const cursor &c, const backward &p, uint32_t tile, uint32_t mine, int lane)
+    /* dg, du, h, in the form of swiglu_bwd (student_rows.cu), to memory. */
+    template <bool H>
+    static __device__ __forceinline__ void gate(const numbers &x, const backward &p, uint32_t I, uint32_t at, uint32_t at_h, int left)
     {
         float g[8 * PAIR], s[8 * PAIR];
 #pragma unroll
         for (int i = 0; i < PAIR; i++)
-            unpack(fetched(mine, 2 * i), g + 8 * i);
+            unpack(x.g[i], g + 8 * i);
         sigmoids(g, s);
 #pragma unroll
         for (int i = 0; i < PAIR; i++) {
-            uint4 dg, du, h;
-            gradients(from_tile(tile, c.in_tile + i, lane / 8, lane % 8), g + 8 * i, s + 8 * i, fetched(mine, 2 * i + 1), dg, du, h);
-            if (i < c.left) {
-                const int64_t at = c.at + i * 2 * p.I + lane * 8;
-                put(p.d_gate_up + at, dg);
-                put(p.d_gate_up + at + p.I, du);
-                if (p.h != NULL)
-                    put(p.h + c.h + i * p.I + lane * 8, h);
+            float dh[8], u[8], h[8];
+            unpack(x.dh[i], dh);
+            unpack(x.u[i], u);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int e = 8 * i + j;
+                const float silu = g[e] * s[e];
+                h[j] = silu * u[j];
+                g[e] = dh[j] * u[j] * s[e] * (1 + g[e] * (1 - s[e]));
+                u[j] = dh[j] * silu;
+            }
+            if (i < left) {
+                put(p.d_gate_up + (at + i * 2 * I), pack(g + 8 * i));
+                put(p.d_gate_up + (at + i * 2 * I + I), pack(u));
+                if (H)
+                    put(p.h + (at_h + i * I), pack(h));
             }
         }
     }
 
-    static __device__ __forceinline__ void take(const walk &w, const maps &, const backward &p, uint32_t base, uint32_t rank, int warp)
+    template <bool H>
+    static __device__ __forceinline__ void take_all(const walk &w, const backward &p, uint32_t base, uint32_t rank, int warp)
     {
         const barriers bar = {base + BARS_AT};
-        const int lane = threadIdx.x % 32;
-        const uint32_t tile = base + TILE_AT, mine = base + PRODUCT_SHARED + warp * (GROUPS * GROUP_BYTES) + lane * 16;
-        cursor here = {first_tile(), 0, 0, 0, 0}, coming, asked;
-        uint32_t done = 0, slot = 0, free_slot = GROUPS - 1; /* of the group here, and of the next one to come */
-        enter(here, w, p, rank, warp);
-        coming = asked = here;
-        for (int i = 0; i < AHEAD; i++, next(asked, w, p, rank, warp))
-            ask_for(asked, p, lane);
-        for (int i = 0; i < GROUPS - 1; i++, next(coming, w, p, rank, warp))
-            fetch(coming, p, mine + i * GROUP_BYTES, lane);
-        while (here.t < w.tiles) {
-            const int t = here.t;
+        const int lane = threadIdx.x % 32, count = (BM - warp * PAIR + STEP - 1) / STEP;
+        const uint32_t tile = base + TILE_AT, mine = base + PRODUCT_SHARED + warp * (SLOTS * SLOT) + lane * 16, I = (uint32_t)p.I, stride = STEP * 2 * I;
+        numbers x, next;
+        uint32_t done = 0, slot = mine;
+        start here = start_of(w, I, first_tile(), rank, warp);
+        for (int j = SLOTS; j < AHEAD; j++)
+            ask_for(p, I, here.at + j * stride, here.left - j * STEP, lane);
+        for (int j = 0; j < SLOTS; j++)
+            fetch(p, I, here.at + j * stride, here.left - j * STEP, mine + j * SLOT, lane);
+        asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
+        read(x, slot);
+        for (int t = first_tile(); t < w.tiles; t += tile_step()) {
+            const start then = start_of(w, I, t + tile_step(), rank, warp);
+            uint32_t at = here.at + lane * 8, at_h = here.h + lane * 8;
+            int in_tile = warp * PAIR;
             wait(bar.tile_full(), done++ & 1);
+            read_dh(x, tile, in_tile, lane);
 #pragma unroll 1
-            while (here.t == t) {
-                ask_for(asked, p, lane);
-                next(asked, w, p, rank, warp);
-                fetch(coming, p, mine + free_slot * GROUP_BYTES, lane);
-                next(coming, w, p, rank, warp);
-                asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS - 1) : "memory");
-                gate(here, p, tile, mine + slot * GROUP_BYTES, lane);
-                next(here, w, p, rank, warp);
-                free_slot = slot;
-                slot = slot + 1 == GROUPS ? 0 : slot + 1;
+            for (int j = 0; j < count; j++) {
+                const int k = j + SLOTS, a = j + AHEAD;
+                fetch(p, I, k < count ? here.at + k * stride : then.at + (k - count) * stride, k < count ? here.left - k * STEP : then.left - (k - count) * STEP,
+                      slot, lane);
+                ask_for(p, I, a < count ? here.at + a * stride : then.at + (a - count) * stride,
+                        a < count ? here.left - a * STEP : then.left - (a - count) * STEP, lane);
+                slot = slot + SLOT == mine + SLOTS * SLOT ? mine : slot + SLOT;
+                asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
+                read(next, slot);
+                in_tile += STEP;
+                if (j + 1 < count) {
+                    read_dh(next, tile, in_tile, lane);
+                } else { /* the tile is read */
+                    __syncwarp();
+                    if (lane == 0)
+                        arrive(bar.tile_empty());
+                }
+                gate<H>(x, p, I, at, at_h, here.left - j * STEP);
+                at += stride;
+                at_h += STEP * I;
+                x = next;
             }
-            __syncwarp();
-            if (lane == 0)
-                arrive(bar.tile_empty());
+            here = then;
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
+    }
+
+    static __device__ __forceinline__ void take(const walk &w, const maps &, const backward &p, uint32_t base, uint32_t rank, int warp)
+    {
+        if (p.h != NULL)
+            take_all<true>(w, p, base, rank, warp);
+        else
+            take_all<false>(w, p, base, rank, warp);
     }
 #endif
 };
@@ -280,7 +300,7 @@ out:
 
 bool rt_cuda_gated_fits(const struct rt_dev *dev, const struct rt_cuda_gated *g)
 {
-    return dev->cc == 90 && dev->encode_map != NULL && g->n < INT32_MAX - 1024 && g->I < INT32_MAX / 4 && g->K > 0 && g->K % BK == 0 && g->I > 0 &&
+    return dev->cc == 90 && dev->encode_map != NULL && g->n < INT32_MAX - 1024 && g->I < INT32_MAX / 4 && (g->n + 2 * BM) * 2 * g->I <= UINT32_MAX && g->K > 0 && g->K % BK == 0 && g->I > 0 &&
            g->I % (g->back ? BN : BN / 2) == 0 && aligned16(g->a) && aligned16(g->w) && aligned16(g->gate_up) && aligned16(g->d_gate_up) && aligned16(g->h);
 }
 
