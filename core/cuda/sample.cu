@@ -1,6 +1,7 @@
 /* sample: a token from each row of logits, by the rule of core/sampler.h. Contract: core/backend.h.
  *
- * Weights are whole numbers (2^42 for the greatest logit), so that sums do not depend on their order and atomics on them change nothing. A row is
+ * Weights are whole numbers (2^42 for the greatest logit), rounded to some 16 bits, so that sums do not depend on
+ * their order and atomics on them change nothing. A row is
  * shared out by the blocks of a cluster (where there are none, or few ids: one block has it), each of which holds its share in shared memory, if it
  * fits there: device memory is read once. It is walked along for the maximum; for the sum at T = 1 and a histogram of weights by their distance
  * from the maximum, in which top_p ends somewhere; for a finer one of the bucket where it does. The last steps look for the place where a running
@@ -28,6 +29,7 @@ struct work {
     const float *z;
     int64_t ld;
     int n_ids, share; /* share: ids of a block, a multiple of 4 */
+    int bits;
     bool wide; /* rows are 16-byte aligned */
     bool held; /* shares lie in shared memory */
     float steps; /* buckets for a unit of logits: PER_UNIT / T; 0: greedy */
@@ -40,13 +42,8 @@ struct work {
     float *logprob;
 };
 
-/* Sums of 64 bits by two additions of 32: only these are the hardware's own. */
-struct histogram {
-    uint32_t low[BUCKETS], high[BUCKETS];
-};
-
 struct shared {
-    struct histogram mass[2]; /* by distance; the finer one */
+    uint32_t mass[2][BUCKETS]; /* in units: by distance; the finer one of a bucket */
     /* what the other blocks of the row read */
     float top, sum; /* maximum; sum of e^(z - max) */
     int at;
@@ -137,34 +134,32 @@ __device__ __forceinline__ float power2(float x)
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-/* Both follow from the distance of a logit from the maximum alone, the same in every pass. */
-__device__ __forceinline__ u64 weight_of(const work &w, float below)
-{
-    return __float2ull_rz(power2(fmaf(below, -w.rate, (float)ONE)));
-}
+/* All of these follow from the distance of a logit from the maximum alone, the same in every pass. A weight is a multiple of 2^unit, of w.bits to w.bits + 2
+ * bits, the unit being its bucket's: so a share's multiples add up to less than 2^32, which is what atomics in shared memory are fast at. */
 __device__ __forceinline__ float place_of(const work &w, float below)
 {
     return below * w.steps;
 }
+__device__ __forceinline__ int bucket_of(float place)
+{
+    return min((int)place, BUCKETS - 1); /* the weights of the last are 0 */
+}
+__device__ __forceinline__ int unit_of(const work &w, int bucket)
+{
+    return max(ONE - 1 - w.bits - ((bucket + 1) * 23638 >> 20), 0); /* 2^20 log2(e) / PER_UNIT, and a little */
+}
+__device__ __forceinline__ uint32_t multiple_of(const work &w, float below, int unit)
+{
+    return __float2uint_rn(power2(fmaf(below, -w.rate, (float)(ONE - unit))));
+}
+__device__ __forceinline__ u64 weight_of(const work &w, float below, int bucket)
+{
+    const int unit = unit_of(w, bucket);
+    return (u64)multiple_of(w, below, unit) << unit;
+}
 __device__ __forceinline__ int finer_of(float place, int bucket)
 {
     return min((int)((place - (float)bucket) * FINER), FINER - 1);
-}
-
-/* The upper half of an addition whose lower half found `was`. */
-__device__ __forceinline__ void carry(struct histogram &h, int bucket, u64 weight, uint32_t was)
-{
-    const uint32_t low = (uint32_t)weight, high = (uint32_t)(weight >> 32) + (was + low < was);
-    if (high != 0)
-        atomicAdd(&h.high[bucket], high);
-}
-__device__ __forceinline__ void add_to(struct histogram &h, int bucket, u64 weight)
-{
-    carry(h, bucket, weight, atomicAdd(&h.low[bucket], (uint32_t)weight));
-}
-__device__ __forceinline__ u64 mass_at(const struct histogram &h, int bucket)
-{
-    return (u64)h.high[bucket] << 32 | h.low[bucket];
 }
 
 /* Sum over the block, to all threads. */
@@ -255,28 +250,21 @@ __device__ void weigh_share(const work &w, shared &s, const float *z, int n, boo
     u64 all = 0;
     for_groups(z, n, wide, [&](int, const auto &x) {
         enum { N = sizeof x / sizeof x[0] };
-        u64 weight[N];
 #pragma unroll
         for (int j = 0; j < N; j++)
             sum += power2((max - x[j]) * -1.44269504f);
         if (w.steps == 0)
             return;
 #pragma unroll
-        for (int j = 0; j < N; j++)
-            weight[j] = weight_of(w, max - x[j]);
-        if (w.top_p == 1) {
-#pragma unroll
-            for (int j = 0; j < N; j++)
-                all += weight[j];
-            return;
+        for (int j = 0; j < N; j++) {
+            const int bucket = bucket_of(place_of(w, max - x[j]));
+            const int unit = unit_of(w, bucket);
+            const uint32_t multiple = multiple_of(w, max - x[j], unit);
+            if (w.top_p == 1)
+                all += (u64)multiple << unit;
+            else if (multiple > 0)
+                atomicAdd(&s.mass[0][bucket], multiple);
         }
-        uint32_t was[N]; /* additions that wait for each other's results one by one would take most of the time */
-#pragma unroll
-        for (int j = 0; j < N; j++)
-            was[j] = weight[j] > 0 ? atomicAdd(&s.mass[0].low[(int)place_of(w, max - x[j])], (uint32_t)weight[j]) : 0;
-#pragma unroll
-        for (int j = 0; j < N; j++)
-            carry(s.mass[0], weight[j] > 0 ? (int)place_of(w, max - x[j]) : 0, weight[j], was[j]);
     }, NULL);
     for (int d = 16; d > 0; d /= 2)
         sum += __shfl_xor_sync(~0u, sum, d);
@@ -284,7 +272,7 @@ __device__ void weigh_share(const work &w, shared &s, const float *z, int n, boo
         s.warp_sum[threadIdx.x / 32] = sum;
     __syncthreads();
     for (int i = threadIdx.x; i < BUCKETS && w.top_p < 1; i += THREADS)
-        all += mass_at(s.mass[0], i);
+        all += (u64)s.mass[0][i] << unit_of(w, i);
     all = block_sum(s, all);
     sum = 0;
     for (int i = 0; i < WARPS; i++)
@@ -297,8 +285,8 @@ __device__ void weigh_share(const work &w, shared &s, const float *z, int n, boo
 
 /* The first bucket of the row's histogram at which the sum reaches `need` (which it does); *before: the sum of those before it. Each block adds up the
  * blocks' sums of a slice of the buckets, which is what little can be had of the shared memory of others: it has a quarter of L2's rate. */
-template <int C>
-__device__ int reach(shared &s, int which, u64 need, int rank, u64 *before)
+template <int C, class F>
+__device__ int reach(shared &s, int which, F unit, u64 need, int rank, u64 *before)
 {
     enum { SLICE = BUCKETS / C, EACH = SLICE > THREADS ? SLICE / THREADS : 1 };
     const int first = rank * SLICE + threadIdx.x * EACH;
@@ -308,7 +296,7 @@ __device__ int reach(shared &s, int which, u64 need, int rank, u64 *before)
         for (int r = 0; r < C; r++)
 #pragma unroll
             for (int i = 0; i < EACH; i++)
-                own[i] += mass_at(*peer<C>(&s.mass[which], r), first + i);
+                own[i] += (u64)*peer<C>(&s.mass[which][first + i], r) << unit(first + i);
 #pragma unroll
     for (int i = 0; i < EACH; i++)
         x += own[i];
@@ -415,28 +403,29 @@ __device__ struct cut nucleus(const work &w, shared &s, const float *z, int n, b
 {
     struct cut c;
     u64 before, before2, passed = 0;
-    c.bucket = reach<C>(s, 0, need, rank, &before);
+    c.bucket = reach<C>(s, 0, [&](int i) { return unit_of(w, i); }, need, rank, &before);
+    const int unit = unit_of(w, c.bucket);
     for_share(z, n, wide, [&](int, float x) {
         const float place = place_of(w, max - x);
-        if ((int)place == c.bucket)
-            add_to(s.mass[1], finer_of(place, c.bucket), weight_of(w, max - x));
+        if (bucket_of(place) == c.bucket)
+            atomicAdd(&s.mass[1][finer_of(place, c.bucket)], multiple_of(w, max - x, unit));
     });
     row_sync<C>();
-    c.finer = reach<C>(s, 1, need - before, rank, &before2);
+    c.finer = reach<C>(s, 1, [&](int) { return unit; }, need - before, rank, &before2);
     u64 target = need - before - before2 - 1;
-    const int owner = owner_of<C>(&target, [&](int r) { return mass_at(*peer<C>(&s.mass[1], r), c.finer); });
+    const int owner = owner_of<C>(&target, [&](int r) { return (u64)*peer<C>(&s.mass[1][c.finer], r) << unit; });
     c.last = rank < owner ? n - 1 : -1;
     if (rank < owner)
-        passed = mass_at(s.mass[1], c.finer);
+        passed = (u64)s.mass[1][c.finer] << unit;
     if (rank == owner)
         c.last = find(s, n, target, [&](int i) -> u64 {
             const float place = place_of(w, max - z[i]);
-            return (int)place == c.bucket && finer_of(place, c.bucket) == c.finer ? weight_of(w, max - z[i]) : 0;
+            return bucket_of(place) == c.bucket && finer_of(place, c.bucket) == c.finer ? weight_of(w, max - z[i], c.bucket) : 0;
         }, &passed);
     u64 kept = 0;
     for (int i = threadIdx.x; i < BUCKETS; i += THREADS) {
-        kept += i < c.bucket ? mass_at(s.mass[0], i) : 0;
-        kept += i < c.finer ? mass_at(s.mass[1], i) : 0;
+        kept += i < c.bucket ? (u64)s.mass[0][i] << unit_of(w, i) : 0;
+        kept += i < c.finer ? (u64)s.mass[1][i] << unit : 0;
     }
     kept = block_sum(s, kept) + passed;
     if (threadIdx.x == 0)
@@ -467,10 +456,9 @@ __device__ int draw(const work &w, shared &s, const float *z, int n, bool wide, 
         return INT_MAX;
     return find(s, n, target, [&](int i) -> u64 {
         const float place = place_of(w, max - z[i]);
-        const int bucket = (int)fminf(place, (float)BUCKETS - 1); /* beyond: the weight is 0 */
-        const int finer = bucket == c.bucket ? finer_of(place, bucket) : 0;
+        const int bucket = bucket_of(place), finer = bucket == c.bucket ? finer_of(place, bucket) : 0;
         const bool keep = bucket < c.bucket || (bucket == c.bucket && (finer < c.finer || (finer == c.finer && i <= c.last)));
-        return keep ? weight_of(w, max - z[i]) : 0;
+        return keep ? weight_of(w, max - z[i], bucket) : 0;
     }, &passed);
 }
 
@@ -520,6 +508,8 @@ enum rt_status start(struct rt_queue *q, work w, int64_t n, struct rt_err *err)
 {
     enum rt_status st;
     w.share = (int)((w.n_ids + 4 * C - 1) / (4 * C) * 4);
+    for (w.bits = 29; w.bits > 0 && w.share >> (30 - w.bits) > 0;)
+        w.bits--;
     /* two blocks a multiprocessor hide each other's waits; a long row fills one, a longer one is read again and again */
     w.held = (int64_t)w.share * 4 + (int64_t)sizeof(shared) + 1024 <= q->dev->block_shared;
     const size_t bytes = w.held ? (size_t)w.share * 4 : 0;
