@@ -30,6 +30,7 @@ struct product {
     int second;        /* row of the weight from which on the second half of a tile comes, behind the first's */
     int chunks, per;   /* steps along the columns; of a block */
     int parts;         /* blocks of a cluster that share a tile's columns */
+    int stages;        /* of the ring: as many as there is room and need for, since what is on its way is what keeps memory busy */
     bool gated, early, accumulate, y_f32, bias_f32, wide;
     float *sums;       /* [tiles][parts][n][64 W] where parts > 1 */
     const void *bias;
@@ -47,11 +48,9 @@ struct product {
 template <int TOK, int W>
 struct sizes {
     enum {
-        rows = 64 * W, weights = rows * ROW, stage = weights + TOK * ROW, ld = rows + 4, threads = 128 * W + 32,
-        /* two blocks a multiprocessor, of two kernels mostly */
-        resident = 2, stages = 111 * 1024 / stage, bytes = stages * stage + 16 * stages + 1024
+        rows = 64 * W, weights = rows * ROW, stage = weights + TOK * ROW, ld = rows + 4, threads = 128 * W + 32, most = 8 /* stages */
     };
-    static_assert(TOK * ld * 4 <= stages * stage, "sums lie over the stages");
+    static_assert(TOK * ld * 4 <= 2 * stage, "sums lie over the stages");
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -102,7 +101,7 @@ template <int TOK, int W>
 __device__ void produce(const product &p, const CUtensorMap *w, const CUtensorMap *x, uint32_t ring, uint32_t full, uint32_t empty, int row, int c0, int count)
 {
     typedef sizes<TOK, W> Z;
-    const int first = count < Z::stages ? count : Z::stages;
+    const int first = min(count, p.stages);
     const bool lead = threadIdx.x % 32 == 0;
     if (!p.early)
         launch_after();
@@ -116,14 +115,17 @@ __device__ void produce(const product &p, const CUtensorMap *w, const CUtensorMa
         launch_after();
     for (int i = 0; lead && i < first; i++)
         hopper::load_box(ring + i * Z::stage + Z::weights, x, (c0 + i) * COLS, 0, full + 8 * i);
+    int s = 0;
+    uint32_t parity = 0;
     for (int i = first; lead && i < count; i++) {
-        const int s = i % Z::stages;
         const uint32_t at = ring + s * Z::stage;
-        hopper::barrier_wait(empty + 8 * s, (uint32_t)(i / Z::stages + 1) & 1);
+        hopper::barrier_wait(empty + 8 * s, parity);
         hopper::barrier_expect(full + 8 * s, Z::stage);
         hopper::load_box(at, w, (c0 + i) * COLS, row, full + 8 * s);
         hopper::load_box(at + Z::weights / 2, w, (c0 + i) * COLS, p.second + row, full + 8 * s);
         hopper::load_box(at + Z::weights, x, (c0 + i) * COLS, 0, full + 8 * s);
+        s = s + 1 == p.stages ? 0 : s + 1;
+        parity ^= s == 0;
     }
     __syncwarp();
 }
@@ -135,10 +137,11 @@ __device__ void consume(const product &p, uint32_t ring, uint32_t full, uint32_t
     typedef sizes<TOK, W> Z;
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     float acc[TOK / 2];
+    int s = 0;
+    uint32_t parity = 0;
     for (int i = 0; i < count; i++) {
-        const int s = i % Z::stages;
         const uint32_t at = ring + s * Z::stage;
-        hopper::barrier_wait(full + 8 * s, (uint32_t)(i / Z::stages) & 1);
+        hopper::barrier_wait(full + 8 * s, parity);
         pin(acc);
         hopper::mma_fence();
 #pragma unroll
@@ -147,7 +150,9 @@ __device__ void consume(const product &p, uint32_t ring, uint32_t full, uint32_t
         hopper::mma_commit();
         hopper::mma_wait<1>(); /* the step before has read its stage */
         if (i > 0 && lane == 0)
-            arrive(empty + 8 * ((i - 1) % Z::stages));
+            arrive(empty + 8 * (s == 0 ? p.stages - 1 : s - 1));
+        s = s + 1 == p.stages ? 0 : s + 1;
+        parity ^= s == 0;
     }
     hopper::mma_wait<0>();
     pin(acc);
@@ -330,18 +335,18 @@ __device__ void consumer(const product &p, uint32_t ring, uint32_t full, uint32_
 
 /* grid: tiles * parts, in clusters of parts */
 template <int TOK, int W>
-__global__ void __launch_bounds__(sizes<TOK, W>::threads, sizes<TOK, W>::resident) product_kernel(const __grid_constant__ product p,
+__global__ void __launch_bounds__(sizes<TOK, W>::threads) product_kernel(const __grid_constant__ product p,
                                                                                                const __grid_constant__ CUtensorMap w,
                                                                                                const __grid_constant__ CUtensorMap x)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     typedef sizes<TOK, W> Z;
     extern __shared__ uint8_t raw[];
-    const uint32_t start = hopper::smem(raw), ring = (start + 1023) / 1024 * 1024, full = ring + Z::stages * Z::stage, empty = full + 8 * Z::stages;
+    const uint32_t start = hopper::smem(raw), ring = (start + 1023) / 1024 * 1024, full = ring + p.stages * Z::stage, empty = full + 8 * p.stages;
     float *sums = (float *)(void *)(raw + (ring - start));
     const int tile = blockIdx.x / p.parts, rank = blockIdx.x % p.parts, c0 = rank * p.per, left = p.chunks - c0, count = left < p.per ? left : p.per;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Z::stages; i++) {
+        for (int i = 0; i < p.stages; i++) {
             hopper::barrier_init(full + 8 * i, 1);
             hopper::barrier_init(empty + 8 * i, 4 * W);
         }
@@ -385,6 +390,7 @@ enum rt_status start(struct rt_queue *q, product p, const struct rt_linear_fwd_a
 {
     typedef sizes<TOK, W> Z;
     CUtensorMap w, x;
+    size_t bytes;
     const int each = p.gated ? Z::rows / 2 : Z::rows, tiles = (p.out + each - 1) / each;
     enum rt_status st;
     p.second = p.gated ? p.out : Z::rows / 2;
@@ -395,9 +401,14 @@ enum rt_status start(struct rt_queue *q, product p, const struct rt_linear_fwd_a
         p.per = p.chunks;
     }
     RT_TRY(map(q, &w, a->w->data, a->w->rows, a->K, a->K, Z::rows / 2, err));
+    /* all of a multiprocessor's, or where blocks come one after another, half of it: so that one begins while another ends */
+    p.stages = ((tiles * p.parts > q->dev->sm_count ? q->dev->block_shared / 2 - 2048 : q->dev->block_shared) - 1024) / (Z::stage + 16);
+    p.stages = p.stages < Z::most ? p.stages : (int)Z::most;
+    p.stages = p.stages < p.per ? p.stages : p.per < 2 ? 2 : p.per;
+    bytes = (size_t)p.stages * (Z::stage + 16) + 1024;
     RT_TRY(map(q, &x, a->x.data, a->n, a->K, a->ldx != 0 ? a->ldx : a->K, TOK, err));
-    RT_CUDA_TRY(cudaFuncSetAttribute(product_kernel<TOK, W>, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::bytes));
-    RT_CUDA_TRY(launch(q, product_kernel<TOK, W>, dim3((unsigned)(tiles * p.parts)), Z::threads, Z::bytes, p.parts, p, w, x));
+    RT_CUDA_TRY(cudaFuncSetAttribute(product_kernel<TOK, W>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    RT_CUDA_TRY(launch(q, product_kernel<TOK, W>, dim3((unsigned)(tiles * p.parts)), Z::threads, bytes, p.parts, p, w, x));
 out:
     return st;
 }
@@ -417,6 +428,8 @@ enum rt_status run(struct rt_queue *q, product p, const struct rt_linear_fwd_arg
     p.y = a->y;
     p.ldy = a->ldy != 0 ? a->ldy : p.out;
     p.wide = p.out % 4 == 0 && p.ldy % 4 == 0 && (uintptr_t)a->y % 8 == 0;
+    if (gated && p.out <= 96 * q->dev->sm_count && p.out > 64 * q->dev->sm_count) /* larger tiles, where all of them can run at once, but not all small ones */
+        return a->n <= 16 ? start<16, 3>(q, p, a, err) : a->n <= 32 ? start<32, 3>(q, p, a, err) : start<64, 3>(q, p, a, err);
     return a->n <= 16 ? start<16, 2>(q, p, a, err) : a->n <= 32 ? start<32, 2>(q, p, a, err) : start<64, 2>(q, p, a, err);
 }
 
