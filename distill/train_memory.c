@@ -12,7 +12,7 @@ enum { MICRO_TOKENS = 4096, MICRO_TOKENS_GPU = 32768, MICRO_LEAST = 256 };
 
 static size_t on_device(const struct rt_trainer_memory *m)
 {
-    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations + m->recorded;
+    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations + m->recorded + m->measured;
 }
 
 size_t rt_train_memory_planned(const struct rt_train_run *r)
@@ -116,6 +116,8 @@ static void plan_cuts(struct rt_train_run *r, const struct rt_train_cuts *x)
     r->o.recompute = x->recompute;
     rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
     r->memory.operations = x->operations;
+    if (r->device.be->tune != NULL)
+        r->memory.measured = (size_t)(r->student.c.vocab_size * r->student.c.hidden) * rt_device_act_size(&r->device);
 }
 
 /* Of the operations' room as much as the limit leaves, in steps; where it shrinks, down to OPERATIONS_LEAST. */

@@ -339,7 +339,7 @@ static void log_plan(const struct rt_train_run *r)
             rt_human_count(a, (double)r->total_tokens), (long)r->o.batch_tokens, (long)r->o.micro_tokens, r->order_sha256);
     rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s operations, %s batch",
             rt_human_bytes(a, m->weights), rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations),
-            rt_human_bytes(e, m->losses), rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->operations + m->recorded), rt_human_bytes(h, m->host));
+            rt_human_bytes(e, m->losses), rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->operations + m->recorded + m->measured), rt_human_bytes(h, m->host));
     log_recompute(r);
     rt_info(r->ctx->log, "loss: (%g CE%s + %g T^2 KL(teacher T=%g || student T=%g), tail %s, + %g F) / training rows of the global batch; reported kl holds T^2 = %g",
             r->o.w.ce, r->o.ce_rest ? " of targets without a row" : "", r->o.w.kl, r->o.teacher_T, r->o.w.T, r->v->tail, r->o.w.feature, r->o.w.T * r->o.w.T);

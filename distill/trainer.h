@@ -41,9 +41,10 @@ struct rt_trainer_options {
     bool overlap, early;         /* what of it runs beside the computation (student/optimizer.h); the same bits */
 };
 
-/* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). */
+/* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). measured: the
+ * copy of the largest product's result, the head's gradient, while the device measures how to make it. */
 struct rt_trainer_memory {
-    size_t weights, grads, moments, activations, losses, projectors, operations, recorded, host;
+    size_t weights, grads, moments, activations, losses, projectors, operations, recorded, measured, host;
 };
 
 struct rt_trainer {
