@@ -153,7 +153,7 @@ struct result {
 struct plan {
     int64_t batch;
     int recompute;
-    bool record, features;
+    bool record, features, mixed; /* mixed: the same sequences without the teacher's rows, too */
 };
 
 /* Batches of one sequence or two, and micro-batches of one or two: shapes come again, with other numbers of targets in the batch too. */
@@ -164,7 +164,8 @@ static struct result run_steps(const struct rt_backend *be, struct tf_data *data
     struct rt_trainer t;
     struct rt_step_result r;
     struct result out;
-    const double weight = 1;
+    const double weight[2] = {1, 1};
+    struct rt_train_set *set[2] = {NULL};
     struct rt_trainer_options o = tf_options();
     memset(&out, 0, sizeof out);
     tf_open(&f, be, 1, TF_WIDE, 0.1f);
@@ -177,8 +178,14 @@ static struct result run_steps(const struct rt_backend *be, struct tf_data *data
         o.w.feature = 0.3;
         o.map = (struct rt_feature_map){.n = 1, .pair = {{1, 1, TF_DIM}}};
     }
-    struct rt_train_set *set = tf_set(data, &f, plan->features);
-    assert_ok(rt_trainer_open(&t, f.s, &set, &weight, 1, &o, &err));
+    set[0] = tf_set(data, &f, plan->features);
+    if (plan->mixed) {
+        struct rt_log quiet;
+        const struct rt_train_set_options text = {.model = &f.model, .vocab = f.c.vocab_size, .max_length = 64};
+        rt_log_init(&quiet, stderr, RT_LOG_WARN);
+        assert_ok(rt_train_set_open(tf_write_lines("recorded.jsonl", data), &text, &quiet, &set[1], &err));
+    }
+    assert_ok(rt_trainer_open(&t, f.s, set, weight, plan->mixed ? 2 : 1, &o, &err));
     for (int i = 0; i < STEPS; i++) {
         assert_ok(rt_trainer_step(&t, 1e-2, i % 7 == 3, &r, &err));
         assert_false(r.skipped || r.end);
@@ -194,7 +201,8 @@ static struct result run_steps(const struct rt_backend *be, struct tf_data *data
     for (int i = 0; i < f.p.n; i++)
         assert_ok(rt_param_download(&f.d, rt_student_block(f.s), &f.p.at[i], 0, rt_param_elements(&f.p.at[i]), out.param + f.p.at[i].offset, &err));
     rt_trainer_close(&t);
-    rt_train_set_free(set);
+    for (int i = 0; i < 2; i++)
+        rt_train_set_free(set[i]);
     tf_close(&f);
     return out;
 }
@@ -223,7 +231,8 @@ static struct tf_data *made_data(void)
     return data;
 }
 
-static const struct plan plans[] = {{.batch = TF_LEN}, {.batch = 2 * TF_LEN}, {.batch = 2 * TF_LEN, .recompute = 2}, {.batch = TF_LEN, .features = true}};
+static const struct plan plans[] = {{.batch = TF_LEN}, {.batch = 2 * TF_LEN}, {.batch = 2 * TF_LEN, .recompute = 2}, {.batch = TF_LEN, .features = true},
+                                    {.batch = TF_LEN, .mixed = true}};
 
 static void compare(const struct rt_backend *be, struct tf_data *data)
 {
@@ -232,7 +241,7 @@ static void compare(const struct rt_backend *be, struct tf_data *data)
         struct result want = run_steps(be, data, &p);
         p.record = true;
         struct result got = run_steps(be, data, &p);
-        print_message("batches of %ld%s: %ld recordings, %ld micro-steps by them\n", (long)p.batch, p.features ? " with states" : "", (long)got.recordings,
+        print_message("batches of %ld%s: %ld recordings, %ld micro-steps by them\n", (long)p.batch, p.features ? " with states" : p.mixed ? " of two sets" : "", (long)got.recordings,
                       (long)got.runs);
         assert_int_equal(want.runs, 0);
         if (p.features) /* states are uploaded between the products */
