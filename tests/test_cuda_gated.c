@@ -10,7 +10,7 @@ struct shape {
     bool bias;
 };
 static const struct shape shapes[] = {
-    {300, 192, 256, false},  {1, 64, 256, false},  {129, 896, 256, false}, {257, 320, 384, false},              /* backward: not a multiple of 256 */
+    {300, 192, 256, false},  {1, 64, 256, false},  {641, 896, 256, false}, {257, 320, 384, false},              /* backward: not a multiple of 256 */
     {2100, 128, 2560, false}, /* more tiles than blocks, and an odd number of row blocks */
     {130, 64, 1024, true},   {33, 40, 24, false}, {7, 13, 11, true},      {520, 96, 256, false},
 };
