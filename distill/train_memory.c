@@ -116,8 +116,8 @@ static void plan_cuts(struct rt_train_run *r, const struct rt_train_cuts *x)
     r->o.recompute = x->recompute;
     rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
     r->memory.operations = x->operations;
-    if (r->device.be->tune != NULL)
-        r->memory.measured = (size_t)(r->student.c.vocab_size * r->student.c.hidden) * rt_device_act_size(&r->device);
+    const size_t copy = (size_t)(r->student.c.vocab_size * r->student.c.hidden) * rt_device_act_size(&r->device);
+    r->memory.measured = r->device.be->tune != NULL && copy <= x->operations ? copy : 0;
 }
 
 /* Of the operations' room as much as the limit leaves, in steps; where it shrinks, down to OPERATIONS_LEAST. */

@@ -42,7 +42,7 @@ struct rt_trainer_options {
 };
 
 /* Bytes of each kind, for a plan. operations: what a device with memory of its own is told that operations may take (the planner's choice). measured: the
- * copy of the largest product's result, the head's gradient, while the device measures how to make it. */
+ * copy of the largest product's result, the head's gradient, while the device measures how to make it (none where operations may take less). */
 struct rt_trainer_memory {
     size_t weights, grads, moments, activations, losses, projectors, operations, recorded, measured, host;
 };

@@ -360,6 +360,8 @@ static enum rt_status measure_product(struct rt_queue *q, const struct rt_lt_cal
     enum rt_status st = RT_OK;
     RT_TRY(rt_cuda_not_recorded(q, "a product that was not measured yet", err));
     memcpy(out->algo, &algo[0], sizeof out->algo);
+    if (c->accumulate && bytes > q->dev->scratch) /* more than operations may take: a plan may have no room for it */
+        return RT_OK;
     if (c->accumulate && rt_cuda_temp(q, bytes + 16, &copy, &no_room) != RT_OK)
         return no_room.status == RT_NOMEM ? RT_OK : rt_fail(err, no_room.status, "%s", no_room.msg);
     if (!make_plan(lt, c, c->N, c->K, &m.p))
