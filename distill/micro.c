@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "core/cpu/row_loops.h"
+#include "core/row_loops.h"
 #include "core/mem.h"
 
 size_t rt_micro_bytes(const struct rt_micro_options *o)

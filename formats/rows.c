@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "core/cpu/row_loops.h"
+#include "core/row_loops.h"
 #include "core/mem.h"
 #include "core/sha256.h"
 

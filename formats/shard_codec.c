@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-#include "core/cpu/row_loops.h"
+#include "core/row_loops.h"
 
 void rt_codec_free(struct rt_codec *c)
 {

@@ -1,5 +1,5 @@
 /* The loops of reading rows against plain ones, and the checks that are made of them. */
-#include "core/cpu/row_loops.h"
+#include "core/row_loops.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -1,4 +1,4 @@
-#include "core/cpu/row_loops.h"
+#include "core/row_loops.h"
 
 #include "core/cpu/simd.h"
 

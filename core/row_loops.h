@@ -1,6 +1,6 @@
-/* Loops of reading stored rows that take most of its time beside decompression. */
-#ifndef RT_CORE_CPU_ROW_LOOPS_H
-#define RT_CORE_CPU_ROW_LOOPS_H
+/* Loops of reading stored rows that take most of its time beside decompression (cpu/row_loops.c: vector code, compiled as the kernels are). */
+#ifndef RT_CORE_ROW_LOOPS_H
+#define RT_CORE_ROW_LOOPS_H
 
 #include <stddef.h>
 #include <stdint.h>
