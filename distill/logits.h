@@ -112,7 +112,7 @@ struct rt_logits_job {
 /* distill/logits_options.c: the options as numbers. USAGE. */
 enum rt_status rt_logits_options(struct rt_logits_job *j, struct rt_err *err);
 /* distill/logits_rate.c: measures, in about a second, a product on the device in the types that the numerics use (fp8: w8a8), and reading the
- * checkpoint's files past the page cache by 1, 2, 4 .. `readers` threads (exact: that many are used; else the best count is). What cannot be measured stays 0. */
+ * checkpoint's files past the page cache by 1, 2, 4 .. `readers` threads (exact: by that many alone; else the best count is used). What cannot be measured stays 0. */
 void rt_logits_measure(const struct rt_device *d, bool fp8, const char *teacher, int readers, bool exact, struct rt_logits_rates *out);
 /* distill/logits_plan.c: fills j->to and j->plan for the lanes' first device; REFUSED where the disk does not hold what will be written,
  * NOMEM where memory does not, with the numbers. */

@@ -125,17 +125,16 @@ static enum rt_status measure_reading(const char *teacher, int most, bool exact,
     char one[32], other[32];
     enum rt_status st;
     RT_TRY(rt_tensors_open(teacher, &ts, err));
-    RT_TRY(rt_read_probe(ts, most, 0.2, &p, err));
+    RT_TRY(rt_read_probe(ts, exact ? most : 1, most, 0.2, &p, err));
     if (p.best < 0)
         goto out;
-    const int at = exact ? p.n - 1 : p.best;
-    out->read = p.rate[at];
-    out->readers = p.readers[at];
+    out->read = p.rate[p.best];
+    out->readers = p.readers[p.best];
     if (p.n > 1)
         snprintf(out->read_name, sizeof out->read_name, "measured with %d reader%s; 1: %s/s, %d: %s/s", out->readers, out->readers > 1 ? "s" : "",
                  rt_human_bytes(one, (uint64_t)p.rate[0]), p.readers[p.n - 1], rt_human_bytes(other, (uint64_t)p.rate[p.n - 1]));
     else
-        snprintf(out->read_name, sizeof out->read_name, "measured with 1 reader");
+        snprintf(out->read_name, sizeof out->read_name, "measured with %d reader%s", out->readers, out->readers > 1 ? "s" : "");
 out:
     rt_tensors_free(ts);
     return st;

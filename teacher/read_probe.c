@@ -118,9 +118,10 @@ static double run_course(struct course *c, int threads, double seconds)
     return c->read > 0 && c->last > t0 ? (double)c->read / (c->last - t0) : 0;
 }
 
-enum rt_status rt_read_probe(const struct rt_tensors *ts, int most, double seconds, struct rt_read_probe *out, struct rt_err *err)
+enum rt_status rt_read_probe(const struct rt_tensors *ts, int least, int most, double seconds, struct rt_read_probe *out, struct rt_err *err)
 {
     struct course c = {0};
+    const int last = most < MAX_THREADS ? most : MAX_THREADS, first = least < last ? least : last;
     double greatest = 0;
     enum rt_status st;
     *out = (struct rt_read_probe){.best = -1};
@@ -129,7 +130,7 @@ enum rt_status rt_read_probe(const struct rt_tensors *ts, int most, double secon
     uint64_t usable = 0;
     for (int i = 0; i < c.n_files; i++)
         usable += c.size[i];
-    for (int threads = 1; usable > 0 && !c.failed && threads <= most && threads <= MAX_THREADS && out->n < RT_READ_COUNTS; threads *= 2) {
+    for (int threads = first; usable > 0 && !c.failed && threads <= last && out->n < RT_READ_COUNTS; threads *= 2) {
         /* away from what the one before read */
         c.file = (int)((int64_t)c.n_files * out->n / RT_READ_COUNTS) % c.n_files;
         c.at = c.n_files >= RT_READ_COUNTS ? 0 : c.size[c.file] / RT_READ_COUNTS * (uint64_t)out->n / RT_FEED_CHUNK * RT_FEED_CHUNK;

@@ -9,12 +9,12 @@
 
 enum { RT_READ_COUNTS = 5 };
 struct rt_read_probe {
-    int readers[RT_READ_COUNTS];   /* 1, 2, 4, 8, 16, as far as `most` goes; */
+    int readers[RT_READ_COUNTS];   /* least, twice, four times as many .. as far as `most` and 16 go */
     double rate[RT_READ_COUNTS];   /* bytes a second of each */
     int n;
     int best;                      /* index of the fewest that come within a twentieth of the greatest rate; -1: nothing was measured */
 };
 /* Reads for `seconds` with each count of threads, each time another stretch of the files. Files too small to tell (below 64 MiB each): n 0. NOMEM. */
-enum rt_status rt_read_probe(const struct rt_tensors *ts, int most, double seconds, struct rt_read_probe *out, struct rt_err *err);
+enum rt_status rt_read_probe(const struct rt_tensors *ts, int least, int most, double seconds, struct rt_read_probe *out, struct rt_err *err);
 
 #endif

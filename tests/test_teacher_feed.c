@@ -236,19 +236,23 @@ static void reading_is_measured(void **state)
     fclose(f);
     assert_int_equal(truncate(path, (off_t)(sizeof n + n + 100663296)), 0);
     assert_ok(rt_tensors_open(path, &ts, &err));
-    assert_ok(rt_read_probe(ts, 4, 0, &p, &err)); /* over before it begins: a chunk each all the same */
+    assert_ok(rt_read_probe(ts, 1, 4, 0, &p, &err)); /* over before it begins: a chunk each all the same */
     assert_int_equal(p.n, 3);
     for (int i = 0; i < p.n; i++)
         assert_true(p.rate[i] > 0);
-    assert_ok(rt_read_probe(ts, 4, 0.02, &p, &err));
+    assert_ok(rt_read_probe(ts, 1, 4, 0.02, &p, &err));
     assert_int_equal(p.n, 3);
     assert_int_equal(p.readers[2], 4);
     assert_in_range(p.best, 0, 2);
     for (int i = 0; i < p.n; i++)
         assert_true(p.rate[i] > 0);
+    assert_ok(rt_read_probe(ts, 3, 3, 0.02, &p, &err)); /* as many as are asked for, and no others */
+    assert_true(p.n == 1 && p.best == 0 && p.readers[0] == 3 && p.rate[0] > 0);
+    assert_ok(rt_read_probe(ts, 24, 24, 0, &p, &err)); /* more than are tried */
+    assert_true(p.n == 1 && p.readers[0] == 16);
     rt_tensors_free(ts);
     assert_ok(rt_tensors_open(test_data("tests/data/cases/v3_fp8"), &ts, &err));
-    assert_ok(rt_read_probe(ts, 4, 0.02, &p, &err));
+    assert_ok(rt_read_probe(ts, 1, 4, 0.02, &p, &err));
     assert_int_equal(p.best, -1);
     rt_tensors_free(ts);
 }
