@@ -78,13 +78,13 @@ __device__ __forceinline__ void produce(const rt_attn_bwd_call &c, const maps &m
         if (ticket < all)
             item = c.items[ticket];
         if (it >= 2)
-            barrier_wait(bar.item_empty(it), (it / 2 - 1) & 1);
+            hopper::wait_or_trap(bar.item_empty(it), (it / 2 - 1) & 1);
         *work_at<D>(it) = item;
-        barrier_arrive(bar.item_full(it));
+        hopper::barrier_arrive(bar.item_full(it));
         if (item.head < 0)
             break;
         if (it > 0)
-            barrier_wait(bar.kv_empty(), (it - 1) & 1);
+            hopper::wait_or_trap(bar.kv_empty(), (it - 1) & 1);
         hopper::barrier_expect(bar.kv_full(), 2 * L::k);
         load_tile<D, ROWS>(base, &m.k, item.head / c.group, item.first + item.row, bar.kv_full());
         load_tile<D, ROWS>(base + L::v_from, &m.v, item.head / c.group, item.first + item.row, bar.kv_full());
@@ -93,12 +93,12 @@ __device__ __forceinline__ void produce(const rt_attn_bwd_call &c, const maps &m
         for (; left > 0; left--, n++, row -= L::QT, stat -= L::QT) {
             const uint32_t stage = n % STAGES;
             if (n >= STAGES)
-                barrier_wait(bar.q_empty(n), (n / STAGES - 1) & 1);
+                hopper::wait_or_trap(bar.q_empty(n), (n / STAGES - 1) & 1);
             hopper::barrier_expect(bar.q_full(n), L::q + L::stat);
             load_tile<D, L::QT>(base + L::q_from + stage * L::q, &m.q, item.head, row, bar.q_full(n));
             hopper::load_bytes(base + L::lse_from + stage * L::stat, c.lse2 + stat, L::stat, bar.q_full(n));
             if (n >= STAGES)
-                barrier_wait(bar.do_empty(n), (n / STAGES - 1) & 1);
+                hopper::wait_or_trap(bar.do_empty(n), (n / STAGES - 1) & 1);
             hopper::barrier_expect(bar.do_full(n), L::q + L::stat);
             load_tile<D, L::QT>(base + L::do_from + stage * L::q, &m.dout, item.head, row, bar.do_full(n));
             hopper::load_bytes(base + L::delta_from + stage * L::stat, c.delta + stat, L::stat, bar.do_full(n));
@@ -144,9 +144,9 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
     const uint32_t from = base + L::dq_from + wg * STAGES * L::part;
     uint32_t n = 0;
     for (int it = 0;; it++) {
-        barrier_wait(bar.item_full(it), it / 2 & 1);
+        hopper::wait_or_trap(bar.item_full(it), it / 2 & 1);
         const rt_attn_bwd_item item = *work_at<D>(it);
-        barrier_arrive(bar.item_empty(it));
+        hopper::barrier_arrive(bar.item_empty(it));
         if (item.head < 0)
             break;
         const int level = item.row / ROWS;
@@ -154,11 +154,11 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
             const int64_t part = part_of<D>(c, item, t, wg);
             if (level > 0)
                 wait_added(c.added + part, level);
-            barrier_wait(bar.dq_full(wg, n), n / STAGES & 1);
+            hopper::wait_or_trap(bar.dq_full(wg, n), n / STAGES & 1);
             asm volatile("fence.proxy.async;" ::: "memory");
             put_part(c.sums + part * PART, from + n % STAGES * L::part, level > 0);
             asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-            barrier_arrive(bar.dq_empty(wg, n));
+            hopper::barrier_arrive(bar.dq_empty(wg, n));
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
             asm volatile("fence.proxy.async;" ::: "memory");
             asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(c.added + part), "r"(level + 1) : "memory");
@@ -213,7 +213,7 @@ struct keys_pass {
     __device__ __forceinline__ void ask_before(float (&dq)[32], uint32_t n)
     {
         const uint32_t wg_at = wg * ROWS * 128, ds = pool_at() + L::ds_from + n % 2 * L::ds + (D == 64 ? wg_at : 0), keys = pool_at() + (D == 64 ? 0 : wg_at);
-        const uint64_t x = descriptor_t(ds, ROWS * 128), y = descriptor_t(keys, ROWS * 128);
+        const uint64_t x = hopper::descriptor_t(ds, ROWS * 128), y = hopper::descriptor_t(keys, ROWS * 128);
         hopper::mma_fence();
 #pragma unroll
         for (int k = 0; k < ROWS / 16; k++)
@@ -226,7 +226,7 @@ struct keys_pass {
     {
         const uint32_t n = given++, to = pool_at() + L::dq_from + (wg * STAGES + n % STAGES) * L::part + threadIdx.x % 128 * 16;
         if (n >= STAGES)
-            barrier_wait(bar().dq_empty(wg, n), (n / STAGES - 1) & 1);
+            hopper::wait_or_trap(bar().dq_empty(wg, n), (n / STAGES - 1) & 1);
 #pragma unroll
         for (int j = 0; j < 8; j++)
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 2048), "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
@@ -234,7 +234,7 @@ struct keys_pass {
         shared_to_async();
         __syncwarp();
         if (own_lane() == 0)
-            barrier_arrive(bar().dq_full(wg, n));
+            hopper::barrier_arrive(bar().dq_full(wg, n));
     }
     /* The queries of the block's own rows: no key block comes after this one, so the sum is rounded and leaves. Waits for the products of dQ. */
     __device__ __forceinline__ void dq_last(float (&dq)[32], const rt_attn_bwd_item &item, int ahead)
@@ -318,7 +318,7 @@ struct keys_pass {
         hopper::mma_wait<0>();
         pin(dk);
         if (first_of_wg())
-            barrier_arrive(bar().q_empty(n - 1));
+            hopper::barrier_arrive(bar().q_empty(n - 1));
 #pragma unroll
         for (int k = 0; k < QT / 16; k++)
 #pragma unroll
@@ -328,7 +328,7 @@ struct keys_pass {
         shared_to_async();
         consumers_sync();
         if (first_of_wg())
-            barrier_arrive(bar().do_empty(n));
+            hopper::barrier_arrive(bar().do_empty(n));
     }
 
     /* Step n of all. */
@@ -355,7 +355,7 @@ struct keys_pass {
                 none_left(n);
                 return;
             }
-        barrier_wait(bar().q_full(n), n / STAGES & 1);
+        hopper::wait_or_trap(bar().q_full(n), n / STAGES & 1);
         hopper::mma_fence();
         scores<D, ROWS, QT>(s, x1, q);
         hopper::mma_commit();
@@ -363,7 +363,7 @@ struct keys_pass {
             hopper::mma_wait<1>();
             pin(dk);
         }
-        barrier_wait(bar().do_full(n), n / STAGES & 1);
+        hopper::wait_or_trap(bar().do_full(n), n / STAGES & 1);
         hopper::mma_fence();
         scores<D, ROWS, QT>(dp, x2, dout);
         hopper::mma_commit();
@@ -372,7 +372,7 @@ struct keys_pass {
         if constexpr (!First) {
             pin(dk);
             if (first_of_wg())
-                barrier_arrive(bar().q_empty(n - 1));
+                hopper::barrier_arrive(bar().q_empty(n - 1));
         }
         to_weights(s, stage, ahead);
         pack_all<QT / 2>(b, s);
@@ -388,7 +388,7 @@ struct keys_pass {
         hopper::mma_wait<0>();
         pin(dv);
         if (first_of_wg())
-            barrier_arrive(bar().do_empty(n));
+            hopper::barrier_arrive(bar().do_empty(n));
     }
     /* dK or dV of the warpgroup's keys, with d elements: to `all`, or where the group has several heads to this one's in `heads`. */
     __device__ __forceinline__ void sum_out(const float (&sum)[D / 2], float factor, const rt_attn_bwd_item &item, bf16 *all, int64_t ld, int64_t head,
@@ -407,12 +407,12 @@ struct keys_pass {
         ask_before(dq, n);
         dq_last(dq, item, 0);
         if (first_of_wg())
-            barrier_arrive(bar().kv_empty());
+            hopper::barrier_arrive(bar().kv_empty());
         sum_out(dv, 1, item, c.dv_out, c.v_ld, c.v_head, c.dv_head, c.dv);
         hopper::mma_wait<0>();
         pin(dk);
         if (first_of_wg())
-            barrier_arrive(bar().q_empty(n));
+            hopper::barrier_arrive(bar().q_empty(n));
         sum_out(dk, c.scale, item, c.dk, c.k_ld, c.k_head, c.dk_head, c.dqk);
     }
 };
@@ -425,14 +425,14 @@ __device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
     const barriers bar = k.bar();
     uint32_t n = 0;
     for (int it = 0;; it++) {
-        barrier_wait(bar.item_full(it), it / 2 & 1);
+        hopper::wait_or_trap(bar.item_full(it), it / 2 & 1);
         const rt_attn_bwd_item *item = work_at<D>(it);
         if (uniform(item->head) < 0)
             break;
 #pragma unroll
         for (int i = 0; i < D / 2; i++)
             k.dk[i] = k.dv[i] = 0;
-        barrier_wait(bar.kv_full(), it & 1);
+        hopper::wait_or_trap(bar.kv_full(), it & 1);
         int ahead = uniform((tiles_of(item->len, L::QT) - 1) * L::QT - item->row);
         k.template step<true>(n++, ahead, it);
         while ((ahead -= L::QT) >= 0)
@@ -440,7 +440,7 @@ __device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
         k.last(n - 1, it);
         __syncwarp();
         if (own_lane() == 0)
-            barrier_arrive(bar.item_empty(it));
+            hopper::barrier_arrive(bar.item_empty(it));
     }
 }
 

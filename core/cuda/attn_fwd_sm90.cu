@@ -111,23 +111,23 @@ __device__ __forceinline__ void produce(const params &p, const maps &m, const rt
     for (int it = 0;; it++) {
         const struct work w = work_of(p, seqs, atomicAdd(p.ticket, 1), L::rows);
         if (it >= 2)
-            barrier_wait(bar.work_empty(it), (it / 2 - 1) & 1);
+            hopper::wait_or_trap(bar.work_empty(it), (it / 2 - 1) & 1);
         *work_at<L>(it) = w;
-        barrier_arrive(bar.work_full(it));
+        hopper::barrier_arrive(bar.work_full(it));
         if (w.head < 0)
             break;
         if (it > 0)
-            barrier_wait(bar.q_empty(), (it - 1) & 1);
+            hopper::wait_or_trap(bar.q_empty(), (it - 1) & 1);
         hopper::barrier_expect(bar.q_full(), L::q);
         load_tile<DQK, L::rows>(base, &m.q, w.head, w.first + w.row, bar.q_full());
         const int tiles = tiles_of<COLS>(w, L::rows), hk = w.head / p.group;
         for (int t = 0; t < tiles; t++, i++) {
             if (i >= STAGES)
-                barrier_wait(bar.k_empty(i), (i / STAGES - 1) & 1);
+                hopper::wait_or_trap(bar.k_empty(i), (i / STAGES - 1) & 1);
             hopper::barrier_expect(bar.k_full(i), L::k);
             load_keys<DQK, COLS>(p, m, base + L::k_from + i % STAGES * L::k, hk, w.first + t * COLS, bar.k_full(i));
             if (i >= STAGES)
-                barrier_wait(bar.v_empty(i), (i / STAGES - 1) & 1);
+                hopper::wait_or_trap(bar.v_empty(i), (i / STAGES - 1) & 1);
             hopper::barrier_expect(bar.v_full(i), L::v);
             load_tile<DV, COLS>(base + L::v_from + i % STAGES * L::v, &m.v, hk, w.first + t * COLS, bar.v_full(i));
         }
@@ -269,7 +269,7 @@ __device__ __forceinline__ void rotate_queries(const params &p, const struct pie
         c[i] = __ldg((const float4 *)(p.cos + angle) + i);
         s[i] = __ldg((const float4 *)(p.sin + angle) + i);
     }
-    barrier_wait(barriers<STAGES>{base + L::bar_from}.q_full(), w.it & 1);
+    hopper::wait_or_trap(barriers<STAGES>{base + L::bar_from}.q_full(), w.it & 1);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t x = at + ((half * 4 + i) ^ r % 8) * 16;
@@ -292,8 +292,8 @@ __device__ __forceinline__ void first_scores(float (&s)[COLS / 2], const struct 
     const uint32_t base = pool_at();
     const barriers<STAGES> bar = {base + L::bar_from};
     if (!none) {
-        barrier_wait(bar.q_full(), w.it & 1);
-        barrier_wait(bar.k_full(w.n), w.n / STAGES & 1);
+        hopper::wait_or_trap(bar.q_full(), w.it & 1);
+        hopper::wait_or_trap(bar.k_full(w.n), w.n / STAGES & 1);
     }
     hopper::mma_fence();
     scores<DQK, L::rows, COLS>(s, base + wg * 64 * 128, base + L::k_from + w.n % STAGES * L::k);
@@ -314,9 +314,9 @@ __device__ __forceinline__ void all_tiles(const params &p, const struct piece &a
     hopper::mma_wait<0>();
     pin(s);
     if (frees) {
-        barrier_arrive(bar.k_empty(at.n));
+        hopper::barrier_arrive(bar.k_empty(at.n));
         if (at.tiles == 1)
-            barrier_arrive(bar.q_empty());
+            hopper::barrier_arrive(bar.q_empty());
     }
     if (COLS > at.row0)
         mask_causal<COLS / 2>(s, at.row, 0, lane);
@@ -325,13 +325,13 @@ __device__ __forceinline__ void all_tiles(const params &p, const struct piece &a
     constexpr bool turns = DQK <= 128; /* with more work in a product than in its exponentials they find their own rhythm */
     for (int t = 1; t < at.tiles; t++) {
         const uint32_t i = at.n + t;
-        barrier_wait(bar.k_full(i), i / STAGES & 1);
+        hopper::wait_or_trap(bar.k_full(i), i / STAGES & 1);
         if (turns)
             turn_take(wg);
         hopper::mma_fence();
         scores<DQK, L::rows, COLS>(s, x, k0 + i % STAGES * L::k);
         hopper::mma_commit();
-        barrier_wait(bar.v_full(i - 1), (i - 1) / STAGES & 1);
+        hopper::wait_or_trap(bar.v_full(i - 1), (i - 1) / STAGES & 1);
         hopper::mma_fence();
         weighted_sum<DV, COLS>(o, w, v0 + (i - 1) % STAGES * L::v);
         hopper::mma_commit();
@@ -340,9 +340,9 @@ __device__ __forceinline__ void all_tiles(const params &p, const struct piece &a
         hopper::mma_wait<1>();
         pin(s);
         if (frees) {
-            barrier_arrive(bar.k_empty(i));
+            hopper::barrier_arrive(bar.k_empty(i));
             if (t + 1 == at.tiles) /* the next queries are on their way while the last exponentials are taken */
-                barrier_arrive(bar.q_empty());
+                hopper::barrier_arrive(bar.q_empty());
         }
         if ((t + 1) * COLS > at.row0)
             mask_causal<COLS / 2>(s, at.row, t * COLS, lane);
@@ -350,7 +350,7 @@ __device__ __forceinline__ void all_tiles(const params &p, const struct piece &a
         hopper::mma_wait<0>();
         pin(o);
         if (frees)
-            barrier_arrive(bar.v_empty(i - 1));
+            hopper::barrier_arrive(bar.v_empty(i - 1));
 #pragma unroll
         for (int j = 0; j < DV / 2; j++)
             o[j] *= shrink[j >> 1 & 1];
@@ -369,7 +369,7 @@ __device__ __forceinline__ void consume(const params &p)
     float s[COLS / 2];
     if (DQK <= 128 && wg == GROUPS - 1)
         turn_give(0);
-    barrier_wait(bar.work_full(0), 0);
+    hopper::wait_or_trap(bar.work_full(0), 0);
     bool more = uniform(work_at<L>(0)->head) >= 0;
     struct piece at = piece_of<COLS, L>(0, 0, wg, in_block);
     if (in_parts<DQK> && p.cos != NULL && more)
@@ -380,13 +380,13 @@ __device__ __forceinline__ void consume(const params &p)
         uint32_t w[COLS / 16][4];
         all_tiles<DQK, DV, COLS, STAGES, GROUPS>(p, at, wg, s, o, w, top, sum);
         const uint32_t last = at.n + at.tiles - 1;
-        barrier_wait(bar.v_full(last), last / STAGES & 1);
+        hopper::wait_or_trap(bar.v_full(last), last / STAGES & 1);
         hopper::mma_fence();
         weighted_sum<DV, COLS>(o, w, base + L::v_from + last % STAGES * L::v);
         hopper::mma_commit();
         const struct work now = *work_at<L>(at.it);
         const int row = at.row;
-        barrier_wait(bar.work_full(at.it + 1), (at.it + 1) / 2 & 1);
+        hopper::wait_or_trap(bar.work_full(at.it + 1), (at.it + 1) / 2 & 1);
         more = uniform(work_at<L>(at.it + 1)->head) >= 0;
         at = piece_of<COLS, L>(at.it + 1, last + 1, wg, in_block);
         if (in_parts<DQK> && p.cos != NULL && more)
@@ -394,12 +394,12 @@ __device__ __forceinline__ void consume(const params &p)
         hopper::mma_wait<0>();
         pin(o);
         if (threadIdx.x % 128 == 0)
-            barrier_arrive(bar.v_empty(last));
+            hopper::barrier_arrive(bar.v_empty(last));
         first_scores<DQK, DV, COLS, STAGES, GROUPS>(s, at, wg, !more);
         queries_out<DQK, DV>(p, now, o, top, sum, row, lane);
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            barrier_arrive(bar.work_empty(at.it - 1));
+            hopper::barrier_arrive(bar.work_empty(at.it - 1));
     }
     hopper::mma_wait<0>();
     pin(s);

@@ -49,29 +49,6 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const CUtensorMap *map, 
 /* The same in all lanes, and the compiler knows it. */
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-/* Waits for a phase; a wait that does not end is a defect, and better a trap than a GPU that hangs. */
-__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
-{
-#pragma unroll 1
-    for (uint32_t tries = 0; tries < 1u << 24; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-        if (done)
-            return;
-    }
-    __trap();
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t bar)
-{
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-/* Columns of the product contiguous (rows of the tile are summed over); blocks of 64 columns `block` bytes apart. */
-__device__ __forceinline__ uint64_t descriptor_t(uint32_t addr, uint32_t block)
-{
-    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(block >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-
 /* The compiler may not read (or change) accumulators on the wrong side of a wait. */
 template <int N>
 __device__ __forceinline__ void pin(float (&d)[N])
@@ -137,7 +114,7 @@ __device__ __forceinline__ void scores(float (&s)[Y_ROWS / 2], uint32_t x, uint3
 template <int D, int ROWS>
 __device__ __forceinline__ void weighted_sum(float (&acc)[D / 2], const uint32_t (&p)[ROWS / 16][4], uint32_t y)
 {
-    const uint64_t dy = descriptor_t(y, ROWS * 128);
+    const uint64_t dy = hopper::descriptor_t(y, ROWS * 128);
 #pragma unroll
     for (int k = 0; k < ROWS / 16; k++)
         mma_rs(acc, p[k], dy + k * 16 * 8);

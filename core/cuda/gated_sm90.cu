@@ -71,7 +71,7 @@ struct forward {
         for (int t = first_tile(); t < w.tiles; t += tile_step(), done++) {
             const place at = place_of(w, t, rank);
             const int column = at.column * (BN / 2);
-            wait(bar.tile_full(), done & 1);
+            hopper::wait_or_trap(bar.tile_full(), done & 1);
             if (leads && at.row < w.rows) {
 #pragma unroll
                 for (int b = 0; b < 4; b++)
@@ -84,7 +84,7 @@ struct forward {
             if (leads)
                 boxes_read();
             if (lane == 0)
-                arrive(bar.tile_empty());
+                hopper::barrier_arrive(bar.tile_empty());
         }
         if (leads)
             boxes_written();
@@ -209,7 +209,7 @@ struct backward {
             const start then = start_of(w, I, t + tile_step(), rank, warp);
             uint32_t at = here.at + lane * 8, at_h = here.h + lane * 8;
             int in_tile = warp * PAIR;
-            wait(bar.tile_full(), done++ & 1);
+            hopper::wait_or_trap(bar.tile_full(), done++ & 1);
             read_dh(x, tile, in_tile, lane);
 #pragma unroll 1
             for (int j = 0; j < count; j++) {
@@ -227,7 +227,7 @@ struct backward {
                 } else { /* the tile is read */
                     __syncwarp();
                     if (lane == 0)
-                        arrive(bar.tile_empty());
+                        hopper::barrier_arrive(bar.tile_empty());
                 }
                 gate<H>(x, p, I, at, at_h, here.left - j * STEP);
                 at += stride;

@@ -45,6 +45,24 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity)
                  "}" ::"r"(bar), "r"(parity) : "memory");
 }
 
+/* The same with an end: a wait that takes so long is a defect, and better a trap than a GPU that hangs. */
+__device__ __forceinline__ void wait_or_trap(uint32_t bar, uint32_t parity)
+{
+#pragma unroll 1
+    for (uint32_t tries = 0; tries < 1u << 24; tries++) {
+        uint32_t done;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+        if (done)
+            return;
+    }
+    __trap();
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank()
 {
     uint32_t r;
@@ -114,6 +132,11 @@ template <int REGS> __device__ __forceinline__ void registers_fewer()
 __device__ __forceinline__ uint64_t descriptor(uint32_t addr)
 {
     return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+/* Columns of the product contiguous (rows of the tile are summed over); blocks of 64 columns `block` bytes apart. */
+__device__ __forceinline__ uint64_t descriptor_t(uint32_t addr, uint32_t block)
+{
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(block >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 __device__ __forceinline__ void mma_fence()
 {

@@ -22,7 +22,7 @@ struct plain {
             const place at = it.at;
             if (it.part < w.parts - 1)
                 continue;
-            wait(bar.tile_full(), done++ & 1);
+            hopper::wait_or_trap(bar.tile_full(), done++ & 1);
 #pragma unroll
             for (int b = 0; b < 4; b++) {
                 const int column = at.column * BN + b * 64;
@@ -35,7 +35,7 @@ struct plain {
             }
             boxes_commit();
             boxes_read();
-            arrive(bar.tile_empty());
+            hopper::barrier_arrive(bar.tile_empty());
         }
         boxes_written();
     }

@@ -75,24 +75,6 @@ struct ring {
     }
 };
 
-/* A wait that does not end is a defect, and better a trap than a GPU that hangs. */
-__device__ __forceinline__ void wait(uint32_t bar, uint32_t parity)
-{
-#pragma unroll 1
-    for (uint32_t tries = 0; tries < 1u << 24; tries++) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-        if (done)
-            return;
-    }
-    __trap();
-}
-__device__ __forceinline__ void arrive(uint32_t bar)
-{
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
 /* A block's tiles are t = first_tile(), + tile_step(), ...; where tile t lies for the cluster's block `rank`. */
 __device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
 __device__ __forceinline__ int tile_step() { return gridDim.x / CLUSTER; }
@@ -141,7 +123,7 @@ __device__ __forceinline__ void produce(const walk &w, const maps &m, uint32_t b
         const place at = it.at;
         for (int k = it.k0; k < it.k1; k++) {
             const uint32_t to = base + r.stage * STAGE;
-            wait(bar.empty(r.stage), r.phase ^ 1);
+            hopper::wait_or_trap(bar.empty(r.stage), r.phase ^ 1);
             hopper::barrier_expect(bar.full(r.stage), STAGE);
             if (TA) {
                 hopper::load_box(to, &m.a, at.row, k * BK, bar.full(r.stage));
@@ -180,12 +162,6 @@ __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b, int
 #undef RT_R8
 #undef RT_R32
 #undef RT_MMA
-
-/* Operands whose sums do not run along rows: blocks of 64 columns x 64 rows, one behind the other. */
-__device__ __forceinline__ uint64_t descriptor_t(uint32_t addr)
-{
-    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(BK * 128 >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
 
 template <bool F16> __device__ __forceinline__ uint32_t pack_pair(float lo, float hi)
 {
@@ -260,8 +236,8 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t 
 #pragma unroll 1
         for (int k = it.k0; k < it.k1; k++) {
             const uint32_t at_a = base + r.stage * STAGE + wg * (A_BYTES / 2), at_b = base + r.stage * STAGE + A_BYTES;
-            const uint64_t a = TA ? descriptor_t(at_a) : hopper::descriptor(at_a), b = TB ? descriptor_t(at_b) : hopper::descriptor(at_b);
-            wait(bar.full(r.stage), r.phase);
+            const uint64_t a = TA ? hopper::descriptor_t(at_a, BK * 128) : hopper::descriptor(at_a), b = TB ? hopper::descriptor_t(at_b, BK * 128) : hopper::descriptor(at_b);
+            hopper::wait_or_trap(bar.full(r.stage), r.phase);
             hopper::mma_fence();
 #pragma unroll
             for (int i = 0; i < BK / 16; i++)
@@ -292,12 +268,12 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t 
             if (it.part < w.parts - 1)
                 continue;
         }
-        wait(bar.tile_empty(), (done++ & 1) ^ 1);
+        hopper::wait_or_trap(bar.tile_empty(), (done++ & 1) ^ 1);
         leave<F16>(acc, base + TILE_AT, wg);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* bulk copies read it */
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            arrive(bar.tile_full());
+            hopper::barrier_arrive(bar.tile_full());
     }
 }
 
