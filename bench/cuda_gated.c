@@ -13,6 +13,7 @@
 #include "core/rng.h"
 
 #ifdef RT_CUDA
+#include "bench/cuda_parts.h"
 #include "core/cuda/gated_sm90.h"
 #include "core/cuda/product_sm90.h"
 
@@ -292,14 +293,6 @@ out:
     return st;
 }
 
-static bool wanted(char *const *list, const char *part)
-{
-    bool found = *list == NULL;
-    for (; *list != NULL && !found; list++)
-        found = strcmp(*list, part) == 0;
-    return found;
-}
-
 static enum rt_status run(const struct rt_device *d, char *const *list, struct rt_err *err)
 {
     static const struct {
@@ -312,7 +305,7 @@ static enum rt_status run(const struct rt_device *d, char *const *list, struct r
     list += *list != NULL && (back || plain || strcmp(*list, "forward") == 0);
     RT_TRY(d->be->tune(d->dev, NULL, note, sizeof note, err)); /* as `train` does */
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (wanted(list, all[i].name))
+        if (bench_wanted(list, all[i].name))
             RT_TRY(geometry(d, all[i].name, all[i].H, all[i].I, back, plain, err));
 out:
     return st;
@@ -320,21 +313,7 @@ out:
 
 int main(int argc, char **argv)
 {
-    struct rt_err err = {0};
-    struct rt_device d = {0};
-    char why[160];
-    if (!rt_backend_cuda.available(why, sizeof why)) {
-        printf("%s\n", why);
-        return 0;
-    }
-    if (rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err) == RT_OK) {
-        printf("%s\n", d.be->describe(d.dev));
-        (void)run(&d, argv + (argc > 0), &err);
-    }
-    rt_device_close(&d);
-    if (err.status != RT_OK)
-        fprintf(stderr, "bench_cuda_gated: %s\n", err.msg);
-    return rt_exit_code(err.status);
+    return bench_cuda_main("bench_cuda_gated", run, argc, argv);
 }
 
 #else

@@ -13,6 +13,7 @@
 #include "core/rng.h"
 
 #ifdef RT_CUDA
+#include "bench/cuda_parts.h"
 #include "core/cuda/gemm.h"
 #include "core/cuda/group8.h"
 #include "core/cuda/moe_rows.h"
@@ -481,15 +482,6 @@ out:
     return st;
 }
 
-/* Whether this part was asked for. */
-static bool wanted(char *const *list, const char *part)
-{
-    bool found = *list == NULL;
-    for (; *list != NULL && !found; list++)
-        found = strcmp(*list, part) == 0;
-    return found;
-}
-
 static enum rt_status run(const struct rt_device *d, char *const *list, struct rt_err *err)
 {
     static const struct {
@@ -498,23 +490,23 @@ static enum rt_status run(const struct rt_device *d, char *const *list, struct r
     } teacher[] = {{"q_a", 1536, 7168}, {"q_b", 24576, 1536}, {"kv_a", 576, 7168}, {"kv_b", 32768, 512}, {"o", 7168, 16384}},
       student[] = {{"gate_up 1.5B", 17920, 1536}, {"down 1.5B", 1536, 8960}, {"qkv 7B", 4608, 3584}};
     enum rt_status st = RT_OK;
-    for (size_t i = 0; i < sizeof teacher / sizeof *teacher && wanted(list, "linear"); i++)
+    for (size_t i = 0; i < sizeof teacher / sizeof *teacher && bench_wanted(list, "linear"); i++)
         for (int64_t n = 8192; n <= 16384; n *= 2)
             RT_TRY(teacher_linear(d, teacher[i].name, n, teacher[i].N, teacher[i].K, err));
-    if (wanted(list, "linear"))
+    if (bench_wanted(list, "linear"))
         RT_TRY(teacher_linear(d, "q_b, odd", 8190, 24576, 1536, err));
-    if (wanted(list, "experts")) {
+    if (bench_wanted(list, "experts")) {
         for (int64_t each = 1024; each <= 8192; each *= each == 1024 ? 4 : 2)
             RT_TRY(experts(d, each, true, err));
         RT_TRY(experts(d, 4096, false, err));
         RT_TRY(mlp(d, 65536, 2048, err));
         RT_TRY(mlp(d, 16384, 18432, err));
     }
-    if (wanted(list, "head")) {
+    if (bench_wanted(list, "head")) {
         RT_TRY(head(d, 64, err));
         RT_TRY(head(d, 256, err));
     }
-    for (size_t i = 0; i < sizeof student / sizeof *student && wanted(list, "student"); i++)
+    for (size_t i = 0; i < sizeof student / sizeof *student && bench_wanted(list, "student"); i++)
         RT_TRY(student_linear(d, student[i].name, 16384, student[i].N, student[i].K, err));
 out:
     return st;
@@ -522,21 +514,7 @@ out:
 
 int main(int argc, char **argv)
 {
-    struct rt_err err = {0};
-    struct rt_device d = {0};
-    char why[160];
-    if (!rt_backend_cuda.available(why, sizeof why)) {
-        printf("%s\n", why);
-        return 0;
-    }
-    if (rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err) == RT_OK) {
-        printf("%s\n", d.be->describe(d.dev));
-        (void)run(&d, argv + (argc > 0), &err);
-    }
-    rt_device_close(&d);
-    if (err.status != RT_OK)
-        fprintf(stderr, "bench_cuda_gemm: %s\n", err.msg);
-    return rt_exit_code(err.status);
+    return bench_cuda_main("bench_cuda_gemm", run, argc, argv);
 }
 
 #else
