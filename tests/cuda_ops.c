@@ -62,6 +62,13 @@ void cuda_random(float *x, int64_t n, uint64_t stream, float scale)
     cuda_round(x, n);
 }
 
+float *cuda_numbers(int64_t n, uint64_t stream, float scale)
+{
+    float *x = cuda_floats(n);
+    cuda_random(x, n, stream, scale);
+    return x;
+}
+
 void *cuda_bytes(struct cuda_pair *p, const void *x, size_t bytes)
 {
     struct rt_err err = {0};

@@ -26,6 +26,8 @@ void cuda_random(float *x, int64_t n, uint64_t stream, float scale);
 void cuda_round(float *x, int64_t n);
 /* [n] zeros, by rt_free; n may be 0. */
 float *cuda_floats(int64_t n);
+/* The same, with the numbers of cuda_random. */
+float *cuda_numbers(int64_t n, uint64_t stream, float scale);
 /* y [rows, cols] at distance ld: NaN, which what overwrites must not read. */
 void cuda_poison(float *y, int64_t rows, int64_t cols, int64_t ld);
 
@@ -62,5 +64,7 @@ void cuda_close(const char *what, const float *got, const float *want, int64_t r
 /* Rounding once to bfloat16: 2^-8 at most for each element, 1.66e-3 in the mean square over many of them; with the sums' own order. A row that is
  * made up of a few numbers may come near 2^-8. */
 #define CUDA_BF16_ONCE 2.5e-3
+/* The same for n elements, which may be few. */
+static inline double cuda_once(int64_t n) { return n < 2000 ? 0x1p-8 : CUDA_BF16_ONCE; }
 
 #endif

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/mem.h"
 #include "tests/cuda_ops.h"
 
 struct shape {
@@ -14,20 +15,6 @@ static const struct shape shapes[] = {
     {2100, 128, 2560, false}, /* more tiles than blocks, and an odd number of row blocks */
     {130, 64, 1024, true},   {33, 40, 24, false}, {7, 13, 11, true},      {520, 96, 256, false},
 };
-
-static float *numbers(int64_t n, uint64_t stream, float scale)
-{
-    float *x = malloc((size_t)n * sizeof *x);
-    assert_non_null(x);
-    cuda_random(x, n, stream, scale);
-    return x;
-}
-
-/* Of n elements rounded once: many of them 1.7e-3 in the mean, few of them up to half a unit of the last bit each. */
-static double once(int64_t n)
-{
-    return n < 2000 ? 0x1p-8 : CUDA_BF16_ONCE;
-}
 
 /* Bytes of n elements on the device. */
 static uint16_t *bits(struct cuda_pair *p, const void *dev, int64_t n)
@@ -52,7 +39,7 @@ static void one_forward(struct cuda_pair *p, const struct shape *c, void *gate_u
     char what[64];
     const int64_t n = c->n, K = c->K, I = c->I;
     struct cuda_weight w = cuda_weight_bf16(p, 2 * I, K, 2, 0.1f), b = {0};
-    float *x = numbers(n * K, 1, 1.0f), *want = malloc((size_t)(n * 2 * I) * sizeof *want), *want_h = malloc((size_t)(n * I) * sizeof *want_h);
+    float *x = cuda_numbers(n * K, 1, 1.0f), *want = malloc((size_t)(n * 2 * I) * sizeof *want), *want_h = malloc((size_t)(n * I) * sizeof *want_h);
     float *got = malloc((size_t)(n * 2 * I) * sizeof *got);
     if (c->bias)
         b = cuda_weight_bf16(p, 1, 2 * I, 3, 1.0f);
@@ -61,11 +48,11 @@ static void one_forward(struct cuda_pair *p, const struct shape *c, void *gate_u
     assert_ok(RT_OP(&p->gpu, gated_fwd, &err, .x = dx, .w = w.gpu, .bias = b.gpu, .gate_up = gate_up, .h = h, .n = n, .K = K, .I = I, .kept = true));
     snprintf(what, sizeof what, "gated %ld x %ld -> 2 x %ld%s", (long)n, (long)K, (long)I, c->bias ? ", bias" : "");
     cuda_get_act(p, got, gate_up, n * 2 * I);
-    cuda_close(what, got, want, n, 2 * I, once(n * 2 * I) * (c->bias ? 1.5 : 1), c->bias ? 0x3p-8 : 0x1p-8); /* cuBLASLt rounds before it adds a bias */
+    cuda_close(what, got, want, n, 2 * I, cuda_once(n * 2 * I) * (c->bias ? 1.5 : 1), c->bias ? 0x3p-8 : 0x1p-8); /* cuBLASLt rounds before it adds a bias */
     /* silu from what was rounded */
     assert_ok(RT_OP(&p->ref, swiglu_fwd, &err, .gate = got, .up = got + I, .ld = 2 * I, .h = want_h, .n = n, .I = I));
     cuda_get_act(p, got, h, n * I);
-    cuda_close("  h", got, want_h, n, I, once(n * I), 0x1p-8);
+    cuda_close("  h", got, want_h, n, I, cuda_once(n * I), 0x1p-8);
     /* the same bits where less is asked for */
     uint16_t *h_bits = bits(p, h, n * I), *gu_bits = bits(p, gate_up, n * 2 * I);
     assert_ok(RT_OP(&p->gpu, gated_fwd, &err, .x = dx, .w = w.gpu, .bias = b.gpu, .gate_up = scratch, .h = again, .n = n, .K = K, .I = I));
@@ -80,7 +67,7 @@ static void one_forward(struct cuda_pair *p, const struct shape *c, void *gate_u
         cuda_weight_free(p, &b);
     free(h_bits);
     free(gu_bits);
-    free(x);
+    rt_free(x);
     free(want);
     free(want_h);
     free(got);
@@ -93,7 +80,7 @@ static void one_backward(struct cuda_pair *p, const struct shape *c, const void 
     char what[64];
     const int64_t n = c->n, N = c->K, I = c->I;
     struct cuda_weight w = cuda_weight_bf16(p, N, I, 5, 0.1f);
-    float *dy = numbers(n * N, 4, 0.1f), *gu = malloc((size_t)(n * 2 * I) * sizeof *gu), *dh = malloc((size_t)(n * I) * sizeof *dh);
+    float *dy = cuda_numbers(n * N, 4, 0.1f), *gu = malloc((size_t)(n * 2 * I) * sizeof *gu), *dh = malloc((size_t)(n * I) * sizeof *dh);
     float *want = malloc((size_t)(n * 2 * I) * sizeof *want), *got = malloc((size_t)(n * 2 * I) * sizeof *got);
     void *ddy = cuda_act(p, dy, n * N), *ddh = cuda_act(p, NULL, n * I), *d = cuda_act(p, NULL, n * 2 * I), *again = cuda_act(p, NULL, n * I);
     uint16_t *h_bits = bits(p, h, n * I);
@@ -102,7 +89,7 @@ static void one_backward(struct cuda_pair *p, const struct shape *c, const void 
     assert_ok(RT_OP(&p->gpu, gated_bwd, &err, .dy = ddy, .w = w.gpu, .gate_up = gate_up, .dh = ddh, .d_gate_up = d, .h = again, .n = n, .N = N, .I = I));
     snprintf(what, sizeof what, "gated backward %ld x %ld <- %ld", (long)n, (long)I, (long)N);
     cuda_get_act(p, got, d, n * 2 * I);
-    cuda_close(what, got, want, n, 2 * I, 2 * once(n * 2 * I), 0x1p-7); /* dh is rounded, and what is made of it */
+    cuda_close(what, got, want, n, 2 * I, 2 * cuda_once(n * 2 * I), 0x1p-7); /* dh is rounded, and what is made of it */
     expect_bits(p, again, h_bits, n * I);
     uint16_t *d_bits = bits(p, d, n * 2 * I);
     assert_ok(RT_OP(&p->gpu, gated_bwd, &err, .dy = ddy, .w = w.gpu, .gate_up = gate_up, .dh = ddh, .d_gate_up = d, .n = n, .N = N, .I = I));
@@ -114,7 +101,7 @@ static void one_backward(struct cuda_pair *p, const struct shape *c, const void 
     cuda_weight_free(p, &w);
     free(h_bits);
     free(d_bits);
-    free(dy);
+    rt_free(dy);
     free(gu);
     free(dh);
     free(want);

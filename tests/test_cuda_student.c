@@ -5,21 +5,8 @@
 #include <string.h>
 
 #include "core/rng.h"
+#include "core/mem.h"
 #include "tests/cuda_ops.h"
-
-static float *numbers(int64_t n, uint64_t stream, float scale)
-{
-    float *x = malloc((size_t)n * sizeof *x);
-    assert_non_null(x);
-    cuda_random(x, n, stream, scale);
-    return x;
-}
-
-/* Of n elements rounded once: many of them 1.7e-3 in the mean, few of them up to half a unit of the last bit each. */
-static double once(int64_t n)
-{
-    return n < 2000 ? 0x1p-8 : CUDA_BF16_ONCE;
-}
 
 /* Elements between the rows of an output keep the poison that they had. */
 static void expect_gaps(const float *x, int64_t rows, int64_t cols, int64_t ld)
@@ -91,7 +78,7 @@ static void one_heads_fwd(struct cuda_pair *p, const struct head_case *c)
     struct rt_err err = {0};
     char what[64];
     const int64_t cols = (int64_t)c->heads * c->d, ld = cols + c->gap, n = c->n;
-    float *x = numbers(n * ld, 1, 1.5f), *y = malloc((size_t)(n * ld) * sizeof *y), *want = malloc((size_t)(n * cols) * sizeof *want);
+    float *x = cuda_numbers(n * ld, 1, 1.5f), *y = malloc((size_t)(n * ld) * sizeof *y), *want = malloc((size_t)(n * cols) * sizeof *want);
     float *rstd = malloc((size_t)(n * c->heads) * sizeof *rstd), *got_rstd = malloc((size_t)(n * c->heads) * sizeof *rstd);
     struct cuda_weight w = {0};
     struct rope r = make_rope(p, n, c->d);
@@ -107,7 +94,7 @@ static void one_heads_fwd(struct cuda_pair *p, const struct head_case *c)
     expect_gaps(y, n, cols, ld);
     dense_rows(y, n, cols, ld);
     snprintf(what, sizeof what, "heads forward %ld x %d x %d%s", (long)n, c->heads, c->d, c->norm ? " norm" : "");
-    cuda_close(what, y, want, n * c->heads, c->d, once(n * cols), 0x1p-8);
+    cuda_close(what, y, want, n * c->heads, c->d, cuda_once(n * cols), 0x1p-8);
     if (c->norm) {
         cuda_get(p, got_rstd, drstd, (size_t)(n * c->heads) * sizeof *rstd);
         cuda_close("  rstd", got_rstd, rstd, n, c->heads, 1e-6, 2e-6); /* float32 sums */
@@ -126,7 +113,7 @@ static void one_heads_fwd(struct cuda_pair *p, const struct head_case *c)
     cuda_free(p, drstd);
     cuda_weight_free(p, &w);
     free_rope(p, &r);
-    free(x);
+    rt_free(x);
     free(y);
     free(want);
     free(rstd);
@@ -138,7 +125,7 @@ static void one_heads_bwd(struct cuda_pair *p, const struct head_case *c, bool i
     struct rt_err err = {0};
     char what[64];
     const int64_t cols = (int64_t)c->heads * c->d, ld = cols + c->gap, n = c->n;
-    float *x = numbers(n * ld, 1, 1.5f), *dy = numbers(n * ld, 2, 0.01f), *dw = numbers(c->d, 3, 0.05f);
+    float *x = cuda_numbers(n * ld, 1, 1.5f), *dy = cuda_numbers(n * ld, 2, 0.01f), *dw = cuda_numbers(c->d, 3, 0.05f);
     float *got = malloc((size_t)(n * ld) * sizeof *got), *want = malloc((size_t)(n * cols) * sizeof *want), *got_dw = malloc((size_t)c->d * sizeof *got_dw);
     float *rstd = malloc((size_t)(n * c->heads) * sizeof *rstd), *scratch = malloc((size_t)(n * cols) * sizeof *scratch);
     struct cuda_weight w = {0};
@@ -159,10 +146,10 @@ static void one_heads_bwd(struct cuda_pair *p, const struct head_case *c, bool i
         expect_gaps(got, n, cols, ld);
     dense_rows(got, n, cols, ld);
     snprintf(what, sizeof what, "heads backward %ld x %d x %d%s%s", (long)n, c->heads, c->d, c->norm ? " norm" : "", in_place ? " in place" : "");
-    cuda_close(what, got, want, n * c->heads, c->d, once(n * cols), 0x1p-8);
+    cuda_close(what, got, want, n * c->heads, c->d, cuda_once(n * cols), 0x1p-8);
     if (c->norm) {
         cuda_get_act(p, got_dw, gdw, c->d);
-        cuda_close("  dw", got_dw, dw, 1, c->d, once(c->d), 0);
+        cuda_close("  dw", got_dw, dw, 1, c->d, cuda_once(c->d), 0);
     }
     cuda_free(p, gx);
     if (!in_place)
@@ -172,9 +159,9 @@ static void one_heads_bwd(struct cuda_pair *p, const struct head_case *c, bool i
     cuda_free(p, grstd);
     cuda_weight_free(p, &w);
     free_rope(p, &r);
-    free(x);
-    free(dy);
-    free(dw);
+    rt_free(x);
+    rt_free(dy);
+    rt_free(dw);
     free(got);
     free(want);
     free(got_dw);
@@ -203,7 +190,7 @@ static void one_norm_bwd(struct cuda_pair *p, int64_t n, int64_t cols, int weigh
 {
     struct rt_err err = {0};
     char what[64];
-    float *x = numbers(n * cols, 1, 2.0f), *dy = numbers(n * cols, 2, 0.02f), *dx = numbers(n * cols, 3, 0.01f), *dw = numbers(cols, 4, 0.1f);
+    float *x = cuda_numbers(n * cols, 1, 2.0f), *dy = cuda_numbers(n * cols, 2, 0.02f), *dx = cuda_numbers(n * cols, 3, 0.01f), *dw = cuda_numbers(cols, 4, 0.1f);
     float *got = malloc((size_t)(n * cols) * sizeof *got), *rstd = malloc((size_t)n * sizeof *rstd), *y = malloc((size_t)(n * cols) * sizeof *y);
     struct cuda_weight w = {0};
     if (weight > 0)
@@ -217,10 +204,10 @@ static void one_norm_bwd(struct cuda_pair *p, int64_t n, int64_t cols, int weigh
                     .cols = cols, .eps = 1e-6f, .accumulate = accumulate));
     cuda_get_act(p, got, gdx, n * cols);
     snprintf(what, sizeof what, "norm backward %ld x %ld%s", (long)n, (long)cols, accumulate ? " +=" : "");
-    cuda_close(what, got, dx, n, cols, once(n * cols), 0x1p-8);
+    cuda_close(what, got, dx, n, cols, cuda_once(n * cols), 0x1p-8);
     if (weight > 0) {
         cuda_get_act(p, got, gdw, cols);
-        cuda_close("  dw", got, dw, 1, cols, once(cols), 0);
+        cuda_close("  dw", got, dw, 1, cols, cuda_once(cols), 0);
     }
     cuda_free(p, gx);
     cuda_free(p, gdy);
@@ -228,10 +215,10 @@ static void one_norm_bwd(struct cuda_pair *p, int64_t n, int64_t cols, int weigh
     cuda_free(p, gdw);
     cuda_free(p, grstd);
     cuda_weight_free(p, &w);
-    free(x);
-    free(dy);
-    free(dx);
-    free(dw);
+    rt_free(x);
+    rt_free(dy);
+    rt_free(dx);
+    rt_free(dw);
     free(got);
     free(rstd);
     free(y);
@@ -262,7 +249,7 @@ static void one_swiglu_bwd(struct cuda_pair *p, int64_t n, int64_t I, bool with_
     struct rt_err err = {0};
     char what[64];
     const int64_t ld = 2 * I;
-    float *gu = numbers(n * ld, 1, 3.0f), *dh = numbers(n * I, 2, 0.02f), *want = malloc((size_t)(n * ld) * sizeof *want);
+    float *gu = cuda_numbers(n * ld, 1, 3.0f), *dh = cuda_numbers(n * I, 2, 0.02f), *want = malloc((size_t)(n * ld) * sizeof *want);
     float *want_h = malloc((size_t)(n * I) * sizeof *want_h), *got = malloc((size_t)(n * ld) * sizeof *got);
     gu[0] = 100.0f; /* exp overflows one way, vanishes the other */
     gu[1] = -100.0f;
@@ -273,17 +260,17 @@ static void one_swiglu_bwd(struct cuda_pair *p, int64_t n, int64_t I, bool with_
                     .n = n, .I = I));
     snprintf(what, sizeof what, "swiglu backward %ld x %ld", (long)n, (long)I);
     cuda_get_act(p, got, gd, n * ld);
-    cuda_close(what, got, want, n, ld, once(n * ld), 0x1p-8);
+    cuda_close(what, got, want, n, ld, cuda_once(n * ld), 0x1p-8);
     if (with_h) {
         cuda_get_act(p, got, gh, n * I);
-        cuda_close("  h", got, want_h, n, I, once(n * I), 0x1p-8);
+        cuda_close("  h", got, want_h, n, I, cuda_once(n * I), 0x1p-8);
     }
     cuda_free(p, ggu);
     cuda_free(p, gdh);
     cuda_free(p, gd);
     cuda_free(p, gh);
-    free(gu);
-    free(dh);
+    rt_free(gu);
+    rt_free(dh);
     free(want);
     free(want_h);
     free(got);
@@ -308,7 +295,7 @@ static void one_embed_bwd(struct cuda_pair *p, int64_t n, int64_t rows, int64_t 
     struct rt_err err = {0};
     char what[64];
     const size_t bytes = (size_t)(rows * cols) * sizeof(float);
-    float *dy = numbers(n * cols, 1, 0.1f), *table = numbers(rows * cols, 2, 0.1f), *got = malloc(bytes), *again = malloc(bytes);
+    float *dy = cuda_numbers(n * cols, 1, 0.1f), *table = cuda_numbers(rows * cols, 2, 0.1f), *got = malloc(bytes), *again = malloc(bytes);
     int32_t *ids = malloc((size_t)n * sizeof *ids);
     for (int64_t i = 0; i < n; i++) {
         const uint64_t u = rt_rng_u64(5, 6, (uint64_t)i);
@@ -325,13 +312,13 @@ static void one_embed_bwd(struct cuda_pair *p, int64_t n, int64_t rows, int64_t 
     cuda_get_act(p, again, gt2, rows * cols);
     assert_memory_equal(got, again, bytes);
     snprintf(what, sizeof what, "embedding backward %ld of %ld x %ld", (long)n, (long)rows, (long)cols);
-    cuda_close(what, got, table, rows, cols, once(rows * cols), 0x1p-8);
+    cuda_close(what, got, table, rows, cols, cuda_once(rows * cols), 0x1p-8);
     cuda_free(p, gdy);
     cuda_free(p, gt);
     cuda_free(p, gt2);
     cuda_free(p, gids);
-    free(dy);
-    free(table);
+    rt_free(dy);
+    rt_free(table);
     free(got);
     free(again);
     free(ids);

@@ -163,15 +163,6 @@ struct product {
     float *w, *x, *dy, *got; /* got [RESULT] */
 };
 
-static float *numbers(int64_t n, uint64_t stream)
-{
-    struct rt_err err = {0};
-    float *p;
-    assert_ok(rt_alloc((size_t)n, sizeof *p, "test", &p, &err));
-    cuda_random(p, n, stream, 1.0f);
-    return p;
-}
-
 /* With products measured by the file (path), in memory (NULL), or as the library likes ("-"). bytes [RESULT]: the results as they lie in memory. Then
  * products of MORE and FEWER rows, whose results nobody looks at. */
 static void run_product(const struct product *v, const char *path, uint16_t *bytes)
@@ -225,8 +216,8 @@ static void test_product(void **state)
     cuda_pair_close(&p);
     if (!library)
         TEST_SKIP("no cuBLASLt");
-    struct product v = {numbers(OUT * IN, 1), numbers(TOKENS * IN, 2), numbers(TOKENS * OUT, 3), numbers(RESULT, 4)};
-    float *plain = numbers(RESULT, 5);
+    struct product v = {cuda_numbers(OUT * IN, 1, 1.0f), cuda_numbers(TOKENS * IN, 2, 1.0f), cuda_numbers(TOKENS * OUT, 3, 1.0f), cuda_numbers(RESULT, 4, 1.0f)};
+    float *plain = cuda_numbers(RESULT, 5, 1.0f);
     run_product(&v, "-", bytes[0]);
     memcpy(plain, v.got, RESULT * sizeof *plain);
     run_product(&v, path, bytes[1]);
@@ -269,7 +260,7 @@ static void test_false_algorithm(void **state)
         cuda_pair_close(&p);
         TEST_SKIP("no cuBLASLt");
     }
-    float *zero = numbers(TOKENS * IN, 6), *got = numbers(OUT * IN, 7);
+    float *zero = cuda_numbers(TOKENS * IN, 6, 1.0f), *got = cuda_numbers(OUT * IN, 7, 1.0f);
     void *dw = cuda_act(&p, got, OUT * IN), *x = cuda_act(&p, zero, TOKENS * IN), *dy = cuda_act(&p, zero, TOKENS * OUT);
     assert_ok(p.gpu.be->tune(p.gpu.dev, path, note, sizeof note, &err));
     assert_ok(RT_OP(&p.gpu, linear_wgrad, &err, .dy = dy, .x = x, .dw = dw, .n = TOKENS, .K = IN, .N = OUT));

@@ -136,9 +136,7 @@ static struct result run_steps(const struct rt_backend *be, struct tf_data *data
         out.kl[i] = r.sums.kl;
     }
     out.n = f.p.elements;
-    out.param = calloc((size_t)out.n, sizeof *out.param);
-    for (int i = 0; i < f.p.n; i++)
-        assert_ok(rt_param_download(&f.d, rt_student_block(f.s), &f.p.at[i], 0, rt_param_elements(&f.p.at[i]), out.param + f.p.at[i].offset, &err));
+    out.param = tf_params(&f);
     rt_trainer_close(&t);
     rt_train_set_free(set);
     tf_close(&f);

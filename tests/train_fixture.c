@@ -195,6 +195,16 @@ const char *tf_write_lines(const char *name, const struct tf_data *t)
     return path;
 }
 
+float *tf_params(struct tf *f)
+{
+    struct rt_err err = {0};
+    float *x = calloc((size_t)f->p.elements, sizeof *x);
+    assert_non_null(x);
+    for (int i = 0; i < f->p.n; i++)
+        assert_ok(rt_param_download(&f->d, rt_student_block(f->s), &f->p.at[i], 0, rt_param_elements(&f->p.at[i]), x + f->p.at[i].offset, &err));
+    return x;
+}
+
 struct rt_trainer_options tf_options(void)
 {
     return (struct rt_trainer_options){.w = {.ce = 0.5, .kl = 0.5, .T = 2, .tail = RT_TAIL_BUCKET}, .teacher_T = 2,

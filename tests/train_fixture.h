@@ -56,6 +56,9 @@ void tf_files_free(struct tf_files *f);
 /* A whole file of a directory. */
 struct rt_buf tf_read(const char *dir, const char *name);
 
+/* The student's parameters, by their offsets: f->p.elements floats, by free. */
+float *tf_params(struct tf *f);
+
 /* Options of an engine: CE and KL at T = 2, bucket. */
 struct rt_trainer_options tf_options(void);
 /* Whole blocks of parameters are the same bytes. */
