@@ -18,6 +18,8 @@ enum {
     ROWS = 64,        /* where nobody says how many */
     A_SEQUENCE = 8,   /* rows of one sequence, where there are sequences enough */
     LOGIT_ROWS = 64,  /* rows of logits held at a time */
+    SURE_LEAD = 6,    /* a first choice is sure where it leads by so many bounds of the logits: those are roots of mean squares over ids, the difference of two
+                         ids' errors has sqrt(2) of it, and 4 times that is reached by one of ten thousand */
 };
 
 /* What may differ, by how both sides were computed. Logits and log-sum-exps (times T) in units of the spread (standard deviation) of a row's logits. */
@@ -385,8 +387,8 @@ static enum rt_status report(struct rt_doctor *d, const struct picked *p, bool w
         kl_worst = fmax(kl_worst, f[i].kl);
         first += f[i].first;
         rank += f[i].rank;
-        n_sure += f[i].lead > 2 * b.logits;
-        sure_first += f[i].lead > 2 * b.logits && f[i].first;
+        n_sure += f[i].lead > SURE_LEAD * b.logits;
+        sure_first += f[i].lead > SURE_LEAD * b.logits && f[i].first;
     }
     const double share = n_sure > 0 ? (double)sure_first / (double)n_sure : 1, n = (double)p->n;
     if (n_sure > 0)

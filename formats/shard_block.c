@@ -160,7 +160,7 @@ enum rt_status rt_block_pack(struct rt_codec *c, int level, const struct rt_rows
         const size_t stride = s->stride == WHOLE ? (size_t)count : s->stride == RUN ? (size_t)s->elems : 0;
         const uint8_t *data = source(rows, s, i);
         rt_pack_str(out, s->name);
-        RT_TRY(rt_codec_pack(c, level, count > 0 ? data + first * s->width : (const uint8_t *)"", (size_t)count, s->width, stride, out, err));
+        RT_TRY(rt_codec_pack(c, level, count > 0 ? data + first * s->width : (const uint8_t *)"", (size_t)count, s->width, stride, i == TEXT, out, err));
     }
     st = out->st;
 out:

@@ -24,9 +24,9 @@ struct rt_codec {
 };
 void rt_codec_free(struct rt_codec *c); /* a zeroed struct is ready for use */
 
-/* Appends a column of n elements of `width` (1, 2, 4) bytes. */
-enum rt_status rt_codec_pack(struct rt_codec *c, int level, const void *data, size_t n, int width, size_t stride, struct rt_pack *out,
-                             struct rt_err *err);
+/* Appends a column of n elements of `width` (1, 2, 4) bytes. text: strings of them come again, which is then looked for. */
+enum rt_status rt_codec_pack(struct rt_codec *c, int level, const void *data, size_t n, int width, size_t stride, bool text,
+                             struct rt_pack *out, struct rt_err *err);
 
 struct rt_column {
     size_t width, stride, raw, size;

@@ -174,7 +174,7 @@ static void column(void **state)
         data[i] = i % 10 == 0 ? 0xfffffff0u + i : data[i - 1] - 7 * i;
     for (size_t stride = 0; stride <= 100; stride += 10) {
         b.len = 0;
-        assert_ok(rt_codec_pack(&c, 1, data, 100, 4, stride, &p, &err));
+        assert_ok(rt_codec_pack(&c, 1, data, 100, 4, stride, false, &p, &err));
         rt_unpack_init(&u, b.data, b.len, "column", 0);
         assert_ok(rt_column_read(&u, &col, &err));
         assert_ok(rt_codec_unpack(&c, &col, got, "here", &err));
