@@ -243,14 +243,15 @@ struct rt_attn_bwd_args {
     const void *q, *k, *v; int64_t q_ld, q_head, k_ld, k_head, v_ld, v_head;
     const void *o, *dout; const float *lse; void *dq, *dk, *dv; float *delta;
 };
-/* dgate, dup = ; with row distance ld; dh dense. h = recomputed silu(gate)*up, or NULL. */
+/* dgate, dup = ; with row distance ld; dh dense. h = recomputed silu(gate)*up, or NULL. dgate may be gate, dup up, and h dh. */
 struct rt_swiglu_bwd_args { const void *gate, *up, *dh; int64_t ld; void *dgate, *dup, *h; int64_t n, I; };
 /* A gated MLP's first half: [gate | up] = x w^T (+ bias), h = silu(gate) * up, as linear_fwd and swiglu_fwd make them. x [n, K] dense, w [2I, K],
  * h [n, I] dense =, or NULL. gate_up [n, 2I] dense = with `kept`; else scratch, unspecified afterwards. What comes out has the same bits whatever is
  * asked for. row_exact (not with `kept`): as in linear_fwd; gate and up are rounded to act only where the scratch is used. */
 struct rt_gated_fwd_args { const void *x; const struct rt_weight *w, *bias; void *gate_up, *h; int64_t n, K, I; bool kept, row_exact; };
 /* The way back: dh = dy w, d_gate_up = gradient at gate_up, as linear_dgrad and swiglu_bwd make them. dy [n, N] dense, w [N, I], gate_up [n, 2I] as
- * gated_fwd leaves it, d_gate_up [n, 2I] dense =, h [n, I] = recomputed (the bits of gated_fwd), or NULL. dh [n, I] is scratch. */
+ * gated_fwd leaves it, d_gate_up [n, 2I] dense =, h [n, I] = recomputed (the bits of gated_fwd), or NULL. dh [n, I] is scratch. In place: d_gate_up may be
+ * gate_up, and h may be dh. */
 struct rt_gated_bwd_args { const void *dy; const struct rt_weight *w; const void *gate_up; void *dh, *d_gate_up, *h; int64_t n, N, I; };
 /* dtable[ids[i],:] += dy[i,:], rows in ascending i. */
 struct rt_embed_bwd_args { const int32_t *ids; const void *dy; void *dtable; int64_t n, cols, rows; };

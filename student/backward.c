@@ -36,7 +36,7 @@ static enum rt_status compute_again(struct rt_student *s, int i, struct rt_err *
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
     }
     if (a->keep <= RT_KEEP_ATTENTION)
-        RT_TRY(rt_student_gate_up(s, i, true, err));
+        RT_TRY(rt_student_gate_up(s, i, NULL, true, err));
 out:
     return st;
 }
@@ -51,14 +51,13 @@ static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *e
     const struct rt_student_saved *v = &a->saved[i];
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
     const float eps = (float)s->c->eps;
-    /* h: kept at level 0, made with gate and up where they were computed again */
-    RT_TRY(RT_OP(s->d, gated_bwd, err, .dy = a->dx, .w = l->down, .gate_up = v->gate_up, .dh = a->d_h, .d_gate_up = a->d_gate_up,
-                 .h = a->keep == RT_KEEP_ALL ? a->h : NULL, .n = n, .N = H, .I = I));
+    RT_TRY(RT_OP(s->d, gated_bwd, err, .dy = a->dx, .w = l->down, .gate_up = v->gate_up, .dh = a->h, .d_gate_up = v->gate_up,
+                 .h = v->h == NULL ? a->h : NULL, .n = n, .N = H, .I = I));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = rt_student_own(v->h, a->h), .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
                  .N = H));
-    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_gate_up, .x = rt_student_own(v->normed2, a->normed), .dw = grad_at(s, p->gate_up),
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = v->gate_up, .x = rt_student_own(v->normed2, a->normed), .dw = grad_at(s, p->gate_up),
                  .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I));
-    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = v->gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
     RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = v->mid, .w = l->norm2, .rstd = v->rstd2, .dx = a->dx,
                  .dw = grad_at(s, p->norm2), .n = n, .cols = H, .eps = eps, .accumulate = true));
 out:

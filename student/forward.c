@@ -82,8 +82,6 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
     if (c->qk_norm)
         take(k, n * (q + kv), k->act, &a->d_qk);
     take(k, n * q, k->act, &a->d_o);
-    take(k, n * 2 * I, k->act, &a->d_gate_up);
-    take(k, n * I, k->act, &a->d_h);
     take(k, n * (size_t)c->heads, sizeof(float), &a->delta);
 }
 
@@ -184,13 +182,13 @@ out:
     return st;
 }
 
-enum rt_status rt_student_gate_up(struct rt_student *s, int i, bool kept, struct rt_err *err)
+enum rt_status rt_student_gate_up(struct rt_student *s, int i, void *h, bool kept, struct rt_err *err)
 {
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_student_acts *a = &s->a;
     const struct rt_student_saved *v = &a->saved[i];
     return RT_OP(s->d, gated_fwd, err, .x = rt_student_own(v->normed2, a->normed), .w = l->gate_up, .bias = l->gate_up_bias, .gate_up = v->gate_up,
-                 .h = rt_student_own(v->h, a->h), .n = a->batch.n, .K = s->c->hidden, .I = s->c->intermediate, .kept = kept);
+                 .h = h, .n = a->batch.n, .K = s->c->hidden, .I = s->c->intermediate, .kept = kept);
 }
 
 static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
@@ -199,8 +197,9 @@ static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_student_acts *a = &s->a;
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
-    RT_TRY(rt_student_gate_up(s, i, a->keep >= RT_KEEP_ALL, err));
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = rt_student_own(a->saved[i].h, a->h)}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
+    void *h = rt_student_own(a->saved[i].h, a->h);
+    RT_TRY(rt_student_gate_up(s, i, h, a->keep >= RT_KEEP_ALL, err));
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
 out:
     return st;
 }

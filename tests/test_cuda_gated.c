@@ -94,6 +94,11 @@ static void one_backward(struct cuda_pair *p, const struct shape *c, const void 
     uint16_t *d_bits = bits(p, d, n * 2 * I);
     assert_ok(RT_OP(&p->gpu, gated_bwd, &err, .dy = ddy, .w = w.gpu, .gate_up = gate_up, .dh = ddh, .d_gate_up = d, .n = n, .N = N, .I = I));
     expect_bits(p, d, d_bits, n * 2 * I);
+    cuda_get(p, gu, gate_up, (size_t)(n * 2 * I) * 2); /* the same in place */
+    assert_ok(rt_device_upload(&p->gpu, d, gu, (size_t)(n * 2 * I) * 2, &err));
+    assert_ok(RT_OP(&p->gpu, gated_bwd, &err, .dy = ddy, .w = w.gpu, .gate_up = d, .dh = ddh, .d_gate_up = d, .h = ddh, .n = n, .N = N, .I = I));
+    expect_bits(p, d, d_bits, n * 2 * I);
+    expect_bits(p, ddh, h_bits, n * I);
     cuda_free(p, ddy);
     cuda_free(p, ddh);
     cuda_free(p, d);

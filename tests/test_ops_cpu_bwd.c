@@ -336,12 +336,21 @@ static enum rt_status run_gated_fwd(struct rt_device *d, const void *ctx, float 
 static enum rt_status run_gated_bwd(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
 {
     const struct rows *t = ctx;
-    float *dh = randoms(t->n * t->cols, 9, 1);
+    const int64_t n = t->n * t->cols;
+    float *dh = randoms(n, 9, 1), *both = malloc((size_t)(2 * n) * sizeof *both);
     struct rt_weight *w = ops_param(d, t->w, t->heads, t->cols);
-    const enum rt_status st = RT_OP(d, gated_bwd, err, .dy = t->dy, .w = w, .gate_up = t->x, .dh = dh, .d_gate_up = out[0],
-                                    .h = t->accumulate ? out[1] : NULL, .n = t->n, .N = t->heads, .I = t->cols);
+    enum rt_status st = RT_OP(d, gated_bwd, err, .dy = t->dy, .w = w, .gate_up = t->x, .dh = dh, .d_gate_up = out[0],
+                              .h = t->accumulate ? out[1] : NULL, .n = t->n, .N = t->heads, .I = t->cols);
+    memcpy(both, t->x, (size_t)(2 * n) * sizeof *both); /* the same in place */
+    if (st == RT_OK)
+        st = RT_OP(d, gated_bwd, err, .dy = t->dy, .w = w, .gate_up = both, .dh = dh, .d_gate_up = both, .h = t->accumulate ? dh : NULL, .n = t->n,
+                   .N = t->heads, .I = t->cols);
+    assert_memory_equal(both, out[0], (size_t)(2 * n) * sizeof *both);
+    if (t->accumulate)
+        assert_memory_equal(dh, out[1], (size_t)n * sizeof *dh);
     d->be->weight_free(d->dev, w);
     free(dh);
+    free(both);
     return st;
 }
 

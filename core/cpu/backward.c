@@ -255,15 +255,16 @@ enum rt_status rt_cpu_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *que
 }
 
 /* ---- gated unit ---- */
-RT_INLINE void swiglu_row(const float *restrict g, const float *restrict u, const float *restrict dh, float *restrict dg,
-                          float *restrict du, float *restrict h, int64_t n, const bool with_h)
+/* dg may be g, du u, and h dh: what a step reads is written by no other. */
+RT_INLINE void swiglu_row(const float *g, const float *u, const float *dh, float *dg, float *du, float *h, int64_t n, const bool with_h)
 {
+#pragma GCC ivdep
     for (int64_t j = 0; j < n; j++) {
-        const float s = rt_sigmoid(g[j]), silu = g[j] * s;
-        dg[j] = dh[j] * u[j] * s * (1.0f + g[j] * (1.0f - s));
-        du[j] = dh[j] * silu;
+        const float gate = g[j], up = u[j], d = dh[j], s = rt_sigmoid(gate), silu = gate * s;
+        dg[j] = d * up * s * (1.0f + gate * (1.0f - s));
+        du[j] = d * silu;
         if (with_h)
-            h[j] = rt_silu(g[j]) * u[j]; /* the bits of swiglu_fwd */
+            h[j] = rt_silu(gate) * up; /* the bits of swiglu_fwd */
     }
 }
 

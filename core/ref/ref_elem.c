@@ -69,7 +69,7 @@ REF_OP(swiglu_bwd)
             const double dh = ((const real *)a->dh)[t * a->I + j], s = ref_sigmoid(g);
             ((real *)a->dgate)[t * ld + j] = (real)(dh * u * s * (1 + g * (1 - s)));
             ((real *)a->dup)[t * ld + j] = (real)(dh * g * s);
-            if (a->h != NULL)
+            if (a->h != NULL) /* may be dh */
                 ((real *)a->h)[t * a->I + j] = (real)(g * s * u);
         }
     return RT_OK;
