@@ -18,7 +18,7 @@ static struct rt_micro_options micro_options(const struct rt_trainer_options *o,
 
 static bool records(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o)
 {
-    return o->record && o->ranks <= 1 && o->comm == NULL && o->map.n == 0 && o->boundary == NULL && rt_recorded_gains(c, p, o->micro_tokens);
+    return o->record && o->map.n == 0 && o->boundary == NULL && rt_recorded_gains(c, p, o->micro_tokens);
 }
 
 void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o, int64_t max_length,
@@ -163,7 +163,8 @@ static enum rt_status run_slot(struct rt_trainer *t, int slot, const struct rt_l
 {
     enum rt_status st;
     struct micro_step m = {t, slot, w, items, last, sums};
-    if (t->recorded.d != NULL && rt_losses_constant(&t->losses, slot, w)) {
+    const bool exchanges = last && t->o.comm != NULL; /* sums over ranks begin with its backward, at the latest with its end */
+    if (t->recorded.d != NULL && !exchanges && rt_losses_constant(&t->losses, slot, w)) {
         const struct rt_recorded_key k = rt_recorded_key(&t->losses, slot, w, items);
         RT_TRY(rt_recorded_run(&t->recorded, &k, t->losses.slot[slot].p->cu, enqueue_step, &m, err));
     } else {

@@ -73,6 +73,7 @@ static struct rt_trainer_options options(const struct rank_run *r, struct rt_com
     o.bucket = r->bucket;
     o.overlap = r->overlap;
     o.early = r->early;
+    o.record = r->record;
     o.micro_tokens = 30; /* several micro-batches a rank, and at times none */
     if (r->states) {
         o.w.feature = 0.3;
@@ -120,6 +121,7 @@ static enum rt_status train(void *self, int rank, struct rt_comm *comm, struct r
     }
     if (r->to != NULL)
         RT_TRY(rt_trainer_checkpoint(&t, r->to, 2, 1, err));
+    s->r->recorded[rank] = t.recorded.runs;
     RT_TRY(fetch(s, rank, &f, err));
 out:
     if (st != RT_OK)

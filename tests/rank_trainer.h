@@ -11,11 +11,12 @@ struct rank_run {
     struct tf_data *data;
     int size, config, steps;
     int64_t bucket;
-    bool overlap, early, states;
+    bool overlap, early, states, record;
     double clip, lr;       /* lr 0: 1e-2 */
     const char *from, *to; /* checkpoints: directories to begin from and to leave behind; NULL: none */
     /* what came out, on every rank alike */
     double loss[RANK_STEPS], norm[RANK_STEPS];
+    int64_t recorded[RANK_TRAINERS]; /* micro-steps of each rank that were a recording */
     float *block;          /* [elements] parameters at the end, freed by the caller */
     int64_t elements;
 };

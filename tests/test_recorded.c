@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/rank_trainer.h"
 #include "tests/train_fixture.h"
 
 /* ---- a device that records ---- */
@@ -22,7 +23,7 @@ struct rt_graph {
     int n;
     struct call call[CALLS];
 };
-static struct {
+static _Thread_local struct { /* a rank is a thread */
     struct rt_graph *now;      /* NULL: nothing is recorded */
     enum rt_status refuse;     /* what embed_bwd answers while it is recorded */
     enum rt_status no_run;     /* what a recording answers when it is run */
@@ -260,6 +261,29 @@ static void test_tape(void **state)
     free(data);
 }
 
+/* Two ranks: each replays its own micro-steps but the last of a batch, in whose backward sums begin. */
+static void test_ranks(void **state)
+{
+    (void)state;
+    struct tf_data *data = rank_data(TF_WIDE);
+    const struct rt_backend be = tape_backend();
+    for (int early = 0; early < 2; early++) {
+        struct rank_run want = {.be = &be, .data = data, .size = 2, .config = TF_WIDE, .steps = RANK_STEPS, .clip = 1, .bucket = 1, .overlap = true, .early = early},
+                        got = want;
+        got.record = true;
+        rank_run(&want);
+        rank_run(&got);
+        print_message("%s sums: %ld and %ld micro-steps by recordings\n", early ? "early" : "late", (long)got.recorded[0], (long)got.recorded[1]);
+        assert_true(want.recorded[0] + want.recorded[1] == 0 && got.recorded[0] > 0 && got.recorded[1] > 0);
+        assert_memory_equal(got.loss, want.loss, sizeof want.loss);
+        assert_memory_equal(got.norm, want.norm, sizeof want.norm);
+        assert_memory_equal(got.block, want.block, (size_t)want.elements * sizeof *want.block);
+        free(got.block);
+        free(want.block);
+    }
+    free(data);
+}
+
 /* What cannot be recorded is run call by call, once it was tried; another error is one. */
 static void test_refused(void **state)
 {
@@ -385,6 +409,7 @@ static void test_gpu(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_tape),
+    cmocka_unit_test(test_ranks),
     cmocka_unit_test(test_refused),
     cmocka_unit_test(test_kept),
     cmocka_unit_test(test_gpu),
