@@ -74,6 +74,7 @@ struct rt_dev_options {
 };
 struct rt_dev_memory {
     uint64_t free, total;     /* bytes of device memory now */
+    uint64_t held;            /* what a process takes there beside its allocations, about: context, the libraries' kernels */
 };
 
 /* ---- forward, shared ---- */

@@ -82,7 +82,8 @@ enum rt_status rt_command_room(const struct rt_common *common, const struct rt_d
     if (!d->be->own_memory)
         goto out;
     RT_TRY(d->be->memory(d->dev, &m, err));
-    *out = common->gpu_memory > 0 ? common->gpu_memory : (int64_t)(m.free / 10 * 9);
+    const int64_t held = (int64_t)m.held, asked = common->gpu_memory;
+    *out = asked == 0 ? (int64_t)(m.free / 10 * 9) : asked > held ? asked - held : 0;
 out:
     return st;
 }

@@ -57,8 +57,9 @@ enum rt_status rt_command_device_with(struct rt_context *ctx, const struct rt_co
                                       const struct rt_dev_options *o, struct rt_device *out, struct rt_err *err);
 /* --memory, or 3/4 of what the machine has available. */
 int64_t rt_command_memory(const struct rt_common *common);
-/* *out = what may lie in the memory that d computes in: rt_command_memory where that is the host's; of a GPU --gpu-memory, or nine tenths of
- * what is free (the rest is for the libraries and what allocations lose at their borders). */
+/* *out = what may lie in the memory that d computes in: rt_command_memory where that is the host's; of a GPU --gpu-memory less what
+ * the process holds there anyway (rt_dev_memory.held), or nine tenths of what is free (the rest is for the libraries and what allocations lose at their
+ * borders). */
 enum rt_status rt_command_room(const struct rt_common *common, const struct rt_device *d, int64_t *out, struct rt_err *err);
 
 /* rt_run_config over the command's own and the common options: what a run directory keeps and a resume is compared with. Free with

@@ -125,6 +125,9 @@ const char *rt_cuda_describe(const struct rt_dev *dev)
 
 /* ---- memory ---- */
 
+/* An H200 with CUDA 13, cuBLASLt and cuDNN: a training that had allocated 41.3 GB held 42.2. */
+enum { HELD = 900 << 20 };
+
 enum rt_status rt_cuda_alloc(UNUSED struct rt_dev *dev, size_t bytes, void **out, struct rt_err *err)
 {
     void *p = NULL;
@@ -177,7 +180,7 @@ enum rt_status rt_cuda_memory(UNUSED struct rt_dev *dev, struct rt_dev_memory *o
     size_t left, total;
     enum rt_status st;
     RT_CUDA_TRY(cudaMemGetInfo(&left, &total));
-    *out = (struct rt_dev_memory){.free = left, .total = total};
+    *out = (struct rt_dev_memory){.free = left, .total = total, .held = HELD};
 out:
     return st;
 }
