@@ -318,12 +318,14 @@ struct rt_adamw_args {
 };
 /* dst = src converted between act and float32 (to_f32: src act, dst float). */
 struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
+/* Rows as e4m3 with a scale each: scale[i] = max(amax of x[i,:], 1e-12)/448, code[i,:] = rne(x[i,:]/scale[i]). x float32 [n, cols] dense whatever act is. The same bits everywhere. */
+struct rt_encode_rows_args { const float *x; uint8_t *code; float *scale; int64_t n, cols; };
 
 #define RT_BACKEND_OPS(X) \
     X(embed_fwd) X(norm_fwd) X(quant) X(linear_fwd) X(rope) X(attn_fwd) X(swiglu_fwd) \
     X(route) X(moe_sort) X(moe_ffn) X(head_topk) X(head_matmul) X(cache_put) X(cache_copy) X(mla_cached) X(attn_cached) X(rope_put) X(linear_rope_put) X(sample) \
     X(headnorm_rope_fwd) X(headnorm_rope_bwd) X(norm_bwd) X(linear_dgrad) X(linear_wgrad) X(attn_bwd) X(swiglu_bwd) X(gated_fwd) X(gated_bwd) X(embed_bwd) \
-    X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert)
+    X(gather) X(scatter) X(head_loss) X(head_likelihood) X(feature_loss) X(sumsq) X(axpy) X(adamw) X(convert) X(encode_rows)
 
 enum rt_op {
 #define RT_OP_ENUM(op) RT_OP_##op,

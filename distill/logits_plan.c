@@ -53,7 +53,7 @@ static enum rt_status plan_memory(struct rt_logits_job *j, const struct rt_teach
     j->so.keep.dir = j->keep ? j->v->out : NULL; /* each window's own, later */
     const int windows = j->overlap ? 2 : 1;
     o.token_bytes = windows * (rt_score_token_bytes(&j->so) + 24); /* ids, masks, text of the window */
-    o.memory -= windows * (int64_t)rt_score_fixed_bytes(&j->so, &j->config, j->survey.longest);
+    o.memory -= windows * (int64_t)rt_score_fixed_bytes(&j->so, &j->config, j->survey.longest, o.device->be->own_memory);
     const enum rt_status st = rt_teacher_plan_sizes(&o, sizes, out, err);
     j->to.token_bytes = o.token_bytes;
     j->to.memory = o.memory;

@@ -83,9 +83,9 @@ enum rt_status rt_score_drop(const char *dir, struct rt_err *err);
 uint64_t rt_score_keep_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, size_t act_size, int64_t n);
 
 /* Host bytes a token of the window that the outputs take: for rt_teacher_options.token_bytes. And those that keeping and features take
- * whatever the window is, for sequences up to `longest`: not to be planned with. */
+ * whatever the window is, for sequences up to `longest`: not to be planned with. far: the device has memory of its own. */
 int64_t rt_score_token_bytes(const struct rt_score_options *o);
-uint64_t rt_score_fixed_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, int64_t longest);
+uint64_t rt_score_fixed_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, int64_t longest, bool far);
 
 /* out [dim, H] float32: orthonormal rows, a function of (seed, layer, dim, H) alone: Gram-Schmidt, twice, over normal draws. */
 enum rt_status rt_projection_matrix(uint64_t seed, int layer, int64_t dim, int64_t H, float *out, struct rt_err *err);

@@ -59,6 +59,7 @@ static inline void tear_down(struct setup *s)
 struct kept {
     struct rt_buf bytes;
     int64_t blocks;
+    const struct rt_score_options *o; /* NULL: no features are kept */
 };
 
 static inline enum rt_status keep(void *self, const struct rt_rows *r, struct rt_err *err)
@@ -74,6 +75,12 @@ static inline enum rt_status keep(void *self, const struct rt_rows *r, struct rt
     RT_TRY(rt_buf_append(&k->bytes, r->next_id, n * 4, err));
     RT_TRY(rt_buf_append(&k->bytes, r->next_logprob, n * 4, err));
     RT_TRY(rt_buf_append(&k->bytes, r->next_rank, n * 4, err));
+    for (int i = 0; k->o != NULL && i < k->o->n_features; i++) {
+        const struct rt_feature_spec *f = &k->o->feature[i];
+        RT_TRY(rt_buf_append(&k->bytes, r->feature[i], (size_t)(r->n_tokens * f->dim) * rt_dtype_size(f->dtype), err));
+        if (f->dtype == RT_E4M3)
+            RT_TRY(rt_buf_append(&k->bytes, r->feature_scale[i], (size_t)r->n_tokens * sizeof(float), err));
+    }
 out:
     return st;
 }
@@ -85,7 +92,7 @@ static inline struct rt_score_options score_options(const struct setup *s)
 
 static inline struct kept score(struct setup *s, const struct rt_score_options *o)
 {
-    struct kept k = {0};
+    struct kept k = {.o = o};
     struct rt_err err = {0};
     struct rt_row_sink sink = {.self = &k, .put = keep};
     assert_ok(rt_teacher_score(s->t, o, s->seqs, SEQS, 0, &sink, &err));

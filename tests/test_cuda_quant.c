@@ -1,6 +1,7 @@
 /* Norms, e4m3 forms and gating on the GPU. Every subset of the outputs must have the bits of all of them together. */
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/dtype.h"
@@ -243,6 +244,44 @@ static void test_quant(void **state)
     cuda_pair_close(&p);
 }
 
+/* The bits of the reference, for rows of every magnitude and any width. */
+static void test_encode_rows(void **state)
+{
+    static const int64_t cases[][2] = {{1, 1}, {9, 512}, {1100, 512}, {3, 7168}, {7, 30}, {5, 130}};
+    struct cuda_pair p;
+    struct rt_err err = {0};
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const int64_t n = cases[i][0], cols = cases[i][1];
+        const size_t all = (size_t)(n * cols), floats = (size_t)n * sizeof(float);
+        float *x = cuda_floats(n * cols), *scale = cuda_floats(2 * n);
+        uint8_t *code = malloc(2 * all);
+        void *dx = NULL, *dcode = NULL, *dscale = NULL;
+        quant_rows(x, n, cols);
+        for (int64_t j = 0; j < n * cols; j += 3)
+            x[j] *= 1.1f; /* not bfloat16 */
+        assert_ok(RT_OP(&p.ref, encode_rows, &err, .x = x, .code = code, .scale = scale, .n = n, .cols = cols));
+        assert_ok(p.gpu.be->alloc(p.gpu.dev, all * sizeof(float), &dx, &err));
+        assert_ok(p.gpu.be->alloc(p.gpu.dev, all, &dcode, &err));
+        assert_ok(p.gpu.be->alloc(p.gpu.dev, floats, &dscale, &err));
+        assert_ok(rt_device_upload(&p.gpu, dx, x, all * sizeof(float), &err));
+        assert_ok(RT_OP(&p.gpu, encode_rows, &err, .x = dx, .code = dcode, .scale = dscale, .n = n, .cols = cols));
+        assert_ok(rt_device_download(&p.gpu, code + all, dcode, all, &err));
+        assert_ok(rt_device_download(&p.gpu, scale + n, dscale, floats, &err));
+        assert_memory_equal(scale + n, scale, floats);
+        assert_memory_equal(code + all, code, all);
+        cuda_free(&p, dx);
+        cuda_free(&p, dcode);
+        cuda_free(&p, dscale);
+        rt_free(x);
+        rt_free(scale);
+        free(code);
+    }
+    cuda_pair_close(&p);
+}
+
 /* ---- swiglu_fwd ---- */
 struct glu {
     int64_t n, I, ld; /* ld 0: two matrices */
@@ -301,6 +340,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_norm),
     cmocka_unit_test(test_norm_errors),
     cmocka_unit_test(test_quant),
+    cmocka_unit_test(test_encode_rows),
     cmocka_unit_test(test_swiglu),
 };
 RT_SUITE(cuda_quant, tests)

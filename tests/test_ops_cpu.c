@@ -287,6 +287,17 @@ static enum rt_status run_quant(struct rt_device *d, const void *ctx, float **ou
     return st;
 }
 
+static enum rt_status run_encode_rows(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
+{
+    const struct rows *t = ctx;
+    uint8_t *code = malloc((size_t)(t->n * t->cols));
+    const enum rt_status st = RT_OP(d, encode_rows, err, .x = t->x, .code = code, .scale = out[1], .n = t->n, .cols = t->cols);
+    for (int64_t i = 0; i < t->n * t->cols; i++)
+        out[0][i] = code[i];
+    free(code);
+    return st;
+}
+
 static enum rt_status run_swiglu(struct rt_device *d, const void *ctx, float **out, struct rt_err *err)
 {
     const struct rows *t = ctx;
@@ -312,6 +323,7 @@ static void norm_swiglu_quant(void **state)
                 hold(*state, "norm_fwd", run_norm, &t, 3, norm_sizes, BOUND);
             t.variant = 0;
             hold(*state, "swiglu_fwd", run_swiglu, &t, 1, quant_sizes, BOUND);
+            hold(*state, "encode_rows", run_encode_rows, &t, 2, (const int64_t[]){n * m, n}, 0);
             for (int pow2 = 0; pow2 < 2 && m % 128 == 0; pow2++) {
                 t.pow2 = pow2;
                 t.variant = 0;

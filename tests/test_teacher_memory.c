@@ -14,6 +14,11 @@ static void same_bytes_from_a_far_device(void **state)
     (void)state;
     set_up(&s, test_data("tests/data/cases/v3_fp8"), "cpu", 2, (int64_t)1 << 30);
     struct rt_score_options so = score_options(&s);
+    so.n_features = 4; /* more than are on their way at a time */
+    so.feature[0] = (struct rt_feature_spec){.layer = 0, .dim = 128, .dtype = RT_BF16};
+    so.feature[1] = (struct rt_feature_spec){.layer = 1, .dim = 16, .dtype = RT_E4M3, .projected = true};
+    so.feature[2] = (struct rt_feature_spec){.layer = 1, .dim = 30, .dtype = RT_E4M3, .projected = true};
+    so.feature[3] = (struct rt_feature_spec){.layer = RT_LAYER_FINAL, .dim = 128, .dtype = RT_BF16};
     struct kept want = score(&s, &so);
     tear_down(&s);
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {

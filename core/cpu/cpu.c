@@ -116,6 +116,7 @@ const struct rt_backend rt_backend_cpu = {
     .embed_fwd = rt_cpu_embed_fwd,
     .norm_fwd = rt_cpu_norm_fwd,
     .quant = rt_cpu_quant,
+    .encode_rows = rt_cpu_encode_rows,
     .linear_fwd = rt_cpu_linear_fwd,
     .rope = rt_cpu_rope,
     .swiglu_fwd = rt_cpu_swiglu_fwd,

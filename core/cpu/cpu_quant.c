@@ -101,3 +101,26 @@ enum rt_status rt_cpu_quant(struct rt_dev *dev, __attribute__((unused)) struct r
         rt_cpu_rows(dev, a->n, rt_cpu_grain(a->n, a->cols), quant_rows, &(struct quant_job){a});
     return st;
 }
+
+static void encode_rows(void *ctx, int64_t row0, int64_t row1, __attribute__((unused)) int worker)
+{
+    const struct rt_encode_rows_args *a = ctx;
+    for (int64_t i = row0; i < row1; i++) {
+        const float *x = a->x + i * a->cols;
+        float amax = 1e-12f;
+        for (int64_t j = 0; j < a->cols; j++)
+            amax = fmaxf(amax, fabsf(x[j]));
+        const float scale = amax / 448.0f;
+        a->scale[i] = scale;
+        for (int64_t j = 0; j < a->cols; j++)
+            a->code[i * a->cols + j] = rt_f32_to_e4m3(x[j] / scale);
+    }
+}
+
+enum rt_status rt_cpu_encode_rows(struct rt_dev *dev, __attribute__((unused)) struct rt_queue *q, const struct rt_encode_rows_args *a,
+                                  __attribute__((unused)) struct rt_err *err)
+{
+    struct rt_encode_rows_args args = *a;
+    rt_cpu_rows(dev, a->n, rt_cpu_grain(a->n, a->cols * 8), encode_rows, &args);
+    return RT_OK;
+}

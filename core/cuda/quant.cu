@@ -157,6 +157,37 @@ enum rt_status launch(struct gate p, const char *op, cudaStream_t stream, struct
     return rt_cuda_launched(op, err);
 }
 
+/* A warp a row; its second reading comes from the L2 or nearer. */
+__global__ void __launch_bounds__(256) encode_rows_kernel(const float *__restrict__ x, uint8_t *__restrict__ code, float *__restrict__ scale, int64_t n, int64_t cols,
+                                                          bool fours)
+{
+    const int lane = threadIdx.x % 32;
+    for (int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / 32; i < n; i += (int64_t)gridDim.x * 8) {
+        const float *row = x + i * cols;
+        uint8_t *to = code + i * cols;
+        float amax = 1e-12f;
+        if (fours)
+            for (int64_t j = lane * 4; j < cols; j += 128) {
+                const float4 v = *(const float4 *)(row + j);
+                amax = fmaxf(fmaxf(amax, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
+            }
+        else
+            for (int64_t j = lane; j < cols; j += 32)
+                amax = fmaxf(amax, fabsf(row[j]));
+        const float s = __fdiv_rn(warp_max(amax), 448.0f);
+        if (lane == 0)
+            scale[i] = s;
+        if (fours)
+            for (int64_t j = lane * 4; j < cols; j += 128) {
+                const float4 v = *(const float4 *)(row + j);
+                *(uint32_t *)(to + j) = code2(__fdiv_rn(v.x, s), __fdiv_rn(v.y, s)) | code2(__fdiv_rn(v.z, s), __fdiv_rn(v.w, s)) << 16;
+            }
+        else
+            for (int64_t j = lane; j < cols; j += 32)
+                to[j] = (uint8_t)__nv_cvt_float_to_fp8(__fdiv_rn(row[j], s), __NV_SATFINITE, __NV_E4M3);
+    }
+}
+
 enum rt_status check(const char *op, int64_t n, int64_t cols, bool quantised, struct rt_err *err)
 {
     if (quantised && cols % QBLOCK != 0)
@@ -183,6 +214,16 @@ enum rt_status rt_cuda_quant(struct rt_dev *, struct rt_queue *q, const struct r
     p.ld = ld_or(a->ldx, a->cols);
     p.cols = (int)a->cols;
     return launch<false>(p, "quant", q->stream, err);
+}
+
+enum rt_status rt_cuda_encode_rows(struct rt_dev *dev, struct rt_queue *q, const struct rt_encode_rows_args *a, struct rt_err *err)
+{
+    const int64_t blocks = (a->n + 7) / 8, most = (int64_t)dev->sm_count * 8;
+    if (a->n <= 0)
+        return RT_OK;
+    const bool fours = a->cols % 4 == 0 && (uintptr_t)a->x % 16 == 0 && (uintptr_t)a->code % 4 == 0;
+    encode_rows_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, q->stream>>>(a->x, a->code, a->scale, a->n, a->cols, fours);
+    return rt_cuda_launched("encode_rows", err);
 }
 
 enum rt_status rt_cuda_swiglu_fwd(struct rt_dev *, struct rt_queue *q, const struct rt_swiglu_fwd_args *a, struct rt_err *err)

@@ -48,6 +48,7 @@ const struct rt_backend rt_backend_cuda = {
     .embed_fwd = rt_cuda_embed_fwd,
     .norm_fwd = rt_cuda_norm_fwd,
     .quant = rt_cuda_quant,
+    .encode_rows = rt_cuda_encode_rows,
     .rope = rt_cuda_rope,
     .swiglu_fwd = rt_cuda_swiglu_fwd,
     .route = rt_cuda_route,

@@ -45,6 +45,20 @@ REF_OP(quant)
     return RT_OK;
 }
 
+REF_OP(encode_rows)
+{
+    for (int64_t t = 0; t < a->n; t++) {
+        const float *x = a->x + t * a->cols;
+        float amax = 1e-12f;
+        for (int64_t j = 0; j < a->cols; j++)
+            amax = fmaxf(amax, fabsf(x[j]));
+        a->scale[t] = amax / 448.0f;
+        for (int64_t j = 0; j < a->cols; j++)
+            a->code[t * a->cols + j] = rt_f32_to_e4m3(x[j] / a->scale[t]);
+    }
+    return RT_OK;
+}
+
 /* sqrt(mean(x^2) + eps): the float32 one has the rounding that e4m3 codes depend on. */
 static real rms_of(const real *x, int64_t n, float eps)
 {
