@@ -9,6 +9,8 @@
  * layer waits for counts once, as in the model. The first window reads the files; where --memory holds the checkpoint, the later ones stream it from
  * there. The share that waits is the time for which the device had no work but to wait for weights.
  */
+#include <math.h>
+
 #include "bench/bench.h"
 #include "bench/profile.h"
 #include "teacher/score.h"
@@ -17,7 +19,7 @@ enum { MAX_LIST = 16, MAX_LAYERS = 256 };
 
 struct values {
     const char *teacher, *device, *lengths, *windows;
-    int64_t memory, gpu_memory, top_k, threads, model_dense, model_moe, repeats, chunk;
+    int64_t memory, gpu_memory, top_k, threads, model_dense, model_moe, repeats, chunk, features;
     bool w8a16, stream, profile, help;
 };
 
@@ -37,6 +39,7 @@ static const struct rt_opt options[] = {
     {"chunk", RT_OPT_INT, V(chunk), "0", 0, 1 << 20, NULL, "N", "tokens that attention takes at a time, 0: as planned", false, false},
     {"w8a16", RT_OPT_FLAG, V(w8a16), NULL, 0, 0, NULL, NULL, "plain activations; else FP8 ones", false, false},
     {"stream", RT_OPT_FLAG, V(stream), NULL, 0, 0, NULL, NULL, "no weight stays on the device, as in a model that is far larger than it", false, false},
+    {"features", RT_OPT_INT, V(features), "0", 0, 1e5, NULL, "DIM", "then what it costs to let the states of two layers out, projected to so many dimensions", false, false},
     {"profile", RT_OPT_FLAG, V(profile), NULL, 0, 0, NULL, NULL, "then the time of each operation, in one more run of each case", false, false},
     {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
     {0},
@@ -51,6 +54,7 @@ struct run {
     struct rt_rows *seq;
     uint32_t *ids;
     uint8_t *mask;
+    float *projection[2];
     double at[MAX_LAYERS + 2]; /* when state l was there; [layers + 1]: the normalised one */
     int layers;
 };
@@ -109,6 +113,35 @@ static void print_case(const struct run *r, int64_t length, int64_t window, cons
     fflush(stdout);
 }
 
+/* Two runs with features and without in turns; the better of each. */
+static enum rt_status with_features(struct run *r, int64_t length, int64_t window, struct rt_err *err)
+{
+    const struct rt_teacher_config *c = rt_teacher_config(r->t);
+    const int64_t n = window / length * length, dim = rt_min64(r->v.features, c->hidden);
+    double best[2] = {INFINITY, INFINITY};
+    struct figures f;
+    enum rt_status st = RT_OK;
+    for (int i = 0; i < 2; i++) {
+        r->so.feature[i] = (struct rt_feature_spec){.layer = c->layers - i, .dim = dim, .dtype = RT_E4M3, .projected = true};
+        if (r->projection[i] == NULL) {
+            RT_TRY(rt_alloc((size_t)(dim * c->hidden), sizeof(float), "projection", &r->projection[i], err));
+            RT_TRY(rt_projection_matrix(0, c->layers - i, dim, c->hidden, r->projection[i], err));
+        }
+        r->so.projection[i] = r->projection[i];
+    }
+    for (int k = 0; k < 2 * r->v.repeats + 2; k++) { /* the first of each is not counted */
+        r->so.n_features = k % 2 == 0 ? 2 : 0;
+        RT_TRY(measure(r, length, window, &f, err));
+        if (k >= 2)
+            best[k % 2] = fmin(best[k % 2], f.total);
+    }
+    printf("    states of two layers in %ld dimensions: %.1f ms instead of %.1f, %.3f us a token, whose %ld bytes a copy of 55 GB/s brings in %.3f\n", (long)dim, best[0] * 1e3,
+           best[1] * 1e3, (best[0] - best[1]) * 1e6 / (double)n, (long)(2 * (dim + 4)), (double)(2 * (dim + 4)) / 55e3);
+out:
+    r->so.n_features = 0;
+    return st;
+}
+
 static enum rt_status run_cases(struct run *r, const int64_t *length, int n_lengths, const int64_t *window, int n_windows, struct rt_err *err)
 {
     struct figures f, best = {0};
@@ -127,6 +160,8 @@ static enum rt_status run_cases(struct run *r, const int64_t *length, int n_leng
                     best = f;
             }
             print_case(r, length[i], window[w], &best);
+            if (r->v.features > 0)
+                RT_TRY(with_features(r, length[i], window[w], err));
             if (r->v.profile) {
                 profile_start();
                 RT_TRY(measure(r, length[i], window[w], &f, err));
@@ -212,6 +247,8 @@ int main(int argc, char **argv)
     rt_free(r.seq);
     rt_free(r.ids);
     rt_free(r.mask);
+    for (int i = 0; i < 2; i++)
+        rt_free(r.projection[i]);
     rt_options_free(tables, 1, &r.v, &pos);
     return 0;
 }

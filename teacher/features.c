@@ -8,9 +8,7 @@
 #include "core/dtype.h"
 #include "core/io.h"
 #include "core/rng.h"
-
-/* Elements of a feature that are taken at a time: what a device of its own memory computes at its full rate, and their scales' most; bytes that a thread copies. */
-enum { PIECE = 1 << 19, PIECE_FAR = 1 << 22, ROWS_MOST = 1 << 14, GRAIN = 1 << 18 };
+#include "teacher/feature_way.h"
 
 enum rt_status rt_projection_matrix(uint64_t seed, int layer, int64_t dim, int64_t H, float *out, struct rt_err *err)
 {
@@ -42,51 +40,15 @@ enum rt_status rt_projection_matrix(uint64_t seed, int layer, int64_t dim, int64
     return RT_OK;
 }
 
-/* The projection as a device weight in act elements. */
-static enum rt_status make_projection(struct rt_features *f, int i, struct rt_err *err)
-{
-    const struct rt_device *d = f->t->o.device;
-    const struct rt_feature_spec *s = &f->o->feature[i];
-    const int64_t H = f->t->c.hidden, n = s->dim * H;
-    float *made = NULL;
-    const float *host = f->o->projection[i];
-    void *act = NULL;
-    enum rt_status st;
-    if (host == NULL) {
-        RT_TRY(rt_alloc((size_t)n, sizeof *made, "projection", &made, err));
-        RT_TRY(rt_projection_matrix(f->o->projection_seed, s->layer, s->dim, H, made, err));
-        host = made;
-    }
-    RT_TRY(d->be->alloc(d->dev, (size_t)n * rt_device_act_size(d), &f->matrix[i], err));
-    RT_TRY(d->be->alloc(d->dev, (size_t)n * sizeof(float), &act, err));
-    RT_TRY(rt_device_upload(d, act, host, (size_t)n * sizeof(float), err));
-    RT_TRY(RT_OP(d, convert, err, .src = act, .dst = f->matrix[i], .n = n));
-    RT_TRY(rt_device_sync(d, err));
-    RT_TRY(d->be->weight_param(d->dev, f->matrix[i], s->dim, H, &f->weight[i], err));
-out:
-    if (act != NULL)
-        d->be->free(d->dev, act);
-    rt_free(made);
-    return st;
-}
-
-/* Rows of a feature that are taken together. */
-static int64_t rows_of(const struct rt_feature_spec *s, bool far)
-{
-    const int64_t n = (far ? PIECE_FAR : PIECE) / s->dim;
-    return n < 1 ? 1 : n > ROWS_MOST ? ROWS_MOST : n;
-}
-
 uint64_t rt_score_fixed_bytes(const struct rt_score_options *o, const struct rt_teacher_config *c, int64_t longest, bool far)
 {
-    const uint64_t piece = far ? PIECE_FAR : PIECE;
     uint64_t b = 0;
     if (o->keep.dir != NULL || o->keep.spill) /* a writer, and what goes to it */
         b += RT_STATE_BLOCK + ((uint64_t)4 << 20);
     for (int i = 0; i < o->n_features; i++) {
         const struct rt_feature_spec *s = &o->feature[i];
-        if (i == 0) /* near: floats of a piece; far: two pieces on their way, at most as floats */
-            b += piece * sizeof(float) + (far ? piece * sizeof(float) + 2 * ROWS_MOST * sizeof(float) : 0) + (o->keep.spill ? piece * sizeof(uint16_t) : 0);
+        if (i == 0)
+            b += rt_feature_way_bytes(far) * (o->keep.spill ? 2 : 1); /* and a piece for the file */
         if (o->keep.spill)
             b += (uint64_t)longest * (uint64_t)s->dim * rt_dtype_size(s->dtype) + RT_STATE_BLOCK;
         if (s->projected) /* the matrix, here and on its way to the device */
@@ -95,93 +57,61 @@ uint64_t rt_score_fixed_bytes(const struct rt_score_options *o, const struct rt_
     return b;
 }
 
-/* Whole states in the device's own type need no conversion on the way. */
-static bool as_it_is(const struct rt_features *f, int i)
+static size_t row_bytes(const struct rt_features *f, int i)
 {
-    return !f->o->feature[i].projected && f->t->o.device->be->act == f->o->feature[i].dtype;
+    return (size_t)f->o->feature[i].dim * rt_dtype_size(f->o->feature[i].dtype);
+}
+
+static enum rt_status check(const struct rt_teacher_config *c, const struct rt_feature_spec *s, struct rt_err *err)
+{
+    if (s->layer != RT_LAYER_FINAL && (s->layer < 0 || s->layer > c->layers))
+        return rt_fail(err, RT_USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, c->layers);
+    if (s->dim < 1 || s->dim > c->hidden || (!s->projected && s->dim != c->hidden))
+        return rt_fail(err, RT_USAGE, "--features: %d dimensions of a state of %d", s->dim, c->hidden);
+    return RT_OK;
 }
 
 enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, const struct rt_score_options *o, int64_t n, int64_t longest,
                                 struct rt_err *err)
 {
-    const struct rt_device *d = t->o.device;
     enum rt_status st = RT_OK;
-    const bool far = d->be->own_memory;
-    int64_t floats = 0, codes = 0;
-    size_t piece = 0, slot = 0;
+    size_t piece = 0;
     *f = (struct rt_features){.t = t, .o = o, .n = n, .spill = o->keep.dir != NULL && o->keep.spill};
     for (int i = 0; i < o->n_features; i++) {
-        const struct rt_feature_spec *s = &o->feature[i];
-        if (s->layer != RT_LAYER_FINAL && (s->layer < 0 || s->layer > t->c.layers))
-            RT_FAIL(err, USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, t->c.layers);
-        if (s->dim < 1 || s->dim > t->c.hidden || (!s->projected && s->dim != t->c.hidden))
-            RT_FAIL(err, USAGE, "--features: %d dimensions of a state of %d", s->dim, t->c.hidden);
         const int64_t held = f->spill ? longest : n;
-        RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1) * (size_t)s->dim, rt_dtype_size(s->dtype), "features", &f->data[i], err));
-        const int64_t elements = rows_of(s, far) * s->dim;
-        const size_t bytes = (size_t)elements * rt_dtype_size(s->dtype), crosses = as_it_is(f, i) || s->projected ? bytes : (size_t)elements * sizeof(float);
-        floats = elements > floats && !as_it_is(f, i) ? elements : floats;
+        RT_TRY(check(&t->c, &o->feature[i], err));
+        RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1), row_bytes(f, i), "features", &f->data[i], err));
+        if (o->feature[i].projected)
+            RT_TRY(rt_alloc((size_t)n, sizeof(float), "feature scales", &f->scale[i], err));
+    }
+    if (o->n_features == 0)
+        goto out;
+    if (t->way != NULL && !rt_feature_way_suits(t->way, o)) {
+        rt_feature_way_free(t->way);
+        t->way = NULL;
+    }
+    if (t->way == NULL)
+        RT_TRY(rt_feature_way_open(t, o, &t->way, err));
+    rt_feature_way_forget(t->way); /* of a window that failed */
+    for (int i = 0; i < o->n_features; i++) {
+        const size_t bytes = (size_t)rt_feature_way_rows(t->way, i) * row_bytes(f, i);
         piece = bytes > piece ? bytes : piece;
-        slot = crosses > slot ? crosses : slot;
-        if (!s->projected)
-            continue;
-        codes = elements > codes ? elements : codes;
-        RT_TRY(rt_alloc((size_t)n, sizeof(float), "feature scales", &f->scale[i], err));
-        RT_TRY(make_projection(f, i, err));
     }
     if (f->spill)
         RT_TRY(rt_alloc(piece, 1, "features", &f->piece, err));
-    if (floats > 0)
-        RT_TRY(d->be->alloc(d->dev, (size_t)floats * sizeof(float), &f->projected, err));
-    if (!far)
-        goto out;
-    if (codes > 0)
-        RT_TRY(d->be->alloc(d->dev, rt_arena_round((size_t)codes) + ROWS_MOST * sizeof(float), &f->codes, err));
-    for (int i = 0; i < 2 && slot > 0; i++) {
-        f->slot[i].bytes = rt_arena_round(slot);
-        RT_TRY(d->be->host_alloc(d->dev, f->slot[i].bytes + ROWS_MOST * sizeof(float), &f->slot[i].host, err));
-        RT_TRY(d->be->event_create(d->dev, &f->slot[i].done, err));
-    }
 out:
     return st;
-}
-
-void rt_features_leave_device(struct rt_features *f)
-{
-    const struct rt_device *d = f->t->o.device;
-    for (int i = 0; i < RT_MAX_FEATURES; i++) {
-        if (f->weight[i] != NULL)
-            d->be->weight_free(d->dev, f->weight[i]);
-        if (f->matrix[i] != NULL)
-            d->be->free(d->dev, f->matrix[i]);
-        f->weight[i] = NULL;
-        f->matrix[i] = NULL;
-    }
-    if (f->projected != NULL)
-        d->be->free(d->dev, f->projected);
-    if (f->codes != NULL)
-        d->be->free(d->dev, f->codes);
-    for (int i = 0; i < 2; i++) {
-        if (f->slot[i].host != NULL) /* waits for copies */
-            d->be->host_free(d->dev, f->slot[i].host);
-        if (f->slot[i].done != NULL)
-            d->be->event_free(d->dev, f->slot[i].done);
-        f->slot[i] = (struct rt_feature_slot){0};
-    }
-    f->projected = f->codes = NULL;
-    rt_free(f->piece);
-    f->piece = NULL;
 }
 
 void rt_features_free(struct rt_features *f)
 {
     if (f->t == NULL)
         return;
-    rt_features_leave_device(f);
     for (int i = 0; i < RT_MAX_FEATURES; i++) {
         rt_free(f->data[i]);
         rt_free(f->scale[i]);
     }
+    rt_free(f->piece);
     rt_state_writer_free(f->writer);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_state_reader_free(f->reader[i]);
@@ -196,11 +126,6 @@ void rt_features_keep(struct rt_features *f, const char *dir, const char *identi
 {
     f->dir = dir;
     f->identity = identity;
-}
-
-static size_t row_bytes(const struct rt_features *f, int i)
-{
-    return (size_t)f->o->feature[i].dim * rt_dtype_size(f->o->feature[i].dtype);
 }
 
 static uint64_t scale_bytes(const struct rt_features *f, int i)
@@ -307,107 +232,9 @@ void rt_features_forget(struct rt_features *f)
 
 /* ---- taking ---- */
 
-/* m rows at `rows` into out, [m, dim] of the feature's type, where the device's memory is the host's. */
-static enum rt_status take_near(struct rt_features *f, int i, const char *rows, int64_t m, void *out, float *scale, struct rt_err *err)
-{
-    const struct rt_device *d = f->t->o.device;
-    const struct rt_feature_spec *s = &f->o->feature[i];
-    const int64_t H = f->t->c.hidden;
-    enum rt_status st;
-    if (as_it_is(f, i))
-        return rt_device_download(d, out, rows, (size_t)m * row_bytes(f, i), err);
-    if (s->projected) {
-        RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = (void *)(uintptr_t)rows}, .w = f->weight[i], .y = f->projected, .n = m, .K = H, .N = s->dim, .y_f32 = true));
-        RT_TRY(RT_OP(d, encode_rows, err, .x = f->projected, .code = out, .scale = scale, .n = m, .cols = s->dim));
-    } else {
-        RT_TRY(RT_OP(d, convert, err, .src = rows, .dst = f->projected, .n = m * H, .to_f32 = true));
-        rt_from_f32(out, RT_BF16, f->projected, (size_t)(m * s->dim));
-    }
-out:
-    return st;
-}
-
-struct copying {
-    char *dst;
-    const char *src;
-    size_t bytes;
-};
-
-static void copy_item(void *ctx, int64_t item, __attribute__((unused)) int worker)
-{
-    const struct copying *c = ctx;
-    const size_t from = (size_t)item * GRAIN, n = c->bytes - from < GRAIN ? c->bytes - from : GRAIN;
-    memcpy(c->dst + from, c->src + from, n);
-}
-
-/* Waits for what is on its way through the slot, and puts it where it belongs. */
-static enum rt_status collect(struct rt_features *f, struct rt_feature_slot *s, struct rt_err *err)
-{
-    const struct rt_device *d = f->t->o.device;
-    enum rt_status st = RT_OK;
-    const int64_t m = s->rows;
-    if (m == 0)
-        return RT_OK;
-    s->rows = 0;
-    RT_TRY(d->be->event_sync(d->dev, s->done, err));
-    struct copying c = {s->out, s->host, (size_t)m * row_bytes(f, s->feature)};
-    if (!as_it_is(f, s->feature) && !f->o->feature[s->feature].projected)
-        rt_from_f32(s->out, RT_BF16, s->host, (size_t)(m * f->o->feature[s->feature].dim));
-    else if (f->t->pool != NULL)
-        rt_pool_run(f->t->pool, (int64_t)((c.bytes + GRAIN - 1) / GRAIN), copy_item, &c);
-    else
-        memcpy(s->out, s->host, c.bytes);
-    if (s->scale != NULL)
-        memcpy(s->scale, (const char *)s->host + s->bytes, (size_t)m * sizeof(float));
-out:
-    return st;
-}
-
-enum rt_status rt_features_settle(struct rt_features *f, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    for (int i = 0; i < 2; i++)
-        RT_TRY(collect(f, &f->slot[(f->turn + i) % 2], err));
-out:
-    return st;
-}
-
-/* The same from a device of its own memory: on their way when it returns. */
-static enum rt_status take_far(struct rt_features *f, int i, const char *rows, int64_t m, void *out, float *scale, struct rt_err *err)
-{
-    const struct rt_device *d = f->t->o.device;
-    const struct rt_feature_spec *s = &f->o->feature[i];
-    struct rt_feature_slot *slot = &f->slot[f->turn];
-    const int64_t H = f->t->c.hidden;
-    enum rt_status st;
-    RT_TRY(collect(f, slot, err));
-    f->turn = (f->turn + 1) % 2;
-    if (as_it_is(f, i)) {
-        RT_TRY(d->be->download(d->dev, d->q, slot->host, rows, (size_t)m * row_bytes(f, i), err));
-    } else if (s->projected) {
-        uint8_t *codes = f->codes;
-        float *scales = (float *)(void *)(codes + rt_arena_round((size_t)(m * s->dim)));
-        RT_TRY(RT_OP(d, linear_fwd, err, .x = {.data = (void *)(uintptr_t)rows}, .w = f->weight[i], .y = f->projected, .n = m, .K = H, .N = s->dim, .y_f32 = true));
-        RT_TRY(RT_OP(d, encode_rows, err, .x = f->projected, .code = codes, .scale = scales, .n = m, .cols = s->dim));
-        RT_TRY(d->be->download(d->dev, d->q, slot->host, codes, (size_t)(m * s->dim), err));
-        RT_TRY(d->be->download(d->dev, d->q, (char *)slot->host + slot->bytes, scales, (size_t)m * sizeof(float), err));
-    } else {
-        RT_TRY(RT_OP(d, convert, err, .src = rows, .dst = f->projected, .n = m * H, .to_f32 = true));
-        RT_TRY(d->be->download(d->dev, d->q, slot->host, f->projected, (size_t)(m * H) * sizeof(float), err));
-    }
-    RT_TRY(d->be->event_record(d->dev, d->q, slot->done, err));
-    slot->feature = i;
-    slot->rows = m;
-    slot->out = out;
-    slot->scale = scale;
-out:
-    return st;
-}
-
 static enum rt_status take_one(struct rt_features *f, int i, const void *x, int64_t n, struct rt_err *err)
 {
-    const bool far = f->t->o.device->be->own_memory;
-    const int64_t most = rows_of(&f->o->feature[i], far);
+    const int64_t most = rt_feature_way_rows(f->t->way, i);
     enum rt_status st = RT_OK;
     if (f->spill)
         RT_TRY(begin_file(f, i, err));
@@ -415,10 +242,10 @@ static enum rt_status take_one(struct rt_features *f, int i, const void *x, int6
         const int64_t m = n - r < most ? n - r : most;
         const char *rows = (const char *)x + (size_t)(r * f->t->c.hidden) * rt_device_act_size(f->t->o.device);
         char *out = f->spill ? f->piece : (char *)f->data[i] + (size_t)r * row_bytes(f, i);
-        RT_TRY((far ? take_far : take_near)(f, i, rows, m, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
+        RT_TRY(rt_feature_way_take(f->t->way, i, rows, m, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
         if (!f->spill)
             continue;
-        RT_TRY(rt_features_settle(f, err));
+        RT_TRY(rt_feature_way_settle(f->t->way, err));
         RT_TRY(rt_state_put(f->writer, out, (uint64_t)m * row_bytes(f, i), err));
     }
     if (f->spill)
@@ -427,6 +254,11 @@ out:
     rt_state_writer_free(f->writer);
     f->writer = NULL;
     return st;
+}
+
+enum rt_status rt_features_settle(struct rt_features *f, struct rt_err *err)
+{
+    return f->o->n_features > 0 ? rt_feature_way_settle(f->t->way, err) : RT_OK;
 }
 
 enum rt_status rt_features_take(struct rt_features *f, int layer, const void *x, int64_t n, struct rt_err *err)

@@ -9,28 +9,11 @@
 #include "formats/state_file.h"
 #include "teacher/score.h"
 
-/* Rows on their way to the host. */
-struct rt_feature_slot {
-    void *host;           /* where copies do not wait: `bytes`, and scales behind them */
-    size_t bytes;
-    struct rt_event *done;
-    int feature;
-    int64_t rows;         /* 0: free */
-    void *out;            /* where they belong */
-    float *scale;         /* NULL: none */
-};
-
 struct rt_features {
     struct rt_teacher *t;
     const struct rt_score_options *o;
     void *data[RT_MAX_FEATURES];             /* [host] [window tokens, dim] */
     float *scale[RT_MAX_FEATURES];           /* [host] [window tokens] */
-    void *matrix[RT_MAX_FEATURES];           /* device [dim, H]: projection */
-    struct rt_weight *weight[RT_MAX_FEATURES];
-    void *projected;                         /* device [rows, dim] float32; NULL where no feature needs it */
-    void *codes;                             /* device [rows, dim] and their scales, of a device with memory of its own; or NULL */
-    struct rt_feature_slot slot[2];          /* of such a device: one crosses while the other is put in place */
-    int turn;                                /* the next one */
     int64_t n;                               /* tokens of the window */
     /* kept on disk: */
     const char *dir, *identity;              /* NULL: not kept */
@@ -49,8 +32,6 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
 void rt_features_keep(struct rt_features *f, const char *dir, const char *identity);
 /* Waits for states that are still on their way; before anybody reads what was taken. */
 enum rt_status rt_features_settle(struct rt_features *f, struct rt_err *err);
-/* Every state is taken and settled: what lies on the device is released, and attaching and freeing do not touch it any more. */
-void rt_features_leave_device(struct rt_features *f);
 void rt_features_free(struct rt_features *f);
 /* Stores the states x [n, H] act of `layer` where a feature asks for them. e4m3: scale = amax/448 of the row, code = rne(y/scale). On a device of its own
  * memory x may change behind the call, on the device's queue; the last pieces are still on their way (rt_features_settle). */

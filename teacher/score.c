@@ -413,7 +413,6 @@ static enum rt_status compute(struct rt_teacher *t, struct rt_scored *w, struct 
     RT_TRY(run_layers(t, o, &b, first, &w->state, err));
     RT_TRY(finish_window(t, o, b.n, &w->f, &w->r, err));
     RT_TRY(rt_features_settle(&w->f, err));
-    rt_features_leave_device(&w->f);
 out:
     rt_weights_end(t->w);
     rt_free(cu);

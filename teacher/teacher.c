@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "teacher/feature_way.h"
+
 const enum rt_op *rt_teacher_score_ops(int *n)
 {
     static const enum rt_op ops[] = {RT_OP_norm_fwd, RT_OP_quant, RT_OP_linear_fwd, RT_OP_rope, RT_OP_attn_fwd,
@@ -152,6 +154,7 @@ void rt_teacher_close(struct rt_teacher *t)
         return;
     rt_layer_release(&t->ctx);
     rt_teacher_embed_free(t);
+    rt_feature_way_free(t->way);
     rt_pool_free(t->pool);
     rt_weights_free(t->w);
     if (t->block != NULL)

@@ -72,6 +72,7 @@ struct rt_teacher {
     struct rt_pool *pool;          /* reads embeddings where the device is not the host; or NULL */
     void *embed_block;             /* the embedding table on the device, once it was needed, and ids behind it */
     struct rt_weight *embed_table;
+    struct rt_feature_way *way;    /* by which states leave for features, once some did; or NULL */
     struct rt_part_id *pass;       /* [host] the parts of one pass over all layers and the head */
     int64_t n_pass;
 };
