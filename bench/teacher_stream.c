@@ -39,7 +39,7 @@ static const struct rt_opt options[] = {
     {"chunk", RT_OPT_INT, V(chunk), "0", 0, 1 << 20, NULL, "N", "tokens that attention takes at a time, 0: as planned", false, false},
     {"w8a16", RT_OPT_FLAG, V(w8a16), NULL, 0, 0, NULL, NULL, "plain activations; else FP8 ones", false, false},
     {"stream", RT_OPT_FLAG, V(stream), NULL, 0, 0, NULL, NULL, "no weight stays on the device, as in a model that is far larger than it", false, false},
-    {"features", RT_OPT_INT, V(features), "0", 0, 1e5, NULL, "DIM", "then what it costs to let the states of two layers out, projected to so many dimensions", false, false},
+    {"features", RT_OPT_INT, V(features), "0", 0, 1e5, NULL, "DIM", "then what it costs to store states of two layers, projected to so many dimensions", false, false},
     {"profile", RT_OPT_FLAG, V(profile), NULL, 0, 0, NULL, NULL, "then the time of each operation, in one more run of each case", false, false},
     {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
     {0},
@@ -135,8 +135,8 @@ static enum rt_status with_features(struct run *r, int64_t length, int64_t windo
         if (k >= 2)
             best[k % 2] = fmin(best[k % 2], f.total);
     }
-    printf("    states of two layers in %ld dimensions: %.1f ms instead of %.1f, %.3f us a token, whose %ld bytes a copy of 55 GB/s brings in %.3f\n", (long)dim, best[0] * 1e3,
-           best[1] * 1e3, (best[0] - best[1]) * 1e6 / (double)n, (long)(2 * (dim + 4)), (double)(2 * (dim + 4)) / 55e3);
+    printf("    states of two layers in %ld dimensions: %.1f ms instead of %.1f, %.3f us a token; its %ld bytes cross in %.3f at 55 GB/s\n", (long)dim,
+           best[0] * 1e3, best[1] * 1e3, (best[0] - best[1]) * 1e6 / (double)n, (long)(2 * (dim + 4)), (double)(2 * (dim + 4)) / 55e3);
 out:
     r->so.n_features = 0;
     return st;

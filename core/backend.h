@@ -318,7 +318,8 @@ struct rt_adamw_args {
 };
 /* dst = src converted between act and float32 (to_f32: src act, dst float). */
 struct rt_convert_args { const void *src; void *dst; int64_t n; bool to_f32; };
-/* Rows as e4m3 with a scale each: scale[i] = max(amax of x[i,:], 1e-12)/448, code[i,:] = rne(x[i,:]/scale[i]). x float32 [n, cols] dense whatever act is. The same bits everywhere. */
+/* Rows as e4m3 with a scale each: scale[i] = max(amax of x[i,:], 1e-12)/448, code[i,:] = rne(x[i,:]/scale[i]). x float32 [n, cols] dense, whatever act is.
+ * The same bits everywhere. */
 struct rt_encode_rows_args { const float *x; uint8_t *code; float *scale; int64_t n, cols; };
 
 #define RT_BACKEND_OPS(X) \

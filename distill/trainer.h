@@ -37,7 +37,8 @@ struct rt_trainer_options {
     int ranks;                   /* for a plan: how many there are, or will be; 0 is 1 */
     struct rt_comm *comm;        /* NULL: one rank; else the one that the student's device was opened with, borrowed */
     int64_t bucket;              /* of several ranks: elements whose gradients are summed, and parameters gathered, at a time; 0: all */
-    bool record;                 /* micro-steps are recorded where that gains and can be done (distill/recorded.h): no states, no spans, and of several ranks none that sums; the same bits */
+    bool record;                 /* micro-steps are recorded where that gains and can be done (distill/recorded.h): no states, no spans, of several ranks none in
+                                  * which sums begin; the same bits */
     bool overlap, early;         /* what of it runs beside the computation (student/optimizer.h); the same bits */
 };
 
