@@ -75,15 +75,10 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
                                 struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    size_t piece = 0;
+    int64_t piece = 0;
     *f = (struct rt_features){.t = t, .o = o, .n = n, .spill = o->keep.dir != NULL && o->keep.spill};
-    for (int i = 0; i < o->n_features; i++) {
-        const int64_t held = f->spill ? longest : n;
+    for (int i = 0; i < o->n_features; i++)
         RT_TRY(check(&t->c, &o->feature[i], err));
-        RT_TRY(rt_alloc((size_t)(held > 0 ? held : 1), row_bytes(f, i), "features", &f->data[i], err));
-        if (o->feature[i].projected)
-            RT_TRY(rt_alloc((size_t)n, sizeof(float), "feature scales", &f->scale[i], err));
-    }
     if (o->n_features == 0)
         goto out;
     if (t->way != NULL && !rt_feature_way_suits(t->way, o)) {
@@ -92,13 +87,15 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
     }
     if (t->way == NULL)
         RT_TRY(rt_feature_way_open(t, o, &t->way, err));
-    rt_feature_way_forget(t->way); /* of a window that failed */
     for (int i = 0; i < o->n_features; i++) {
-        const size_t bytes = (size_t)rt_feature_way_rows(t->way, i) * row_bytes(f, i);
+        const int64_t held = f->spill ? longest : n, bytes = rt_feature_way_rows(t->way, i) * (int64_t)row_bytes(f, i);
+        RT_TRY(rt_feature_way_lend(t->way, (size_t)(held > 0 ? held : 1), row_bytes(f, i), &f->data[i], err));
+        if (o->feature[i].projected)
+            RT_TRY(rt_feature_way_lend(t->way, (size_t)n, sizeof(float), &f->scale[i], err));
         piece = bytes > piece ? bytes : piece;
     }
     if (f->spill)
-        RT_TRY(rt_alloc(piece, 1, "features", &f->piece, err));
+        RT_TRY(rt_feature_way_lend(t->way, (size_t)piece, 1, &f->piece, err));
 out:
     return st;
 }
@@ -107,11 +104,12 @@ void rt_features_free(struct rt_features *f)
 {
     if (f->t == NULL)
         return;
-    for (int i = 0; i < RT_MAX_FEATURES; i++) {
-        rt_free(f->data[i]);
-        rt_free(f->scale[i]);
+    for (int i = 0; i < f->o->n_features && f->t->way != NULL; i++) {
+        rt_feature_way_back(f->t->way, f->data[i]);
+        rt_feature_way_back(f->t->way, f->scale[i]);
     }
-    rt_free(f->piece);
+    if (f->piece != NULL)
+        rt_feature_way_back(f->t->way, f->piece);
     rt_state_writer_free(f->writer);
     for (int i = 0; i < RT_MAX_FEATURES; i++)
         rt_state_reader_free(f->reader[i]);
@@ -171,7 +169,7 @@ out:
 enum rt_status rt_features_save(struct rt_features *f, int layers, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    RT_TRY(rt_features_settle(f, err));
+    RT_TRY(rt_device_sync(f->t->o.device, err)); /* copies of states may be under way */
     for (int i = 0; i < f->o->n_features; i++) {
         const int layer = f->o->feature[i].layer;
         if (f->filed[i] || layer == RT_LAYER_FINAL || layer > layers)
@@ -245,7 +243,7 @@ static enum rt_status take_one(struct rt_features *f, int i, const void *x, int6
         RT_TRY(rt_feature_way_take(f->t->way, i, rows, m, out, f->scale[i] != NULL ? f->scale[i] + r : NULL, err));
         if (!f->spill)
             continue;
-        RT_TRY(rt_feature_way_settle(f->t->way, err));
+        RT_TRY(rt_device_sync(f->t->o.device, err));
         RT_TRY(rt_state_put(f->writer, out, (uint64_t)m * row_bytes(f, i), err));
     }
     if (f->spill)
@@ -254,11 +252,6 @@ out:
     rt_state_writer_free(f->writer);
     f->writer = NULL;
     return st;
-}
-
-enum rt_status rt_features_settle(struct rt_features *f, struct rt_err *err)
-{
-    return f->o->n_features > 0 ? rt_feature_way_settle(f->t->way, err) : RT_OK;
 }
 
 enum rt_status rt_features_take(struct rt_features *f, int layer, const void *x, int64_t n, struct rt_err *err)

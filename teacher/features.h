@@ -12,13 +12,13 @@
 struct rt_features {
     struct rt_teacher *t;
     const struct rt_score_options *o;
-    void *data[RT_MAX_FEATURES];             /* [host] [window tokens, dim] */
+    void *data[RT_MAX_FEATURES];             /* [host] [window tokens, dim]; lent by the teacher's way, as the next is */
     float *scale[RT_MAX_FEATURES];           /* [host] [window tokens] */
     int64_t n;                               /* tokens of the window */
     /* kept on disk: */
     const char *dir, *identity;              /* NULL: not kept */
     bool spill;                              /* data is [longest sequence, dim] then, and filled by rt_features_attach */
-    void *piece;                             /* rows on their way to a file */
+    void *piece;                             /* lent: rows on their way to a file */
     bool filed[RT_MAX_FEATURES];             /* whole in DIR/feature-i */
     struct rt_state_writer *writer;          /* of the feature that is being taken */
     struct rt_state_reader *reader[RT_MAX_FEATURES];
@@ -30,11 +30,9 @@ enum rt_status rt_features_init(struct rt_features *f, struct rt_teacher *t, con
                                 struct rt_err *err);
 /* Where the files go and what they belong to; both are borrowed. */
 void rt_features_keep(struct rt_features *f, const char *dir, const char *identity);
-/* Waits for states that are still on their way; before anybody reads what was taken. */
-enum rt_status rt_features_settle(struct rt_features *f, struct rt_err *err);
 void rt_features_free(struct rt_features *f);
-/* Stores the states x [n, H] act of `layer` where a feature asks for them. e4m3: scale = amax/448 of the row, code = rne(y/scale). On a device of its own
- * memory x may change behind the call, on the device's queue; the last pieces are still on their way (rt_features_settle). */
+/* Stores the states x [n, H] act of `layer` where a feature asks for them. e4m3: scale = amax/448 of the row, code = rne(y/scale). They are there
+ * when the device's queue is; x may change behind the call, on that queue. */
 enum rt_status rt_features_take(struct rt_features *f, int layer, const void *x, int64_t n, struct rt_err *err);
 /* Files of the features of states up to `layers`, where there is none yet. */
 enum rt_status rt_features_save(struct rt_features *f, int layers, struct rt_err *err);

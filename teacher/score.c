@@ -412,7 +412,7 @@ static enum rt_status compute(struct rt_teacher *t, struct rt_scored *w, struct 
     RT_TRY(rt_weights_begin(t->w, t->pass + pass_at(t, first), t->n_pass - pass_at(t, first), err));
     RT_TRY(run_layers(t, o, &b, first, &w->state, err));
     RT_TRY(finish_window(t, o, b.n, &w->f, &w->r, err));
-    RT_TRY(rt_features_settle(&w->f, err));
+    RT_TRY(rt_device_sync(t->o.device, err)); /* the last copies */
 out:
     rt_weights_end(t->w);
     rt_free(cu);
@@ -429,10 +429,12 @@ enum rt_status rt_teacher_score_window(struct rt_teacher *t, const struct rt_sco
     w->seqs = seqs;
     w->n_seqs = n_seqs;
     st = compute(t, w, err);
-    if (st == RT_OK)
-        *out = w;
-    else
+    if (st != RT_OK) {
+        (void)rt_device_sync(t->o.device, NULL); /* copies into what is freed may be under way */
         rt_scored_free(w);
+        goto out;
+    }
+    *out = w;
 out:
     return st;
 }

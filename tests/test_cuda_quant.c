@@ -272,9 +272,9 @@ static void test_encode_rows(void **state)
         assert_ok(rt_device_download(&p.gpu, scale + n, dscale, floats, &err));
         assert_memory_equal(scale + n, scale, floats);
         assert_memory_equal(code + all, code, all);
-        cuda_free(&p, dx);
-        cuda_free(&p, dcode);
-        cuda_free(&p, dscale);
+        void *const all_of_them[] = {dx, dcode, dscale};
+        for (int j = 0; j < 3; j++)
+            p.gpu.be->free(p.gpu.dev, all_of_them[j]);
         rt_free(x);
         rt_free(scale);
         free(code);
