@@ -56,6 +56,20 @@ template <int N> __device__ inline void store(__nv_bfloat16 *p, const float x[N]
         *p = __float2bfloat16_rn(x[0]);
 }
 
+/* N elements as they lie in memory: what is on its way takes no more registers than that. */
+template <int N> struct packed {
+    uint4 v;
+    __device__ void unpack(float x[N]) const { vec8::unpack(v, x); }
+};
+template <> struct packed<1> {
+    __nv_bfloat16 v;
+    __device__ void unpack(float x[1]) const { x[0] = __bfloat162float(v); }
+};
+template <int N> __device__ inline struct packed<N> load_packed(const __nv_bfloat16 *p)
+{
+    return *(const struct packed<N> *)(const void *)p;
+}
+
 /* A vector that is a weight: BF16 parameters, or F32 as files have them. */
 struct vector {
     const void *data;
