@@ -232,6 +232,7 @@ static void test_norm_bwd(void **state)
         TEST_SKIP("no GPU");
     one_norm_bwd(&p, 5001, 896, 1, true, true);
     one_norm_bwd(&p, 70, 1536, 1, false, true);
+    one_norm_bwd(&p, 3, 896, 1, true, true); /* fewer rows than a block takes */
     one_norm_bwd(&p, 19, 5120, 1, true, false);
     one_norm_bwd(&p, 333, 4096, 2, true, true);
     one_norm_bwd(&p, 7, 7168, 0, true, true);

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 
 #include "core/cuda/cuda.h"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/student_rows.h"
 #include "core/cuda/vec8.cuh"
 
@@ -18,25 +19,39 @@ typedef __nv_bfloat16 bf16;
 
 /* ---- gradients of vectors ---- */
 
-enum { COLUMNS = 8, STRANDS = 128 };
+enum { COLUMNS = 8, STRANDS = 128, WARPS = COLUMNS * STRANDS / 32 };
 
-/* dw[c] += sum over rows of part [rows, cols]: a block takes a sector of columns, in strands of rows that are joined pairwise. */
-__global__ void __launch_bounds__(COLUMNS * STRANDS) add_columns_kernel(const float *__restrict__ part, int rows, int64_t cols, bf16 *__restrict__ dw)
+/* Level by level the sum of a lane and that `from` lanes above it, for from = half, half / 2, .. last. */
+__device__ inline float join_lanes(float sum, int half, int last)
 {
-    __shared__ float strand[STRANDS][COLUMNS + 1];
-    const int x = (int)threadIdx.x, y = (int)threadIdx.y;
-    const int64_t c = (int64_t)blockIdx.x * COLUMNS + x;
-    float sum = 0;
-    for (int r = y; r < rows && c < cols; r += STRANDS)
-        sum += part[(int64_t)r * cols + c];
-    strand[y][x] = sum;
-    for (int half = STRANDS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (y < half)
-            strand[y][x] += strand[y + half][x];
-    }
-    if (y == 0 && c < cols)
-        dw[c] = __float2bfloat16_rn(__bfloat162float(dw[c]) + strand[0][x]);
+    for (int from = half; from >= last; from /= 2)
+        sum += __shfl_down_sync(0xffffffffu, sum, (unsigned)from);
+    return sum;
+}
+
+/* dw[c] += sum over rows of part [rows, cols]: a block takes a sector of columns, in strands of rows that are joined pairwise, s with s + 64, s + 32, .. s + 1:
+ * four strands in a warp, then the warps' sums of a column in another. */
+__global__ void __launch_bounds__(COLUMNS * STRANDS) add_columns_kernel(const float *part, int rows, int64_t cols, bf16 *dw)
+{
+    __shared__ float joined[WARPS][COLUMNS + 1];
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int64_t first = (int64_t)blockIdx.x * COLUMNS, c = first + lane % COLUMNS;
+    float sum = 0, old = 0;
+    launch_after();
+    if (warp < COLUMNS && first + warp < cols)
+        old = __bfloat162float(dw[first + warp]);
+#pragma unroll 4
+    for (int r = warp + lane / COLUMNS * WARPS; r < rows; r += STRANDS)
+        sum += c < cols ? part[(int64_t)r * cols + c] : 0;
+    sum = join_lanes(sum, 16, COLUMNS);
+    if (lane < COLUMNS)
+        joined[warp][lane] = sum;
+    __syncthreads();
+    if (warp >= COLUMNS)
+        return;
+    sum = join_lanes(joined[lane][warp], 16, 1);
+    if (lane == 0 && first + warp < cols)
+        dw[first + warp] = __float2bfloat16_rn(old + sum);
 }
 
 struct norm {
@@ -46,168 +61,213 @@ struct norm {
     const float *rstd;
     float *part; /* [blocks, cols] or NULL */
     int64_t n, cols;
-    float eps;
+    float eps, per_col; /* 1 / cols */
     bool accumulate;
 };
 
-/* r of a row; saved by the forward, else from the sum of squares. */
-__device__ float row_rstd(const struct norm &a, float saved, float xx)
-{
-    return a.rstd != NULL ? saved : rsqrtf(xx / (float)a.cols + a.eps);
-}
-
-/* What a thread holds of a row: the columns (threadIdx.x + k blockDim.x) * 8, as they lie in memory. */
+/* What a thread holds of a row: K vectors of eight, blockDim.x apart, as they lie in memory; the last one where the row has it. */
 template <int K> struct piece {
-    uint4 x[K], dy[K], dx[K];
+    uint4 x[K], dy[K], dx[K]; /* dx: zeros, where it is not added to */
     float rstd; /* where it is saved */
 };
 
-__device__ inline int column(int k)
+/* Whether the thread has its last vector; the others it has. */
+template <int K> __device__ inline bool has_last(const struct norm &a)
 {
-    return (int)(threadIdx.x + k * blockDim.x) * 8;
+    return (int64_t)(threadIdx.x + (K - 1) * blockDim.x) * 8 < a.cols;
 }
 
-template <int K> __device__ void load_piece(const struct norm &a, int64_t t, struct piece<K> *p)
+/* at: the thread's first vector, counted from the beginning of the tensor. */
+template <int K, bool SAVED> __device__ void load_piece(const struct norm &a, uint32_t t, uint32_t at, bool last, struct piece<K> *p)
 {
-    p->rstd = a.rstd != NULL ? a.rstd[t] : 0;
+    p->rstd = SAVED ? a.rstd[t] : 0;
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-        const int64_t at = t * a.cols + column(k);
-        if (column(k) >= a.cols)
-            continue;
-        p->x[k] = *(const uint4 *)(const void *)(a.x + at);
-        p->dy[k] = *(const uint4 *)(const void *)(a.dy + at);
+    for (int k = 0; k < K; k++, at += blockDim.x) {
+        if (k == K - 1 && !last)
+            break;
+        p->x[k] = ((const uint4 *)(const void *)a.x)[at];
+        p->dy[k] = ((const uint4 *)(const void *)a.dy)[at];
         if (a.accumulate)
-            p->dx[k] = *(const uint4 *)(const void *)(a.dx + at);
+            p->dx[k] = ((const uint4 *)(const void *)a.dx)[at];
     }
 }
 
 enum { ONES = 0x3f803f80 }; /* two bf16 */
 
 /* The weight of a thread's columns: held (bf16 or none), or read for each row (float32). */
-template <int K> __device__ void hold_weight(const struct norm &a, uint4 held[K])
+template <int K, bool F32> __device__ void hold_weight(const struct norm &a, bool last, uint4 held[K])
 {
 #pragma unroll
     for (int k = 0; k < K; k++) {
         held[k] = make_uint4(ONES, ONES, ONES, ONES);
-        if (a.w.data != NULL && !a.w.f32 && column(k) < a.cols)
-            held[k] = *(const uint4 *)((const bf16 *)a.w.data + column(k));
+        if (!F32 && a.w.data != NULL && (k < K - 1 || last))
+            held[k] = ((const uint4 *)a.w.data)[threadIdx.x + k * blockDim.x];
     }
 }
 
-__device__ inline void weight_of(const struct norm &a, const uint4 &held, int at, float w[8])
+template <bool F32> __device__ inline void weight_of(const struct norm &a, const uint4 &held, int k, float w[8])
 {
-    if (a.w.f32)
-        vec8::load<8>((const float *)a.w.data + at, w);
+    if (F32)
+        vec8::load<8>((const float *)a.w.data + (threadIdx.x + k * blockDim.x) * 8, w);
     else
         vec8::unpack(held, w);
 }
 
+/* A barrier of the threads of a row alone. */
+__device__ inline void row_barrier()
+{
+    if (blockDim.y == 1)
+        __syncthreads();
+    else
+        asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+}
+
+enum { NORM_THREADS = 512, SLOTS = 32 }; /* 128 registers each: with fewer they are spilt. Slots: of rows of up to 16 warps in all, four at a time */
+
+/* v over the row, to its threads, warps in ascending order. Slots of warps that a row has not got hold 0, which changes no sum. Behind a row_barrier. */
+__device__ inline float sum_slots(const float *slot)
+{
+    float sum = 0;
+#pragma unroll 1
+    for (unsigned i = 0; i < blockDim.x / 32; i += 4) {
+        const float4 v = *(const float4 *)(const void *)(slot + i);
+        sum += v.x;
+        sum += v.y;
+        sum += v.z;
+        sum += v.w;
+    }
+    return sum;
+}
+
 /* Sums over the row of dy w x and, where there is no rstd, of x x, to all of its threads: blockDim.x of them. */
-template <int K> __device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, const uint4 held[K], float2 *slot)
+template <int K, bool SAVED, bool F32>
+__device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, bool last, const uint4 held[K], float (&slot)[2][SLOTS])
 {
     float gx = 0, xx = 0;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         float x[8], dy[8], w[8];
-        if (column(k) >= a.cols)
-            continue;
+        if (k == K - 1 && !last)
+            break;
         vec8::unpack(p.x[k], x);
         vec8::unpack(p.dy[k], dy);
-        weight_of(a, held[k], column(k), w);
+        weight_of<F32>(a, held[k], k, w);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             gx += dy[i] * w[i] * x[i];
-            xx += x[i] * x[i];
+            if (!SAVED)
+                xx += x[i] * x[i];
         }
     }
     gx = vec8::warp_sum(gx);
-    if (a.rstd == NULL)
+    if (!SAVED)
         xx = vec8::warp_sum(xx);
     if (blockDim.x == 32)
         return make_float2(gx, xx);
-    if (threadIdx.x % 32 == 0)
-        slot[threadIdx.x / 32] = make_float2(gx, xx);
-    __syncthreads();
-    gx = xx = 0;
-    for (unsigned i = 0; i < blockDim.x / 32; i++) {
-        gx += slot[i].x;
-        xx += slot[i].y;
+    const unsigned first = threadIdx.y * ((blockDim.x / 32 + 3) / 4 * 4);
+    if (threadIdx.x % 32 == 0) {
+        slot[0][first + threadIdx.x / 32] = gx;
+        if (!SAVED)
+            slot[1][first + threadIdx.x / 32] = xx;
     }
-    return make_float2(gx, xx);
+    row_barrier();
+    return make_float2(sum_slots(slot[0] + first), SAVED ? 0 : sum_slots(slot[1] + first));
 }
 
-/* dx of the row; sum += dy x r. */
-template <int K> __device__ void finish_piece(const struct norm &a, int64_t t, const struct piece<K> &p, const uint4 held[K], float r, float c, float sum[K][8])
+/* v / cols as a division rounds it, from 1 / cols: one step of refinement (Markstein 1990, section 3). */
+__device__ inline float over_cols(const struct norm &a, float v)
+{
+    const float cols = (float)a.cols, first = v * a.per_col;
+    return fmaf(-fmaf(first, cols, -v), a.per_col, first);
+}
+
+/* dx of the row; sum += dy x r. dy w is not rounded by itself here, as it is in row_sums. */
+template <int K, bool F32>
+__device__ void finish_piece(const struct norm &a, uint32_t at, const struct piece<K> &p, bool last, const uint4 held[K], float r, float c, float sum[K][8])
 {
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-        float x[8], dy[8], w[8], dx[8] = {};
-        if (column(k) >= a.cols)
-            continue;
+    for (int k = 0; k < K; k++, at += blockDim.x) {
+        float x[8], dy[8], w[8], dx[8];
+        if (k == K - 1 && !last)
+            break;
         vec8::unpack(p.x[k], x);
         vec8::unpack(p.dy[k], dy);
-        weight_of(a, held[k], column(k), w);
-        if (a.accumulate)
-            vec8::unpack(p.dx[k], dx);
+        weight_of<F32>(a, held[k], k, w);
+        vec8::unpack(p.dx[k], dx);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             sum[k][i] += dy[i] * r * x[i];
-            dx[i] += r * (dy[i] * w[i] - x[i] * c);
+            dx[i] += r * fmaf(dy[i], w[i], -__fmul_rn(x[i], c));
         }
-        vec8::store<8>(a.dx + t * a.cols + column(k), dx);
+        ((uint4 *)(void *)a.dx)[at] = vec8::pack(dx);
     }
 }
 
-/* A warp a row and 4 rows a block where rows are short (blockDim {32, 4}: no barriers), else a block a row (blockDim {32 w, 1}). AHEAD: the next row is on
- * its way while this one is summed, where registers allow it. */
-enum { NORM_ROWS = 4 };
-template <int K, bool AHEAD> __global__ void __launch_bounds__(512, 1) norm_bwd_kernel(const struct norm a)
+/* part [block, :] = the sums of the block's rows, in ascending order. total: [blockDim.y][blockDim.x * K * 8], where there are several. */
+template <int K> __device__ void store_part(const struct norm &a, bool last, const float sum[K][8], float *total)
 {
-    __shared__ float2 slot[2][32];
-    __shared__ float total[K * 32 * 8]; /* of a block's rows, where it has several */
-    const int64_t step = (int64_t)gridDim.x * blockDim.y;
-    struct piece<K> now, next = {};
+    const int wide = (int)blockDim.x * K * 8, cols = (int)a.cols;
+    float *part = a.part + blockIdx.x * a.cols;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const int at = (int)(threadIdx.x + k * blockDim.x) * 8;
+        float4 *to = (float4 *)(void *)(blockDim.y > 1 ? total + (int)threadIdx.y * wide + at : part + at);
+        if (k == K - 1 && !last)
+            break;
+        to[0] = make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
+        to[1] = make_float4(sum[k][4], sum[k][5], sum[k][6], sum[k][7]);
+    }
+    if (blockDim.y == 1)
+        return;
+    __syncthreads();
+#pragma unroll 1
+    for (int c = (int)(threadIdx.y * blockDim.x + threadIdx.x) * 4; c < cols; c += (int)(blockDim.x * blockDim.y) * 4) {
+        float4 s = *(const float4 *)(const void *)(total + c);
+#pragma unroll 4
+        for (int y = 1; y < (int)blockDim.y; y++) {
+            const float4 v = *(const float4 *)(const void *)(total + y * wide + c);
+            s = make_float4(s.x + v.x, s.y + v.y, s.z + v.z, s.w + v.w);
+        }
+        *(float4 *)(void *)(part + c) = s;
+    }
+}
+
+/* Blocks that stay, blockDim.y rows at a time, each by blockDim.x threads (a warp: no barriers). The next row is on its way while this one is summed,
+ * where registers allow it. As few instructions as it takes: where products have brought the clock down they are what a row costs. SAVED: with rstd. */
+template <int K, bool SAVED, bool F32> __global__ void __launch_bounds__(NORM_THREADS, 1) norm_bwd_kernel(const __grid_constant__ struct norm a)
+{
+    extern __shared__ float total[];
+    __shared__ __align__(16) float slot[2][2][SLOTS];
+    constexpr bool AHEAD = K < 4;
+    const uint32_t step = gridDim.x * blockDim.y, vecs = (uint32_t)(a.cols / 8), n = (uint32_t)a.n, me = threadIdx.y * blockDim.x + threadIdx.x;
+    const bool last = has_last<K>(a);
+    struct piece<K> now = {}, next = {};
     uint4 held[K];
     float sum[K][8] = {};
     int turn = 0;
-    int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    hold_weight<K>(a, held);
-    if (AHEAD && t < a.n)
-        load_piece<K>(a, t, &next);
-    for (; t < a.n; t += step, turn ^= 1) {
+    uint32_t t = blockIdx.x * blockDim.y + threadIdx.y; /* from the end: what was written last lies in the L2 still */
+    uint32_t at = (n - 1 - t) * vecs + threadIdx.x;
+    launch_after();
+    if (AHEAD && t < n)
+        load_piece<K, SAVED>(a, n - 1 - t, at, last, &next);
+    hold_weight<K, F32>(a, last, held);
+    for (uint32_t i = me; i < 4 * SLOTS; i += blockDim.x * blockDim.y)
+        (&slot[0][0][0])[i] = 0;
+    __syncthreads();
+    for (; t < n; t += step, at -= step * vecs, turn ^= 1) {
         if (AHEAD) {
+            const uint32_t ahead = t + step < n ? step : 0; /* behind the last one the same again: a branch would cost more */
             now = next;
-            if (t + step < a.n)
-                load_piece<K>(a, t + step, &next);
+            load_piece<K, SAVED>(a, n - 1 - t - ahead, at - ahead * vecs, last, &next);
         } else {
-            load_piece<K>(a, t, &now);
+            load_piece<K, SAVED>(a, n - 1 - t, at, last, &now);
         }
-        const float2 s = row_sums<K>(a, now, held, slot[turn]);
-        const float r = row_rstd(a, now.rstd, s.y);
-        finish_piece<K>(a, t, now, held, r, r * r * s.x / (float)a.cols, sum);
+        const float2 s = row_sums<K, SAVED, F32>(a, now, last, held, slot[turn]);
+        const float r = SAVED ? now.rstd : rsqrtf(s.y / (float)a.cols + a.eps);
+        finish_piece<K, F32>(a, at, now, last, held, r, over_cols(a, r * r * s.x), sum);
     }
-    if (a.part == NULL)
-        return;
-    for (unsigned y = 0; y + 1 < blockDim.y; y++) { /* rows of the block in ascending order; the last one keeps the sum */
-        if (threadIdx.y == y)
-            for (int k = 0; k < K; k++)
-                for (int i = 0; i < 8; i++)
-                    total[column(k) + i] = sum[k][i];
-        __syncthreads();
-        if (threadIdx.y == y + 1)
-            for (int k = 0; k < K; k++)
-                for (int i = 0; i < 8; i++)
-                    sum[k][i] += total[column(k) + i];
-        __syncthreads();
-    }
-#pragma unroll
-    for (int k = 0; k < K; k++)
-        if (threadIdx.y + 1 == blockDim.y && column(k) < a.cols) {
-            float4 *to = (float4 *)(void *)(a.part + blockIdx.x * a.cols + column(k));
-            to[0] = make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
-            to[1] = make_float4(sum[k][4], sum[k][5], sum[k][6], sum[k][7]);
-        }
+    if (a.part != NULL)
+        store_part<K>(a, last, sum, total);
 }
 
 /* Any number of columns: single elements; the block's sums of dw lie in its row of part, which begins as zeros. */
@@ -215,6 +275,7 @@ __global__ void __launch_bounds__(256) norm_bwd_any_kernel(const struct norm a)
 {
     __shared__ float2 slot[2][32];
     int turn = 0;
+    launch_after();
     for (int64_t t = blockIdx.x; t < a.n; t += gridDim.x, turn ^= 1) {
         float gx = 0, xx = 0;
         for (int64_t c = threadIdx.x; c < a.cols; c += 256) {
@@ -236,7 +297,7 @@ __global__ void __launch_bounds__(256) norm_bwd_any_kernel(const struct norm a)
             gx += slot[turn][i].x;
             xx += slot[turn][i].y;
         }
-        const float r = row_rstd(a, a.rstd != NULL ? a.rstd[t] : 0, xx), k = r * r * gx / (float)a.cols;
+        const float r = a.rstd != NULL ? a.rstd[t] : rsqrtf(xx / (float)a.cols + a.eps), k = r * r * gx / (float)a.cols;
         for (int64_t c = threadIdx.x; c < a.cols; c += 256) {
             float x[1], dy[1], w[1] = {1}, dx[1] = {0};
             vec8::load<1>(a.x + t * a.cols + c, x);
@@ -256,19 +317,32 @@ __global__ void __launch_bounds__(256) norm_bwd_any_kernel(const struct norm a)
 struct norm_launch {
     void (*kernel)(const struct norm);
     dim3 block;
+    size_t shared;
     bool wide;
 };
 
-/* Two vectors a thread as long as a block holds the row so, else four. */
+template <int K> void (*kernel_of(const struct norm *a))(const struct norm)
+{
+    if (a->w.f32)
+        return a->rstd != NULL ? norm_bwd_kernel<K, true, true> : norm_bwd_kernel<K, false, true>;
+    return a->rstd != NULL ? norm_bwd_kernel<K, true, false> : norm_bwd_kernel<K, false, false>;
+}
+
+/* Two vectors a thread as long as a block holds the row so, else four: of a row's vectors all but the last of a thread are there then. Rows beside each
+ * other have barriers 1 to 15. Rows, a turn of the grid beyond the last too, and vectors are counted in 32 bits. */
 struct norm_launch choose_norm(const struct norm *a)
 {
     const int64_t vecs = a->cols / 8, each = vecs <= 64 * 16 ? 2 : 4;
     const unsigned warps = (unsigned)((vecs + 32 * each - 1) / (32 * each));
-    struct norm_launch l = {norm_bwd_any_kernel, dim3(256), false};
-    if (a->cols % 8 != 0 || warps > 16 || !aligned16(a->dy) || !aligned16(a->x) || !aligned16(a->dx) || !aligned16(a->w.data))
+    struct norm_launch l = {norm_bwd_any_kernel, dim3(256), 0, false};
+    if (a->cols % 8 != 0 || warps > 16 || !aligned16(a->dy) || !aligned16(a->x) || !aligned16(a->dx) || !aligned16(a->w.data) ||
+        (a->n + ((int64_t)1 << 16)) * vecs >= (int64_t)1 << 32)
         return l;
-    l.kernel = each == 4 ? norm_bwd_kernel<4, false> : vecs > 32 * warps ? norm_bwd_kernel<2, true> : norm_bwd_kernel<1, true>;
-    l.block = dim3(32 * warps, warps == 1 ? NORM_ROWS : 1);
+    const unsigned rows = NORM_THREADS / (32 * warps);
+    const bool two = each == 2 && vecs > 32 * warps;
+    l.kernel = each == 4 ? kernel_of<4>(a) : two ? kernel_of<2>(a) : kernel_of<1>(a);
+    l.block = dim3(32 * warps, rows);
+    l.shared = rows > 1 ? rows * (two ? 2 : 1) * 8 * 32 * warps * sizeof(float) : 0; /* 32 KiB at most */
     l.wide = true;
     return l;
 }
@@ -313,8 +387,8 @@ template <int N, class Index> __global__ void __launch_bounds__(256) swiglu_bwd_
 
 enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, struct rt_err *err)
 {
-    add_columns_kernel<<<(unsigned)((cols + COLUMNS - 1) / COLUMNS), dim3(COLUMNS, STRANDS), 0, q->stream>>>(part, rows, cols, (bf16 *)dw);
-    return rt_cuda_launched("add_columns", err);
+    return rt_cuda_check(launch(q, add_columns_kernel, (unsigned)((cols + COLUMNS - 1) / COLUMNS), COLUMNS * STRANDS, 0, 1, part, rows, cols, (bf16 *)dw),
+                         "add_columns", err);
 }
 
 enum rt_status rt_cuda_norm_bwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_norm_bwd_args *a, struct rt_err *err)
@@ -336,16 +410,16 @@ enum rt_status rt_cuda_norm_bwd(struct rt_dev *dev, struct rt_queue *q, const st
     k.n = a->n;
     k.cols = a->cols;
     k.eps = a->eps;
+    k.per_col = 1.0f / (float)a->cols;
     k.accumulate = a->accumulate;
     l = choose_norm(&k);
-    blocks = blocks_for(dev, a->n, (int)l.block.y, resident((const void *)l.kernel, (int)(l.block.x * l.block.y), 0));
+    blocks = blocks_for(dev, a->n, (int)l.block.y, resident((const void *)l.kernel, (int)(l.block.x * l.block.y), l.shared));
     if (a->dw != NULL) {
         RT_TRY(rt_cuda_temp(q, (size_t)blocks * (size_t)a->cols * sizeof(float), &k.part, err));
         if (!l.wide)
             RT_CUDA_TRY(cudaMemsetAsync(k.part, 0, (size_t)blocks * (size_t)a->cols * sizeof(float), q->stream));
     }
-    l.kernel<<<blocks, l.block, 0, q->stream>>>(k);
-    RT_TRY(rt_cuda_launched("norm_bwd", err));
+    RT_CUDA_TRY(launch(q, l.kernel, blocks, l.block, l.shared, 1, k));
     if (a->dw != NULL)
         RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->cols, a->dw, err));
 out:
