@@ -7,13 +7,16 @@
 #include <cuda_bf16.h>
 
 #include "core/cuda/cuda.h"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/vec8.cuh"
 
 namespace {
 
+using vec8::load_packed;
+using vec8::packed;
 typedef __nv_bfloat16 bf16;
 
-enum { CHUNK = 32, THREADS = 128, AHEAD = 4 };
+enum { CHUNK = 32, THREADS = 64, AHEAD = 4 };
 
 struct embed {
     const uint32_t *id;  /* [n] sorted */
@@ -47,6 +50,7 @@ __device__ int digit_of(const struct pass &p, int64_t i)
 __global__ void __launch_bounds__(256) count_kernel(const struct pass p)
 {
     __shared__ int32_t count[BINS];
+    launch_after();
     for (int b = (int)threadIdx.x; b < BINS; b += 256)
         count[b] = 0;
     __syncthreads();
@@ -62,6 +66,7 @@ __global__ void __launch_bounds__(256) count_kernel(const struct pass p)
 __global__ void __launch_bounds__(1024) scan_kernel(int32_t *x, int64_t n)
 {
     __shared__ int32_t warp_total[32], carry;
+    launch_after();
     if (threadIdx.x == 0)
         carry = 0;
     for (int64_t first = 0; first < n; first += 1024) {
@@ -93,6 +98,7 @@ __global__ void __launch_bounds__(WARPS * 32) place_kernel(const struct pass p)
     __shared__ int32_t at[WARPS][BINS];
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int64_t first = (int64_t)blockIdx.x * TILE + warp * PER_WARP;
+    launch_after();
     for (int b = lane; b < BINS; b += 32)
         at[warp][b] = 0;
     __syncwarp();
@@ -127,15 +133,20 @@ __global__ void __launch_bounds__(WARPS * 32) place_kernel(const struct pass p)
 
 /* ---- sums ---- */
 
-template <int N> __device__ void add_to_table(const struct embed &a, uint32_t id, int64_t col, const float *sum)
+template <int N> __device__ bf16 *table_at(const struct embed &a, uint32_t id, int64_t col)
 {
-    bf16 *row = a.table + (int64_t)id * a.cols + col;
+    return a.table + (int64_t)id * a.cols + col;
+}
+
+/* old: what stands there. */
+template <int N> __device__ void add_to_table(bf16 *at, const struct packed<N> &old, const float *sum)
+{
     float x[N];
-    vec8::load<N>(row, x);
+    old.unpack(x);
 #pragma unroll
     for (int i = 0; i < N; i++)
         x[i] += sum[i];
-    vec8::store<N>(row, x);
+    vec8::store<N>(at, x);
 }
 
 template <int N> __device__ void put_piece(const struct embed &a, int64_t chunk, int slot, int64_t col, const float *sum)
@@ -144,25 +155,34 @@ template <int N> __device__ void put_piece(const struct embed &a, int64_t chunk,
         a.piece[(chunk * 2 + slot) * a.cols + col + i] = sum[i];
 }
 
-/* The sorted rows [first, first + rows) at columns col .. col + N. came: the first run began before; goes: the last one goes on. */
+/* The sorted rows [first, first + rows) at columns col .. col + N. came: the first run began before; goes: the last one goes on. Rows of the table are on
+ * their way together with those that are added to them: no other block writes them. */
 template <int N>
 __device__ void sum_chunk(const struct embed &a, int64_t chunk, int rows, const uint32_t *id, const int32_t *from, bool came, bool goes, int64_t col)
 {
-    float sum[N] = {}, x[AHEAD][N];
+    float sum[N] = {};
     bool whole = !came;
     for (int r0 = 0; r0 < rows; r0 += AHEAD) {
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            if (r0 + k < rows)
-                vec8::load<N>(a.dy + (int64_t)from[r0 + k] * a.cols + col, x[k]);
+        struct packed<N> x[AHEAD], old[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
             const int r = r0 + k;
             if (r >= rows)
                 break;
+            x[k] = load_packed<N>(a.dy + (int64_t)from[r] * a.cols + col);
+            if (r + 1 == rows || id[r + 1] != id[r])
+                old[k] = load_packed<N>(table_at<N>(a, id[r], col));
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const int r = r0 + k;
+            float v[N];
+            if (r >= rows)
+                break;
+            x[k].unpack(v);
 #pragma unroll
             for (int i = 0; i < N; i++)
-                sum[i] += x[k][i];
+                sum[i] += v[i];
             const bool last = r + 1 == rows;
             if (!last && id[r + 1] == id[r])
                 continue;
@@ -171,7 +191,7 @@ __device__ void sum_chunk(const struct embed &a, int64_t chunk, int rows, const 
             else if (last && goes)
                 put_piece<N>(a, chunk, 1, col, sum);
             else
-                add_to_table<N>(a, id[r], col, sum);
+                add_to_table<N>(table_at<N>(a, id[r], col), old[k], sum);
             whole = true;
 #pragma unroll
             for (int i = 0; i < N; i++)
@@ -185,6 +205,7 @@ template <int N> __global__ void __launch_bounds__(THREADS) chunk_kernel(const s
     __shared__ uint32_t id[CHUNK];
     __shared__ int32_t from[CHUNK];
     const int64_t chunk = blockIdx.x, first = chunk * CHUNK;
+    launch_after();
     const int rows = (int)vec8::smaller(CHUNK, a.n - first);
     if ((int)threadIdx.x < rows) {
         id[threadIdx.x] = a.id[first + threadIdx.x];
@@ -192,7 +213,8 @@ template <int N> __global__ void __launch_bounds__(THREADS) chunk_kernel(const s
     }
     __syncthreads();
     const bool came = first > 0 && a.id[first - 1] == id[0], goes = first + rows < a.n && a.id[first + rows] == id[rows - 1];
-    for (int64_t col = (int64_t)threadIdx.x * N; col < a.cols; col += THREADS * N)
+    const int64_t col = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * N;
+    if (col < a.cols)
         sum_chunk<N>(a, chunk, rows, id, from, came, goes, col);
 }
 
@@ -200,13 +222,15 @@ template <int N> __global__ void __launch_bounds__(THREADS) chunk_kernel(const s
 template <int N> __global__ void __launch_bounds__(THREADS) border_kernel(const struct embed a)
 {
     const int64_t chunk = blockIdx.x, first = chunk * CHUNK, end = first + CHUNK;
+    launch_after();
     if (end >= a.n || a.id[end] != a.id[end - 1] || (first > 0 && a.id[first - 1] == a.id[end - 1]))
         return;
     const uint32_t id = a.id[end - 1];
     int64_t last = chunk + 1; /* where the run ends */
     while ((last + 1) * CHUNK < a.n && a.id[(last + 1) * CHUNK] == id)
         last++;
-    for (int64_t col = (int64_t)threadIdx.x * N; col < a.cols; col += THREADS * N) {
+    const int64_t col = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * N;
+    if (col < a.cols) {
         float sum[N];
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -215,7 +239,8 @@ template <int N> __global__ void __launch_bounds__(THREADS) border_kernel(const 
         for (int64_t c = chunk + 1; c <= last; c++)
             for (int i = 0; i < N; i++)
                 sum[i] += a.piece[c * 2 * a.cols + col + i];
-        add_to_table<N>(a, id, col, sum);
+        bf16 *at = table_at<N>(a, id, col);
+        add_to_table<N>(at, load_packed<N>(at), sum);
     }
 }
 
@@ -236,13 +261,12 @@ static enum rt_status sort_ids(struct rt_queue *q, const int32_t *ids, int64_t n
         *last ^= 1;
         p.key_to = key[*last];
         p.place_to = place[*last];
-        count_kernel<<<(unsigned)p.tiles, 256, 0, q->stream>>>(p);
-        scan_kernel<<<1, 1024, 0, q->stream>>>(p.count, (int64_t)BINS * p.tiles);
-        place_kernel<<<(unsigned)p.tiles, WARPS * 32, 0, q->stream>>>(p);
+        RT_CUDA_TRY(launch(q, count_kernel, (unsigned)p.tiles, 256, 0, 1, p));
+        RT_CUDA_TRY(launch(q, scan_kernel, 1, 1024, 0, 1, p.count, (int64_t)BINS * p.tiles));
+        RT_CUDA_TRY(launch(q, place_kernel, (unsigned)p.tiles, WARPS * 32, 0, 1, p));
         p.key = p.key_to;
         p.place = p.place_to;
     }
-    RT_TRY(rt_cuda_launched("sort_ids", err));
 out:
     rt_cuda_temp_free(q, p.count);
     return st;
@@ -255,6 +279,8 @@ enum rt_status rt_cuda_embed_bwd(struct rt_dev *, struct rt_queue *q, const stru
     uint32_t *key[2] = {};
     int32_t *place[2] = {};
     int last;
+    bool wide;
+    dim3 grid;
     const int64_t chunks = (a->n + CHUNK - 1) / CHUNK;
     if (a->n <= 0)
         return RT_OK;
@@ -272,14 +298,10 @@ enum rt_status rt_cuda_embed_bwd(struct rt_dev *, struct rt_queue *q, const stru
     k.table = (bf16 *)a->dtable;
     k.n = a->n;
     k.cols = a->cols;
-    if (a->cols % 8 == 0 && vec8::aligned16(a->dy) && vec8::aligned16(a->dtable)) {
-        chunk_kernel<8><<<(unsigned)chunks, THREADS, 0, q->stream>>>(k);
-        border_kernel<8><<<(unsigned)chunks, THREADS, 0, q->stream>>>(k);
-    } else {
-        chunk_kernel<1><<<(unsigned)chunks, THREADS, 0, q->stream>>>(k);
-        border_kernel<1><<<(unsigned)chunks, THREADS, 0, q->stream>>>(k);
-    }
-    RT_TRY(rt_cuda_launched("embed_bwd", err));
+    wide = a->cols % 8 == 0 && vec8::aligned16(a->dy) && vec8::aligned16(a->dtable);
+    grid = dim3((unsigned)chunks, (unsigned)((a->cols + THREADS * (wide ? 8 : 1) - 1) / (THREADS * (wide ? 8 : 1))));
+    RT_CUDA_TRY(launch(q, wide ? chunk_kernel<8> : chunk_kernel<1>, grid, THREADS, 0, 1, k));
+    RT_CUDA_TRY(launch(q, wide ? border_kernel<8> : border_kernel<1>, grid, THREADS, 0, 1, k));
 out:
     for (int i = 0; i < 2; i++) {
         rt_cuda_temp_free(q, key[i]);
