@@ -33,7 +33,7 @@ struct bench {
     uint8_t *mask;
     double *row[4], copy_rate;
     struct rt_weight *w;
-    int64_t H, I, V, n;
+    int64_t H, I, V, n, tokens;
     int heads, head_dim, k, threads;
     enum rt_dtype moment;
     enum rt_dtype logits;
@@ -81,17 +81,23 @@ static enum rt_status copy(struct bench *b)
     return b->d.be->copy(b->d.dev, b->d.q, b->b, b->a, 2 * GIB, &b->err);
 }
 
+static enum rt_status norm_fwd(struct bench *b)
+{
+    return RT_OP(&b->d, norm_fwd, &b->err, .x = b->a, .add = b->a + GIB, .w = b->w, .sum = b->b, .y = b->b + GIB, .rstd = b->rstd, .n = b->tokens,
+                 .cols = b->H, .eps = 1e-6f);
+}
+
 static enum rt_status norm_bwd(struct bench *b)
 {
-    return RT_OP(&b->d, norm_bwd, &b->err, .dy = b->a, .x = b->a + GIB, .w = b->w, .rstd = b->rstd, .dx = b->b, .dw = b->c, .n = N, .cols = b->H,
-                 .accumulate = true);
+    return RT_OP(&b->d, norm_bwd, &b->err, .dy = b->a, .x = b->a + GIB, .w = b->w, .rstd = b->rstd, .dx = b->b, .dw = b->c, .n = b->tokens,
+                 .cols = b->H, .accumulate = true);
 }
 
 static enum rt_status heads_fwd(struct bench *b)
 {
     const int64_t ld = (b->heads + 4) * (int64_t)b->head_dim;
     return RT_OP(&b->d, headnorm_rope_fwd, &b->err, .x = b->a, .ldx = ld, .w = b->norm ? b->w : NULL, .y = b->norm ? b->b : b->a, .ldy = ld,
-                 .rstd = b->norm ? b->rstd : NULL, .cos = b->cos, .sin = b->sin, .position = b->pos, .n = N, .heads = b->heads, .d = b->head_dim);
+                 .rstd = b->norm ? b->rstd : NULL, .cos = b->cos, .sin = b->sin, .position = b->pos, .n = b->tokens, .heads = b->heads, .d = b->head_dim);
 }
 
 static enum rt_status heads_bwd(struct bench *b)
@@ -99,7 +105,7 @@ static enum rt_status heads_bwd(struct bench *b)
     const int64_t ld = (b->heads + 4) * (int64_t)b->head_dim;
     return RT_OP(&b->d, headnorm_rope_bwd, &b->err, .dy = b->a, .lddy = ld, .x = b->a + GIB, .ldx = ld, .w = b->norm ? b->w : NULL,
                  .rstd = b->norm ? b->rstd : NULL, .dx = b->norm ? b->b : b->a, .lddx = ld, .dw = b->norm ? b->c : NULL, .cos = b->cos, .sin = b->sin,
-                 .position = b->pos, .n = N, .heads = b->heads, .d = b->head_dim);
+                 .position = b->pos, .n = b->tokens, .heads = b->heads, .d = b->head_dim);
 }
 
 static enum rt_status swiglu_bwd(struct bench *b)
@@ -111,6 +117,12 @@ static enum rt_status swiglu_bwd(struct bench *b)
 static enum rt_status embed_bwd(struct bench *b)
 {
     return RT_OP(&b->d, embed_bwd, &b->err, .ids = b->ids, .dy = b->a, .dtable = b->b, .n = N, .cols = b->H, .rows = b->V);
+}
+
+static enum rt_status sumsq(struct bench *b)
+{
+    double sum;
+    return RT_OP(&b->d, sumsq, &b->err, .x = b->a, .n = b->n, .out = &sum);
 }
 
 static enum rt_status adamw(struct bench *b)
@@ -236,8 +248,12 @@ static void rows_of(struct bench *b, const char *name, int64_t H, int64_t I)
     b->I = I;
     b->V = 151936;
     weight(b, 1, H);
-    snprintf(what, sizeof what, "%s norm backward %d x %ld +=", name, N, (long)H);
-    measure(b, what, 8.0 * N * (double)H, norm_bwd);
+    for (b->tokens = N / 2; b->tokens <= N; b->tokens *= 2) {
+        snprintf(what, sizeof what, "%s add and norm %ld x %ld", name, (long)b->tokens, (long)H);
+        measure(b, what, 8.0 * (double)b->tokens * (double)H, norm_fwd);
+        snprintf(what, sizeof what, "%s norm backward %ld x %ld +=", name, (long)b->tokens, (long)H);
+        measure(b, what, 8.0 * (double)b->tokens * (double)H, norm_bwd);
+    }
     snprintf(what, sizeof what, "%s swiglu backward %d x %ld", name, N, (long)I);
     measure(b, what, 12.0 * N * (double)I, swiglu_bwd);
     snprintf(what, sizeof what, "%s embedding backward %d x %ld", name, N, (long)H);
@@ -251,10 +267,13 @@ static void heads_of(struct bench *b, int heads, int head_dim, bool norm)
     b->head_dim = head_dim;
     b->norm = norm;
     weight(b, 1, head_dim);
-    snprintf(what, sizeof what, "%d heads of %d forward%s", heads, head_dim, norm ? ", norm" : "");
-    measure(b, what, 4.0 * N * heads * head_dim, heads_fwd);
-    snprintf(what, sizeof what, "%d heads of %d backward%s", heads, head_dim, norm ? ", norm" : "");
-    measure(b, what, (norm ? 6.0 : 4.0) * N * heads * head_dim, heads_bwd);
+    for (b->tokens = N / 2; b->tokens <= N; b->tokens *= 2) {
+        const double elements = (double)b->tokens * heads * head_dim;
+        snprintf(what, sizeof what, "%ld x %d heads of %d forward%s", (long)b->tokens, heads, head_dim, norm ? ", norm" : "");
+        measure(b, what, 4.0 * elements, heads_fwd);
+        snprintf(what, sizeof what, "%ld x %d heads of %d backward%s", (long)b->tokens, heads, head_dim, norm ? ", norm" : "");
+        measure(b, what, (norm ? 6.0 : 4.0) * elements, heads_bwd);
+    }
 }
 
 static void losses_of(struct bench *b, int64_t H)
@@ -301,10 +320,13 @@ int main(void)
     rows_of(&b, "0.5B", 896, 4864);
     rows_of(&b, "1.5B", 1536, 8960);
     rows_of(&b, "7B", 3584, 18944);
-    heads_of(&b, 14, 64, false);
-    heads_of(&b, 12, 128, false);
+    heads_of(&b, 16, 64, false); /* q and k together: 0.5B, 1.5B, 7B */
+    heads_of(&b, 14, 128, false);
+    heads_of(&b, 32, 128, false);
     heads_of(&b, 16, 128, true);
     heads_of(&b, 32, 128, true);
+    b.n = 1543714304;
+    measure(&b, "sum of squares, 1.5 G", 2.0 * (double)b.n, sumsq);
     b.n = 494032768;
     b.moment = RT_F32;
     measure(&b, "AdamW 494 M, split, F32 moments", 26.0 * (double)b.n, adamw);
