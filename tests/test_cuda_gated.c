@@ -12,7 +12,7 @@ struct shape {
 };
 static const struct shape shapes[] = {
     {300, 192, 256, false},  {1, 64, 256, false},  {641, 896, 256, false}, {257, 320, 384, false},              /* backward: not a multiple of 256 */
-    {2100, 128, 2560, false}, /* more tiles than blocks, and an odd number of row blocks */
+    {2100, 64, 5120, false}, /* three tiles a block, and an odd number of row blocks */
     {130, 64, 1024, true},   {33, 40, 24, false}, {7, 13, 11, true},      {520, 96, 256, false},
 };
 

@@ -21,6 +21,9 @@ template <int N> __device__ __forceinline__ void sigmoids(const float (&g)[N], f
         asm volatile("div.approx.f32 %0, %1, %2;" : "=f"(s[i]) : "f"(1.0f), "f"(1 + s[i]));
 }
 
+/* What the L2 is told, as createpolicy would encode it: the first to go. */
+enum : uint64_t { EVICT_FIRST = 0x12f0000000000000 };
+
 /* In one piece: left to the compiler, some of these become four. */
 __device__ __forceinline__ void put(bf16 *p, const uint4 &v)
 {
@@ -32,17 +35,18 @@ __device__ __forceinline__ void put(bf16 *p, const uint4 &v)
 /* ---- forward ---- */
 
 struct forward {
-    enum { ARRIVALS = TAKERS, SPLIT = 0, SHARED = 0, GROUP = 4 }; /* rows that a warp gates together */
+    enum { WARPS = 3, ARRIVALS = WARPS, SPLIT = 0, SHARED = 0, GROUP = 4 }; /* rows that a warp gates together */
     int64_t I;
     bf16 *h; /* NULL: not wanted */
     bool store; /* gate and up are wanted: m.out */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    static __device__ __forceinline__ void init(uint32_t) {}
     /* Rows of a tile by one warp: half a warp a row, two rows a lane. at: the lane's columns of h in the tile's first row. */
     static __device__ __forceinline__ void gate(uint32_t tile, int warp, int lane, bf16 *at, int64_t I, int left)
     {
 #pragma unroll 1
-        for (int i = warp * GROUP; i < BM; i += TAKERS * GROUP) {
+        for (int i = warp * GROUP; i < BM; i += WARPS * GROUP) {
             const int row = i + lane / 16, block = lane % 16 / 8;
             float g[16], u[16], s[16];
 #pragma unroll
@@ -94,98 +98,172 @@ struct forward {
 
 /* ---- backward ---- */
 
-/* A warp takes every third pair of rows of a tile. Its rows of gate_up come in by asynchronous copies, each lane bringing 16 bytes of each half of a row for itself:
- * three pairs are on their way while one is gated, whose numbers are in registers already. (Loads into registers would share one scoreboard, so that each
- * waited for all of them.) What comes after those is asked for into the L2. */
+/* Six warps gate a tile, a row each of the six that make a group. The seventh has what belongs to a group in gate_up brought by a bulk copy, round SLOTS
+ * places in shared memory. Without h, both gradients take the place of gate and up, and leave by a bulk copy as well: stores of the warps' own hold up
+ * what the products wait for (4 % of all for Qwen2.5-1.5B). With h there are such stores anyhow, and a place is better free once it is read. Neither
+ * gate_up nor the gradients are met again: they are the first to leave the L2, where a and w stay (4,096 tokens of Qwen2.5-1.5B: 206 MB read from memory
+ * instead of 282). */
 struct backward {
-    enum { ARRIVALS = TAKERS, SPLIT = 0, PAIR = 2, STEP = TAKERS * PAIR, SLOTS = 3, AHEAD = 10, SLOT = PAIR * 2 * BN * 2, SHARED = TAKERS * SLOTS * SLOT };
+    enum {
+        WARPS = 7, GROUP = 6, ARRIVALS = GROUP, SPLIT = 0,
+        GROUPS = (BM + GROUP - 1) / GROUP, LAST = BM - (GROUPS - 1) * GROUP, /* of a tile; rows of its last one */
+        ROW = 2 * BN * 2, SLOT = GROUP * ROW, SLOTS = 3, /* bytes; for which there is room */
+        SLOT_BARS = PRODUCT_SHARED, SLOTS_AT = (SLOT_BARS + 2 * SLOTS * 8 + 127) / 128 * 128, SHARED = SLOTS_AT + SLOTS * SLOT - PRODUCT_SHARED
+    };
+    CUtensorMap in, in_last, out, out_last; /* [n][2][I]: gate_up and d_gate_up by groups, and by the last ones */
     int64_t I;
-    const bf16 *gate_up;
     bf16 *d_gate_up, *h; /* h NULL: not wanted */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    /* Where the warp's rows of a tile begin, in elements of gate_up and of h, and how many rows there are from there on. */
-    struct start {
-        uint32_t at, h;
-        int left;
-    };
-    static __device__ __forceinline__ start start_of(const walk &w, uint32_t I, int t, uint32_t rank, int warp)
+    /* A slot's barriers: what belongs to a group is there; all six have done with it. */
+    static __device__ __forceinline__ uint32_t full(uint32_t base, int slot) { return base + SLOT_BARS + 8 * slot; }
+    static __device__ __forceinline__ uint32_t done(uint32_t base, int slot) { return base + SLOT_BARS + 8 * (SLOTS + slot); }
+    static __device__ __forceinline__ void init(uint32_t base)
     {
-        const place at = place_of(w, t, rank);
-        const int row = at.row + warp * PAIR;
-        const uint32_t h = (uint32_t)row * I + (uint32_t)at.column * BN;
-        return {h + (uint32_t)row * I, h, t < w.tiles ? w.rows - row : 0};
+        for (int i = 0; i < SLOTS; i++) {
+            hopper::barrier_init(full(base, i), 1);
+            hopper::barrier_init(done(base, i), GROUP);
+        }
     }
 
-    struct numbers {
-        uint4 g[PAIR], u[PAIR], dh[PAIR];
-    };
     static __device__ __forceinline__ uint4 fetched(uint32_t at)
     {
         uint4 v;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
         return v;
     }
-    static __device__ __forceinline__ void read(numbers &x, uint32_t slot)
+    static __device__ __forceinline__ void replace(uint32_t at, const uint4 &v)
     {
-#pragma unroll
-        for (int i = 0; i < PAIR; i++) {
-            x.g[i] = fetched(slot + i * (BN * 4));
-            x.u[i] = fetched(slot + i * (BN * 4) + BN * 2);
-        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
     }
-    static __device__ __forceinline__ void read_dh(numbers &x, uint32_t tile, int in_tile, int lane)
+    static __device__ __forceinline__ void put_once(bf16 *p, const uint4 &v)
     {
-#pragma unroll
-        for (int i = 0; i < PAIR; i++)
-            x.dh[i] = from_tile(tile, in_tile + i, lane / 8, lane % 8);
+        asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(EVICT_FIRST) : "memory");
     }
 
-    /* The pair at element `at`, of whose rows `left` exist, to the lane's place in a slot. */
-    static __device__ __forceinline__ void fetch(const backward &p, uint32_t I, uint32_t at, int left, uint32_t slot, int lane)
+    /* A group of the block's, those of one tile behind those of the other. */
+    struct group {
+        int t, i; /* tile; of the tile */
+        place at;
+    };
+    static __device__ __forceinline__ void next(group &g, const walk &w, uint32_t rank)
     {
-#pragma unroll
-        for (int i = 0; i < PAIR * 2; i++) {
-            const bf16 *x = p.gate_up + (i / 2 < left ? at + i * I + lane * 8 : 0);
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot + i * (BN * 2)), "l"(x) : "memory");
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (++g.i < GROUPS)
+            return;
+        g.i = 0;
+        g.t += tile_step();
+        g.at = place_of(w, g.t, rank);
     }
-    /* The same to the L2: 128 bytes a lane. */
-    static __device__ __forceinline__ void ask_for(const backward &p, uint32_t I, uint32_t at, int left, int lane)
+    static __device__ __forceinline__ void load(const backward &p, const group &g, uint32_t to, uint32_t bar)
     {
-        const uint32_t row = lane / 8, piece = lane % 8;
-        if (row < PAIR && (int)row < left)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(p.gate_up + (at + row * 2 * I + piece / 4 * I + piece % 4 * 64)));
+        const bool whole = g.i + 1 < GROUPS;
+        hopper::barrier_expect(bar, whole ? +SLOT : LAST * ROW);
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;"
+                     ::"r"(to), "l"(whole ? &p.in : &p.in_last), "r"(bar), "r"(g.at.column * BN), "r"(0), "r"(g.at.row + g.i * GROUP), "l"(EVICT_FIRST)
+                     : "memory");
+    }
+    static __device__ __forceinline__ void store(const backward &p, const group &g, uint32_t from)
+    {
+        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;"
+                     ::"l"(g.i + 1 < GROUPS ? &p.out : &p.out_last), "r"(from), "r"(g.at.column * BN), "r"(0), "r"(g.at.row + g.i * GROUP), "l"(EVICT_FIRST)
+                     : "memory");
+        boxes_commit();
+    }
+    /* One thread. */
+    template <bool H> static __device__ __forceinline__ void serve(const walk &w, const backward &p, uint32_t base, uint32_t rank)
+    {
+        group in = {first_tile(), 0, place_of(w, first_tile(), rank)}, out = in;
+        int slot = 0;
+        uint32_t parity = 1; /* of what was done before in the slot */
+#pragma unroll 1
+        for (int i = 0; (H ? in.t : out.t) < w.tiles; i++) {
+            const uint32_t at = base + SLOTS_AT + slot * SLOT;
+            if (i >= SLOTS) {
+                hopper::wait_or_trap(done(base, slot), parity);
+                if (!H) {
+                    store(p, out, at);
+                    next(out, w, rank);
+                    if (in.t < w.tiles)
+                        boxes_read();
+                }
+            }
+            if (in.t < w.tiles) {
+                load(p, in, at, full(base, slot));
+                next(in, w, rank);
+            }
+            slot = slot + 1 == SLOTS ? 0 : slot + 1;
+            parity ^= slot == 0;
+        }
+        if (!H)
+            boxes_written();
     }
 
-    /* dg, du, h, in the form of swiglu_bwd (student_rows.cu), to memory. */
-    template <bool H>
-    static __device__ __forceinline__ void gate(const numbers &x, const backward &p, uint32_t I, uint32_t at, uint32_t at_h, int left)
+    /* dg, du, h, in the form of swiglu_bwd (student_rows.cu). */
+    static __device__ __forceinline__ void gate(const uint4 &xg, const uint4 &xu, const uint4 &xdh, uint4 *dg, uint4 *du, uint4 *h)
     {
-        float g[8 * PAIR], s[8 * PAIR];
-#pragma unroll
-        for (int i = 0; i < PAIR; i++)
-            unpack(x.g[i], g + 8 * i);
+        float g[8], u[8], dh[8], s[8], silu_u[8];
+        unpack(xg, g);
+        unpack(xu, u);
+        unpack(xdh, dh);
         sigmoids(g, s);
 #pragma unroll
-        for (int i = 0; i < PAIR; i++) {
-            float dh[8], u[8], h[8];
-            unpack(x.dh[i], dh);
-            unpack(x.u[i], u);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const int e = 8 * i + j;
-                const float silu = g[e] * s[e];
-                h[j] = silu * u[j];
-                g[e] = dh[j] * u[j] * s[e] * (1 + g[e] * (1 - s[e]));
-                u[j] = dh[j] * silu;
-            }
-            if (i < left) {
-                put(p.d_gate_up + (at + i * 2 * I), pack(g + 8 * i));
-                put(p.d_gate_up + (at + i * 2 * I + I), pack(u));
-                if (H)
-                    put(p.h + (at_h + i * I), pack(h));
+        for (int j = 0; j < 8; j++) {
+            const float silu = g[j] * s[j];
+            silu_u[j] = silu * u[j];
+            g[j] = dh[j] * u[j] * s[j] * (1 + g[j] * (1 - s[j]));
+            u[j] = dh[j] * silu;
+        }
+        *dg = pack(g);
+        *du = pack(u);
+        *h = pack(silu_u);
+    }
+
+    template <bool H>
+    static __device__ __forceinline__ void gate_all(const walk &w, const backward &p, uint32_t base, uint32_t rank, int warp)
+    {
+        const barriers bar = {base + BARS_AT};
+        const int lane = threadIdx.x % 32;
+        const uint32_t I = (uint32_t)p.I;
+        int slot = 0;
+        uint32_t parity = 0, tiles = 0;
+        for (int t = first_tile(); t < w.tiles; t += tile_step()) {
+            const place here = place_of(w, t, rank);
+            int row = warp;
+            uint32_t to_h = (uint32_t)(here.row + row) * I + (uint32_t)here.column * BN + lane * 8, to = to_h + (uint32_t)(here.row + row) * I;
+            hopper::wait_or_trap(bar.tile_full(), tiles++ & 1);
+#pragma unroll 1
+            for (int i = 0; i < GROUPS; i++, row += GROUP) {
+                const uint32_t at = base + SLOTS_AT + slot * SLOT + warp * ROW + lane * 16, over = done(base, slot);
+                hopper::wait_or_trap(full(base, slot), parity);
+                slot = slot + 1 == SLOTS ? 0 : slot + 1;
+                parity ^= slot == 0;
+                if (row >= BM) {
+                    if (lane == 0)
+                        hopper::barrier_arrive(over);
+                    break;
+                }
+                const uint4 g = fetched(at), u = fetched(at + BN * 2), dh = from_tile(base + TILE_AT, row, lane / 8, lane % 8);
+                uint4 dg, du, h;
+                __syncwarp();
+                if (H && lane == 0)
+                    hopper::barrier_arrive(over);
+                if (lane == 0 && row + GROUP >= BM)
+                    hopper::barrier_arrive(bar.tile_empty());
+                gate(g, u, dh, &dg, &du, &h);
+                if (!H) {
+                    replace(at, dg);
+                    replace(at + BN * 2, du);
+                    hopper::fence_async();
+                    __syncwarp();
+                    if (lane == 0)
+                        hopper::barrier_arrive(over);
+                } else if (row < w.rows - here.row) {
+                    put_once(p.d_gate_up + to, dg);
+                    put_once(p.d_gate_up + (to + I), du);
+                    put_once(p.h + to_h, h);
+                }
+                to += GROUP * 2 * I;
+                to_h += GROUP * I;
             }
         }
     }
@@ -193,52 +271,11 @@ struct backward {
     template <bool H>
     static __device__ __forceinline__ void take_all(const walk &w, const backward &p, uint32_t base, uint32_t rank, int warp)
     {
-        const barriers bar = {base + BARS_AT};
-        const int lane = threadIdx.x % 32, count = (BM - warp * PAIR + STEP - 1) / STEP;
-        const uint32_t tile = base + TILE_AT, mine = base + PRODUCT_SHARED + warp * (SLOTS * SLOT) + lane * 16, I = (uint32_t)p.I, stride = STEP * 2 * I;
-        numbers x, next;
-        uint32_t done = 0, slot = mine;
-        start here = start_of(w, I, first_tile(), rank, warp);
-        for (int j = SLOTS; j < AHEAD; j++)
-            ask_for(p, I, here.at + j * stride, here.left - j * STEP, lane);
-        for (int j = 0; j < SLOTS; j++)
-            fetch(p, I, here.at + j * stride, here.left - j * STEP, mine + j * SLOT, lane);
-        asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
-        read(x, slot);
-        for (int t = first_tile(); t < w.tiles; t += tile_step()) {
-            const start then = start_of(w, I, t + tile_step(), rank, warp);
-            uint32_t at = here.at + lane * 8, at_h = here.h + lane * 8;
-            int in_tile = warp * PAIR;
-            hopper::wait_or_trap(bar.tile_full(), done++ & 1);
-            read_dh(x, tile, in_tile, lane);
-#pragma unroll 1
-            for (int j = 0; j < count; j++) {
-                const int k = j + SLOTS, a = j + AHEAD;
-                fetch(p, I, k < count ? here.at + k * stride : then.at + (k - count) * stride, k < count ? here.left - k * STEP : then.left - (k - count) * STEP,
-                      slot, lane);
-                ask_for(p, I, a < count ? here.at + a * stride : then.at + (a - count) * stride,
-                        a < count ? here.left - a * STEP : then.left - (a - count) * STEP, lane);
-                slot = slot + SLOT == mine + SLOTS * SLOT ? mine : slot + SLOT;
-                asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
-                read(next, slot);
-                in_tile += STEP;
-                if (j + 1 < count) {
-                    read_dh(next, tile, in_tile, lane);
-                } else { /* the tile is read */
-                    __syncwarp();
-                    if (lane == 0)
-                        hopper::barrier_arrive(bar.tile_empty());
-                }
-                gate<H>(x, p, I, at, at_h, here.left - j * STEP);
-                at += stride;
-                at_h += STEP * I;
-                x = next;
-            }
-            here = then;
-        }
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        if (warp < GROUP)
+            gate_all<H>(w, p, base, rank, warp);
+        else if (threadIdx.x % 32 == 0)
+            serve<H>(w, p, base, rank);
     }
-
     static __device__ __forceinline__ void take(const walk &w, const maps &, const backward &p, uint32_t base, uint32_t rank, int warp)
     {
         if (p.h != NULL)
@@ -275,6 +312,14 @@ out:
     return st;
 }
 
+/* [n][2][I] in boxes of so many rows of BN columns. */
+enum rt_status rows_map(struct rt_queue *q, CUtensorMap *map, const struct rt_cuda_gated *g, const void *data, int rows, struct rt_err *err)
+{
+    const cuuint64_t size[3] = {(cuuint64_t)g->I, 2, (cuuint64_t)g->n}, stride[2] = {(cuuint64_t)g->I * 2, (cuuint64_t)g->I * 4};
+    const cuuint32_t box[3] = {BN, 2, (cuuint32_t)rows};
+    return product_map_of(q, map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, data, size, stride, box, CU_TENSOR_MAP_SWIZZLE_NONE, err);
+}
+
 enum rt_status run_backward(struct rt_queue *q, const struct rt_cuda_gated *g, struct rt_err *err)
 {
     maps m;
@@ -287,8 +332,11 @@ enum rt_status run_backward(struct rt_queue *q, const struct rt_cuda_gated *g, s
     w.rows = (int)g->n;
     w.k_blocks = (int)(g->K / BK);
     w.columns = (int)(g->I / BN);
+    RT_TRY(rows_map(q, &b.in, g, g->gate_up, backward::GROUP, err));
+    RT_TRY(rows_map(q, &b.in_last, g, g->gate_up, backward::LAST, err));
+    RT_TRY(rows_map(q, &b.out, g, g->d_gate_up, backward::GROUP, err));
+    RT_TRY(rows_map(q, &b.out_last, g, g->d_gate_up, backward::LAST, err));
     b.I = g->I;
-    b.gate_up = (const bf16 *)g->gate_up;
     b.d_gate_up = (bf16 *)g->d_gate_up;
     b.h = (bf16 *)g->h;
     st = product_launch<backward, false, false, true>(q, &m, &w, &b, "gated backward", err);

@@ -6,11 +6,12 @@
 namespace {
 
 struct plain {
-    enum { ARRIVALS = 1, SPLIT = 1, SHARED = 0 };
+    enum { WARPS = 3, ARRIVALS = 1, SPLIT = 1, SHARED = 0 };
     int columns; /* that exist */
     bool accumulate;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    static __device__ __forceinline__ void init(uint32_t) {}
     static __device__ __forceinline__ void take(const walk &w, const maps &m, const plain &p, uint32_t base, uint32_t rank, int warp)
     {
         const barriers bar = {base + BARS_AT};

@@ -4,7 +4,7 @@
  * A block makes tiles of 128 rows x 256 columns, one behind the other:
  *
  *   warpgroups 0, 1   multiply, 64 rows each; leave a tile, rounded, in shared memory, and go on with the next
- *   warps 9 .. 11     take it from there, while the next one is multiplied: what they do is the kernel's business (`taker`)
+ *   warps 9 ..        take it from there, while the next one is multiplied: three or seven warps, and what they do is the kernel's business (`taker`)
  *   one thread        keeps a ring of stages of 64 of k filled
  *
  * Two blocks of a cluster take the same columns of neighbouring rows, and each loads half of b's tile into both. Blocks stay, and walk over the
@@ -30,8 +30,7 @@ enum {
     A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE = A_BYTES + B_BYTES, STAGES = 3,
     TILE = BM * BN * 2,     /* as the products leave it: 4 blocks of 64 columns, rows of 128 bytes in the 128-byte swizzle */
     BLOCK = BM * 128,       /* one of them */
-    CONSUMERS = 2, TAKERS = 3, /* warpgroups; warps */
-    PRODUCT_THREADS = 128 * (CONSUMERS + 1),
+    CONSUMERS = 2,          /* warpgroups */
     TILE_AT = STAGES * STAGE, BARS_AT = TILE_AT + TILE, PRODUCT_SHARED = BARS_AT + (2 * STAGES + 2) * 8,
     BAND = 16,              /* pairs of row blocks that run side by side over all columns: fastest of 4, 8, 16 at the students' sizes */
 };
@@ -139,7 +138,7 @@ __device__ __forceinline__ void produce(const walk &w, const maps &m, uint32_t b
 
 #define RT_R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define RT_R32(d, i) RT_R8(d, i), RT_R8(d, i + 8), RT_R8(d, i + 16), RT_R8(d, i + 24)
-#define RT_MMA(type) \
+#define RT_MMA_256(type) \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " " \
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
@@ -149,19 +148,35 @@ __device__ __forceinline__ void produce(const walk &w, const maps &m, uint32_t b
                  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
                  "%126, %127}, %128, %129, p, 1, 1, %131, %132;\n}" \
                  : RT_R32(d, 0), RT_R32(d, 32), RT_R32(d, 64), RT_R32(d, 96) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB))
+#define RT_MMA_128(type, at) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+                 "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \
+                 "%57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, %67, %68;\n}" \
+                 : RT_R32(d, at), RT_R32(d, at + 32) : "l"(a), "l"(b + at * 16), "r"(add), "n"(TA), "n"(TB))
 /* d [64 x 256] (+)= a [64 x 16] b, float32 sums; `add` 0: d begins at 0. a, or with TA a^T; b [256 x 16]^T, or with TB [16 x 256]. Lane l of warp w holds
- * row 16 w + l/4 (d[4 j + 0, 1]) and row + 8 (d[4 j + 2, 3]), columns 8 j + 2 (l % 4) and the next. */
-template <bool F16, int TA, int TB>
+ * row 16 w + l/4 (d[4 j + 0, 1]) and row + 8 (d[4 j + 2, 3]), columns 8 j + 2 (l % 4) and the next. HALVES: as two products of 128 columns, which a kernel
+ * of more than 384 threads needs: the compiler takes no product whose registers the launch could not give to all. */
+template <bool F16, int TA, int TB, bool HALVES>
 __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b, int add)
 {
-    if (F16)
-        RT_MMA("f16");
-    else
-        RT_MMA("bf16");
+    if (HALVES && F16) {
+        RT_MMA_128("f16", 0);
+        RT_MMA_128("f16", 64);
+    } else if (HALVES) {
+        RT_MMA_128("bf16", 0);
+        RT_MMA_128("bf16", 64);
+    } else if (F16) {
+        RT_MMA_256("f16");
+    } else {
+        RT_MMA_256("bf16");
+    }
 }
 #undef RT_R8
 #undef RT_R32
-#undef RT_MMA
+#undef RT_MMA_256
+#undef RT_MMA_128
 
 template <bool F16> __device__ __forceinline__ uint32_t pack_pair(float lo, float hi)
 {
@@ -223,7 +238,7 @@ __device__ __forceinline__ void sums_here(float (&acc)[128], const float4 *at, c
     }
 }
 
-template <bool SPLIT, bool F16, bool TA, bool TB>
+template <bool SPLIT, bool F16, bool TA, bool TB, bool HALVES>
 __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t rank, int wg)
 {
     const barriers bar = {base + BARS_AT};
@@ -241,7 +256,7 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t 
             hopper::mma_fence();
 #pragma unroll
             for (int i = 0; i < BK / 16; i++)
-                mma<F16, TA, TB>(acc, a + (TA ? 16 * 8 : 2) * i, b + (TB ? 16 * 8 : 2) * i, k > it.k0 || i > 0);
+                mma<F16, TA, TB, HALVES>(acc, a + (TA ? 16 * 8 : 2) * i, b + (TB ? 16 * 8 : 2) * i, k > it.k0 || i > 0);
             hopper::mma_commit();
             hopper::mma_wait<1>(); /* the stage before is read */
             if (k > it.k0 && threadIdx.x % 128 < CLUSTER)
@@ -300,11 +315,15 @@ __device__ __forceinline__ void boxes_written() { asm volatile("cp.async.bulk.wa
 
 #endif
 
-/* TAKER: struct with ARRIVALS, how many arrive on tile_empty when they have read a tile, SHARED, bytes of shared memory of its own behind
- * PRODUCT_SHARED, SPLIT, whether tiles may be cut (it sees them in the order of their items then, once each), and `static void take(walk, maps, taker,
- * base, rank, warp)`, which the TAKERS warps enter whole. */
+/* TAKER: struct with WARPS, how many take tiles, 3 or 7; ARRIVALS, how many arrive on tile_empty when they have read a tile; SHARED, bytes of shared memory
+ * of its own behind PRODUCT_SHARED; SPLIT, whether tiles may be cut (it sees them in the order of their items then, once each); `static void
+ * init(base)`, which one thread calls to initialise barriers of its own; and `static void take(walk, maps, taker, base, rank, warp)`, which the WARPS
+ * warps enter whole. */
+template <class TAKER> struct shape {
+    enum { THREADS = 32 * (4 * CONSUMERS + 1 + TAKER::WARPS), MANY = TAKER::WARPS > 3, TAKE = MANY ? 80 : 136, MULTIPLY = MANY ? 176 : 184 /* registers */ };
+};
 template <class TAKER, bool F16, bool TA, bool TB>
-__global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const __grid_constant__ maps m, const __grid_constant__ walk w,
+__global__ __launch_bounds__(shape<TAKER>::THREADS, 1) void product_sm90_kernel(const __grid_constant__ maps m, const __grid_constant__ walk w,
                                                                           const __grid_constant__ TAKER taker)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -319,13 +338,14 @@ __global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const 
         }
         hopper::barrier_init(bar.tile_full(), 4 * CONSUMERS); /* warps */
         hopper::barrier_init(bar.tile_empty(), TAKER::ARRIVALS);
+        TAKER::init(base);
         hopper::barrier_init_fence();
     }
     __syncthreads();
     hopper::cluster_sync();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp >= 4 * CONSUMERS) {
-        hopper::registers_fewer<136>();
+        hopper::registers_fewer<shape<TAKER>::TAKE>();
         if (warp == 4 * CONSUMERS) {
             if (threadIdx.x % 32 == 0)
                 produce<TAKER::SPLIT, TA, TB>(w, m, base, rank);
@@ -334,8 +354,8 @@ __global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const 
         }
         __syncwarp();
     } else {
-        hopper::registers_more<184>();
-        multiply<TAKER::SPLIT, F16, TA, TB>(w, base, rank, warp / 4);
+        hopper::registers_more<shape<TAKER>::MULTIPLY>();
+        multiply<TAKER::SPLIT, F16, TA, TB, shape<TAKER>::MANY>(w, base, rank, warp / 4);
     }
     hopper::cluster_sync(); /* nobody leaves while the other may still write to it */
 #endif
@@ -343,19 +363,26 @@ __global__ __launch_bounds__(PRODUCT_THREADS, 1) void product_sm90_kernel(const 
 
 /* ---- the host's side ---- */
 
-/* A matrix [rows, cols] at row distance ld (elements) in boxes of box_rows x 64 columns; what lies outside comes as 0. */
-inline enum rt_status product_map(struct rt_queue *q, CUtensorMap *map, bool f16, const void *data, int64_t rows, int64_t cols, int64_t ld, int box_rows,
-                                  struct rt_err *err)
+/* Boxes of an array of `dims` dimensions, the innermost first, whose elements of two bytes are contiguous in that one; what lies outside comes as 0. */
+inline enum rt_status product_map_of(struct rt_queue *q, CUtensorMap *map, CUtensorMapDataType type, int dims, const void *data, const cuuint64_t *size,
+                                     const cuuint64_t *stride, const cuuint32_t *box, CUtensorMapSwizzle swizzle, struct rt_err *err)
 {
     typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
                             const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint32_t step[3] = {1, 1, 1};
+    const CUresult r = ((encode *)q->dev->encode_map)(map, type, (cuuint32_t)dims, (void *)data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for a matrix [%lld, %lld]", (int)r,
+                                               (long long)size[dims - 1], (long long)size[0]);
+}
+/* A matrix [rows, cols] at row distance ld (elements) in boxes of box_rows x 64 columns, as the products take them. */
+inline enum rt_status product_map(struct rt_queue *q, CUtensorMap *map, bool f16, const void *data, int64_t rows, int64_t cols, int64_t ld, int box_rows,
+                                  struct rt_err *err)
+{
     const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, step[2] = {1, 1};
-    const CUresult r = ((encode *)q->dev->encode_map)(map, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, size,
-                                                      stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for a matrix [%lld, %lld]", (int)r, (long long)rows,
-                                               (long long)cols);
+    const cuuint32_t box[2] = {64, (cuuint32_t)box_rows};
+    return product_map_of(q, map, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, size, stride, box,
+                          CU_TENSOR_MAP_SWIZZLE_128B, err);
 }
 
 enum { SUMS = PARTIAL * 16 + 16 }; /* bytes of a tile's sums and what says that they are there */
@@ -400,7 +427,7 @@ enum rt_status product_launch(struct rt_queue *q, const maps *m, walk *w, const 
     cluster.val.clusterDim.x = CLUSTER;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.gridDim = dim3((unsigned)(clusters * CLUSTER));
-    config.blockDim = dim3(PRODUCT_THREADS);
+    config.blockDim = dim3(shape<TAKER>::THREADS);
     config.dynamicSmemBytes = PRODUCT_SHARED + TAKER::SHARED;
     config.stream = q->stream;
     config.attrs = &cluster;
