@@ -1,11 +1,12 @@
 /* Attention on the GPU: the own kernels and cuDNN, at the teacher's and the students' shapes.
  *
- *     bench_cuda_attn [own|hopper|cudnn]
+ *     bench_cuda_attn [--long] [own|hopper|cudnn]
  *
  * MLA is the teacher's attention: keys in two parts, codes instead of the output (and what a path needs for that); MLA+ rotates queries as well, as
  * its layer calls it.
  * TFLOP/s count the causal half alone: 2 (dqk + dv) len^2 / 2 multiply-adds of two operations a head and sequence forward, 2.5 times that
- * backward (dqk = dv). Median of the calls' times between CUDA events. The limit is 990 TFLOP/s, what the chip's tensor cores do in bfloat16.
+ * backward (dqk = dv). Median of the calls' times between CUDA events; with --long the mean of calls in a row for half a second, after a fifth of a
+ * second of them: what a GPU at its power limit keeps up, as it must in training. The limit is 990 TFLOP/s, what the chip's tensor cores do in bfloat16.
  */
 #include <math.h>
 #include <stdio.h>
@@ -20,6 +21,7 @@
 #include "core/cuda/attn.h"
 
 enum { REPEAT = 12 };
+static const float WARM_MS = 200, LONG_MS = 500;
 
 struct shape {
     const char *name;
@@ -66,29 +68,47 @@ out:
     return st;
 }
 
-/* Median of the milliseconds of a call; false where the path has not got the shape (why in err). */
-static bool measure(const struct rt_device *d, enum rt_cuda_attn_path path, const struct rt_attn_fwd_args *f, const struct rt_attn_bwd_args *b,
-                    float *ms, struct rt_err *err)
+/* A call on a path; f or b. */
+struct call {
+    enum rt_cuda_attn_path path;
+    const struct rt_attn_fwd_args *f;
+    const struct rt_attn_bwd_args *b;
+    cudaEvent_t from, to;
+};
+/* Milliseconds of `times` calls in a row. */
+static enum rt_status in_a_row(const struct rt_device *d, const struct call *c, int times, float *ms, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    cudaEventRecord(c->from, d->q->stream);
+    for (int i = 0; i < times; i++)
+        RT_TRY(c->b != NULL ? rt_cuda_attn_bwd_by(c->path, d->dev, d->q, c->b, err) : rt_cuda_attn_fwd_by(c->path, d->dev, d->q, c->f, err));
+    cudaEventRecord(c->to, d->q->stream);
+    RT_TRY(rt_device_sync(d, err));
+    cudaEventElapsedTime(ms, c->from, c->to);
+out:
+    return st;
+}
+/* Median of the milliseconds of a call, or in a long run their mean; an error where the path has not got the shape. */
+static enum rt_status measure(const struct rt_device *d, struct call *c, bool long_run, float *ms, struct rt_err *err)
 {
     float all[REPEAT];
-    cudaEvent_t from, to;
-    cudaEventCreate(&from);
-    cudaEventCreate(&to);
-    for (int i = -3; i < REPEAT; i++) {
-        cudaEventRecord(from, d->q->stream);
-        if ((b != NULL ? rt_cuda_attn_bwd_by(path, d->dev, d->q, b, err) : rt_cuda_attn_fwd_by(path, d->dev, d->q, f, err)) != RT_OK)
-            return false;
-        cudaEventRecord(to, d->q->stream);
-        if (rt_device_sync(d, err) != RT_OK)
-            return false;
-        if (i >= 0)
-            cudaEventElapsedTime(&all[i], from, to);
-    }
-    cudaEventDestroy(from);
-    cudaEventDestroy(to);
+    enum rt_status st;
+    cudaEventCreate(&c->from);
+    cudaEventCreate(&c->to);
+    for (int i = -3; i < REPEAT; i++)
+        RT_TRY(in_a_row(d, c, 1, &all[i < 0 ? 0 : i], err));
     qsort(all, REPEAT, sizeof *all, compare);
     *ms = all[REPEAT / 2];
-    return true;
+    if (long_run) {
+        const int times = (int)(LONG_MS / *ms) + 1;
+        RT_TRY(in_a_row(d, c, (int)(WARM_MS / *ms) + 1, ms, err));
+        RT_TRY(in_a_row(d, c, times, ms, err));
+        *ms /= (float)times;
+    }
+out:
+    cudaEventDestroy(c->from);
+    cudaEventDestroy(c->to);
+    return st;
 }
 
 static void line(const struct shape *s, const char *op, const char *path, double flop, bool ok, float ms, struct rt_err *err)
@@ -105,7 +125,7 @@ static void line(const struct shape *s, const char *op, const char *path, double
     fflush(stdout);
 }
 
-static enum rt_status one(const struct rt_device *d, const struct shape *s, const char *only, struct rt_err *err)
+static enum rt_status one(const struct rt_device *d, const struct shape *s, const char *only, bool long_run, struct rt_err *err)
 {
     int32_t cu[64] = {0};
     struct buffers x = {0};
@@ -153,7 +173,7 @@ static enum rt_status one(const struct rt_device *d, const struct shape *s, cons
         const char *name = path == RT_CUDA_ATTN_OWN ? "own" : path == RT_CUDA_ATTN_HOPPER ? "hopper" : "cudnn";
         if (only != NULL && strcmp(only, name) != 0)
             continue;
-        bool ok = measure(d, (enum rt_cuda_attn_path)path, &f, NULL, &ms, err);
+        bool ok = measure(d, &(struct call){.path = (enum rt_cuda_attn_path)path, .f = &f}, long_run, &ms, err) == RT_OK;
         line(s, "fwd", name, flop, ok, ms, err);
         if (!ok) /* the backward reads the forward's statistics */
             RT_TRY(rt_cuda_attn_fwd_by(RT_CUDA_ATTN_OWN, d->dev, d->q, &f, err));
@@ -167,7 +187,7 @@ static enum rt_status one(const struct rt_device *d, const struct shape *s, cons
         const struct rt_attn_bwd_args b = {.s = shape, .q = f.q, .k = f.k, .v = f.v, .q_ld = row, .k_ld = row, .v_ld = row, .o = x.o, .dout = x.dout,
                                            .lse = x.lse, .dq = x.dq, .dk = (uint16_t *)x.dq + s->nh * s->dqk,
                                            .dv = (uint16_t *)x.dq + (s->nh + s->nkv) * s->dqk, .delta = x.delta};
-        ok = measure(d, (enum rt_cuda_attn_path)path, NULL, &b, &ms, err);
+        ok = measure(d, &(struct call){.path = (enum rt_cuda_attn_path)path, .b = &b}, long_run, &ms, err) == RT_OK;
         line(s, "bwd", name, 2.5 * flop, ok, ms, err);
     }
 out:
@@ -182,7 +202,8 @@ int main(int argc, char **argv)
     struct rt_err err = {0};
     struct rt_device d = {0};
     char why[128];
-    const char *only = argc > 1 ? argv[1] : NULL;
+    const bool long_run = argc > 1 && strcmp(argv[1], "--long") == 0;
+    const char *only = argc > 1 + long_run ? argv[1 + long_run] : NULL;
     if (!rt_backend_cuda.available(why, sizeof why)) {
         printf("bench_cuda_attn: %s\n", why);
         return 0;
@@ -193,7 +214,7 @@ int main(int argc, char **argv)
     if (st == RT_OK)
         printf("%s%s%s\n", d.be->describe(d.dev), d.dev->dnn == NULL ? "; " : "", d.dev->dnn == NULL ? d.dev->dnn_why : "");
     for (size_t i = 0; st == RT_OK && i < sizeof shapes / sizeof *shapes; i++)
-        st = one(&d, &shapes[i], only, &err);
+        st = one(&d, &shapes[i], only, long_run, &err);
     if (st != RT_OK)
         fprintf(stderr, "bench_cuda_attn: %s\n", err.msg);
     rt_device_close(&d);
