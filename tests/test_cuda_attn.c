@@ -313,12 +313,11 @@ static void test_hopper_bwd(void **state)
 
 /* A backward with work for more blocks than run at a time, in sequences of many lengths: against the base kernels, by bytes when it is repeated, and
  * by bytes where the scratch makes it go head by head. */
-static void hopper_many(struct cuda_pair *p, const struct layout *l)
+static void hopper_many(struct cuda_pair *p, const struct layout *l, const int32_t *cu, int seqs)
 {
-    enum { SEQS = 9, REPEAT = 4 };
-    const int32_t cu[SEQS + 1] = {0, 1, 1200, 1328, 1455, 1584, 2100, 2100, 3000, 3100};
+    enum { REPEAT = 4 };
     struct rt_err err = {0};
-    const int64_t n = cu[SEQS], row = l->q_ld, o_n = n * l->nh * l->dv, qkv = n * row;
+    const int64_t n = cu[seqs], row = l->q_ld, o_n = n * l->nh * l->dv, qkv = n * row;
     const size_t k_at = (size_t)(l->nh * l->dqk), v_at = k_at + (size_t)(l->nkv * l->dqk);
     float *x = cuda_floats(qkv), *want = cuda_floats(qkv), *got = cuda_floats(qkv);
     cuda_random(x, qkv, 5, 1.5f);
@@ -326,7 +325,7 @@ static void hopper_many(struct cuda_pair *p, const struct layout *l)
     cuda_random(x, o_n, 6, 1.0f);
     void *o = cuda_act(p, NULL, o_n), *dout = cuda_act(p, x, o_n), *lse = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4),
          *delta = cuda_bytes(p, NULL, (size_t)(n * l->nh) * 4);
-    const struct rt_attn_shape s = {.cu_seqlens = cu, .n = n, .n_seq = SEQS, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv,
+    const struct rt_attn_shape s = {.cu_seqlens = cu, .n = n, .n_seq = seqs, .nh = l->nh, .nkv = l->nkv, .dqk = l->dqk, .dv = l->dv,
                                     .scale = (float)(1 / sqrt(l->dqk))};
     const struct rt_attn_fwd_args f = {.s = s, .q = q, .k = q + k_at, .v = q + v_at, .q_ld = row, .k_ld = row, .v_ld = row, .o = o, .lse = lse};
     const struct rt_attn_bwd_args b = {.s = s, .q = q, .k = q + k_at, .v = q + v_at, .q_ld = row, .k_ld = row, .v_ld = row, .o = o, .lse = lse,
@@ -362,8 +361,12 @@ static void test_hopper_many(void **state)
         TEST_SKIP("not compute capability 9.0");
     }
     const struct layout l[] = {student(14, 2, 64), student(12, 2, 128), student(4, 4, 128)};
-    for (size_t i = 0; i < sizeof l / sizeof *l; i++)
-        hopper_many(&p, &l[i]);
+    const int32_t many[] = {0, 1, 1200, 1328, 1455, 1584, 2100, 2100, 3000, 3100};
+    const int32_t one[] = {0, 5003}; /* 40 key blocks in a row, more of each head at a time than with many */
+    for (size_t i = 0; i < sizeof l / sizeof *l; i++) {
+        hopper_many(&p, &l[i], many, 9);
+        hopper_many(&p, &l[i], one, 1);
+    }
     cuda_pair_close(&p);
 }
 

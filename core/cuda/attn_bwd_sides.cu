@@ -6,7 +6,7 @@
 
 namespace {
 
-enum { ROWS = RT_ATTN_BWD_ROWS, THREADS = 256 };
+enum { ROWS = RT_ATTN_BWD_ROWS, THREADS = 256, SUM_ROWS = 32, SUM_HEADS = 8 };
 
 /* Places of the work of tile t in the list. Each lane looks at some of the sequences. */
 __device__ __forceinline__ void list_work(const rt_attn_bwd_call &c, const rt_cuda_seqs &seqs, int t, int lane)
@@ -85,21 +85,27 @@ __global__ __launch_bounds__(THREADS) void attn_bwd_before_kernel(const __grid_c
         c.lse2[to] = valid ? c.lse[h * c.n + at.first + at.row + r] * 1.4426950408889634f : INFINITY;
 }
 
-/* One tile of rows and a key head: the sum of what its query heads left, in ascending order. */
+/* Some rows of a tile and a key head: the sum of what its query heads left, in ascending order; of a few heads at a time all is asked for first. */
 __device__ __forceinline__ void sum_heads(const rt_attn_bwd_call &c, const place &at, int hk, const bf16 *from, int d, bf16 *to, int64_t ld)
 {
-    const int chunks = d / 8, rows = min(ROWS, at.len - at.row);
-    for (int i = threadIdx.x; i < rows * chunks; i += THREADS) {
+    const int chunks = d / 8, last = min((int)(blockIdx.z + 1) * SUM_ROWS, at.len - at.row);
+    for (int i = blockIdx.z * SUM_ROWS * chunks + threadIdx.x; i < last * chunks; i += THREADS) {
         const int64_t row = at.first + at.row + i / chunks;
         const int col = i % chunks * 8;
         float x[8] = {};
-#pragma unroll 4
-        for (int g = 0; g < c.group; g++) {
-            float y[8];
-            vec8::unpack(*(const uint4 *)(from + ((g * c.n + row) * c.nkv + hk) * d + col), y);
+        for (int g = 0; g < c.group; g += SUM_HEADS) {
+            uint4 some[SUM_HEADS];
 #pragma unroll
-            for (int e = 0; e < 8; e++)
-                x[e] += y[e];
+            for (int j = 0; j < SUM_HEADS; j++)
+                some[j] = g + j < c.group ? *(const uint4 *)(from + (((g + j) * c.n + row) * c.nkv + hk) * d + col) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int j = 0; j < SUM_HEADS; j++) {
+                float y[8];
+                vec8::unpack(some[j], y);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    x[e] += y[e];
+            }
         }
         *(uint4 *)(to + row * ld + col) = vec8::pack(x);
     }
@@ -126,7 +132,7 @@ enum rt_status before(struct rt_queue *q, const struct rt_attn_bwd_call *c, cons
 }
 enum rt_status after(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
 {
-    attn_bwd_after_kernel<<<dim3((unsigned)(c->n_tile * c->nkv), 2), THREADS, 0, q->stream>>>(*c, *seqs);
+    attn_bwd_after_kernel<<<dim3((unsigned)(c->n_tile * c->nkv), 2, ROWS / SUM_ROWS), THREADS, 0, q->stream>>>(*c, *seqs);
     return rt_cuda_launched("attn_bwd_after", err);
 }
 
