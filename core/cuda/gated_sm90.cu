@@ -100,9 +100,8 @@ struct forward {
 
 /* Six warps gate a tile, a row each of the six that make a group. The seventh has what belongs to a group in gate_up brought by a bulk copy, round SLOTS
  * places in shared memory. Without h, both gradients take the place of gate and up, and leave by a bulk copy as well: stores of the warps' own hold up
- * what the products wait for (4 % of all for Qwen2.5-1.5B). With h there are such stores anyhow, and a place is better free once it is read. Neither
- * gate_up nor the gradients are met again: they are the first to leave the L2, where a and w stay (4,096 tokens of Qwen2.5-1.5B: 206 MB read from memory
- * instead of 282). */
+ * what the products wait for. With h there are such stores anyhow, and a place is better free once it is read. gate_up is not met again, and the gradients
+ * not soon: they are the first to leave the L2, where a and w stay, which every wave of tiles would read from memory again otherwise. */
 struct backward {
     enum {
         WARPS = 7, GROUP = 6, ARRIVALS = GROUP, SPLIT = 0,
