@@ -133,7 +133,7 @@ __device__ __forceinline__ bool is_added(const int32_t *count, int want)
 __device__ __forceinline__ void wait_added(const int32_t *count, int want)
 {
 #pragma unroll 1
-    for (uint32_t tries = 0; tries < 1u << 28; tries++) /* minutes: see barrier_wait */
+    for (uint32_t tries = 0; tries < 1u << 28; tries++) /* minutes: see hopper::wait_or_trap */
         if (is_added(count, want))
             return;
     __trap();

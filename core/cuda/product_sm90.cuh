@@ -223,7 +223,7 @@ __device__ __forceinline__ void sums_here(float (&acc)[128], const float4 *at, c
 #pragma unroll 1
         for (uint32_t tries = 0; yes == 0; tries++) {
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(yes) : "l"(there) : "memory");
-            if (tries == 1u << 28) /* minutes: see wait */
+            if (tries == 1u << 28) /* minutes: see hopper::wait_or_trap */
                 __trap();
         }
     }
