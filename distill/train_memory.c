@@ -182,15 +182,31 @@ static const char *cheaper(const struct rt_train_run *r)
     return f32 ? master ? ", --moments bf16, --master none" : ", --moments bf16" : master ? ", --master none" : "";
 }
 
+/* The error of a run that needs more than `limit`, with what would do. */
+static enum rt_status too_little(const struct rt_train_run *r, uint64_t limit, struct rt_err *err)
+{
+    const struct rt_backend *be = r->device.be;
+    const int64_t longest = rt_train_longest(r);
+    struct rt_dev_memory m = {0};
+    char a[32], b[32];
+    enum rt_status st;
+    if (be->own_memory)
+        RT_TRY(be->memory(r->device.dev, &m, err));
+    RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: --%s %.0fM or more%s%s, "
+            "or a --max-length below %ld", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest, r->o.recompute, rt_human_bytes(b, limit),
+            be->own_memory ? "gpu-memory" : "memory", ceil((double)(need(r) + m.held) / (1 << 20)), r->o.micro_tokens > longest ? ", smaller --micro-tokens" : "",
+            cheaper(r), (long)longest);
+out:
+    return st;
+}
+
 enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     const struct rt_backend *be = r->device.be;
-    const int64_t longest = rt_train_longest(r), usual = be->own_memory ? MICRO_TOKENS_GPU : MICRO_TOKENS;
+    const int64_t usual = be->own_memory ? MICRO_TOKENS_GPU : MICRO_TOKENS;
     int64_t n, limit, was;
     size_t operations;
-    struct rt_dev_memory m = {0};
-    char a[32], b[32];
     RT_TRY(rt_command_room(&r->v->common, &r->device, &limit, err));
     plan_loader(r);
     RT_TRY(earlier_cuts(r, &n, &was, err));
@@ -204,13 +220,8 @@ enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
     choose_record(r, (size_t)limit);
     if (be->own_memory)
         be->set_scratch(r->device.dev, r->memory.operations);
-    if (be->own_memory)
-        RT_TRY(be->memory(r->device.dev, &m, err));
     if (need(r) > (size_t)limit)
-        RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: --%s %.0fM or more%s%s, "
-                "or a --max-length below %ld", rt_human_bytes(a, need(r)), (long)r->o.micro_tokens, (long)longest, r->o.recompute, rt_human_bytes(b, (uint64_t)limit),
-                be->own_memory ? "gpu-memory" : "memory", ceil((double)(need(r) + m.held) / (1 << 20)), r->o.micro_tokens > longest ? ", smaller --micro-tokens" : "",
-                cheaper(r), (long)longest);
+        st = too_little(r, (uint64_t)limit, err);
 out:
     return st;
 }
