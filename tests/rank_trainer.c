@@ -157,6 +157,24 @@ void rank_run(struct rank_run *r)
     free(s);
 }
 
+void rank_recorded(const struct rank_run *r)
+{
+    struct rank_run want = *r, got = *r;
+    want.record = false;
+    got.record = true;
+    rank_run(&want);
+    rank_run(&got);
+    for (int i = 0; i < r->size; i++) {
+        print_message("rank %d: %ld micro-steps by recordings\n", i, (long)got.recorded[i]);
+        assert_true(want.recorded[i] == 0 && got.recorded[i] > 0);
+    }
+    assert_memory_equal(got.loss, want.loss, sizeof want.loss);
+    assert_memory_equal(got.norm, want.norm, sizeof want.norm);
+    assert_memory_equal(got.block, want.block, (size_t)want.elements * sizeof *want.block);
+    free(got.block);
+    free(want.block);
+}
+
 struct tf_data *rank_data(int config)
 {
     struct tf_data *data = malloc(sizeof *data);

@@ -24,6 +24,8 @@ struct rank_run {
 struct tf_data *rank_data(int config);
 /* Fails the test where a rank fails, or ranks come to different results. */
 void rank_run(struct rank_run *r);
+/* The run r with recorded micro-steps and without: every rank replays some, and the bits are the same. */
+void rank_recorded(const struct rank_run *r);
 
 /* Runs fn(self, rank, communicator) in `size` threads that have met; the first error is returned. timeout: of the communicators. */
 typedef enum rt_status (*rank_fn)(void *self, int rank, struct rt_comm *comm, struct rt_err *err);

@@ -258,23 +258,19 @@ static void test_encode_rows(void **state)
         const size_t all = (size_t)(n * cols), floats = (size_t)n * sizeof(float);
         float *x = cuda_floats(n * cols), *scale = cuda_floats(2 * n);
         uint8_t *code = malloc(2 * all);
-        void *dx = NULL, *dcode = NULL, *dscale = NULL;
         quant_rows(x, n, cols);
         for (int64_t j = 0; j < n * cols; j += 3)
             x[j] *= 1.1f; /* not bfloat16 */
+        void *dx = cuda_bytes(&p, x, all * sizeof *x), *dcode = cuda_bytes(&p, NULL, all), *dscale = cuda_bytes(&p, NULL, floats);
         assert_ok(RT_OP(&p.ref, encode_rows, &err, .x = x, .code = code, .scale = scale, .n = n, .cols = cols));
-        assert_ok(p.gpu.be->alloc(p.gpu.dev, all * sizeof(float), &dx, &err));
-        assert_ok(p.gpu.be->alloc(p.gpu.dev, all, &dcode, &err));
-        assert_ok(p.gpu.be->alloc(p.gpu.dev, floats, &dscale, &err));
-        assert_ok(rt_device_upload(&p.gpu, dx, x, all * sizeof(float), &err));
         assert_ok(RT_OP(&p.gpu, encode_rows, &err, .x = dx, .code = dcode, .scale = dscale, .n = n, .cols = cols));
-        assert_ok(rt_device_download(&p.gpu, code + all, dcode, all, &err));
-        assert_ok(rt_device_download(&p.gpu, scale + n, dscale, floats, &err));
+        cuda_get(&p, code + all, dcode, all);
+        cuda_get(&p, scale + n, dscale, floats);
         assert_memory_equal(scale + n, scale, floats);
         assert_memory_equal(code + all, code, all);
-        void *const all_of_them[] = {dx, dcode, dscale};
-        for (int j = 0; j < 3; j++)
-            p.gpu.be->free(p.gpu.dev, all_of_them[j]);
+        cuda_free(&p, dx);
+        cuda_free(&p, dcode);
+        cuda_free(&p, dscale);
         rt_free(x);
         rt_free(scale);
         free(code);
