@@ -14,11 +14,11 @@
  * from the last queries to the first, so that a block follows the one before it a step behind. Blocks stay and take work by a ticket: a block only
  * waits for work with a smaller ticket, which another block already has, so waiting ends, however many blocks run at a time.
  *
- * What limits heads of 128 (one H200, 12/2 heads, 2 x 8,192): 590 TFLOP/s in a burst, 524 in long runs. A step takes about 4,000 cycles; tensor cores
- * need 2,560 of them, and shared memory 2,940 for operands, tiles, dS and parts of dQ. Without the way of dQ to device memory: 709 and 610. Its stores
- * to shared memory wait for operands of products, and its additions and the tiles keep L2 busy (63 % at 500 TFLOP/s). In long runs the card is at its
- * power limit: 690 W, 1.6 to 1.7 GHz. Slower: dQ by vector reductions out of registers; the warpgroups in turns half a step apart; dV before dP; a
- * block for several heads of a key head.
+ * What limits heads of 128 (bench_cuda_attn, one H200, 12/2 heads, 2 x 8,192: 590 TFLOP/s in a burst, 526 in long runs): a step takes about 4,000
+ * cycles; tensor cores need 2,560 of them, and shared memory 2,940 for operands, tiles, dS and parts of dQ, whose way to device memory costs most
+ * beside: its stores to shared memory wait for operands of products, and its additions and the tiles keep the L2 busy. In long runs the card is at its
+ * power limit. Slower: dQ by vector reductions out of registers; the warpgroups in turns half a step apart; dV before dP; a block for several heads of a
+ * key head.
  */
 #include "core/cuda/attn_bwd_sm90.cuh"
 
@@ -193,6 +193,16 @@ struct keys_pass {
                 *(uint32_t *)(to + 8 * c.q_ld + 8 * j) = pack((dq[4 * j + 2] + before[j].z) * c.scale, (dq[4 * j + 3] + before[j].w) * c.scale);
         }
     }
+    /* The product of dQ of step n, the last but one of the work, is waited for and leaves. */
+    __device__ __forceinline__ void dq_ends(float (&dq)[32], uint32_t n, int it)
+    {
+        float4 before[8];
+        dq_before(before, *work_at<D>(it), QT);
+        hopper::mma_wait<0>();
+        pin(dq);
+        ds_read(n);
+        dq_last(dq, before, *work_at<D>(it), QT);
+    }
     /* ahead: of the block's first key, the tile's first query is. */
     template <class Stats>
     __device__ __forceinline__ void to_weights(float (&s)[QT / 2], const Stats &lse2, int ahead)
@@ -255,12 +265,7 @@ struct keys_pass {
         pin(dk);
         q_read(n - 1);
         v_read(0);
-        float4 before[8];
-        dq_before(before, *work_at<D>(it), QT);
-        hopper::mma_wait<0>();
-        pin(dq);
-        ds_read(n - 1);
-        dq_last(dq, before, *work_at<D>(it), QT);
+        dq_ends(dq, n - 1, it);
 #pragma unroll
         for (int k = 0; k < QT / 16; k++)
 #pragma unroll
@@ -294,14 +299,8 @@ struct keys_pass {
             pin(dk);
             q_read(n - 1);
             ask_dq(dq, n - 1);
-            if (ahead == 0) {
-                float4 before[8];
-                dq_before(before, *work_at<D>(it), QT);
-                hopper::mma_wait<0>();
-                pin(dq);
-                ds_read(n - 1);
-                dq_last(dq, before, *work_at<D>(it), QT);
-            }
+            if (ahead == 0)
+                dq_ends(dq, n - 1, it);
         }
         ask_dp(dp, n, First, it);
         if (First)

@@ -147,6 +147,15 @@ __device__ __forceinline__ void put_part(float *to, uint32_t from, bool add)
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+/* The it-th work, for a thread that keeps a copy of it. */
+template <int D>
+__device__ __forceinline__ rt_attn_bwd_item next_work(const barriers &bar, int it)
+{
+    hopper::wait_or_trap(bar.item_full(it), it / 2 & 1);
+    const rt_attn_bwd_item item = *work_at<D>(it);
+    hopper::barrier_arrive(bar.item_empty(it));
+    return item;
+}
 /* One thread for the parts of a warpgroup, but for the block's own rows: the first key block stores, the others add. Whether the next part may be
  * added to is asked while this one is on its way. */
 template <int D>
@@ -158,9 +167,7 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
     const uint32_t from = base + L::dq_from + wg * STAGES * L::part;
     uint32_t n = 0;
     for (int it = 0;; it++) {
-        hopper::wait_or_trap(bar.item_full(it), it / 2 & 1);
-        const rt_attn_bwd_item item = *work_at<D>(it);
-        hopper::barrier_arrive(bar.item_empty(it));
+        const rt_attn_bwd_item item = next_work<D>(bar, it);
         if (item.head < 0)
             break;
         const int level = item.row / ROWS, t_last = (item.row + ROWS) / L::QT;
@@ -190,9 +197,7 @@ __device__ __forceinline__ void count_dq(const rt_attn_bwd_call &c)
     const barriers bar = {pool_at() + L::bar_from};
     uint32_t n = 0;
     for (int it = 0;; it++) {
-        hopper::wait_or_trap(bar.item_full(it), it / 2 & 1);
-        const rt_attn_bwd_item item = *work_at<D>(it);
-        hopper::barrier_arrive(bar.item_empty(it));
+        const rt_attn_bwd_item item = next_work<D>(bar, it);
         if (item.head < 0)
             break;
         for (int t = tiles_of(item.len, L::QT) - 1; t >= (item.row + ROWS) / L::QT; t--, n++) {

@@ -13,8 +13,6 @@
 
 namespace {
 
-enum { ONES = 0x3f803f80 }; /* two bf16 */
-
 struct norm {
     const bf16 *x, *add;
     struct vec8::vector w; /* data NULL: ones, and f32 false */
@@ -70,7 +68,7 @@ __device__ __forceinline__ uint4 load_sum(const struct norm &p, int64_t row, int
 __device__ __forceinline__ uint4 load_weight(const struct norm &p, int c, int nv)
 {
     const bool narrow = p.w.data != NULL && !p.w.f32;
-    return narrow && c < nv ? __ldg((const uint4 *)p.w.data + c) : make_uint4(ONES, ONES, ONES, ONES);
+    return narrow && c < nv ? __ldg((const uint4 *)p.w.data + c) : vec8::ones();
 }
 
 __device__ __forceinline__ float squares_of(const uint4 &s, float squares)

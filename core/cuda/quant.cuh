@@ -21,20 +21,14 @@ struct qscale {
     float s, inverse; /* inverse: to within an ulp */
 };
 
-/* a / b as a division rounds it, from about 1/b: one step of refinement (Markstein 1990, section 3), which for a of bf16 and b = 448 or amax/448 was
- * checked against all pairs of mantissas, with the inverse up to 3 ulps off. The signs are such that -0 stays -0; where a remainder leaves
- * the range of normal numbers the code is 0 anyway. */
-__device__ __forceinline__ float divided(float a, float b, float inverse)
-{
-    const float first = a * inverse;
-    return fmaf(-fmaf(first, b, -a), inverse, first);
-}
+/* Quotients are vec8::divided, which for a of bf16 and b = 448 or amax/448 was checked against all pairs of mantissas, with the inverse up to 3 ulps off;
+ * where a remainder leaves the range of normal numbers the code is 0 anyway. */
 
 /* amax: the absolute value of a bf16 number. pow2: the least power of two that is not below amax/448. */
 __device__ __forceinline__ struct qscale quant_scale(float amax, bool pow2)
 {
     struct qscale q;
-    q.s = divided(fmaxf(amax, 1e-12f), 448.0f, 1.0f / 448.0f);
+    q.s = vec8::divided(fmaxf(amax, 1e-12f), 448.0f, 1.0f / 448.0f);
     if (pow2)
         q.s = __uint_as_float((__float_as_uint(q.s) + 0x7fffff) & 0x7f800000);
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(q.inverse) : "f"(q.s));
@@ -44,7 +38,7 @@ __device__ __forceinline__ struct qscale quant_scale(float amax, bool pow2)
 /* x / s */
 __device__ __forceinline__ float quotient(float x, const struct qscale &q)
 {
-    return divided(x, q.s, q.inverse);
+    return vec8::divided(x, q.s, q.inverse);
 }
 
 __device__ __forceinline__ uint32_t code2(float low, float high)

@@ -126,8 +126,7 @@ enum rt_status rt_cuda_rope_put(struct rt_dev *, struct rt_queue *q, const struc
     w.nkv = a->nkv;
     w.d = a->d;
     w.eps = a->eps;
-    const bool wide = a->d % 16 == 0 && vec8::aligned16(a->qkv) && vec8::aligned16(a->q) && vec8::aligned16(a->k_cache) && vec8::aligned16(a->v_cache) &&
-                      vec8::aligned16(a->cos) && vec8::aligned16(a->sin) &&
+    const bool wide = a->d % 16 == 0 && vec8::aligned16(a->qkv) && put_aligned(a) &&
                       (a->q_norm == NULL || (vec8::aligned16(w.q_norm.data) && vec8::aligned16(w.k_norm.data)));
     for (w.lanes = 1; w.lanes < 32 && w.lanes * (wide ? 8 : 1) < a->d / 2;)
         w.lanes *= 2;

@@ -194,7 +194,26 @@ __device__ u64 block_scan(shared &s, u64 x)
     return x;
 }
 
-/* The share, from id `first` on, to `held`, and its maximum to the row; in most rows that is all. NaN: the row has what is no number. */
+/* join over all threads of the row; of_warp, own: places of the block's, the latter read by the row's other blocks. */
+template <int C, class T, class F>
+__device__ __forceinline__ T over_row(T x, T *of_warp, T *own, F join)
+{
+    for (int d = 16; d > 0; d /= 2)
+        x = join(x, __shfl_xor_sync(~0u, x, d));
+    if (threadIdx.x % 32 == 0)
+        of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int i = 0; i < WARPS; i++)
+        x = join(x, of_warp[i]);
+    if (threadIdx.x == 0)
+        *own = x;
+    row_sync<C>();
+    for (int i = 0; i < C; i++)
+        x = join(x, *peer<C>(own, i));
+    return x;
+}
+
+/* The share to `held`, and its maximum to the row; in most rows that is all. NaN: the row has what is no number. */
 template <int C>
 __device__ float read_share(const work &w, shared &s, const float *z, int n, float *held)
 {
@@ -203,20 +222,7 @@ __device__ float read_share(const work &w, shared &s, const float *z, int n, flo
         top = fmaxf(top, x);
         zero = fmaf(x, 0.0f, zero);
     }, w.held ? held : NULL);
-    top += zero;
-    for (int d = 16; d > 0; d /= 2)
-        top = fmax_nan(top, __shfl_xor_sync(~0u, top, d));
-    if (threadIdx.x % 32 == 0)
-        s.warp_sum[threadIdx.x / 32] = top;
-    __syncthreads();
-    for (int i = 0; i < WARPS; i++)
-        top = fmax_nan(top, s.warp_sum[i]);
-    if (threadIdx.x == 0)
-        s.top = top;
-    row_sync<C>();
-    for (int i = 0; i < C; i++)
-        top = fmax_nan(top, *peer<C>(&s.top, i));
-    return top;
+    return over_row<C>(top + zero, s.warp_sum, &s.top, [](float a, float b) { return fmax_nan(a, b); });
 }
 
 /* The row's first id of logit `top`, or where that is NaN the first that is no number. */
@@ -228,19 +234,7 @@ __device__ int first_of(shared &s, const float *z, int first, int n, bool wide, 
         if (isnan(top) ? !isfinite(x) : x == top)
             at = min(at, first + i);
     });
-    for (int d = 16; d > 0; d /= 2)
-        at = min(at, __shfl_xor_sync(~0u, at, d));
-    if (threadIdx.x % 32 == 0)
-        s.warp_at[threadIdx.x / 32] = at;
-    __syncthreads();
-    for (int i = 0; i < WARPS; i++)
-        at = min(at, s.warp_at[i]);
-    if (threadIdx.x == 0)
-        s.at = at;
-    row_sync<C>();
-    for (int i = 0; i < C; i++)
-        at = min(at, *peer<C>(&s.at, i));
-    return at;
+    return over_row<C>(at, s.warp_at, &s.at, [](int a, int b) { return min(a, b); });
 }
 
 /* Sums of the share: s.sum of e^(z - max), in a fixed tree; s.all of weights; and its histogram. */

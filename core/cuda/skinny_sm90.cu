@@ -456,8 +456,7 @@ enum rt_status rt_cuda_skinny_hopper_gated(struct rt_queue *q, const struct rt_l
 
 bool rt_cuda_skinny_hopper_heads_fit(const struct rt_dev *dev, const struct rt_linear_fwd_args *a, const struct rt_rope_put_args *put)
 {
-    return rt_cuda_skinny_hopper_fits(dev, a) && (put->d == 64 || put->d == 128) && put->q_norm == NULL && put->k_norm == NULL && vec8::aligned16(put->q) &&
-           vec8::aligned16(put->k_cache) && vec8::aligned16(put->v_cache) && vec8::aligned16(put->cos) && vec8::aligned16(put->sin) &&
+    return rt_cuda_skinny_hopper_fits(dev, a) && (put->d == 64 || put->d == 128) && put->q_norm == NULL && put->k_norm == NULL && put_aligned(put) &&
            a->N == (int64_t)(put->nh + 2 * put->nkv) * put->d;
 }
 

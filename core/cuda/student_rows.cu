@@ -92,14 +92,12 @@ template <int K, bool SAVED> __device__ void load_piece(const struct norm &a, ui
     }
 }
 
-enum { ONES = 0x3f803f80 }; /* two bf16 */
-
 /* The weight of a thread's columns: held (bf16 or none), or read for each row (float32). */
 template <int K, bool F32> __device__ void hold_weight(const struct norm &a, bool last, uint4 held[K])
 {
 #pragma unroll
     for (int k = 0; k < K; k++) {
-        held[k] = make_uint4(ONES, ONES, ONES, ONES);
+        held[k] = vec8::ones();
         if (!F32 && a.w.data != NULL && (k < K - 1 || last))
             held[k] = ((const uint4 *)a.w.data)[threadIdx.x + k * blockDim.x];
     }
@@ -172,13 +170,6 @@ __device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, bool 
     }
     row_barrier();
     return make_float2(sum_slots(slot[0] + first), SAVED ? 0 : sum_slots(slot[1] + first));
-}
-
-/* v / cols as a division rounds it, from 1 / cols: one step of refinement (Markstein 1990, section 3). */
-__device__ inline float over_cols(const struct norm &a, float v)
-{
-    const float cols = (float)a.cols, first = v * a.per_col;
-    return fmaf(-fmaf(first, cols, -v), a.per_col, first);
 }
 
 /* dx of the row; sum += dy x r. dy w is not rounded by itself here, as it is in row_sums. */
@@ -264,7 +255,7 @@ template <int K, bool SAVED, bool F32> __global__ void __launch_bounds__(NORM_TH
         }
         const float2 s = row_sums<K, SAVED, F32>(a, now, last, held, slot[turn]);
         const float r = SAVED ? now.rstd : rsqrtf(s.y / (float)a.cols + a.eps);
-        finish_piece<K, F32>(a, at, now, last, held, r, over_cols(a, r * r * s.x), sum);
+        finish_piece<K, F32>(a, at, now, last, held, r, vec8::divided(r * r * s.x, (float)a.cols, a.per_col), sum);
     }
     if (a.part != NULL)
         store_part<K>(a, last, sum, total);

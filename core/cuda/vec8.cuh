@@ -31,6 +31,19 @@ __device__ inline uint4 pack(const float x[8])
     return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
 }
 
+/* Eight ones. */
+__device__ inline uint4 ones()
+{
+    return make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80);
+}
+
+/* a / b as a division rounds it, from about 1/b: one step of refinement (Markstein 1990, section 3). The signs are such that -0 stays -0. */
+__device__ __forceinline__ float divided(float a, float b, float inverse)
+{
+    const float first = a * inverse;
+    return fmaf(-fmaf(first, b, -a), inverse, first);
+}
+
 /* N = 8: p is 16-byte aligned. N = 1: one element. */
 template <int N> __device__ inline void load(const __nv_bfloat16 *p, float x[N])
 {
