@@ -3,11 +3,14 @@
  *
  *   before   delta = rowsum(dO * O) and lse / ln 2, in rows padded to the tiles; the list of the work; counters
  *   main     a block for 128 keys of a query head: dK and dV of that head, and what these keys add to dQ
- *   after    dK and dV summed over the query heads of each key head, where there are several
+ *   after    dK and dV summed over the query heads of each key head
  *
  * Sums of dQ are float32 in device memory, 64 rows x 64 columns at a time as a product leaves them in registers ("part"): element e of float4 j of
  * thread t is row 16 (t / 32) + t % 32 / 4 + 8 (e / 2), column 8 j + 2 (t % 4) + e % 2, at (128 j + t) * 4 + e. A key block adds to a part after all
  * key blocks before it have, and the last one (of the same rows) rounds the sum: the order is fixed, and so are the bytes.
+ *
+ * dK and dV of a query head travel to the kernel after in BF16, as registers hold them, too: 64 keys x D a warpgroup, element e of 16-byte word v of
+ * thread t is row 16 (t / 32) + t % 32 / 4 + 8 (e / 2 % 2), column 16 v + 8 (e / 4) + 2 (t % 4) + e % 2, at (128 v + t) * 8 + e.
  */
 #ifndef RT_CORE_CUDA_ATTN_BWD_H
 #define RT_CORE_CUDA_ATTN_BWD_H
@@ -39,13 +42,13 @@ struct rt_attn_bwd_call {
     float *lse2, *delta, *sums;                    /* [nh, rows], [nh, rows], [nh, rows, D] in parts; lse2 of rows beyond a sequence is inf */
     int32_t *added, *ticket;                       /* [nh, rows D / PART]: key blocks that have added to a part; [1] */
     struct rt_attn_bwd_item *items;                /* [n_tile * nh] in the order in which blocks take them */
-    __nv_bfloat16 *dk_head, *dv_head;              /* [group, n, nkv, dqk], [group, n, nkv, dv], or NULL with group 1 */
+    uint4 *dk_head, *dv_head;                      /* [nh, rows, D] BF16, 64 rows at a time as above */
     /* The order: sequences that begin within `window` rows go together, `heads` heads at a time, so that what their blocks share stays in L2;
      * of those, first key blocks first: the longest. */
     int window, heads;
 };
 
-/* dq; dk and dv, or with a group of several heads dk_head and dv_head. After the kernel before. */
+/* dq, dk_head and dv_head. After the kernel before. */
 enum rt_status rt_cuda_attn_bwd_main(struct rt_queue *q, const struct rt_attn_bwd_call *c, struct rt_err *err);
 
 #endif

@@ -1,12 +1,12 @@
 /* Attention backward for compute capability 9.0, around the main kernel (attn_bwd.h): the kernels before and after it, both bound by memory; the
  * scratch, the order of the work, and the call. */
 #include "core/cuda/attn_bwd.h"
-#include "core/cuda/attn_tile.cuh"
+#include "core/cuda/attn_sm90.cuh"
 #include "core/cuda/vec8.cuh"
 
 namespace {
 
-enum { ROWS = RT_ATTN_BWD_ROWS, THREADS = 256, SUM_ROWS = 32, SUM_HEADS = 8 };
+enum { ROWS = RT_ATTN_BWD_ROWS, THREADS = 256, AFTER_THREADS = 128 };
 
 /* Places of the work of tile t in the list. Each lane looks at some of the sequences. */
 __device__ __forceinline__ void list_work(const rt_attn_bwd_call &c, const rt_cuda_seqs &seqs, int t, int lane)
@@ -85,40 +85,38 @@ __global__ __launch_bounds__(THREADS) void attn_bwd_before_kernel(const __grid_c
         c.lse2[to] = valid ? c.lse[h * c.n + at.first + at.row + r] * 1.4426950408889634f : INFINITY;
 }
 
-/* Some rows of a tile and a key head: the sum of what its query heads left, in ascending order; of a few heads at a time all is asked for first. */
-__device__ __forceinline__ void sum_heads(const rt_attn_bwd_call &c, const place &at, int hk, const bf16 *from, int d, bf16 *to, int64_t ld)
+/* A warpgroup's keys of a tile and a key head: the sum of what its query heads left, in ascending order. */
+template <int D>
+__global__ __launch_bounds__(AFTER_THREADS) void attn_bwd_after_kernel(const __grid_constant__ rt_attn_bwd_call c, const __grid_constant__ rt_cuda_seqs seqs)
 {
-    const int chunks = d / 8, last = min((int)(blockIdx.z + 1) * SUM_ROWS, at.len - at.row);
-    for (int i = blockIdx.z * SUM_ROWS * chunks + threadIdx.x; i < last * chunks; i += THREADS) {
-        const int64_t row = at.first + at.row + i / chunks;
-        const int col = i % chunks * 8;
-        float x[8] = {};
-        for (int g = 0; g < c.group; g += SUM_HEADS) {
-            uint4 some[SUM_HEADS];
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const int t = blockIdx.x / c.nkv, hk = blockIdx.x % c.nkv, wg = blockIdx.z, lane = threadIdx.x % 32;
+    const bool keys = blockIdx.y == 0;
+    const place at = place_of(seqs, t, ROWS);
+    const int row = at.row + wg * (ROWS / 2) + threadIdx.x / 32 * 16 + lane / 4, d = keys ? c.dqk : c.dv;
+    const float one[2] = {1, 1};
+    float sum[D / 2] = {};
+    if (at.row + wg * (ROWS / 2) >= at.len)
+        return;
+#pragma unroll 2
+    for (int h = hk * c.group; h < (hk + 1) * c.group; h++) {
+        const uint4 *from = (keys ? c.dk_head : c.dv_head) + (((int64_t)h * c.n_tile + t) * 2 + wg) * (D / 16 * AFTER_THREADS) + threadIdx.x;
+        uint4 part[D / 16];
 #pragma unroll
-            for (int j = 0; j < SUM_HEADS; j++)
-                some[j] = g + j < c.group ? *(const uint4 *)(from + (((g + j) * c.n + row) * c.nkv + hk) * d + col) : make_uint4(0, 0, 0, 0);
+        for (int v = 0; v < D / 16; v++)
+            part[v] = from[v * AFTER_THREADS];
 #pragma unroll
-            for (int j = 0; j < SUM_HEADS; j++) {
-                float y[8];
-                vec8::unpack(some[j], y);
+        for (int v = 0; v < D / 16; v++) {
+            float x[8];
+            vec8::unpack(part[v], x);
 #pragma unroll
-                for (int e = 0; e < 8; e++)
-                    x[e] += y[e];
-            }
+            for (int e = 0; e < 8; e++)
+                sum[8 * v + e] += x[e];
         }
-        *(uint4 *)(to + row * ld + col) = vec8::pack(x);
     }
-}
-
-__global__ __launch_bounds__(THREADS) void attn_bwd_after_kernel(const __grid_constant__ rt_attn_bwd_call c, const __grid_constant__ rt_cuda_seqs seqs)
-{
-    const int hk = blockIdx.x % c.nkv;
-    const place at = place_of(seqs, blockIdx.x / c.nkv, ROWS);
-    if (blockIdx.y == 0)
-        sum_heads(c, at, hk, c.dk_head, c.dqk, c.dk + hk * c.k_head, c.k_ld);
-    else
-        sum_heads(c, at, hk, c.dv_head, c.dv, c.dv_out + hk * c.v_head, c.v_ld);
+    bf16 *to = keys ? c.dk + hk * c.k_head + at.first * c.k_ld : c.dv_out + hk * c.v_head + at.first * c.v_ld;
+    sums_out<D>(sum, one, to, keys ? c.k_ld : c.v_ld, d, row, at.len, lane);
+#endif
 }
 
 enum rt_status before(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
@@ -132,7 +130,11 @@ enum rt_status before(struct rt_queue *q, const struct rt_attn_bwd_call *c, cons
 }
 enum rt_status after(struct rt_queue *q, const struct rt_attn_bwd_call *c, const struct rt_cuda_seqs *seqs, struct rt_err *err)
 {
-    attn_bwd_after_kernel<<<dim3((unsigned)(c->n_tile * c->nkv), 2, ROWS / SUM_ROWS), THREADS, 0, q->stream>>>(*c, *seqs);
+    const dim3 blocks((unsigned)(c->n_tile * c->nkv), 2, 2); /* keys and values; warpgroups */
+    if (c->D == 64)
+        attn_bwd_after_kernel<64><<<blocks, AFTER_THREADS, 0, q->stream>>>(*c, *seqs);
+    else
+        attn_bwd_after_kernel<128><<<blocks, AFTER_THREADS, 0, q->stream>>>(*c, *seqs);
     return rt_cuda_launched("attn_bwd_after", err);
 }
 
@@ -140,8 +142,7 @@ enum rt_status after(struct rt_queue *q, const struct rt_attn_bwd_call *c, const
 size_t carve(struct rt_attn_bwd_call *c, char *at)
 {
     const size_t rows = (size_t)c->n_tile * ROWS, nh = (size_t)c->nh, parts = rows * (size_t)c->D / RT_ATTN_BWD_PART;
-    const size_t sizes[] = {nh * rows * (size_t)c->D * 4, c->group > 1 ? nh * (size_t)c->n * (size_t)c->dqk * 2 : 0,
-                            c->group > 1 ? nh * (size_t)c->n * (size_t)c->dv * 2 : 0, nh * rows * 4, nh * rows * 4,
+    const size_t sizes[] = {nh * rows * (size_t)c->D * 4, nh * rows * (size_t)c->D * 2, nh * rows * (size_t)c->D * 2, nh * rows * 4, nh * rows * 4,
                             nh * (size_t)c->n_tile * sizeof *c->items, nh * parts * 4, 4};
     char *p[8];
     size_t all = 0;
@@ -149,7 +150,7 @@ size_t carve(struct rt_attn_bwd_call *c, char *at)
         p[i] = at + all;
         all += (sizes[i] + 255) / 256 * 256;
     }
-    c->sums = (float *)p[0], c->dk_head = (bf16 *)p[1], c->dv_head = (bf16 *)p[2], c->lse2 = (float *)p[3], c->delta = (float *)p[4];
+    c->sums = (float *)p[0], c->dk_head = (uint4 *)p[1], c->dv_head = (uint4 *)p[2], c->lse2 = (float *)p[3], c->delta = (float *)p[4];
     c->items = (struct rt_attn_bwd_item *)p[5], c->added = (int32_t *)p[6], c->ticket = (int32_t *)p[7];
     return all;
 }
@@ -190,8 +191,7 @@ enum rt_status some_heads(struct rt_queue *q, const struct rt_attn_bwd_args *a, 
     c.o = (const bf16 *)a->o + hq * c.dv, c.dout = (const bf16 *)a->dout + hq * c.dv, c.lse = a->lse + hq * c.n;
     RT_TRY(before(q, &c, seqs, err));
     RT_TRY(rt_cuda_attn_bwd_main(q, &c, err));
-    if (c.group > 1)
-        RT_TRY(after(q, &c, seqs, err));
+    RT_TRY(after(q, &c, seqs, err));
 out:
     return st;
 }

@@ -179,19 +179,19 @@ struct keys_pass {
         }
     }
     /* No key block comes after this one, so the sum is rounded and leaves. */
-    __device__ __forceinline__ void dq_last(const float (&dq)[32], const float4 (&before)[8], const rt_attn_bwd_item &item, int ahead)
+    __device__ __forceinline__ void dq_last(float (&dq)[32], const float4 (&before)[8], const rt_attn_bwd_item &item, int ahead)
     {
-        const int row = item.row + ahead + (D == 64 ? 64 * wg : 0) + threadIdx.x % 128 / 32 * 16 + own_lane() / 4, col = (D == 64 ? 0 : 64 * wg) + own_lane() % 4 * 2;
-        bf16 *to = c.dq + ((int64_t)item.first + row) * c.q_ld + item.head * c.q_head + col;
+        const int row = item.row + ahead + (D == 64 ? 64 * wg : 0) + threadIdx.x % 128 / 32 * 16 + own_lane() / 4, column = D == 64 ? 0 : 64 * wg;
+        const float factor[2] = {c.scale, c.scale};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            if (col + 8 * j >= c.dqk)
-                break;
-            if (row < item.len)
-                *(uint32_t *)(to + 8 * j) = pack((dq[4 * j] + before[j].x) * c.scale, (dq[4 * j + 1] + before[j].y) * c.scale);
-            if (row + 8 < item.len)
-                *(uint32_t *)(to + 8 * c.q_ld + 8 * j) = pack((dq[4 * j + 2] + before[j].z) * c.scale, (dq[4 * j + 3] + before[j].w) * c.scale);
+            dq[4 * j] += before[j].x;
+            dq[4 * j + 1] += before[j].y;
+            dq[4 * j + 2] += before[j].z;
+            dq[4 * j + 3] += before[j].w;
         }
+        sums_out<64>(dq, factor, c.dq + item.first * c.q_ld + item.head * c.q_head, c.q_ld, c.dqk, row, item.len, own_lane(),
+                     [=](int g) { return column + 32 * g; });
     }
     /* The product of dQ of step n, the last but one of the work, is waited for and leaves. */
     __device__ __forceinline__ void dq_ends(float (&dq)[32], uint32_t n, int it)
@@ -361,14 +361,15 @@ struct keys_pass {
         pin(dv);
         do_read(n);
     }
-    /* dK or dV of the warpgroup's keys, with d elements: to `all`, or where the group has several heads to this one's in `heads`. */
-    __device__ __forceinline__ void sum_out(const float (&sum)[D / 2], float factor, const rt_attn_bwd_item &item, bf16 *all, int64_t ld, int64_t head,
-                                            bf16 *heads, int d)
+    /* dK or dV of the warpgroup's keys times a factor, as the kernel after reads it. */
+    __device__ __forceinline__ void sum_out(const float (&sum)[D / 2], float factor, const rt_attn_bwd_item &item, uint4 *heads)
     {
-        const int hk = item.head / c.group, g = item.head % c.group;
-        const float f[2] = {factor, factor};
-        bf16 *to = c.group > 1 ? heads + ((g * c.n + item.first) * c.nkv + hk) * d : all + hk * head + item.first * ld;
-        sums_out<D>(sum, f, to, c.group > 1 ? (int64_t)c.nkv * d : ld, d, item.row + threadIdx.x / 32 * 16 + own_lane() / 4, item.len, own_lane());
+        const int64_t part = ((int64_t)item.head * c.n_tile + item.tile + item.row / ROWS) * CONSUMERS + wg;
+        uint4 *to = heads + part * (D / 16 * 128) + threadIdx.x % 128;
+#pragma unroll
+        for (int v = 0; v < D / 16; v++)
+            to[v * 128] = make_uint4(pack(sum[8 * v] * factor, sum[8 * v + 1] * factor), pack(sum[8 * v + 2] * factor, sum[8 * v + 3] * factor),
+                                     pack(sum[8 * v + 4] * factor, sum[8 * v + 5] * factor), pack(sum[8 * v + 6] * factor, sum[8 * v + 7] * factor));
     }
     /* After the last step n. */
     __device__ __forceinline__ void last(uint32_t n, int it)
@@ -384,12 +385,12 @@ struct keys_pass {
         if (first_of_wg())
             hopper::barrier_arrive(bar().k_empty());
         dq_before(before, item, 0);
-        sum_out(dv, 1, item, c.dv_out, c.v_ld, c.v_head, c.dv_head, c.dv); /* while those come */
+        sum_out(dv, 1, item, c.dv_head); /* while those come */
         hopper::mma_wait<0>();
         pin(dk);
         q_read(n);
         dq_last(dq, before, item, 0);
-        sum_out(dk, c.scale, item, c.dk, c.k_ld, c.k_head, c.dk_head, c.dqk);
+        sum_out(dk, c.scale, item, c.dk_head);
     }
 };
 

@@ -144,9 +144,11 @@ __device__ __forceinline__ void transpose4(uint32_t (&w)[4], int q)
                 w[hi] = got;
         }
 }
-/* A thread's accumulators of rows row and row + 8 of `rows`, times the factor of each, to rows of global memory, 16 bytes at a time. */
-template <int D>
-__device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int row, int rows, int lane)
+/* A thread's accumulators of rows row and row + 8 of `rows`, times the factor of each, to rows of global memory, 16 bytes at a time. first(g): the column
+ * of the row at which the g-th 32 of them lie. */
+template <int D, class First>
+__device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int row, int rows, int lane,
+                                         First first)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -157,10 +159,15 @@ __device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float 
             for (int i = 0; i < 4; i++)
                 w[i] = pack(acc[4 * (j + i) + 2 * half] * factor[half], acc[4 * (j + i) + 2 * half + 1] * factor[half]);
             transpose4(w, lane % 4);
-            const int r = row + 8 * half, c = 8 * (j + lane % 4);
+            const int r = row + 8 * half, c = first(j / 4) + 8 * (lane % 4);
             if (r < rows && c < d)
                 *(uint4 *)(dst + r * ld + c) = make_uint4(w[0], w[1], w[2], w[3]);
         }
+}
+template <int D>
+__device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int row, int rows, int lane)
+{
+    sums_out<D>(acc, factor, dst, ld, d, row, rows, lane, [](int g) { return 32 * g; });
 }
 
 #endif
