@@ -1,6 +1,6 @@
 /* Attention on the GPU: the own kernels and cuDNN, at the teacher's and the students' shapes.
  *
- *     bench_cuda_attn [--long] [own|hopper|cudnn]
+ *     bench_cuda_attn [--long] [own|hopper|cudnn [SHAPE]]        SHAPE: teacher, MLA, MLA+, 0.5B, 1.5B, 7B; all without it
  *
  * MLA is the teacher's attention: keys in two parts, codes instead of the output (and what a path needs for that); MLA+ rotates queries as well, as
  * its layer calls it.
@@ -203,7 +203,7 @@ int main(int argc, char **argv)
     struct rt_device d = {0};
     char why[128];
     const bool long_run = argc > 1 && strcmp(argv[1], "--long") == 0;
-    const char *only = argc > 1 + long_run ? argv[1 + long_run] : NULL;
+    const char *only = argc > 1 + long_run ? argv[1 + long_run] : NULL, *name = argc > 2 + long_run ? argv[2 + long_run] : NULL;
     if (!rt_backend_cuda.available(why, sizeof why)) {
         printf("bench_cuda_attn: %s\n", why);
         return 0;
@@ -214,7 +214,8 @@ int main(int argc, char **argv)
     if (st == RT_OK)
         printf("%s%s%s\n", d.be->describe(d.dev), d.dev->dnn == NULL ? "; " : "", d.dev->dnn == NULL ? d.dev->dnn_why : "");
     for (size_t i = 0; st == RT_OK && i < sizeof shapes / sizeof *shapes; i++)
-        st = one(&d, &shapes[i], only, long_run, &err);
+        if (name == NULL || strcmp(name, shapes[i].name) == 0)
+            st = one(&d, &shapes[i], only, long_run, &err);
     if (st != RT_OK)
         fprintf(stderr, "bench_cuda_attn: %s\n", err.msg);
     rt_device_close(&d);

@@ -1,5 +1,5 @@
-/* Attention backward for compute capability 9.0, the threads beside those that multiply (attn_bwd_sm90.cu): a block's shared memory and barriers, the
- * thread that fills its rings, and those that bring its parts of dQ to device memory.
+/* Attention backward for compute capability 9.0, what its warpgroups share (attn_bwd_sm90.cu): a block's shared memory and barriers, the thread that fills
+ * its rings, and those that bring its parts of dQ to device memory.
  */
 #ifndef RT_CORE_CUDA_ATTN_BWD_SM90_CUH
 #define RT_CORE_CUDA_ATTN_BWD_SM90_CUH
@@ -9,7 +9,13 @@
 
 namespace {
 
-enum { CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1), ROWS = RT_ATTN_BWD_ROWS, STAGES = 2, PART = RT_ATTN_BWD_PART, READERS = 4 * CONSUMERS + 3 };
+enum {
+    CONSUMERS = 2,                 /* warpgroups for the keys; another is for dQ, and one of warps that move data */
+    THREADS = 128 * (CONSUMERS + 2),
+    ROWS = RT_ATTN_BWD_ROWS, PART = RT_ATTN_BWD_PART,
+    STAGES = 2, PARTS = 2,         /* of rings; of dQ in a step */
+    READERS = 4 * (CONSUMERS + 1) + 3 /* of a work: warps that multiply, threads that bring and count */
+};
 
 struct maps {
     CUtensorMap q, k, v, dout;
@@ -19,11 +25,11 @@ struct maps {
 template <int D>
 struct layout {
     enum {
-        QT = D == 64 ? 128 : 64, PARTS = ROWS * D / PART, /* of dQ, for 128 rows */
+        QT = D == 64 ? 128 : 64, ROWS_PARTS = ROWS * D / PART, /* of dQ, for 128 rows */
         k = ROWS * D * 2, q = QT * D * 2, ds = ROWS * QT * 2, part = PART * 4, stat = QT * 4, /* bytes */
         v_from = k, q_from = v_from + k, do_from = q_from + STAGES * q, ds_from = do_from + STAGES * q, dq_from = ds_from + 2 * ds,
-        lse_from = dq_from + STAGES * CONSUMERS * part, delta_from = lse_from + STAGES * stat, bar_from = delta_from + STAGES * stat,
-        item_from = bar_from + (4 + 4 * STAGES + 3 * STAGES * CONSUMERS + 8) * 8, bytes = item_from + 2 * sizeof(rt_attn_bwd_item),
+        lse_from = dq_from + STAGES * PARTS * part, delta_from = lse_from + STAGES * stat, bar_from = delta_from + STAGES * stat,
+        item_from = bar_from + (4 + 4 * STAGES + 3 * STAGES * PARTS + 8) * 8, bytes = item_from + 2 * sizeof(rt_attn_bwd_item),
     };
 };
 
@@ -39,9 +45,9 @@ struct barriers {
     __device__ __forceinline__ uint32_t q_empty(uint32_t i) const { return at + 32 + (STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t do_full(uint32_t i) const { return at + 32 + (2 * STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t do_empty(uint32_t i) const { return at + 32 + (3 * STAGES + i % STAGES) * 8; }
-    __device__ __forceinline__ uint32_t dq_full(int wg, uint32_t i) const { return at + 32 + (4 * STAGES + wg * STAGES + i % STAGES) * 8; }
-    __device__ __forceinline__ uint32_t dq_empty(int wg, uint32_t i) const { return at + 32 + (6 * STAGES + wg * STAGES + i % STAGES) * 8; }
-    __device__ __forceinline__ uint32_t dq_there(int wg, uint32_t i) const { return at + 32 + (8 * STAGES + wg * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_full(int p, uint32_t i) const { return at + 32 + (4 * STAGES + p * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_empty(int p, uint32_t i) const { return at + 32 + (6 * STAGES + p * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_there(int p, uint32_t i) const { return at + 32 + (8 * STAGES + p * STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t ds_full(uint32_t i) const { return at + 32 + (10 * STAGES + i % 2) * 8; }
     __device__ __forceinline__ uint32_t ds_empty(uint32_t i) const { return at + 32 + (10 * STAGES + 2 + i % 2) * 8; }
     __device__ __forceinline__ uint32_t item_full(int i) const { return at + 32 + (10 * STAGES + 4 + i % 2) * 8; }
@@ -118,11 +124,11 @@ __device__ __forceinline__ void produce(const rt_attn_bwd_call &c, const maps &m
 
 /* ---- dQ to device memory ---- */
 
-/* Of query tile t of a sequence, the part of a warpgroup: 64 columns, or with heads of 64 its rows. */
+/* Of query tile t of a sequence, part p of its two: 64 columns, or with heads of 64 its rows. */
 template <int D>
-__device__ __forceinline__ int64_t part_of(const rt_attn_bwd_call &c, const rt_attn_bwd_item &item, int t, int wg)
+__device__ __forceinline__ int64_t part_of(const rt_attn_bwd_call &c, const rt_attn_bwd_item &item, int t, int p)
 {
-    return ((int64_t)item.head * c.n_tile + item.tile) * layout<D>::PARTS + 2 * t + wg;
+    return ((int64_t)item.head * c.n_tile + item.tile) * layout<D>::ROWS_PARTS + 2 * t + p;
 }
 __device__ __forceinline__ bool is_added(const int32_t *count, int want)
 {
@@ -156,15 +162,15 @@ __device__ __forceinline__ rt_attn_bwd_item next_work(const barriers &bar, int i
     hopper::barrier_arrive(bar.item_empty(it));
     return item;
 }
-/* One thread for the parts of a warpgroup, but for the block's own rows: the first key block stores, the others add. Whether the next part may be
+/* One thread for the p-th parts, but for the block's own rows: the first key block stores, the others add. Whether the next part may be
  * added to is asked while this one is on its way. */
 template <int D>
-__device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
+__device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int p)
 {
     typedef layout<D> L;
     const uint32_t base = pool_at();
     const barriers bar = {base + L::bar_from};
-    const uint32_t from = base + L::dq_from + wg * STAGES * L::part;
+    const uint32_t from = base + L::dq_from + p * STAGES * L::part;
     uint32_t n = 0;
     for (int it = 0;; it++) {
         const rt_attn_bwd_item item = next_work<D>(bar, it);
@@ -173,18 +179,18 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int wg)
         const int level = item.row / ROWS, t_last = (item.row + ROWS) / L::QT;
         bool may = level == 0;
         for (int t = tiles_of(item.len, L::QT) - 1; t >= t_last; t--, n++) {
-            const int64_t part = part_of<D>(c, item, t, wg);
+            const int64_t part = part_of<D>(c, item, t, p);
             if (!may)
                 wait_added(c.added + part, level);
-            hopper::wait_or_trap(bar.dq_full(wg, n), n / STAGES & 1);
+            hopper::wait_or_trap(bar.dq_full(p, n), n / STAGES & 1);
             /* between what the warpgroup wrote, or other blocks added, and the bulk addition; here, since four warps would wait for it there */
             asm volatile("fence.proxy.async.shared::cta;\nfence.proxy.async.global;" ::: "memory");
             put_part(c.sums + part * PART, from + n % STAGES * L::part, level > 0);
             may = level == 0 || (t > t_last && is_added(c.added + part - 2, level));
             asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-            hopper::barrier_arrive(bar.dq_empty(wg, n));
+            hopper::barrier_arrive(bar.dq_empty(p, n));
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-            hopper::barrier_arrive(bar.dq_there(wg, n));
+            hopper::barrier_arrive(bar.dq_there(p, n));
         }
     }
 }
@@ -202,13 +208,13 @@ __device__ __forceinline__ void count_dq(const rt_attn_bwd_call &c)
             break;
         for (int t = tiles_of(item.len, L::QT) - 1; t >= (item.row + ROWS) / L::QT; t--, n++) {
             int32_t *added = c.added + part_of<D>(c, item, t, 0);
-            for (int wg = 0; wg < CONSUMERS; wg++) {
-                hopper::wait_or_trap(bar.dq_there(wg, n), n / STAGES & 1);
-                hopper::barrier_arrive(bar.dq_empty(wg, n)); /* both have arrived: dq_there is never two phases ahead */
+            for (int p = 0; p < PARTS; p++) {
+                hopper::wait_or_trap(bar.dq_there(p, n), n / STAGES & 1);
+                hopper::barrier_arrive(bar.dq_empty(p, n)); /* both have arrived: dq_there is never two phases ahead */
             }
             asm volatile("fence.acq_rel.gpu;" ::: "memory");
-            for (int wg = 0; wg < CONSUMERS; wg++)
-                asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(added + wg), "r"(item.row / ROWS + 1) : "memory");
+            for (int p = 0; p < PARTS; p++)
+                asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(added + p), "r"(item.row / ROWS + 1) : "memory");
         }
     }
 }

@@ -1,0 +1,144 @@
+/* Attention backward for compute capability 9.0, the warpgroup for dQ (attn_bwd_sm90.cu): dQ = dS K of a tile of queries, in two parts, from what the
+ * warpgroups for the keys leave in shared memory. It follows them by a step, two at most: what it waits for holds up no product of theirs.
+ */
+#ifndef RT_CORE_CUDA_ATTN_BWD_QUERIES_CUH
+#define RT_CORE_CUDA_ATTN_BWD_QUERIES_CUH
+
+#include "core/cuda/attn_bwd_sm90.cuh"
+
+namespace {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ int own_lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ bool first_of_wg() { return threadIdx.x % 128 == 0; }
+
+#define RT_R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+/* d [64 x 64] (+)= a b, both read transposed: tiles whose rows are summed over. */
+__device__ __forceinline__ void mma_tt(float (&d)[32], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 1, 1;\n}"
+                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "l"(a), "l"(b), "r"(add));
+}
+#undef RT_R8
+
+template <int D>
+struct queries_pass {
+    typedef layout<D> L;
+    enum { QT = L::QT };
+    const rt_attn_bwd_call &c;
+
+    __device__ __forceinline__ barriers bar() const { return {pool_at() + L::bar_from}; }
+
+    /* Operands of part p of step n. */
+    __device__ __forceinline__ uint64_t ds_at(uint32_t n, int p) const
+    {
+        return hopper::descriptor_t(pool_at() + L::ds_from + n % 2 * L::ds + (D == 64 ? p * ROWS * 128 : 0), ROWS * 128);
+    }
+    __device__ __forceinline__ uint64_t keys_at(int p) const { return hopper::descriptor_t(pool_at() + (D == 64 ? 0 : p * ROWS * 128), ROWS * 128); }
+    __device__ __forceinline__ void ds_read(uint32_t n)
+    {
+        if (first_of_wg())
+            hopper::barrier_arrive(bar().ds_empty(n));
+    }
+
+    /* Part p of dQ of step n; its operands have been read. */
+    __device__ __forceinline__ void product(float (&dq)[32], uint32_t n, int p)
+    {
+        const uint64_t x = ds_at(n, p), y = keys_at(p);
+        hopper::mma_fence();
+#pragma unroll
+        for (int k = 0; k < ROWS / 16; k++)
+            mma_tt(dq, x + k * 16 * 8, y + k * 16 * 8, k > 0);
+        hopper::mma_commit();
+        hopper::mma_wait<0>();
+        pin(dq);
+    }
+    /* Of step n, whose queries come behind the block's keys: to the thread that brings it, as the i-th. */
+    __device__ __forceinline__ void part_out(uint32_t n, int p, uint32_t i)
+    {
+        const uint32_t to = pool_at() + L::dq_from + (p * STAGES + i % STAGES) * L::part + threadIdx.x % 128 * 16;
+        float dq[32];
+        product(dq, n, p);
+        if (p == PARTS - 1)
+            ds_read(n);
+        if (i >= STAGES)
+            hopper::wait_or_trap(bar().dq_empty(p, i), (i / STAGES - 1) & 1);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 2048), "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
+                         "f"(dq[4 * j + 3]) : "memory");
+        __syncwarp();
+        if (own_lane() == 0)
+            hopper::barrier_arrive(bar().dq_full(p, i));
+    }
+    /* Part p of step n, of the block's own queries, `ahead` of its first: no key block comes after this one, so the sum is rounded and leaves. */
+    __device__ __forceinline__ void last_part(uint32_t n, int p, const rt_attn_bwd_item &item, int ahead)
+    {
+        const int level = item.row / ROWS;
+        const int row = item.row + ahead + (D == 64 ? 64 * p : 0) + threadIdx.x % 128 / 32 * 16 + own_lane() / 4, column = D == 64 ? 0 : 64 * p;
+        const int64_t part = part_of<D>(c, item, (item.row + ahead) / QT, p);
+        const float factor[2] = {c.scale, c.scale};
+        float dq[32];
+        product(dq, n, p);
+        if (p == PARTS - 1) {
+            ds_read(n);
+            if (ahead == 0 && first_of_wg())
+                hopper::barrier_arrive(bar().k_empty());
+        }
+        if (level > 0) {
+            wait_added(c.added + part, level);
+            const float4 *from = (const float4 *)(c.sums + part * PART) + threadIdx.x % 128;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float4 before = __ldcg(from + j * 128);
+                dq[4 * j] += before.x;
+                dq[4 * j + 1] += before.y;
+                dq[4 * j + 2] += before.z;
+                dq[4 * j + 3] += before.w;
+            }
+        }
+        sums_out<64>(dq, factor, c.dq + item.first * c.q_ld + item.head * c.q_head, c.q_ld, c.dqk, row, item.len, own_lane(),
+                     [=](int g) { return column + 32 * g; });
+    }
+};
+
+template <int D>
+__device__ __forceinline__ void follow(const rt_attn_bwd_call &c)
+{
+    typedef layout<D> L;
+    queries_pass<D> q = {c};
+    const barriers bar = q.bar();
+    uint32_t n = 0, given = 0; /* steps; those whose parts went out */
+    for (int it = 0;; it++) {
+        hopper::wait_or_trap(bar.item_full(it), it / 2 & 1);
+        const rt_attn_bwd_item &item = *work_at<D>(it);
+        if (uniform(item.head) < 0)
+            break;
+        hopper::wait_or_trap(bar.k_full(), it & 1);
+        for (int ahead = uniform((tiles_of(item.len, L::QT) - 1) * L::QT - item.row); ahead >= 0; ahead -= L::QT, n++) {
+            hopper::wait_or_trap(bar.ds_full(n), n / 2 & 1);
+            shared_to_async(); /* what both warpgroups wrote */
+            if (ahead >= ROWS) {
+                q.part_out(n, 0, given);
+                q.part_out(n, 1, given++);
+            } else {
+                q.last_part(n, 0, item, ahead);
+                q.last_part(n, 1, item, ahead);
+            }
+        }
+        __syncwarp();
+        if (own_lane() == 0)
+            hopper::barrier_arrive(bar.item_empty(it));
+    }
+}
+
+#endif
+
+}
+
+#endif
