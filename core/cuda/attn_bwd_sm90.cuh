@@ -194,7 +194,7 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int p)
         }
     }
 }
-/* One thread: counts the parts of a step that are in device memory. Its fence takes as long as an addition: the threads that bring them go on
+/* One thread: counts the parts of a step that are in device memory. The release takes as long as an addition: the threads that bring them go on
  * meanwhile, two steps at most. */
 template <int D>
 __device__ __forceinline__ void count_dq(const rt_attn_bwd_call &c)
@@ -212,9 +212,8 @@ __device__ __forceinline__ void count_dq(const rt_attn_bwd_call &c)
                 hopper::wait_or_trap(bar.dq_there(p, n), n / STAGES & 1);
                 hopper::barrier_arrive(bar.dq_empty(p, n)); /* both have arrived: dq_there is never two phases ahead */
             }
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");
-            for (int p = 0; p < PARTS; p++)
-                asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(added + p), "r"(item.row / ROWS + 1) : "memory");
+            const uint64_t level = (uint64_t)(item.row / ROWS + 1); /* of both parts, which lie side by side at an even place */
+            asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(added), "l"(level << 32 | level) : "memory");
         }
     }
 }
