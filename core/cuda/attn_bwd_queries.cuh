@@ -10,21 +10,8 @@ namespace {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ int own_lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ bool first_of_wg() { return threadIdx.x % 128 == 0; }
-
-#define RT_R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-/* d [64 x 64] (+)= a b, both read transposed: tiles whose rows are summed over. */
-__device__ __forceinline__ void mma_tt(float (&d)[32], uint64_t a, uint64_t b, int add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 1, 1;\n}"
-                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "l"(a), "l"(b), "r"(add));
-}
-#undef RT_R8
 
 template <int D>
 struct queries_pass {
@@ -102,8 +89,7 @@ struct queries_pass {
                 dq[4 * j + 3] += before.w;
             }
         }
-        sums_out<64>(dq, factor, c.dq + item.first * c.q_ld + item.head * c.q_head, c.q_ld, c.dqk, row, item.len, own_lane(),
-                     [=](int g) { return column + 32 * g; });
+        sums_out<64>(dq, factor, c.dq + item.first * c.q_ld + item.head * c.q_head, c.q_ld, c.dqk, row, item.len, own_lane(), column);
     }
 };
 
@@ -122,7 +108,7 @@ __device__ __forceinline__ void follow(const rt_attn_bwd_call &c)
         hopper::wait_or_trap(bar.k_full(), it & 1);
         for (int ahead = uniform((tiles_of(item.len, L::QT) - 1) * L::QT - item.row); ahead >= 0; ahead -= L::QT, n++) {
             hopper::wait_or_trap(bar.ds_full(n), n / 2 & 1);
-            shared_to_async(); /* what both warpgroups wrote */
+            hopper::fence_async(); /* what both warpgroups wrote */
             if (ahead >= ROWS) {
                 q.part_out(n, 0, given);
                 q.part_out(n, 1, given++);

@@ -82,6 +82,13 @@ __device__ __forceinline__ void mma_ss(float (&d)[64], uint64_t a, uint64_t b, i
                  : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24), RT_R8(d, 32), RT_R8(d, 40), RT_R8(d, 48), RT_R8(d, 56)
                  : "l"(a), "l"(b), "r"(add));
 }
+/* d [64 x 64] (+)= a^T b, both from shared memory and read transposed: tiles whose rows are summed over. */
+__device__ __forceinline__ void mma_tt(float (&d)[32], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RT_D32 ", %32, %33, p, 1, 1, 1, 1;\n}"
+                 : RT_R8(d, 0), RT_R8(d, 8), RT_R8(d, 16), RT_R8(d, 24) : "l"(a), "l"(b), "r"(add));
+}
 /* d [64 x N] += a [64 x 16] b [16 x N]: a in registers, as a product leaves it and pack makes it; b read transposed. */
 __device__ __forceinline__ void mma_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b)
 {
@@ -144,11 +151,11 @@ __device__ __forceinline__ void transpose4(uint32_t (&w)[4], int q)
                 w[hi] = got;
         }
 }
-/* A thread's accumulators of rows row and row + 8 of `rows`, times the factor of each, to rows of global memory, 16 bytes at a time. first(g): the column
- * of the row at which the g-th 32 of them lie. */
-template <int D, class First>
+/* A thread's accumulators of rows row and row + 8 of `rows`, times the factor of each, to rows of d columns in global memory, from `column` on; 16 bytes
+ * at a time. */
+template <int D>
 __device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int row, int rows, int lane,
-                                         First first)
+                                         int column = 0)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -159,15 +166,10 @@ __device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float 
             for (int i = 0; i < 4; i++)
                 w[i] = pack(acc[4 * (j + i) + 2 * half] * factor[half], acc[4 * (j + i) + 2 * half + 1] * factor[half]);
             transpose4(w, lane % 4);
-            const int r = row + 8 * half, c = first(j / 4) + 8 * (lane % 4);
+            const int r = row + 8 * half, c = column + 8 * j + 8 * (lane % 4);
             if (r < rows && c < d)
                 *(uint4 *)(dst + r * ld + c) = make_uint4(w[0], w[1], w[2], w[3]);
         }
-}
-template <int D>
-__device__ __forceinline__ void sums_out(const float (&acc)[D / 2], const float (&factor)[2], bf16 *dst, int64_t ld, int d, int row, int rows, int lane)
-{
-    sums_out<D>(acc, factor, dst, ld, d, row, rows, lane, [](int g) { return 32 * g; });
 }
 
 #endif

@@ -285,7 +285,7 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t 
         }
         hopper::wait_or_trap(bar.tile_empty(), (done++ & 1) ^ 1);
         leave<F16>(acc, base + TILE_AT, wg);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* bulk copies read it */
+        hopper::fence_async(); /* bulk copies read it */
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             hopper::barrier_arrive(bar.tile_full());
