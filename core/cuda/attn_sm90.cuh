@@ -6,10 +6,9 @@
 #ifndef RT_CORE_CUDA_ATTN_SM90_CUH
 #define RT_CORE_CUDA_ATTN_SM90_CUH
 
-#include <cuda.h>
-
 #include "core/cuda/attn_tile.cuh"
 #include "core/cuda/hopper.cuh"
+#include "core/cuda/tensor_map.cuh"
 
 namespace {
 
@@ -19,15 +18,9 @@ enum { ATTN_BLOCK = 64 }; /* columns of a block */
 inline enum rt_status attn_map(struct rt_queue *q, CUtensorMap *map, const void *data, int64_t n, int heads, int d, int64_t ld, int64_t head,
                                int rows, struct rt_err *err)
 {
-    typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                            const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    const cuuint64_t dims[3] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)n}, strides[2] = {(cuuint64_t)head * 2, (cuuint64_t)ld * 2};
-    const cuuint32_t box[3] = {ATTN_BLOCK, 1, (cuuint32_t)rows}, step[3] = {1, 1, 1};
-    const CUresult r = ((encode *)q->dev->encode_map)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)data, dims, strides, box, step,
-                                                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for %lld rows of %d heads of %d", (int)r,
-                                               (long long)n, heads, d);
+    const cuuint64_t size[3] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)n}, stride[2] = {(cuuint64_t)head * 2, (cuuint64_t)ld * 2};
+    const cuuint32_t box[3] = {ATTN_BLOCK, 1, (cuuint32_t)rows};
+    return tensor_map(q->dev, map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, data, size, stride, box, CU_TENSOR_MAP_SWIZZLE_128B, err);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -316,7 +316,7 @@ enum rt_status rows_map(struct rt_queue *q, CUtensorMap *map, const struct rt_cu
 {
     const cuuint64_t size[3] = {(cuuint64_t)g->I, 2, (cuuint64_t)g->n}, stride[2] = {(cuuint64_t)g->I * 2, (cuuint64_t)g->I * 4};
     const cuuint32_t box[3] = {BN, 2, (cuuint32_t)rows};
-    return product_map_of(q, map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, data, size, stride, box, CU_TENSOR_MAP_SWIZZLE_NONE, err);
+    return tensor_map(q->dev, map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, data, size, stride, box, CU_TENSOR_MAP_SWIZZLE_NONE, err);
 }
 
 enum rt_status run_backward(struct rt_queue *q, const struct rt_cuda_gated *g, struct rt_err *err)

@@ -1,11 +1,11 @@
 #include "core/cuda/group8.h"
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <string.h>
 
 #include "core/cuda/hopper.cuh"
 #include "core/cuda/quant.cuh"
+#include "core/cuda/tensor_map.cuh"
 #include "core/mem.h"
 
 /* A block makes 128 rows x 256 columns (gated: 128 columns of the gate and of up), as two consumer warpgroups of 64 rows each; a producer
@@ -389,17 +389,12 @@ __global__ CLUSTERED __launch_bounds__(THREADS, 1) void group8_kernel(const __gr
 
 /* ---- the host's side ---- */
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 /* Codes [rows, cols] in boxes of 128 x 128. */
-enum rt_status encode(encode_fn fn, CUtensorMap *map, const void *codes, int64_t rows, int64_t cols, struct rt_err *err)
+enum rt_status encode(const struct rt_dev *dev, CUtensorMap *map, const void *codes, int64_t rows, int64_t cols, struct rt_err *err)
 {
     const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)cols};
-    const cuuint32_t box[2] = {BK, BM}, step[2] = {1, 1};
-    const CUresult r = fn(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)codes, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for codes [%ld, %ld]", (int)r, (long)rows, (long)cols);
+    const cuuint32_t box[2] = {BK, BM};
+    return tensor_map(dev, map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, codes, size, stride, box, CU_TENSOR_MAP_SWIZZLE_128B, err);
 }
 
 /* What a launch reads from memory, in one block: maps, scales' addresses, experts. */
@@ -417,7 +412,7 @@ struct table table_layout(int n, int forms)
     return t;
 }
 
-enum rt_status fill_table(const struct rt_cuda_group8 *g, encode_fn fn, const struct table *t, char *host, int *tiles, struct rt_err *err)
+enum rt_status fill_table(const struct rt_dev *dev, const struct rt_cuda_group8 *g, const struct table *t, char *host, int *tiles, struct rt_err *err)
 {
     const int forms = g->up != NULL ? 2 : 1, columns = (int)(g->N / (g->up != NULL ? BN : 2 * BN));
     CUtensorMap *maps = (CUtensorMap *)(void *)(host + t->maps);
@@ -434,7 +429,7 @@ enum rt_status fill_table(const struct rt_cuda_group8 *g, encode_fn fn, const st
         *tiles += x[j].pairs * columns;
         for (int f = 0; f < forms; f++) {
             const struct rt_weight *w = f == 0 ? g->w[j] : g->up[j];
-            RT_TRY(encode(fn, &maps[j * forms + f], w->data, w->rows, w->cols, err));
+            RT_TRY(encode(dev, &maps[j * forms + f], w->data, w->rows, w->cols, err));
             scales[j * forms + f] = w->scale;
         }
     }
@@ -486,18 +481,17 @@ enum rt_status rt_cuda_group8(struct rt_queue *q, const struct rt_cuda_group8 *g
     char *host = NULL, *device = NULL;
     struct params p;
     CUtensorMap xmap;
-    encode_fn fn = (encode_fn)q->dev->encode_map;
     int tiles;
     enum rt_status st;
     if (rows == 0)
         return RT_OK;
-    RT_ASSERT(fn != NULL && (g->row == NULL || gated));
+    RT_ASSERT(q->dev->encode_map != NULL && (g->row == NULL || gated));
     RT_TRY(rt_cuda_not_recorded(q, "a group of products", err));
     RT_TRY(rt_alloc(t.bytes, 1, "descriptors of a group of products", &host, err));
-    RT_TRY(fill_table(g, fn, &t, host, &tiles, err));
+    RT_TRY(fill_table(q->dev, g, &t, host, &tiles, err));
     memset(&xmap, 0, sizeof xmap);
     if (g->row == NULL)
-        RT_TRY(encode(fn, &xmap, g->x.data, rows, g->K, err));
+        RT_TRY(encode(q->dev, &xmap, g->x.data, rows, g->K, err));
     RT_TRY(rt_cuda_temp(q, t.bytes, &device, err));
     RT_CUDA_TRY(cudaMemcpyAsync(device, host, t.bytes, cudaMemcpyHostToDevice, q->stream)); /* pageable: read before it returns */
     memset(&p, 0, sizeof p);

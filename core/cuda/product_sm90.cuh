@@ -17,11 +17,11 @@
 #ifndef RT_CORE_CUDA_PRODUCT_SM90_CUH
 #define RT_CORE_CUDA_PRODUCT_SM90_CUH
 
-#include <cuda.h>
 #include <cuda_fp16.h>
 
 #include "core/cuda/hopper.cuh"
 #include "core/cuda/rows.cuh"
+#include "core/cuda/tensor_map.cuh"
 
 namespace {
 
@@ -363,26 +363,14 @@ __global__ __launch_bounds__(shape<TAKER>::THREADS, 1) void product_sm90_kernel(
 
 /* ---- the host's side ---- */
 
-/* Boxes of an array of `dims` dimensions, the innermost first, whose elements of two bytes are contiguous in that one; what lies outside comes as 0. */
-inline enum rt_status product_map_of(struct rt_queue *q, CUtensorMap *map, CUtensorMapDataType type, int dims, const void *data, const cuuint64_t *size,
-                                     const cuuint64_t *stride, const cuuint32_t *box, CUtensorMapSwizzle swizzle, struct rt_err *err)
-{
-    typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                            const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    const cuuint32_t step[3] = {1, 1, 1};
-    const CUresult r = ((encode *)q->dev->encode_map)(map, type, (cuuint32_t)dims, (void *)data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for a matrix [%lld, %lld]", (int)r,
-                                               (long long)size[dims - 1], (long long)size[0]);
-}
 /* A matrix [rows, cols] at row distance ld (elements) in boxes of box_rows x 64 columns, as the products take them. */
 inline enum rt_status product_map(struct rt_queue *q, CUtensorMap *map, bool f16, const void *data, int64_t rows, int64_t cols, int64_t ld, int box_rows,
                                   struct rt_err *err)
 {
     const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld * 2};
     const cuuint32_t box[2] = {64, (cuuint32_t)box_rows};
-    return product_map_of(q, map, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, size, stride, box,
-                          CU_TENSOR_MAP_SWIZZLE_128B, err);
+    return tensor_map(q->dev, map, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, size, stride, box,
+                      CU_TENSOR_MAP_SWIZZLE_128B, err);
 }
 
 enum { SUMS = PARTIAL * 16 + 16 }; /* bytes of a tile's sums and what says that they are there */

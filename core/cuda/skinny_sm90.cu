@@ -10,13 +10,13 @@
  * Shared memory: stages of [64 W rows of the weight | TOK tokens], rows of 128 bytes in the 128-byte swizzle; later the sums as float [tokens][64 W + 4]
  * over them; behind the stages the barriers.
  */
-#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include "core/cuda/cached_row.cuh"
 #include "core/cuda/hopper.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/skinny.h"
+#include "core/cuda/tensor_map.cuh"
 #include "core/cuda/vec8.cuh"
 
 namespace {
@@ -365,14 +365,9 @@ __global__ void __launch_bounds__(sizes<TOK, W>::threads) product_kernel(const _
 
 enum rt_status map(struct rt_queue *q, CUtensorMap *to, const void *data, int64_t rows, int64_t cols, int64_t ld, int box, struct rt_err *err)
 {
-    typedef CUresult encode(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                            const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    const cuuint64_t dims[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld * 2};
-    const cuuint32_t shape[2] = {COLS, (cuuint32_t)box}, step[2] = {1, 1};
-    const CUresult r = ((encode *)q->dev->encode_map)(to, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, dims, stride, shape, step,
-                                                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? RT_OK : rt_fail(err, RT_DEVICE, "GPU: cuTensorMapEncodeTiled: error %d for %lld x %lld", (int)r, (long long)rows, (long long)cols);
+    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld * 2};
+    const cuuint32_t shape[2] = {COLS, (cuuint32_t)box};
+    return tensor_map(q->dev, to, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, size, stride, shape, CU_TENSOR_MAP_SWIZZLE_128B, err);
 }
 
 /* Into how many parts the columns are cut: twice as many as long as all blocks run at once and each has three steps or more. */
