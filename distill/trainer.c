@@ -296,7 +296,7 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     r->spike = !r->skipped && is_spike(t, r->grad_norm);
     r->skipped |= r->spike;
     if (!r->skipped) {
-        RT_TRY(rt_optimizer_step(&t->opt, lr, 1, &report, err));
+        RT_TRY(rt_optimizer_step_of(&t->opt, lr, 1, r->grad_norm, &report, err));
         r->skipped = report.skipped;
         r->scale = report.scale;
         t->clipped += report.scale < 1;

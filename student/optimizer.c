@@ -168,6 +168,8 @@ enum rt_status rt_optimizer_norm(const struct rt_optimizer *opt, double *norm, s
     const struct rt_student *s = opt->s;
     const struct rt_param_shard *shard = &opt->state.shard;
     double sum = 0;
+    if (s->grads == NULL)
+        RT_FAIL(err, USAGE, "a norm of gradients without a block of them");
     for (int b = 0; b < shard->n_buckets; b++) {
         const struct rt_param_part part = rt_param_part(shard, shard->rank, b);
         double one;
@@ -248,15 +250,12 @@ out:
     return st;
 }
 
-enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double grad_scale, struct rt_step_report *report,
-                                 struct rt_err *err)
+enum rt_status rt_optimizer_step_of(struct rt_optimizer *opt, double lr, double grad_scale, double norm, struct rt_step_report *report,
+                                    struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    const struct rt_student *s = opt->s;
-    double norm = 0;
-    if (s->grads == NULL)
+    if (opt->s->grads == NULL)
         RT_FAIL(err, USAGE, "an optimiser step without a block of gradients");
-    RT_TRY(rt_optimizer_norm(opt, &norm, err));
     *report = (struct rt_step_report){.grad_norm = norm * fabs(grad_scale), .scale = 1};
     if (!isfinite(report->grad_norm)) {
         report->skipped = true;
@@ -266,6 +265,17 @@ enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double gra
         report->scale = fmin(1, opt->o.clip / (report->grad_norm + 1e-6));
     RT_TRY(update(opt, lr, report->scale * grad_scale, err));
     opt->step++;
+out:
+    return st;
+}
+
+enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double grad_scale, struct rt_step_report *report,
+                                 struct rt_err *err)
+{
+    enum rt_status st;
+    double norm;
+    RT_TRY(rt_optimizer_norm(opt, &norm, err));
+    RT_TRY(rt_optimizer_step_of(opt, lr, grad_scale, norm, report, err));
 out:
     return st;
 }

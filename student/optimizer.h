@@ -92,7 +92,7 @@ void rt_optimizer_close(struct rt_optimizer *opt); /* zeroed is fine; nothing fo
  * before that backward, the sums are handed out as backward leaves the layers (early), or when it ends; else all of them here. */
 void rt_optimizer_reduce_begin(struct rt_optimizer *opt);
 enum rt_status rt_optimizer_reduce(struct rt_optimizer *opt, struct rt_err *err);
-/* Global norm of the (reduced) gradients. */
+/* Global norm of the (reduced) gradients, summed over the whole block in one fixed order. USAGE before attach. */
 enum rt_status rt_optimizer_norm(const struct rt_optimizer *opt, double *norm, struct rt_err *err);
 
 struct rt_step_report {
@@ -100,9 +100,11 @@ struct rt_step_report {
     double scale;     /* that the gradient took: min(1, clip / (norm + 1e-6)) */
     bool skipped;     /* the norm is not finite: nothing was changed, step was not counted */
 };
-/* One step from the student's (reduced) gradients (times grad_scale, 1 usually); they stay as they are. The norm is summed over the whole
- * block in one fixed order. */
+/* One step from the student's (reduced) gradients (times grad_scale, 1 usually); they stay as they are. */
 enum rt_status rt_optimizer_step(struct rt_optimizer *opt, double lr, double grad_scale, struct rt_step_report *report,
                                  struct rt_err *err);
+/* The same where the caller has their norm already, from rt_optimizer_norm. */
+enum rt_status rt_optimizer_step_of(struct rt_optimizer *opt, double lr, double grad_scale, double norm, struct rt_step_report *report,
+                                    struct rt_err *err);
 
 #endif
