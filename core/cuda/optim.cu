@@ -24,23 +24,30 @@ struct step {
     float b1, b2, n1, n2, c1, c2, lr, eps, decay, scale; /* n = 1 - b; c = 1 / (1 - b^step) */
 };
 
-/* 32 bits for element i: two rounds of the 32-bit finaliser of MurmurHash3 under a key of the step. */
-__device__ uint32_t hash(const struct step &s, int64_t i)
+/* Random bits of eight elements from 8 `octet` on, under a key of the step: two rounds of the 32-bit finaliser of MurmurHash3. */
+__device__ uint32_t hash(const struct step &s, int64_t octet)
 {
-    uint32_t h = (uint32_t)i ^ s.key0;
+    uint32_t h = (uint32_t)octet ^ s.key0;
     h = (h ^ h >> 16) * 0x85ebca6bu;
     h = (h ^ h >> 13) * 0xc2b2ae35u;
-    h ^= h >> 16 ^ (uint32_t)(i >> 32) * 0x9e3779b9u ^ s.key1;
+    h ^= h >> 16 ^ (uint32_t)(octet >> 32) * 0x9e3779b9u ^ s.key1;
     h = (h ^ h >> 16) * 0x85ebca6bu;
     h = (h ^ h >> 13) * 0xc2b2ae35u;
     return h ^ h >> 16;
 }
+/* Those of the j-th: a finaliser once more (lowbias32, Wellons 2018). */
+__device__ uint32_t draw(uint32_t h, int j)
+{
+    h += (uint32_t)j * 0x9e3779b9u;
+    h = (h ^ h >> 16) * 0x7feb352du;
+    h = (h ^ h >> 15) * 0x846ca68bu;
+    return h ^ h >> 16;
+}
 
-/* x to bfloat16 by 16 random bits; what is not finite stays so. */
+/* x to bfloat16 by the lower 16 of random bits; what is not finite stays so. */
 __device__ uint16_t round_by(float x, uint32_t bits)
 {
-    const uint32_t u = __float_as_uint(x);
-    return (uint16_t)(((u & 0x7f800000u) == 0x7f800000u ? u | ((u & 0xffffu) != 0 ? 0x10000u : 0) : u + (bits & 0xffffu)) >> 16);
+    return (uint16_t)((__float_as_uint(x) + (fabsf(x) < INFINITY ? bits & 0xffffu : 0)) >> 16);
 }
 
 __device__ float join_halves(uint16_t high, int16_t low)
@@ -55,18 +62,12 @@ __device__ void split(float x, uint16_t *high, int16_t *low)
     *low = (int16_t)(u - ((uint32_t)*high << 16));
 }
 
-/* Does element i take the decay? Index of its run by bisection. */
-__device__ int run_of(const struct step &s, int64_t i)
+/* The run of element i, one at or behind `run`. A thread's elements ascend, most often within a run. */
+__device__ int run_of(const struct step &s, int run, int64_t i)
 {
-    int lo = 0, hi = s.n_decay;
-    while (lo < hi) {
-        const int mid = (lo + hi) / 2;
-        if (i >= s.decay_end[mid])
-            lo = mid + 1;
-        else
-            hi = mid;
-    }
-    return lo;
+    while (run < s.n_decay && i >= s.decay_end[run])
+        run++;
+    return run;
 }
 
 __device__ float decay_in(const struct step &s, int run)
@@ -74,18 +75,20 @@ __device__ float decay_in(const struct step &s, int run)
     return s.decay_end == NULL || (run < s.n_decay && run % 2 == 0) ? s.decay : 0;
 }
 
-/* p, m, v of one element. */
+/* p, m, v of one element. Root and quotient are within two units in the last place: beside BF16 moments exact ones take longer than the memory. */
 __device__ void update(const struct step &s, float grad, float decay, float *p, float *m, float *v)
 {
     const float g = grad * s.scale;
     *m = s.b1 * *m + s.n1 * g;
     *v = s.b2 * *v + s.n2 * g * g;
-    *p -= s.lr * (*m * s.c1 / (sqrtf(*v * s.c2) + s.eps) + decay * *p);
+    float root;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(*v * s.c2));
+    *p -= s.lr * (__fdividef(*m * s.c1, root + s.eps) + decay * *p);
 }
 
 template <bool LOW, bool F32> __device__ void update_one(const struct step &s, int64_t i, float decay)
 {
-    const uint32_t bits = LOW && F32 ? 0 : hash(s, i);
+    const uint32_t bits = LOW && F32 ? 0 : draw(hash(s, i / 8), (int)(i % 8));
     float p = join_halves(s.p[i], LOW ? s.low[i] : 0);
     float m = F32 ? ((float *)s.m)[i] : __bfloat162float(((bf16 *)s.m)[i]), v = F32 ? ((float *)s.v)[i] : __bfloat162float(((bf16 *)s.v)[i]);
     update(s, __bfloat162float(s.grad[i]), decay, &p, &m, &v);
@@ -136,6 +139,7 @@ template <bool LOW, bool F32> __device__ void update_eight(const struct step &s,
 {
     float g[8], m[8], v[8];
     uint32_t bits[8];
+    const uint32_t octet = LOW && F32 ? 0 : hash(s, i / 8);
     union eight high, low;
     high.all = *(const uint4 *)(const void *)(s.p + i);
     if (LOW)
@@ -146,7 +150,7 @@ template <bool LOW, bool F32> __device__ void update_eight(const struct step &s,
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         float p = join_halves(high.at[j], LOW ? low.low[j] : 0);
-        bits[j] = LOW && F32 ? 0 : hash(s, i + j);
+        bits[j] = LOW && F32 ? 0 : draw(octet, j);
         update(s, g[j], decay, &p, &m[j], &v[j]);
         if (LOW)
             split(p, &high.at[j], &low.low[j]);
@@ -162,15 +166,16 @@ template <bool LOW, bool F32> __device__ void update_eight(const struct step &s,
 
 template <bool LOW, bool F32, bool WIDE> __global__ void __launch_bounds__(256) adamw_kernel(const struct step s)
 {
+    int run = 0;
     for (int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8; i < s.n; i += (int64_t)gridDim.x * 256 * 8) {
         const int64_t end = vec8::smaller(i + 8, s.n);
-        const int run = run_of(s, i);
+        run = run_of(s, run, i);
         if (WIDE && end == i + 8 && (run >= s.n_decay || end <= s.decay_end[run])) {
             update_eight<LOW, F32>(s, i, decay_in(s, run));
             continue;
         }
         for (int64_t j = i; j < end; j++)
-            update_one<LOW, F32>(s, j, decay_in(s, run_of(s, j)));
+            update_one<LOW, F32>(s, j, decay_in(s, run_of(s, run, j)));
     }
 }
 
