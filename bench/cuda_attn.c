@@ -1,6 +1,6 @@
 /* Attention on the GPU: the own kernels and cuDNN, at the teacher's and the students' shapes.
  *
- *     bench_cuda_attn [--long] [own|hopper|cudnn [SHAPE]]        SHAPE: teacher, MLA, MLA+, 0.5B, 1.5B, 7B; all without it
+ *     bench_cuda_attn [--path own|hopper|cudnn] [--shape teacher|MLA|MLA+|0.5B|1.5B|7B] [--long]        all of them without these
  *
  * MLA is the teacher's attention: keys in two parts, codes instead of the output (and what a path needs for that); MLA+ rotates queries as well, as
  * its layer calls it.
@@ -9,12 +9,14 @@
  * second of them: what a GPU at its power limit keeps up, as it must in training. The limit is 990 TFLOP/s, what the chip's tensor cores do in bfloat16.
  */
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "core/backend.h"
 #include "core/mem.h"
+#include "core/options.h"
 #include "core/rng.h"
 
 #ifdef RT_CUDA
@@ -39,6 +41,20 @@ static const struct shape shapes[] = {
     {"0.5B", 14, 2, 64, 64, 8192, 2, false, true, 0},          {"1.5B", 12, 2, 128, 128, 1024, 16, false, true, 0},
     {"1.5B", 12, 2, 128, 128, 8192, 2, false, true, 0},        {"7B", 28, 4, 128, 128, 2048, 8, false, true, 0},
     {"7B", 28, 4, 128, 128, 32768, 1, false, true, 0},         {"7B", 28, 4, 128, 128, 2048, 8, true, true, 0},
+};
+
+struct values {
+    const char *path, *shape;
+    bool long_run, help;
+};
+
+#define V(field) offsetof(struct values, field)
+static const struct rt_opt options[] = {
+    {"path", RT_OPT_CHOICE, V(path), NULL, 0, 0, "own|hopper|cudnn", NULL, "these kernels alone", false, false},
+    {"shape", RT_OPT_CHOICE, V(shape), NULL, 0, 0, "teacher|MLA|MLA+|0.5B|1.5B|7B", NULL, "these shapes alone", false, false},
+    {"long", RT_OPT_FLAG, V(long_run), NULL, 0, 0, NULL, NULL, "calls in a row for half a second", false, false},
+    {"help", RT_OPT_FLAG, V(help), NULL, 0, 0, NULL, NULL, "this text", false, false},
+    {0},
 };
 
 static int compare(const void *a, const void *b)
@@ -199,26 +215,33 @@ out:
 
 int main(int argc, char **argv)
 {
+    static const struct rt_opt *const tables[] = {options};
+    struct values v = {0};
+    struct rt_buf text = {0};
     struct rt_err err = {0};
     struct rt_device d = {0};
     char why[128];
-    const bool long_run = argc > 1 && strcmp(argv[1], "--long") == 0;
-    const char *only = argc > 1 + long_run ? argv[1 + long_run] : NULL, *name = argc > 2 + long_run ? argv[2 + long_run] : NULL;
-    if (!rt_backend_cuda.available(why, sizeof why)) {
-        printf("bench_cuda_attn: %s\n", why);
-        return 0;
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &v, NULL, NULL, &err);
+    if (st == RT_OK && v.help) {
+        st = rt_options_help(tables, 1, &text, &err);
+        printf("%s", text.data);
+        goto out;
     }
-    enum rt_status st = rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err);
-    if (st == RT_OK)
-        d.be->set_scratch(d.dev, (uint64_t)4 << 30);
-    if (st == RT_OK)
-        printf("%s%s%s\n", d.be->describe(d.dev), d.dev->dnn == NULL ? "; " : "", d.dev->dnn == NULL ? d.dev->dnn_why : "");
-    for (size_t i = 0; st == RT_OK && i < sizeof shapes / sizeof *shapes; i++)
-        if (name == NULL || strcmp(name, shapes[i].name) == 0)
-            st = one(&d, &shapes[i], only, long_run, &err);
+    if (st == RT_OK && !rt_backend_cuda.available(why, sizeof why))
+        st = rt_fail(&err, RT_DEVICE, "%s", why);
+    RT_TRY(st);
+    RT_TRY(rt_device_open(&rt_backend_cuda, &(struct rt_dev_options){0}, &d, &err));
+    d.be->set_scratch(d.dev, (uint64_t)4 << 30);
+    printf("%s%s%s\n", d.be->describe(d.dev), d.dev->dnn == NULL ? "; " : "", d.dev->dnn == NULL ? d.dev->dnn_why : "");
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        if (v.shape == NULL || strcmp(v.shape, shapes[i].name) == 0)
+            RT_TRY(one(&d, &shapes[i], v.path, v.long_run, &err));
+out:
     if (st != RT_OK)
         fprintf(stderr, "bench_cuda_attn: %s\n", err.msg);
     rt_device_close(&d);
+    rt_buf_free(&text);
+    rt_options_free(tables, 1, &v, NULL);
     return rt_exit_code(st);
 }
 
@@ -226,8 +249,8 @@ int main(int argc, char **argv)
 
 int main(void)
 {
-    printf("bench_cuda_attn: a build without the cuda backend\n");
-    return 0;
+    fprintf(stderr, "bench_cuda_attn: built without CUDA\n");
+    return 5;
 }
 
 #endif

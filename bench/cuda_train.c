@@ -420,11 +420,10 @@ int main(int argc, char **argv)
 {
     static const struct rt_opt *const tables[] = {options};
     struct values v = {0};
-    struct rt_positionals pos = {0};
     struct rt_buf text = {0};
     struct rt_err err = {0};
     char why[128];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &v, &pos, NULL, &err);
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &v, NULL, NULL, &err);
     if (st == RT_OK && v.help) {
         st = rt_options_help(tables, 1, &text, &err);
         printf("%s", text.data);
@@ -442,7 +441,7 @@ done:
     if (st != RT_OK)
         fprintf(stderr, "bench_cuda_train: %s\n", err.msg);
     rt_buf_free(&text);
-    rt_options_free(tables, 1, &v, &pos);
+    rt_options_free(tables, 1, &v, NULL);
     return rt_exit_code(st);
 }
 #else

@@ -420,9 +420,8 @@ int main(int argc, char **argv)
 {
     static const struct rt_opt *const tables[] = {options};
     struct model m = {.n = 0};
-    struct rt_positionals pos = {0};
     struct rt_err err = {0};
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &m.v, &pos, NULL, &err);
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &m.v, NULL, NULL, &err);
     if (st == RT_OK && m.v.help) {
         struct rt_buf text = {0};
         if (rt_options_help(tables, 1, &text, &err) == RT_OK)
@@ -435,6 +434,6 @@ int main(int argc, char **argv)
         st = make(&m, &err);
     if (st != RT_OK)
         bench_fatal("bench_make_teacher", &err);
-    rt_options_free(tables, 1, &m.v, &pos);
+    rt_options_free(tables, 1, &m.v, NULL);
     return 0;
 }

@@ -138,10 +138,9 @@ int main(int argc, char **argv)
     struct run r = {.runs = 0};
     struct bench_list l = {.n = 0};
     struct bench_result result = {.pairs = 0};
-    struct rt_positionals pos = {0};
     struct rt_err err = {0};
     char what[512];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, &pos, NULL, &err);
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, NULL, NULL, &err);
     if (st == RT_OK && r.v.help) {
         struct rt_buf text = {0};
         if (rt_options_help(tables, 1, &text, &err) == RT_OK)
@@ -181,6 +180,6 @@ int main(int argc, char **argv)
     void *const host[] = {r.seq, r.ids, r.mask};
     for (int i = 0; i < 3; i++)
         rt_free(host[i]);
-    rt_options_free(tables, 1, &r.v, &pos);
+    rt_options_free(tables, 1, &r.v, NULL);
     return 0;
 }

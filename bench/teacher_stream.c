@@ -214,10 +214,9 @@ int main(int argc, char **argv)
 {
     static const struct rt_opt *const tables[] = {options};
     struct run r = {.layers = 0};
-    struct rt_positionals pos = {0};
     struct rt_err err = {0};
     int64_t length[MAX_LIST], window[MAX_LIST], longest = 0, widest = 0;
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, &pos, NULL, &err);
+    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, NULL, NULL, &err);
     if (st == RT_OK && r.v.help) {
         struct rt_buf text = {0};
         if (rt_options_help(tables, 1, &text, &err) == RT_OK)
@@ -249,6 +248,6 @@ int main(int argc, char **argv)
     rt_free(r.mask);
     for (int i = 0; i < 2; i++)
         rt_free(r.projection[i]);
-    rt_options_free(tables, 1, &r.v, &pos);
+    rt_options_free(tables, 1, &r.v, NULL);
     return 0;
 }

@@ -330,15 +330,18 @@ enum rt_status rt_options_parse(const struct rt_opt *const *tables, int n_tables
 {
     enum rt_status st;
     bool options = true;
-    *pos = (struct rt_positionals){0};
+    if (pos != NULL)
+        *pos = (struct rt_positionals){0};
     if (seen != NULL)
         memset(seen, 0, MAX_OPTIONS * sizeof *seen);
     RT_TRY(set_defaults(tables, n_tables, values, err));
-    pos->items = calloc((size_t)argc + 1, sizeof *pos->items);
-    if (pos->items == NULL)
+    if (pos != NULL && (pos->items = calloc((size_t)argc + 1, sizeof *pos->items)) == NULL)
         RT_FAIL(err, NOMEM, "out of memory: %d arguments", argc);
     for (int i = 0; i < argc; i++) {
-        if (!options || argv[i][0] != '-' || argv[i][1] == '\0')
+        const bool is_option = options && argv[i][0] == '-' && argv[i][1] != '\0';
+        if (!is_option && pos == NULL)
+            RT_FAIL(err, USAGE, "'%.80s': expected options alone; --help lists them", argv[i]);
+        if (!is_option)
             pos->items[pos->n++] = argv[i];
         else if (strcmp(argv[i], "--") == 0)
             options = false;

@@ -93,6 +93,8 @@ static void every_spelling(void **state)
         assert_int_equal(seen[i], i < 9 && want[i]);
     rt_options_free(tables, 2, &v, &pos);
     assert_null(v.data.items);
+    assert_status(parse("--steps 5 a", &v, NULL, NULL, &err), USAGE); /* where there may be no others */
+    rt_options_free(tables, 2, &v, NULL);
     assert_ok(parse("--json=no --shuffle=1 --steps 7 --steps 8 --seed -3", &v, &pos, NULL, &err));
     assert_false(v.json);
     assert_true(v.shuffle);
