@@ -387,12 +387,15 @@ static void report(struct bench *b, bool kd, const struct measured *m)
     }
     b->rate[kd] = rate;
     if (v->json) {
-        printf("{\"model\":\"%s\",\"loss\":\"%s\",\"length\":%ld,\"mixed\":%s,\"micro_tokens\":%ld,\"recompute\":%d,\"tokens_per_second\":%.0f,\"mfu\":%.4f,"
+        printf("{\"model\":\"%s\",\"loss\":\"%s\",\"length\":%ld,\"mixed\":%s,\"micro_tokens\":%ld,\"recompute\":%d,\"recompute_less\":%d,\"tokens_per_second\":%.0f,\"mfu\":%.4f,"
                "\"waited\":%.5f,\"memory\":%ld,\"parts_tokens_per_second\":%.0f}\n", v->model, kd ? "kd" : "ce", (long)v->length, v->mixed ? "true" : "false",
-               (long)o->micro_tokens, o->recompute, rate, m->mfu, m->waited / m->seconds, (long)rt_train_memory(&b->r), parts);
+               (long)o->micro_tokens, o->recompute, o->recompute_less, rate, m->mfu, m->waited / m->seconds, (long)rt_train_memory(&b->r), parts);
     } else {
-        printf("%-5s %-7s %s%ld tokens, micro %ld, recompute %d: %9.0f tokens/s", v->model, kd ? "CE + KL" : "CE", v->mixed ? "mixed, up to " : "", (long)v->length,
-               (long)o->micro_tokens, o->recompute, rate);
+        printf("%-5s %-7s %s%ld tokens, micro %ld, recompute %d%s", v->model, kd ? "CE + KL" : "CE", v->mixed ? "mixed, up to " : "", (long)v->length,
+               (long)o->micro_tokens, o->recompute, o->recompute_less > 0 ? "" : ":");
+        if (o->recompute_less > 0)
+            printf(" (%d layers %d):", o->recompute_less, o->recompute - 1);
+        printf(" %9.0f tokens/s", rate);
         if (!isnan(m->mfu))
             printf(" (%.1f %%)", 100 * m->mfu);
         printf(", waiting for data %.2f %%, memory %s", 100 * m->waited / m->seconds, rt_human_bytes(memory, (uint64_t)rt_train_memory(&b->r)));

@@ -91,13 +91,12 @@ double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_par
     const struct pace *pace = &paces[gpu];
     const double L = c->layers, H = (double)c->hidden, I = (double)c->intermediate, V = (double)c->vocab_size, m = (double)x->micro_tokens, act = gpu ? 2 : 4,
                  len = (double)longest, head = V * H, all = (double)p->matmul, operations = (double)x->operations;
+    /* of a token: two norms, and SwiGLU's output written once more; gate and up; all else of the layers */
+    const double again[] = {pace->byte * act * L * (4 * H + I), 4 * H * I * L + pace->byte * act * L * 2 * I,
+                            2 * (all - head) - 4 * H * I * L + 2 * L * c->heads * c->head_dim * len + pace->byte * act * L * (8 * H + 3 * I)};
     double a_token = rt_student_flops_per_token(c, p, len), a_micro;
-    if (x->recompute >= 1) /* two norms, and SwiGLU's output written once more */
-        a_token += pace->byte * act * L * (4 * H + I);
-    if (x->recompute >= 2) /* gate and up */
-        a_token += 4 * H * I * L + pace->byte * act * L * 2 * I;
-    if (x->recompute >= 3) /* all else of a layer */
-        a_token += 2 * (all - head) - 4 * H * I * L + 2 * L * c->heads * c->head_dim * len + pace->byte * act * L * (8 * H + 3 * I);
+    for (int i = 0; i < x->recompute; i++)
+        a_token += again[i] * (i == x->recompute - 1 ? (L - x->less) / L : 1);
     a_token *= 1 + pace->rows / m;
     /* weights are read twice, gradients read and written once a micro-batch */
     a_micro = pace->byte * (double)p->count * 4 * act + pace->begin * OPERATIONS_OF_A_LAYER * L;
@@ -114,6 +113,7 @@ static void plan_cuts(struct rt_train_run *r, const struct rt_train_cuts *x)
 {
     r->o.micro_tokens = x->micro_tokens;
     r->o.recompute = x->recompute;
+    r->o.recompute_less = x->less;
     rt_trainer_plan(&r->student.c, &r->student.p, &r->o, rt_train_longest(r), rt_device_act_size(&r->device), &r->memory);
     r->memory.operations = x->operations;
     const size_t copy = (size_t)(r->student.c.vocab_size * r->student.c.hidden) * rt_device_act_size(&r->device);
@@ -134,42 +134,60 @@ static bool fits(struct rt_train_run *r, struct rt_train_cuts *x, bool shrinks, 
     return true;
 }
 
+/* Takes x for best where it fits and costs less. */
+struct chosen {
+    struct rt_train_cuts best;
+    double cost;
+};
+static bool consider(struct rt_train_run *r, struct rt_train_cuts x, bool shrinks, size_t limit, struct chosen *to)
+{
+    if (!fits(r, &x, shrinks, limit))
+        return false;
+    const double now = rt_train_cuts_cost(&r->student.c, &r->student.p, rt_train_longest(r), r->device.be->own_memory, &x);
+    if (now < to->cost)
+        *to = (struct chosen){x, now};
+    return true;
+}
+
 /* The cuts of the least cost that fit; else those that need least. most: micro-batches of so many tokens or halves of it (fixed: exactly so many); level as
- * asked for, or at least 1 where the memory is everybody's. shrinks: operations may take less than they would. A resumed run may have another level: the
- * bits are the same. */
+ * asked for, or at least 1 where the memory is everybody's, and then as many layers as fit a level below. shrinks: operations may take less than they
+ * would. A resumed run may have another level: the bits are the same. */
 static void choose_cuts(struct rt_train_run *r, int64_t most, bool fixed, bool shrinks, size_t operations, size_t limit)
 {
     const int64_t longest = rt_train_longest(r);
     const bool gpu = r->device.be->own_memory, automatic = strcmp(r->v->recompute, "auto") == 0;
     const int from = automatic ? gpu ? 0 : 1 : r->v->recompute[0] - '0', to = automatic ? 3 : from;
-    struct rt_train_cuts best = {0}, least = {0};
-    double cost = INFINITY;
+    struct chosen chosen = {.cost = INFINITY};
+    struct rt_train_cuts least = {0};
     for (int level = from; level <= to; level++)
         for (int64_t m = most;; m /= 2) {
-            struct rt_train_cuts x = {m > longest ? m : longest, level, operations};
-            least = (struct rt_train_cuts){x.micro_tokens, level, shrinks && operations > OPERATIONS_LEAST ? (size_t)OPERATIONS_LEAST : operations};
-            if (fits(r, &x, shrinks, limit)) {
-                const double now = rt_train_cuts_cost(&r->student.c, &r->student.p, longest, gpu, &x);
-                if (now < cost) {
-                    cost = now;
-                    best = x;
-                }
-            }
+            struct rt_train_cuts x = {m > longest ? m : longest, level, 0, operations};
+            least = x;
+            if (shrinks && operations > OPERATIONS_LEAST)
+                least.operations = OPERATIONS_LEAST;
+            for (; level == from ? x.less == 0 : x.less < r->student.c.layers; x.less++)
+                if (!consider(r, x, shrinks, limit, &chosen))
+                    break;
             if (fixed || m <= longest || m <= MICRO_LEAST)
                 break;
         }
-    plan_cuts(r, cost < INFINITY ? &best : &least);
+    plan_cuts(r, chosen.cost < INFINITY ? &chosen.best : &least);
 }
 
-/* Micro-steps are recorded with memory that is left over: it changes no bits, so it may not change the cuts either. */
+/* Micro-steps are recorded with memory that is left over, or that layers kept more in than they must: neither changes bits, so neither may change the other
+ * cuts. */
 static void choose_record(struct rt_train_run *r, size_t limit)
 {
-    const struct rt_train_cuts x = {r->o.micro_tokens, r->o.recompute, r->memory.operations};
+    struct rt_train_cuts x = {r->o.micro_tokens, r->o.recompute, r->o.recompute_less, r->memory.operations};
+    const int less = x.less;
     r->o.record = r->device.be->graph_begin != NULL;
-    plan_cuts(r, &x);
-    if (need(r) <= limit)
-        return;
+    for (; x.less >= 0; x.less--) {
+        plan_cuts(r, &x);
+        if (need(r) <= limit)
+            return;
+    }
     r->o.record = false;
+    x.less = less;
     plan_cuts(r, &x);
 }
 

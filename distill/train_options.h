@@ -40,7 +40,7 @@
     {"on-nan", RT_OPT_CHOICE, V(on_nan), "skip", 0, 0, "skip|stop", NULL, "a step whose loss or gradient is not finite, or spikes, is left out, or ends the run", false, false}, \
     {"max-grad-spike", RT_OPT_FLOAT, V(max_grad_spike), "100", 0, 1e9, NULL, "X", "a step whose gradient norm is above X times its mean over the last 50 or so is treated as --on-nan says; 0: none is", false, false}, \
     {"grad-norms", RT_OPT_INT, V(grad_norms), "0", 0, 1e12, NULL, "N", "every N steps, the gradient norm of each term too; 0: never", false, true}, \
-    {"recompute", RT_OPT_CHOICE, V(recompute), "auto", 0, 0, "auto|0|1|2|3", NULL, "what backward computes again instead of keeping it; 0: nothing, 1: norms, 2: gate and up too, 3: layers; auto: as memory needs; the results are the same", false, true}, \
+    {"recompute", RT_OPT_CHOICE, V(recompute), "auto", 0, 0, "auto|0|1|2|3", NULL, "what backward computes again instead of keeping it; 0: nothing, 1: norms, 2: gate and up too, 3: layers; auto: as memory needs, of some layers less than of others; the results are the same", false, true}, \
     {"loader-threads", RT_OPT_INT, V(loader_threads), "-1", -1, 256, NULL, "N", "threads that decode and pack sequences ahead; -1: as many as the device needs; 0: none; results do not depend on it", false, true}, \
     {"dtype", RT_OPT_CHOICE, V(dtype), "auto", 0, 0, "auto|bf16|f16|f32", NULL, "element type of the finished model; auto: that of the student's config", false, false}
 

@@ -322,13 +322,17 @@ static void log_recompute(const struct rt_train_run *r)
 {
     static const char *const what[] = {"nothing is computed again", "norms are computed again", "norms, gate and up are computed again",
                                        "layers are computed again"};
-    char text[160] = "", bytes[32];
+    const int level = r->o.recompute, less = r->o.recompute_less;
+    char text[256] = "", mixed[96] = "", bytes[32];
     size_t at = 0;
     for (int i = 0; i < 4; i++)
-        at += (size_t)snprintf(text + at, sizeof text - at, i == r->o.recompute ? "%s[%d: %s]" : "%s%d: %s", i > 0 ? ", " : "", i,
+        at += (size_t)snprintf(text + at, sizeof text - at, i == level ? "%s[%d: %s]" : "%s%d: %s", i > 0 ? ", " : "", i,
                                rt_human_bytes(bytes, rt_student_activation_bytes(&r->student.c, r->o.micro_tokens, rt_student_recompute(i),
                                                                                  rt_device_act_size(&r->device))));
-    rt_info(r->ctx->log, "activations by --recompute: %s; %s in backward", text, what[r->o.recompute]);
+    if (less > 0)
+        snprintf(mixed, sizeof mixed, "; %d of %d layers at level %d: %s in all", less, r->student.c.layers, level - 1,
+                 rt_human_bytes(bytes, r->memory.activations));
+    rt_info(r->ctx->log, "activations by --recompute: %s; %s in backward%s", text, what[level], mixed);
 }
 
 static void log_plan(const struct rt_train_run *r)
@@ -395,9 +399,9 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
     }
     const double flops = (double)r->total_tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, (double)tokens / (double)sequences);
     if (r->v->common.json)
-        printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"recompute\":%d,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
+        printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"recompute\":%d,\"recompute_less\":%d,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
                "\"moments\":%zu,\"activations\":%zu,\"losses\":%zu,\"projectors\":%zu,\"batch\":%zu,\"total\":%zu},\"ranks\":%d,\"flops\":%.6g,\"order_sha256\":\"%s\"}\n",
-               (long)r->total_steps, (long)r->total_tokens, (long)sequences, (long)r->student.p.count, (long)r->o.micro_tokens, r->o.recompute, m->weights, m->grads,
+               (long)r->total_steps, (long)r->total_tokens, (long)sequences, (long)r->student.p.count, (long)r->o.micro_tokens, r->o.recompute, r->o.recompute_less, m->weights, m->grads,
                m->moments, m->activations, m->losses, m->projectors, m->host, rt_train_memory_planned(r), r->rank.size, flops, r->order_sha256);
     else
         printf("steps         %ld\ntokens        %ld of %ld sequences\nparameters    %ld\nranks         %d\nmicro-batch   %ld tokens\nmemory        %s a rank\n"

@@ -64,10 +64,11 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
 int64_t rt_train_longest(const struct rt_train_run *r);
 
-/* How a step is cut: tokens of a micro-batch, what backward computes again (0 .. 3), bytes that a GPU's operations may take for themselves. */
+/* How a step is cut: tokens of a micro-batch, what backward computes again (0 .. 3; of `less` layers the level below), bytes that a GPU's operations may
+ * take for themselves. */
 struct rt_train_cuts {
     int64_t micro_tokens;
-    int recompute;
+    int recompute, less;
     size_t operations;
 };
 /* Estimated work of a token in FLOPs, moved bytes and begun operations counted as what products do in that time: for comparing cuts, not for planning hours.

@@ -16,6 +16,11 @@ static struct rt_micro_options micro_options(const struct rt_trainer_options *o,
                                      .map = &o->map, .ce_rest = o->ce_rest, .spans = o->boundary != NULL};
 }
 
+static struct rt_student_kept kept(const struct rt_trainer_options *o)
+{
+    return (struct rt_student_kept){rt_student_recompute(o->recompute), o->recompute_less};
+}
+
 static bool records(const struct rt_student_config *c, const struct rt_params *p, const struct rt_trainer_options *o)
 {
     return o->record && o->map.n == 0 && o->boundary == NULL && rt_recorded_gains(c, p, o->micro_tokens);
@@ -26,12 +31,13 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
 {
     const struct rt_micro_options mo = micro_options(o, c->vocab_size);
     const int ranks = o->ranks > 1 ? o->ranks : 1;
+    const struct rt_student_kept k = kept(o);
     *out = (struct rt_trainer_memory){
         .weights = rt_student_weight_bytes(c, p, max_length, act_size),
         .grads = rt_params_bytes(p, act_size),
         .moments = rt_optimizer_shard_bytes(p, ranks, o->bucket, act_size, o->adamw.bf16_moments) -
                    (o->adamw.no_master ? rt_optimizer_master_bytes(p, ranks, o->bucket, act_size) : 0),
-        .activations = rt_student_activation_bytes(c, o->micro_tokens, rt_student_recompute(o->recompute), act_size),
+        .activations = rt_student_kept_bytes(c, o->micro_tokens, &k, act_size),
         .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
         .recorded = records(c, p, o) ? rt_recorded_bytes(c, o->micro_tokens, act_size) : 0,
@@ -150,7 +156,8 @@ static enum rt_status enqueue_step(void *self, struct rt_err *err)
     struct rt_trainer *t = m->t;
     const struct rt_student_batch b = rt_losses_batch(t->losses.slot[m->slot].p);
     const struct rt_student_sent sent = rt_losses_sent(&t->losses, m->slot);
-    RT_TRY(rt_student_forward_sent(t->s, &b, &sent, rt_student_recompute(t->o.recompute), &t->acts, err));
+    const struct rt_student_kept k = kept(&t->o);
+    RT_TRY(rt_student_forward_sent(t->s, &b, &sent, &k, &t->acts, err));
     if (m->last)
         rt_optimizer_reduce_begin(&t->opt);
     RT_TRY(rt_losses_enqueue(&t->losses, m->slot, t->s, &t->proj, m->w, m->items, true, m->sums, err));

@@ -30,6 +30,7 @@ struct rt_trainer_options {
     int use_k;                   /* of them the first so many are trained on; 0: all */
     int64_t batch_tokens, micro_tokens; /* micro: at least the longest sequence */
     int recompute;               /* level 0 .. 3 (student/model.h): less memory, more work, the same bits */
+    int recompute_less;          /* of so many layers the level below */
     int64_t epochs;              /* 0: no end */
     uint64_t seed;
     int loader_threads;          /* 0: sequences are decoded when they are needed */

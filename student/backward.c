@@ -27,7 +27,8 @@ static enum rt_status compute_again(struct rt_student *s, int i, struct rt_err *
     const struct rt_student_saved *v = &a->saved[i];
     const int64_t n = a->batch.n, H = s->c->hidden;
     const float eps = (float)s->c->eps;
-    if (a->keep == RT_KEEP_LAYERS) {
+    const enum rt_student_keep keep = rt_student_layer_keep(&a->kept, i);
+    if (keep == RT_KEEP_LAYERS) {
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .rstd = v->rstd1, .n = n, .cols = H, .eps = eps));
         RT_TRY(rt_student_attention(s, i, err));
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = l->norm2, .sum = v->mid, .y = a->normed, .rstd = v->rstd2, .n = n,
@@ -35,7 +36,7 @@ static enum rt_status compute_again(struct rt_student *s, int i, struct rt_err *
     } else if (v->normed2 == NULL) {
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
     }
-    if (a->keep <= RT_KEEP_ATTENTION)
+    if (keep <= RT_KEEP_ATTENTION)
         RT_TRY(rt_student_gate_up(s, i, NULL, true, err));
 out:
     return st;

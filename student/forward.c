@@ -34,7 +34,8 @@ static void take_layer(struct cut *k, const struct rt_student_config *c, size_t 
     }
     take(k, n * q, k->act, &s->o);
     take(k, n * H, k->act, &s->mid);
-    if (keep != RT_KEEP_ATTENTION)
+    s->gate_up = NULL;
+    if (keep >= RT_KEEP_ALL)
         take(k, n * 2 * (size_t)c->intermediate, k->act, &s->gate_up);
     take(k, n * (size_t)c->heads, sizeof(float), &s->lse);
     take(k, n, sizeof(float), &s->rstd1);
@@ -47,35 +48,51 @@ static void take_layer(struct cut *k, const struct rt_student_config *c, size_t 
     take(k, n * (size_t)c->intermediate, k->act, &s->h);
 }
 
-static void take_all(struct cut *k, const struct rt_student_config *c, size_t n, enum rt_student_keep keep, struct rt_student_acts *a,
+/* Of all layers; saved [layers], or [1] where bytes are counted only. */
+static void take_layers(struct cut *k, const struct rt_student_config *c, size_t n, const struct rt_student_kept *kept, struct rt_student_acts *a,
+                        struct rt_student_saved *saved)
+{
+    const bool cuts = k->arena != NULL;
+    int shared = -1;
+    bool without = false;
+    for (int l = 0; l < c->layers; l++) {
+        const enum rt_student_keep keep = rt_student_layer_keep(kept, l);
+        struct rt_student_saved *v = &saved[cuts ? l : 0];
+        without |= keep < RT_KEEP_ALL;
+        if (keep >= RT_KEEP_ATTENTION || shared < 0)
+            take_layer(k, c, n, keep, v);
+        else if (cuts)
+            *v = saved[shared];
+        if (keep < RT_KEEP_ATTENTION && shared < 0)
+            shared = l;
+    }
+    a->gate_up = NULL;
+    if (without)
+        take(k, n * 2 * (size_t)c->intermediate, k->act, &a->gate_up);
+    for (int l = 0; cuts && l < c->layers; l++)
+        saved[l].gate_up = rt_student_own(saved[l].gate_up, a->gate_up);
+}
+
+static void take_all(struct cut *k, const struct rt_student_config *c, size_t n, const struct rt_student_kept *kept, struct rt_student_acts *a,
                      void **hidden, struct rt_student_saved *saved)
 {
     const size_t H = (size_t)c->hidden, I = (size_t)c->intermediate, q = (size_t)rt_student_q_dim(c), kv = (size_t)rt_student_kv_dim(c);
     take(k, n, sizeof(int32_t), &a->own_ids);
     take(k, n, sizeof(int32_t), &a->own_pos);
     for (int l = 0; l <= c->layers; l++) {
-        if (l == 0 || keep != RT_KEEP_FINAL)
+        if (l == 0 || kept->keep != RT_KEEP_FINAL)
             take(k, n * H, k->act, &hidden[k->arena == NULL ? 0 : l]);
         else if (k->arena != NULL)
             hidden[l] = hidden[0];
     }
-    for (int l = 0; l < c->layers; l++) {
-        if (l == 0 || keep >= RT_KEEP_ATTENTION)
-            take_layer(k, c, n, keep, &saved[k->arena == NULL ? 0 : l]);
-        else if (k->arena != NULL)
-            saved[l] = saved[0];
-    }
-    if (keep == RT_KEEP_ATTENTION)
-        take(k, n * 2 * I, k->act, &a->gate_up);
-    for (int l = 0; l < c->layers && keep == RT_KEEP_ATTENTION && k->arena != NULL; l++)
-        saved[l].gate_up = a->gate_up;
+    take_layers(k, c, n, kept, a, saved);
     take(k, n * H, k->act, &a->final);
     take(k, n, sizeof(float), &a->rstd_final);
     take(k, n * H, k->act, &a->normed);
     take(k, n * H, k->act, &a->branch);
     take(k, n * I, k->act, &a->h);
     a->d_qk = NULL;
-    if (keep < RT_KEEP_LAYERS)
+    if (kept->keep < RT_KEEP_LAYERS)
         return;
     take(k, n * H, k->act, &a->dx);
     take(k, n * (q + 2 * kv), k->act, &a->d_qkv);
@@ -87,11 +104,16 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
 
 size_t rt_student_activation_bytes(const struct rt_student_config *c, int64_t n, enum rt_student_keep keep, size_t act_size)
 {
+    return rt_student_kept_bytes(c, n, &(struct rt_student_kept){keep, 0}, act_size);
+}
+
+size_t rt_student_kept_bytes(const struct rt_student_config *c, int64_t n, const struct rt_student_kept *kept, size_t act_size)
+{
     struct cut k = {.act = act_size};
     struct rt_student_acts a = {0};
     struct rt_student_saved saved = {0};
     void *hidden = NULL;
-    take_all(&k, c, (size_t)n, keep, &a, &hidden, &saved);
+    take_all(&k, c, (size_t)n, kept, &a, &hidden, &saved);
     return k.bytes;
 }
 
@@ -198,7 +220,7 @@ static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_acts *a = &s->a;
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
     void *h = rt_student_own(a->saved[i].h, a->h);
-    RT_TRY(rt_student_gate_up(s, i, h, a->keep >= RT_KEEP_ALL, err));
+    RT_TRY(rt_student_gate_up(s, i, h, rt_student_layer_keep(&a->kept, i) >= RT_KEEP_ALL, err));
     RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
 out:
     return st;
@@ -207,11 +229,11 @@ out:
 enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_batch *b, enum rt_student_keep keep,
                                   struct rt_arena *acts, struct rt_err *err)
 {
-    return rt_student_forward_sent(s, b, NULL, keep, acts, err);
+    return rt_student_forward_sent(s, b, NULL, &(struct rt_student_kept){keep, 0}, acts, err);
 }
 
-enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_student_batch *b, const struct rt_student_sent *sent, enum rt_student_keep keep,
-                                       struct rt_arena *acts, struct rt_err *err)
+enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_student_batch *b, const struct rt_student_sent *sent,
+                                       const struct rt_student_kept *kept, struct rt_arena *acts, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_student_acts *a = &s->a;
@@ -221,10 +243,10 @@ enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_stu
     a->done = false;
     RT_TRY(check_batch(s, b, err));
     rt_arena_reset(acts, 0);
-    take_all(&k, s->c, (size_t)b->n, keep, a, a->hidden, a->saved);
+    take_all(&k, s->c, (size_t)b->n, kept, a, a->hidden, a->saved);
     RT_TRY(k.st);
     a->batch = *b;
-    a->keep = keep;
+    a->kept = *kept;
     a->ids = sent != NULL ? sent->ids : a->own_ids;
     a->pos = sent != NULL ? sent->pos : a->own_pos;
     if (sent == NULL)
@@ -244,7 +266,7 @@ enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_stu
     const int last = s->c->layers;
     RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->saved[last - 1].mid, .add = a->branch, .w = s->final_norm, .sum = a->hidden[last],
                  .y = a->final, .rstd = a->rstd_final, .n = b->n, .cols = H, .eps = eps));
-    a->done = keep >= RT_KEEP_LAYERS;
+    a->done = kept->keep >= RT_KEEP_LAYERS;
 out:
     return st;
 }

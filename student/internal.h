@@ -8,7 +8,7 @@ struct rt_student_layer {
     struct rt_weight *norm1, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *norm2, *gate_up, *gate_up_bias, *down, *down_bias;
 };
 
-/* What a layer leaves for backward. Up to RT_KEEP_LAYERS all layers share one set, with RT_KEEP_ATTENTION gate_up. */
+/* What a layer leaves for backward. Those of RT_KEEP_LAYERS and below share one set, and these and those of RT_KEEP_ATTENTION gate_up. */
 struct rt_student_saved {
     void *qkv;  /* [n, (nh+2nkv)hd] q, k, v; q and k rotated in place where there are no q/k norms */
     void *qk;   /* [n, (nh+nkv)hd] normalised and rotated q, k; NULL where they lie in qkv */
@@ -21,7 +21,7 @@ struct rt_student_saved {
 
 struct rt_student_acts {
     struct rt_student_batch batch;
-    enum rt_student_keep keep;
+    struct rt_student_kept kept;
     bool done;            /* a forward filled it and no backward used it */
     const int32_t *ids, *pos;     /* device: the caller's, or what follows */
     int32_t *own_ids, *own_pos;
@@ -29,7 +29,7 @@ struct rt_student_acts {
     struct rt_student_saved *saved; /* [layers] */
     void *final;
     float *rstd_final;
-    void *gate_up;                      /* [n, 2I] of RT_KEEP_ATTENTION */
+    void *gate_up;                      /* [n, 2I] of the layers that have none of their own */
     void *normed, *branch, *h;          /* [n, H] [n, H] [n, I] shared by the layers; in backward h is that of dh, too */
     void *dx, *d_qkv, *d_qk, *d_o;      /* backward; the gradient at gate and up takes their place */
     float *delta;

@@ -181,7 +181,7 @@ const void *rt_student_hidden(const struct rt_student *s, int layer)
 {
     if (layer == RT_LAYER_FINAL)
         return s->a.final;
-    return s->a.keep == RT_KEEP_FINAL || layer < 0 || layer > s->c->layers ? NULL : s->a.hidden[layer];
+    return s->a.kept.keep == RT_KEEP_FINAL || layer < 0 || layer > s->c->layers ? NULL : s->a.hidden[layer];
 }
 
 struct rt_student_head rt_student_head(const struct rt_student *s)

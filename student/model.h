@@ -8,7 +8,7 @@
  *   4. The loss is the caller's: op head_loss takes rt_student_head's weight and gradient over rows of the final states, and
  *      its dx comes back to rt_student_backward. Run it before backward; a tied head's gradient is the embedding's buffer.
  *   5. Same inputs, same bytes, whatever the number of threads.
- * Kept for backward, in elements a token and layer, by recompute level:
+ * Kept for backward, in elements a token and layer, by recompute level (some layers may be a level below the others):
  *   0  4H + (nh+2nkv)hd + nh hd + 3I, and (nh+nkv)hd with q/k norms, as in 1 and 2: nothing is computed again
  *   1  2H + (nh+2nkv)hd + nh hd + 2I: norms and silu*up are
  *   2  2H + (nh+2nkv)hd + nh hd: gate and up too, one product of three of the MLP
@@ -72,17 +72,27 @@ enum rt_student_keep {
     RT_KEEP_ALL,    /* and gate and up: level 1 */
     RT_KEEP_MORE,   /* and everything that backward would compute again: level 0 */
 };
+/* What is kept of each layer: of the first `more` of them what the value after `keep` says (from RT_KEEP_LAYERS on), of the others what keep says. */
+struct rt_student_kept {
+    enum rt_student_keep keep;
+    int more;
+};
 static inline enum rt_student_keep rt_student_recompute(int level) { return (enum rt_student_keep)(RT_KEEP_MORE - level); } /* 0 .. 3 */
+static inline enum rt_student_keep rt_student_layer_keep(const struct rt_student_kept *k, int layer)
+{
+    return (enum rt_student_keep)(k->keep + (layer < k->more && k->keep >= RT_KEEP_LAYERS && k->keep < RT_KEEP_MORE));
+}
 /* Bytes of the activation arena for n tokens. */
 size_t rt_student_activation_bytes(const struct rt_student_config *c, int64_t n, enum rt_student_keep keep, size_t act_size);
+size_t rt_student_kept_bytes(const struct rt_student_config *c, int64_t n, const struct rt_student_kept *kept, size_t act_size);
 
 /* Resets and cuts `acts`. The batch's ids and cu_seqlens must stay as they are until backward is done. Errors: USAGE for a batch that
  * breaks the rules above (empty or over-long document, id outside the vocabulary), NOMEM. */
 enum rt_status rt_student_forward(struct rt_student *s, const struct rt_student_batch *b, enum rt_student_keep keep,
                                   struct rt_arena *acts, struct rt_err *err);
-/* The same; sent must hold the batch's, and stay as it is until backward is done. */
-enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_student_batch *b, const struct rt_student_sent *sent, enum rt_student_keep keep,
-                                       struct rt_arena *acts, struct rt_err *err);
+/* The same, layer by layer; sent, unless NULL, must hold the batch's, and stay as it is until backward is done. */
+enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_student_batch *b, const struct rt_student_sent *sent,
+                                       const struct rt_student_kept *kept, struct rt_arena *acts, struct rt_err *err);
 /* [n, H] act of the last forward. layer 0: embeddings, l: output of layer l-1 before the final norm (RT_KEEP_HIDDEN on),
  * RT_LAYER_FINAL: after the final norm. NULL where it was not kept or there is no such layer. */
 const void *rt_student_hidden(const struct rt_student *s, int layer);

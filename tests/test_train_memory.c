@@ -16,7 +16,7 @@ struct costs {
 
 static double cost(const struct costs *k, int64_t micro, int level, double gib)
 {
-    const struct rt_train_cuts x = {micro, level, (size_t)(gib * (1 << 30))};
+    const struct rt_train_cuts x = {micro, level, 0, (size_t)(gib * (1 << 30))};
     return rt_train_cuts_cost(&k->c, &k->p, 2048, k->gpu, &x);
 }
 
@@ -38,6 +38,14 @@ static void test_cost(void **state)
     /* gate and up again are 15 % of a step's products, half the micro-batch some 5 %, norms 2 %, less room for operations 1 % */
     assert_true(cost(&k, 8192, 1, 3) < cost(&k, 16384, 2, 6) && cost(&k, 16384, 1, 3) < cost(&k, 8192, 0, 6));
     assert_true(cost(&k, 512, 2, 6) > cost(&k, 16384, 3, 6)); /* micro-batches of 512 would be the worst of all */
+    for (int level = 1; level < 4; level++) { /* layers a level below: from one level's cost to the other's in equal parts */
+        const double below = cost(&k, 8192, level - 1, 6), whole = cost(&k, 8192, level, 6);
+        for (int less = 0; less <= k.c.layers; less++) {
+            const struct rt_train_cuts x = {8192, level, less, (size_t)6 << 30};
+            const double mixed = rt_train_cuts_cost(&k.c, &k.p, 2048, k.gpu, &x), want = whole + (below - whole) * less / k.c.layers;
+            assert_true(mixed > want * (1 - 1e-12) && mixed < want * (1 + 1e-12));
+        }
+    }
     rt_params_free(&k.p);
     rt_student_config_free(&k.c);
 }
