@@ -14,9 +14,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/command.h"
 #include "core/backend.h"
 #include "core/mem.h"
-#include "core/options.h"
 #include "core/rng.h"
 
 #ifdef RT_CUDA
@@ -215,18 +215,13 @@ out:
 
 int main(int argc, char **argv)
 {
-    static const struct rt_opt *const tables[] = {options};
     struct values v = {0};
-    struct rt_buf text = {0};
     struct rt_err err = {0};
     struct rt_device d = {0};
     char why[128];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &v, NULL, NULL, &err);
-    if (st == RT_OK && v.help) {
-        st = rt_options_help(tables, 1, &text, &err);
-        printf("%s", text.data);
-        goto out;
-    }
+    enum rt_status st = bench_command(options, argc, argv, &v, &v.help, NULL, &err);
+    if (st == RT_OK && v.help)
+        return 0;
     if (st == RT_OK && !rt_backend_cuda.available(why, sizeof why))
         st = rt_fail(&err, RT_DEVICE, "%s", why);
     RT_TRY(st);
@@ -240,8 +235,6 @@ out:
     if (st != RT_OK)
         fprintf(stderr, "bench_cuda_attn: %s\n", err.msg);
     rt_device_close(&d);
-    rt_buf_free(&text);
-    rt_options_free(tables, 1, &v, NULL);
     return rt_exit_code(st);
 }
 

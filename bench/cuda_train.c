@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/command.h"
 #include "bench/median.h"
 #include "core/backend.h"
 #include "core/log.h"
@@ -418,17 +419,12 @@ static void run(const struct values *v)
 
 int main(int argc, char **argv)
 {
-    static const struct rt_opt *const tables[] = {options};
     struct values v = {0};
-    struct rt_buf text = {0};
     struct rt_err err = {0};
     char why[128];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &v, NULL, NULL, &err);
-    if (st == RT_OK && v.help) {
-        st = rt_options_help(tables, 1, &text, &err);
-        printf("%s", text.data);
-        goto done;
-    }
+    enum rt_status st = bench_command(options, argc, argv, &v, &v.help, NULL, &err);
+    if (st == RT_OK && v.help)
+        return 0;
     if (st == RT_OK && !rt_backend_cuda.available(why, sizeof why))
         st = rt_fail(&err, RT_DEVICE, "%s", why);
     if (st != RT_OK)
@@ -440,8 +436,6 @@ int main(int argc, char **argv)
 done:
     if (st != RT_OK)
         fprintf(stderr, "bench_cuda_train: %s\n", err.msg);
-    rt_buf_free(&text);
-    rt_options_free(tables, 1, &v, NULL);
     return rt_exit_code(st);
 }
 #else

@@ -9,6 +9,7 @@
 #include <math.h>
 
 #include "bench/bench.h"
+#include "bench/command.h"
 #include "core/io.h"
 #include "core/pool.h"
 #include "formats/safetensors.h"
@@ -418,22 +419,14 @@ out:
 
 int main(int argc, char **argv)
 {
-    static const struct rt_opt *const tables[] = {options};
     struct model m = {.n = 0};
     struct rt_err err = {0};
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &m.v, NULL, NULL, &err);
-    if (st == RT_OK && m.v.help) {
-        struct rt_buf text = {0};
-        if (rt_options_help(tables, 1, &text, &err) == RT_OK)
-            printf("%s", text.data);
+    enum rt_status st = bench_command(options, argc, argv, &m.v, &m.v.help, NULL, &err);
+    if (st == RT_OK && m.v.help)
         return 0;
-    }
-    if (st == RT_OK)
-        st = rt_options_check(tables, 1, &m.v, &err);
     if (st == RT_OK)
         st = make(&m, &err);
     if (st != RT_OK)
         bench_fatal("bench_make_teacher", &err);
-    rt_options_free(tables, 1, &m.v, NULL);
     return 0;
 }

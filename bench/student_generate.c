@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/command.h"
 #include "bench/profile.h"
 #include "core/mem.h"
 #include "core/options.h"
@@ -369,14 +370,9 @@ int main(int argc, char **argv)
     static struct bench b;
     struct rt_positionals pos = {0};
     struct rt_err err = {0};
-    need(rt_options_parse(tables, 1, argc - 1, argv + 1, &b.v, &pos, NULL, &err), &err);
-    if (b.v.help) {
-        struct rt_buf text = {0};
-        need(rt_options_help(tables, 1, &text, &err), &err);
-        printf("%s", text.data);
+    need(bench_command(options, argc, argv, &b.v, &b.v.help, &pos, &err), &err);
+    if (b.v.help)
         return 0;
-    }
-    need(rt_options_check(tables, 1, &b.v, &err), &err);
     need(prepare(&b, &err), &err);
     if (pos.n > 0) {
         for (int i = 0; i < pos.n; i++)

@@ -9,6 +9,7 @@
 #include <math.h>
 
 #include "bench/bench.h"
+#include "bench/command.h"
 #include "core/io.h"
 #include "student/optimizer.h"
 
@@ -183,21 +184,14 @@ static void tear_down(struct run *r)
 
 int main(int argc, char **argv)
 {
-    static const struct rt_opt *const tables[] = {options};
     struct run r = {.s = NULL};
     struct bench_list l = {.n = 0};
     struct bench_result result = {.pairs = 0};
     struct rt_err err = {0};
     char what[512];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, NULL, NULL, &err);
-    if (st == RT_OK && r.v.help) {
-        struct rt_buf text = {0};
-        if (rt_options_help(tables, 1, &text, &err) == RT_OK)
-            printf("%s", text.data);
+    enum rt_status st = bench_command(options, argc, argv, &r.v, &r.v.help, NULL, &err);
+    if (st == RT_OK && r.v.help)
         return 0;
-    }
-    if (st == RT_OK)
-        st = rt_options_check(tables, 1, &r.v, &err);
     if (st == RT_OK)
         st = prepare(&r, &err);
     for (int64_t i = 0; i < r.v.pairs && st == RT_OK && r.v.no_plain; i++) {
@@ -222,6 +216,5 @@ int main(int argc, char **argv)
         bench_list_free(&l);
     }
     tear_down(&r);
-    rt_options_free(tables, 1, &r.v, NULL);
     return 0;
 }

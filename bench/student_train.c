@@ -12,6 +12,7 @@
 #include <math.h>
 #include <unistd.h>
 
+#include "bench/command.h"
 #include "bench/median.h"
 #include "bench/train_data.h"
 #include "core/io.h"
@@ -167,7 +168,6 @@ static enum rt_status plan(struct bench *b, bool kd, struct rt_err *err)
     enum rt_status st;
     const struct values *v = &b->v;
     const struct rt_opt *const tables[] = {train_tables(0), train_tables(1)};
-    struct rt_positionals none = {0};
     struct args *a = b->args;
     char out[ARG];
     a->n = 0;
@@ -190,7 +190,7 @@ static enum rt_status plan(struct bench *b, bool kd, struct rt_err *err)
     for (int i = 0; i < b->extra.n; i++)
         add_text(a, "", b->extra.items[i]);
     memset(&b->t, 0, sizeof b->t);
-    RT_TRY(rt_options_parse(tables, 2, a->n, a->argv, &b->t, &none, NULL, err));
+    RT_TRY(rt_options_parse(tables, 2, a->n, a->argv, &b->t, NULL, NULL, err));
     b->ctx = (struct rt_context){.log = &b->log, .command = &rt_cmd_train};
     b->r = (struct rt_train_run){.ctx = &b->ctx, .v = &b->t, .rank = {0, 1, 0}, .dir = {.lock = -1, .metrics = -1}};
     RT_TRY(rt_train_prepare(&b->r, err));
@@ -198,7 +198,6 @@ static enum rt_status plan(struct bench *b, bool kd, struct rt_err *err)
     const struct rt_train_set_options so = {.model = &b->r.student.model, .vocab = b->r.student.c.vocab_size, .max_length = b->r.student.c.max_position};
     RT_TRY(rt_train_set_open(b->data[kd], &so, &b->log, &b->set, err));
 out:
-    rt_options_free(tables, 0, NULL, &none);
     return st;
 }
 
@@ -375,7 +374,7 @@ static void report(struct bench *b, bool kd, const struct measured *m)
     const struct values *v = &b->v;
     const double rate = (double)m->tokens / m->seconds, parts = m->parts > 0 ? (double)v->batch_tokens / m->parts : NAN;
     const struct rt_trainer_options *o = &b->r.o;
-    char memory[32];
+    char memory[32], less[48] = "";
     struct rt_log out = b->log;
     if (!v->json && !b->named) { /* the formula of the rates, once */
         rt_log_init(&out, stdout, RT_LOG_INFO);
@@ -386,16 +385,15 @@ static void report(struct bench *b, bool kd, const struct measured *m)
         b->named = true;
     }
     b->rate[kd] = rate;
+    if (o->recompute_less > 0)
+        snprintf(less, sizeof less, " (%d layers %d)", o->recompute_less, o->recompute - 1);
     if (v->json) {
         printf("{\"model\":\"%s\",\"loss\":\"%s\",\"length\":%ld,\"mixed\":%s,\"micro_tokens\":%ld,\"recompute\":%d,\"recompute_less\":%d,\"tokens_per_second\":%.0f,\"mfu\":%.4f,"
                "\"waited\":%.5f,\"memory\":%ld,\"parts_tokens_per_second\":%.0f}\n", v->model, kd ? "kd" : "ce", (long)v->length, v->mixed ? "true" : "false",
                (long)o->micro_tokens, o->recompute, o->recompute_less, rate, m->mfu, m->waited / m->seconds, (long)rt_train_memory(&b->r), parts);
     } else {
-        printf("%-5s %-7s %s%ld tokens, micro %ld, recompute %d%s", v->model, kd ? "CE + KL" : "CE", v->mixed ? "mixed, up to " : "", (long)v->length,
-               (long)o->micro_tokens, o->recompute, o->recompute_less > 0 ? "" : ":");
-        if (o->recompute_less > 0)
-            printf(" (%d layers %d):", o->recompute_less, o->recompute - 1);
-        printf(" %9.0f tokens/s", rate);
+        printf("%-5s %-7s %s%ld tokens, micro %ld, recompute %d%s: %9.0f tokens/s", v->model, kd ? "CE + KL" : "CE", v->mixed ? "mixed, up to " : "",
+               (long)v->length, (long)o->micro_tokens, o->recompute, less, rate);
         if (!isnan(m->mfu))
             printf(" (%.1f %%)", 100 * m->mfu);
         printf(", waiting for data %.2f %%, memory %s", 100 * m->waited / m->seconds, rt_human_bytes(memory, (uint64_t)rt_train_memory(&b->r)));
@@ -498,15 +496,9 @@ int main(int argc, char **argv)
     static const struct rt_opt *const tables[] = {options};
     struct rt_err err = {0};
     b.args = &args;
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &b.v, &b.extra, NULL, &err);
-    if (st == RT_OK && b.v.help) {
-        struct rt_buf text = {0};
-        if (rt_options_help(tables, 1, &text, &err) == RT_OK)
-            printf("%s", text.data);
+    enum rt_status st = bench_command(options, argc, argv, &b.v, &b.v.help, &b.extra, &err);
+    if (st == RT_OK && b.v.help)
         return 0;
-    }
-    if (st == RT_OK)
-        st = rt_options_check(tables, 1, &b.v, &err);
     rt_log_init(&b.log, stderr, b.v.verbose ? RT_LOG_INFO : RT_LOG_WARN);
     if (st == RT_OK)
         st = make_place(&b, &err);

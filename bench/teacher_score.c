@@ -7,6 +7,7 @@
  * memory already, at the shapes of the same forward, experts at their mean number of rows; it does no norm, softmax, routing or top-k.
  */
 #include "bench/bench.h"
+#include "bench/command.h"
 #include "core/io.h"
 #include "formats/shard.h"
 #include "teacher/score.h"
@@ -134,21 +135,14 @@ out:
 
 int main(int argc, char **argv)
 {
-    static const struct rt_opt *const tables[] = {options};
     struct run r = {.runs = 0};
     struct bench_list l = {.n = 0};
     struct bench_result result = {.pairs = 0};
     struct rt_err err = {0};
     char what[512];
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, NULL, NULL, &err);
-    if (st == RT_OK && r.v.help) {
-        struct rt_buf text = {0};
-        if (rt_options_help(tables, 1, &text, &err) == RT_OK)
-            printf("%s", text.data);
+    enum rt_status st = bench_command(options, argc, argv, &r.v, &r.v.help, NULL, &err);
+    if (st == RT_OK && r.v.help)
         return 0;
-    }
-    if (st == RT_OK)
-        st = rt_options_check(tables, 1, &r.v, &err);
     if (st == RT_OK)
         st = prepare(&r, &err);
     if (st != RT_OK)
@@ -180,6 +174,5 @@ int main(int argc, char **argv)
     void *const host[] = {r.seq, r.ids, r.mask};
     for (int i = 0; i < 3; i++)
         rt_free(host[i]);
-    rt_options_free(tables, 1, &r.v, NULL);
     return 0;
 }

@@ -12,6 +12,7 @@
 #include <math.h>
 
 #include "bench/bench.h"
+#include "bench/command.h"
 #include "bench/profile.h"
 #include "teacher/score.h"
 
@@ -212,19 +213,12 @@ out:
 
 int main(int argc, char **argv)
 {
-    static const struct rt_opt *const tables[] = {options};
     struct run r = {.layers = 0};
     struct rt_err err = {0};
     int64_t length[MAX_LIST], window[MAX_LIST], longest = 0, widest = 0;
-    enum rt_status st = rt_options_parse(tables, 1, argc - 1, argv + 1, &r.v, NULL, NULL, &err);
-    if (st == RT_OK && r.v.help) {
-        struct rt_buf text = {0};
-        if (rt_options_help(tables, 1, &text, &err) == RT_OK)
-            printf("%s", text.data);
+    enum rt_status st = bench_command(options, argc, argv, &r.v, &r.v.help, NULL, &err);
+    if (st == RT_OK && r.v.help)
         return 0;
-    }
-    if (st == RT_OK)
-        st = rt_options_check(tables, 1, &r.v, &err);
     if (st != RT_OK)
         bench_fatal("bench_teacher_stream", &err);
     const int n_lengths = parse_list(r.v.lengths, length), n_windows = parse_list(r.v.windows, window);
@@ -248,6 +242,5 @@ int main(int argc, char **argv)
     rt_free(r.mask);
     for (int i = 0; i < 2; i++)
         rt_free(r.projection[i]);
-    rt_options_free(tables, 1, &r.v, NULL);
     return 0;
 }

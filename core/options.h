@@ -54,9 +54,9 @@ struct rt_positionals {
 /* Spellings: --name VALUE, --name=VALUE, --flag, --no-flag, --flag=yes|no; "--" ends the options; "-" is a positional.
  *
  * Fills values (zeroed by the caller) from argv[0 .. argc): defaults first. n_opts tables are chained: tables[i] ends with a
- * NULL name. USAGE errors name the option, the value, what is accepted. *pos gets the other arguments, in order;
- * NULL: there may be none. *seen, if not NULL, is bit per option of the chained tables (up to 128): given on the command line. On an error values and *pos may
- * be freed by rt_options_free all the same. */
+ * NULL name. USAGE errors name the option, the value, what is accepted. *pos gets the other arguments, in order; NULL: there
+ * may be none. *seen, if not NULL, is bit per option of the chained tables (up to 128): given on the command line. On an error
+ * values and *pos may be freed by rt_options_free all the same. */
 enum rt_status rt_options_parse(const struct rt_opt *const *tables, int n_tables, int argc, char *const *argv, void *values,
                                 struct rt_positionals *pos, bool seen[128], struct rt_err *err);
 /* Sets one option from text; source ("config.json") is for messages. The text must outlive values. A flag takes true, false,
