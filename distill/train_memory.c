@@ -134,11 +134,11 @@ static bool fits(struct rt_train_run *r, struct rt_train_cuts *x, bool shrinks, 
     return true;
 }
 
-/* Takes x for best where it fits and costs less. */
 struct chosen {
     struct rt_train_cuts best;
-    double cost;
+    double cost; /* INFINITY: none yet */
 };
+/* Does x fit? It is the best so far where it costs less. */
 static bool consider(struct rt_train_run *r, struct rt_train_cuts x, bool shrinks, size_t limit, struct chosen *to)
 {
     if (!fits(r, &x, shrinks, limit))
@@ -165,9 +165,9 @@ static void choose_cuts(struct rt_train_run *r, int64_t most, bool fixed, bool s
             least = x;
             if (shrinks && operations > OPERATIONS_LEAST)
                 least.operations = OPERATIONS_LEAST;
-            for (; level == from ? x.less == 0 : x.less < r->student.c.layers; x.less++)
-                if (!consider(r, x, shrinks, limit, &chosen))
-                    break;
+            const int most_less = level == from ? 0 : r->student.c.layers - 1;
+            while (consider(r, x, shrinks, limit, &chosen) && x.less < most_less)
+                x.less++;
             if (fixed || m <= longest || m <= MICRO_LEAST)
                 break;
         }

@@ -302,16 +302,13 @@ enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms,
     r->skipped = !isfinite(r->loss) || !isfinite(r->grad_norm) || !isfinite(proj_norm);
     r->spike = !r->skipped && is_spike(t, r->grad_norm);
     r->skipped |= r->spike;
-    if (!r->skipped) {
-        RT_TRY(rt_optimizer_step_of(&t->opt, lr, 1, r->grad_norm, &report, err));
-        r->skipped = report.skipped;
-        r->scale = report.scale;
-        t->clipped += report.scale < 1;
-    }
-    if (!r->skipped)
-        RT_TRY(rt_projectors_step(&t->proj, &t->o.adamw, lr, t->opt.step, proj_norm, err));
-    else
-        t->skipped++;
+    t->skipped += r->skipped;
+    if (r->skipped)
+        goto out;
+    RT_TRY(rt_optimizer_step_of(&t->opt, lr, 1, r->grad_norm, &report, err)); /* of a finite norm: it is taken */
+    r->scale = report.scale;
+    t->clipped += report.scale < 1;
+    RT_TRY(rt_projectors_step(&t->proj, &t->o.adamw, lr, t->opt.step, proj_norm, err));
 out:
     return st;
 }

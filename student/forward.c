@@ -53,21 +53,14 @@ static void take_layers(struct cut *k, const struct rt_student_config *c, size_t
                         struct rt_student_saved *saved)
 {
     const bool cuts = k->arena != NULL;
-    int shared = -1;
-    bool without = false;
-    for (int l = 0; l < c->layers; l++) {
-        const enum rt_student_keep keep = rt_student_layer_keep(kept, l);
-        struct rt_student_saved *v = &saved[cuts ? l : 0];
-        without |= keep < RT_KEEP_ALL;
-        if (keep >= RT_KEEP_ATTENTION || shared < 0)
-            take_layer(k, c, n, keep, v);
+    for (int l = 0; l < c->layers; l++) { /* of which none keeps more than the one before it */
+        if (l == 0 || rt_student_layer_keep(kept, l - 1) >= RT_KEEP_ATTENTION)
+            take_layer(k, c, n, rt_student_layer_keep(kept, l), &saved[cuts ? l : 0]);
         else if (cuts)
-            *v = saved[shared];
-        if (keep < RT_KEEP_ATTENTION && shared < 0)
-            shared = l;
+            saved[l] = saved[l - 1];
     }
     a->gate_up = NULL;
-    if (without)
+    if (rt_student_layer_keep(kept, c->layers - 1) < RT_KEEP_ALL)
         take(k, n * 2 * (size_t)c->intermediate, k->act, &a->gate_up);
     for (int l = 0; cuts && l < c->layers; l++)
         saved[l].gate_up = rt_student_own(saved[l].gate_up, a->gate_up);

@@ -59,9 +59,7 @@ struct queries_pass {
         for (int j = 0; j < 8; j++)
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 2048), "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
                          "f"(dq[4 * j + 3]) : "memory");
-        __syncwarp();
-        if (own_lane() == 0)
-            hopper::barrier_arrive(bar().dq_full(p, i));
+        hopper::barrier_arrive_warp(bar().dq_full(p, i));
     }
     /* Part p of step n, of the block's own queries, `ahead` of its first: no key block comes after this one, so the sum is rounded and leaves. */
     __device__ __forceinline__ void last_part(uint32_t n, int p, const rt_attn_bwd_item &item, int ahead)
@@ -117,9 +115,7 @@ __device__ __forceinline__ void follow(const rt_attn_bwd_call &c)
                 q.last_part(n, 1, item, ahead);
             }
         }
-        __syncwarp();
-        if (own_lane() == 0)
-            hopper::barrier_arrive(bar.item_empty(it));
+        hopper::barrier_arrive_warp(bar.item_empty(it));
     }
 }
 

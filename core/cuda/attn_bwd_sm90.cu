@@ -157,9 +157,7 @@ struct keys_pass {
             asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]),
                          "r"(a[k][3]) : "memory");
         }
-        __syncwarp();
-        if (own_lane() == 0)
-            hopper::barrier_arrive(bar().ds_full(n));
+        hopper::barrier_arrive_warp(bar().ds_full(n));
     }
 
     /* Step n where all queries come before the warpgroup's keys: dS is 0. (The other one waits for the tiles.) */
@@ -261,9 +259,7 @@ __device__ __forceinline__ void consume(const rt_attn_bwd_call &c)
         while ((ahead -= L::QT) >= 0)
             k.template step<false>(n++, ahead, it);
         k.last(n - 1, it);
-        __syncwarp();
-        if (own_lane() == 0)
-            hopper::barrier_arrive(bar.item_empty(it));
+        hopper::barrier_arrive_warp(bar.item_empty(it));
     }
 }
 

@@ -397,9 +397,7 @@ __device__ __forceinline__ void consume(const params &p)
             hopper::barrier_arrive(bar.v_empty(last));
         first_scores<DQK, DV, COLS, STAGES, GROUPS>(s, at, wg, !more);
         queries_out<DQK, DV>(p, now, o, top, sum, row, lane);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            hopper::barrier_arrive(bar.work_empty(at.it - 1));
+        hopper::barrier_arrive_warp(bar.work_empty(at.it - 1));
     }
     hopper::mma_wait<0>();
     pin(s);

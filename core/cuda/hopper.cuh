@@ -62,6 +62,13 @@ __device__ __forceinline__ void barrier_arrive(uint32_t bar)
 {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+/* One arrival for all that the warp did. */
+__device__ __forceinline__ void barrier_arrive_warp(uint32_t bar)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(bar);
+}
 
 __device__ __forceinline__ uint32_t cluster_rank()
 {

@@ -286,9 +286,7 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t 
         hopper::wait_or_trap(bar.tile_empty(), (done++ & 1) ^ 1);
         leave<F16>(acc, base + TILE_AT, wg);
         hopper::fence_async(); /* bulk copies read it */
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            hopper::barrier_arrive(bar.tile_full());
+        hopper::barrier_arrive_warp(bar.tile_full());
     }
 }
 
