@@ -1,7 +1,9 @@
 /* AdamW over a block of parameters in one launch.
  *
- * Eight elements a thread; 26 bytes an element with split parameters and float32 moments (p 2+2, low 2+2, grad 2, m 4+4, v 4+4), 18 with BF16
- * moments. Arithmetic is float32. Stochastic rounding adds 16 random bits below the kept half and cuts: its expectation is the float32.
+ * 26 bytes an element with split parameters and float32 moments (p 2+2, low 2+2, grad 2, m 4+4, v 4+4), 18 with BF16 moments; it is as fast as memory
+ * copies. Blocks are many and short-lived, so that those on the GPU at a time work on one stretch of each array: blocks that stay and stride drift
+ * apart, which takes a tenth longer. Arithmetic is float32. Stochastic rounding adds 16 random bits below the kept half and cuts: its expectation is
+ * the float32.
  */
 #include <math.h>
 
@@ -11,6 +13,7 @@
 namespace {
 
 typedef __nv_bfloat16 bf16;
+enum { THREADS = 256 };
 
 struct step {
     uint16_t *p;
@@ -62,12 +65,18 @@ __device__ void split(float x, uint16_t *high, int16_t *low)
     *low = (int16_t)(u - ((uint32_t)*high << 16));
 }
 
-/* The run of element i, one at or behind `run`. A thread's elements ascend, most often within a run. */
-__device__ int run_of(const struct step &s, int run, int64_t i)
+/* The run of element i: how many ends are at or before it. */
+__device__ int run_of(const struct step &s, int64_t i)
 {
-    while (run < s.n_decay && i >= s.decay_end[run])
-        run++;
-    return run;
+    int from = 0, to = s.n_decay;
+    while (from < to) {
+        const int mid = (from + to) / 2;
+        if (s.decay_end[mid] <= i)
+            from = mid + 1;
+        else
+            to = mid;
+    }
+    return from;
 }
 
 __device__ float decay_in(const struct step &s, int run)
@@ -86,107 +95,99 @@ __device__ void update(const struct step &s, float grad, float decay, float *p, 
     *p -= s.lr * (__fdividef(*m * s.c1, root + s.eps) + decay * *p);
 }
 
-template <bool LOW, bool F32> __device__ void update_one(const struct step &s, int64_t i, float decay)
+/* Is anything rounded by draws: p without its lower halves, or BF16 moments? */
+template <bool LOW, class M> constexpr bool DRAWS = !LOW || sizeof(M) == 2;
+
+/* A moment as it is stored, float32 or BF16. */
+__device__ float as_float(float x) { return x; }
+__device__ float as_float(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+__device__ void keep(float *to, float x, uint32_t) { *to = x; }
+__device__ void keep(uint16_t *to, float x, uint32_t bits) { *to = round_by(x, bits); }
+
+template <bool LOW, class M> __device__ void update_one(const struct step &s, int64_t i)
 {
-    const uint32_t bits = LOW && F32 ? 0 : draw(hash(s, i / 8), (int)(i % 8));
-    float p = join_halves(s.p[i], LOW ? s.low[i] : 0);
-    float m = F32 ? ((float *)s.m)[i] : __bfloat162float(((bf16 *)s.m)[i]), v = F32 ? ((float *)s.v)[i] : __bfloat162float(((bf16 *)s.v)[i]);
-    update(s, __bfloat162float(s.grad[i]), decay, &p, &m, &v);
+    const uint32_t bits = DRAWS<LOW, M> ? draw(hash(s, i / 8), (int)(i % 8)) : 0;
+    float p = join_halves(s.p[i], LOW ? s.low[i] : 0), m = as_float(((M *)s.m)[i]), v = as_float(((M *)s.v)[i]);
+    update(s, __bfloat162float(s.grad[i]), decay_in(s, run_of(s, i)), &p, &m, &v);
     if (LOW)
         split(p, &s.p[i], &s.low[i]);
     else
         s.p[i] = round_by(p, bits * 0x9e3779b1u >> 16);
-    if (F32) {
-        ((float *)s.m)[i] = m;
-        ((float *)s.v)[i] = v;
-    } else {
-        ((uint16_t *)s.m)[i] = round_by(m, bits);
-        ((uint16_t *)s.v)[i] = round_by(v, bits >> 16);
-    }
+    keep((M *)s.m + i, m, bits);
+    keep((M *)s.v + i, v, bits >> 16);
 }
 
-/* Eight halves as they lie in 16 bytes. */
-union eight {
-    uint4 all;
-    uint16_t at[8];
-    int16_t low[8];
+/* N elements of an array as they lie in memory, in one access. */
+template <class T, int N> struct __align__(sizeof(T) * N) elements {
+    T at[N];
 };
-
-template <bool F32> __device__ void load_moment(const void *x, int64_t i, float out[8])
+template <int N, class T> __device__ __forceinline__ elements<T, N> load(const T *from)
 {
-    if (F32)
-        vec8::load<8>((const float *)x + i, out);
-    else
-        vec8::load<8>((const bf16 *)x + i, out);
+    return *(const elements<T, N> *)(const void *)from;
+}
+template <int N, class T> __device__ __forceinline__ void store(T *to, const elements<T, N> &x)
+{
+    *(elements<T, N> *)(void *)to = x;
 }
 
-template <bool F32> __device__ void store_moment(void *x, int64_t i, const float in[8], const uint32_t bits[8], int shift)
+/* Elements i .. i + N - 1, all of which are read before anything is known of their decay. */
+template <bool LOW, class M, int N> __device__ __forceinline__ void update_group(const struct step &s, int64_t i)
 {
-    if (F32) {
-        float4 *to = (float4 *)(void *)((float *)x + i);
-        to[0] = make_float4(in[0], in[1], in[2], in[3]);
-        to[1] = make_float4(in[4], in[5], in[6], in[7]);
-    } else {
-        union eight e;
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            e.at[j] = round_by(in[j], bits[j] >> shift);
-        *(uint4 *)(void *)((uint16_t *)x + i) = e.all;
-    }
-}
-
-template <bool LOW, bool F32> __device__ void update_eight(const struct step &s, int64_t i, float decay)
-{
-    float g[8], m[8], v[8];
-    uint32_t bits[8];
-    const uint32_t octet = LOW && F32 ? 0 : hash(s, i / 8);
-    union eight high, low;
-    high.all = *(const uint4 *)(const void *)(s.p + i);
+    elements<uint16_t, N> p = load<N>(s.p + i);
+    const elements<uint16_t, N> grad = load<N>((const uint16_t *)s.grad + i);
+    elements<M, N> m = load<N>((const M *)s.m + i), v = load<N>((const M *)s.v + i);
+    elements<int16_t, N> low = {};
     if (LOW)
-        low.all = *(const uint4 *)(const void *)(s.low + i);
-    vec8::load<8>(s.grad + i, g);
-    load_moment<F32>(s.m, i, m);
-    load_moment<F32>(s.v, i, v);
+        low = load<N>(s.low + i);
+    const int run = run_of(s, i);
+    if (run < s.n_decay && i + N > s.decay_end[run]) { /* an end within */
+        for (int j = 0; j < N; j++)
+            update_one<LOW, M>(s, i + j);
+        return;
+    }
+    const float decay = decay_in(s, run);
+    const uint32_t octet = DRAWS<LOW, M> ? hash(s, i / 8) : 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        float p = join_halves(high.at[j], LOW ? low.low[j] : 0);
-        bits[j] = LOW && F32 ? 0 : draw(octet, j);
-        update(s, g[j], decay, &p, &m[j], &v[j]);
+    for (int j = 0; j < N; j++) {
+        const uint32_t bits = DRAWS<LOW, M> ? draw(octet, (int)(i % 8) + j) : 0;
+        float x = join_halves(p.at[j], low.at[j]), first = as_float(m.at[j]), second = as_float(v.at[j]);
+        update(s, as_float(grad.at[j]), decay, &x, &first, &second);
         if (LOW)
-            split(p, &high.at[j], &low.low[j]);
+            split(x, &p.at[j], &low.at[j]);
         else
-            high.at[j] = round_by(p, bits[j] * 0x9e3779b1u >> 16);
+            p.at[j] = round_by(x, bits * 0x9e3779b1u >> 16);
+        keep(&m.at[j], first, bits);
+        keep(&v.at[j], second, bits >> 16);
     }
-    *(uint4 *)(void *)(s.p + i) = high.all;
+    store(s.p + i, p);
     if (LOW)
-        *(uint4 *)(void *)(s.low + i) = low.all;
-    store_moment<F32>(s.m, i, m, bits, 0);
-    store_moment<F32>(s.v, i, v, bits, 16);
+        store(s.low + i, low);
+    store((M *)s.m + i, m);
+    store((M *)s.v + i, v);
 }
 
-template <bool LOW, bool F32, bool WIDE> __global__ void __launch_bounds__(256) adamw_kernel(const struct step s)
+/* N elements a thread; WIDE: arrays lie where a thread can have them in one access each. */
+template <bool LOW, class M, int N, bool WIDE> __global__ void __launch_bounds__(THREADS) adamw_kernel(const struct step s)
 {
-    int run = 0;
-    for (int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8; i < s.n; i += (int64_t)gridDim.x * 256 * 8) {
-        const int64_t end = vec8::smaller(i + 8, s.n);
-        run = run_of(s, run, i);
-        if (WIDE && end == i + 8 && (run >= s.n_decay || end <= s.decay_end[run])) {
-            update_eight<LOW, F32>(s, i, decay_in(s, run));
-            continue;
+    const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * N, end = vec8::smaller(i + N, s.n);
+    if constexpr (WIDE)
+        if (end == i + N) {
+            update_group<LOW, M, N>(s, i);
+            return;
         }
-        for (int64_t j = i; j < end; j++)
-            update_one<LOW, F32>(s, j, decay_in(s, run_of(s, run, j)));
-    }
+    for (int64_t j = i; j < end; j++)
+        update_one<LOW, M>(s, j);
 }
 
-template <bool LOW, bool F32> void launch(struct rt_queue *q, const struct step *s)
+template <bool LOW, class M> void launch(struct rt_queue *q, const struct step *s)
 {
+    enum { N = 16 / sizeof(M) };
     const bool wide = vec8::aligned16(s->p) && vec8::aligned16(s->low) && vec8::aligned16(s->grad) && vec8::aligned16(s->m) && vec8::aligned16(s->v);
-    const unsigned blocks = (unsigned)vec8::smaller((s->n + 2047) / 2048, 32 * (int64_t)q->dev->sm_count);
+    const unsigned blocks = (unsigned)((s->n + THREADS * N - 1) / (THREADS * N));
     if (wide)
-        adamw_kernel<LOW, F32, true><<<blocks, 256, 0, q->stream>>>(*s);
+        adamw_kernel<LOW, M, N, true><<<blocks, THREADS, 0, q->stream>>>(*s);
     else
-        adamw_kernel<LOW, F32, false><<<blocks, 256, 0, q->stream>>>(*s);
+        adamw_kernel<LOW, M, N, false><<<blocks, THREADS, 0, q->stream>>>(*s);
 }
 
 /* splitmix64 (Steele et al. 2014): seed and step to a key. */
@@ -241,13 +242,13 @@ enum rt_status rt_cuda_adamw(struct rt_dev *, struct rt_queue *q, const struct r
         s.decay_end = ends;
     }
     if (a->low != NULL && a->moment == RT_F32)
-        launch<true, true>(q, &s);
+        launch<true, float>(q, &s);
     else if (a->low != NULL)
-        launch<true, false>(q, &s);
+        launch<true, uint16_t>(q, &s);
     else if (a->moment == RT_F32)
-        launch<false, true>(q, &s);
+        launch<false, float>(q, &s);
     else
-        launch<false, false>(q, &s);
+        launch<false, uint16_t>(q, &s);
     RT_TRY(rt_cuda_launched("adamw", err));
 out:
     rt_cuda_temp_free(q, ends);
