@@ -27,7 +27,7 @@ struct rt_cuda_nccl; /* nccl.h */
 
 struct rt_dev {
     int index, sm_count;
-    int cc;                 /* 90: compute capability 9.0 */
+    int cc;                 /* of the code that it runs (code.h); 90: all that compute capability 9.0 has */
     int block_shared;       /* bytes of shared memory that a block may have */
     uint64_t scratch;       /* set_scratch: operations divide their work so that what they take stays under it */
     size_t l2_bytes;
@@ -84,7 +84,7 @@ void rt_cuda_weight_free(struct rt_dev *, struct rt_weight *);
 size_t rt_cuda_weight_bytes(const struct rt_weight_src *);
 
 /* lt.c: opens cuBLASLt. *out NULL and the reason in why [cap] where there is none; fails only where memory does. */
-enum rt_status rt_cuda_lt_open(struct rt_dev *dev, struct rt_cuda_lt **out, char *why, int cap, struct rt_err *err);
+enum rt_status rt_cuda_lt_open(struct rt_cuda_lt **out, char *why, int cap, struct rt_err *err);
 void rt_cuda_lt_close(struct rt_cuda_lt *lt);
 /* dnn.c: the same for cuDNN. */
 enum rt_status rt_cuda_dnn_open(struct rt_dev *dev, struct rt_cuda_dnn **out, char *why, int cap, struct rt_err *err);

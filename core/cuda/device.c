@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "core/cuda/code.h"
 #include "core/cuda/convert.h"
 #include "core/cuda/cuda.h"
 #include "core/cuda/group8.h"
@@ -59,12 +60,17 @@ static enum rt_status open_device(struct rt_dev *dev, struct rt_err *err)
 {
     struct cudaDeviceProp prop;
     uint64_t keep = UINT64_MAX;
+    bool none;
     enum rt_status st;
     RT_CUDA_TRY(cudaSetDevice(dev->index));
     RT_CUDA_TRY(cudaGetDeviceProperties(&prop, dev->index));
-    dev->cc = prop.major * 10 + prop.minor;
-    if (dev->cc < 80)
+    if (prop.major < 8)
         RT_FAIL(err, DEVICE, "GPU %d (%s) has compute capability %d.%d; 8.0 or later is needed", dev->index, prop.name, prop.major, prop.minor);
+    st = rt_cuda_code(&dev->cc, &none, err);
+    if (none)
+        RT_FAIL(err, DEVICE, "GPU %d (%s) has compute capability %d.%d, for which this program holds no code: build it with CUDA_ARCH=\"80 90a\"", dev->index,
+                prop.name, prop.major, prop.minor);
+    RT_TRY(st);
     dev->sm_count = prop.multiProcessorCount;
     dev->block_shared = (int)prop.sharedMemPerBlockOptin;
     dev->l2_bytes = (size_t)prop.l2CacheSize;
@@ -73,10 +79,11 @@ static enum rt_status open_device(struct rt_dev *dev, struct rt_err *err)
     RT_CUDA_TRY(cudaDeviceGetDefaultMemPool(&dev->pool, dev->index));
     RT_CUDA_TRY(cudaMemPoolSetAttribute(dev->pool, cudaMemPoolAttrReleaseThreshold, &keep));
     dev->encode_map = rt_cuda_group8_driver(dev);
-    RT_TRY(rt_cuda_lt_open(dev, &dev->lt, dev->lt_why, sizeof dev->lt_why, err));
+    RT_TRY(rt_cuda_lt_open(&dev->lt, dev->lt_why, sizeof dev->lt_why, err));
     RT_TRY(rt_cuda_dnn_open(dev, &dev->dnn, dev->dnn_why, sizeof dev->dnn_why, err));
-    snprintf(dev->description, sizeof dev->description, "%s, %d multiprocessors%s%s", prop.name, dev->sm_count,
-             dev->lt != NULL ? "" : ", no cuBLASLt", dev->dnn != NULL ? ", cuDNN" : ", no cuDNN");
+    snprintf(dev->description, sizeof dev->description, "%s, %d multiprocessors%s%s%s", prop.name, dev->sm_count,
+             prop.major == 9 && dev->cc < 90 ? ", none of its own code (CUDA_ARCH lacks 90a)" : "", dev->lt != NULL ? "" : ", no cuBLASLt",
+             dev->dnn != NULL ? ", cuDNN" : ", no cuDNN");
 out:
     return st;
 }

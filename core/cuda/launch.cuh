@@ -38,7 +38,7 @@ inline cudaError_t launch(struct rt_queue *q, void (*kernel)(P...), dim3 grid, d
         attr[c.numAttrs].val.clusterDim.y = attr[c.numAttrs].val.clusterDim.z = 1;
         c.numAttrs++;
     }
-    if (q->dev->cc >= 90) {
+    if (q->dev->cc == 90) {
         attr[c.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attr[c.numAttrs].val.programmaticStreamSerializationAllowed = 1;
         c.numAttrs++;

@@ -354,7 +354,7 @@ template <class Z> enum rt_status launch_for(struct rt_queue *q, const struct rt
 bool rt_cuda_loss_cluster_fits(const struct rt_dev *dev, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t)
 {
     const size_t most = (size_t)dev->block_shared;
-    return dev->cc >= 90 && t->dz != NULL && t->type != RT_F32 && a->V < INT32_MAX - 16 && t->rows <= INT32_MAX / MOST_BLOCKS &&
+    return dev->cc == 90 && t->dz != NULL && t->type != RT_F32 && a->V < INT32_MAX - 16 && t->rows <= INT32_MAX / MOST_BLOCKS &&
            shape_of(a).shared + sizeof(struct block_shared) + 1024 <= most;
 }
 

@@ -44,7 +44,6 @@ struct rt_cuda_lt {
     void *lib;
     cublasLtHandle_t handle;
     size_t version;
-    int cc;
 #define LT_POINTER(name) __typeof__(&cublasLt##name) name;
     LT_FUNCTIONS(LT_POINTER)
 #undef LT_POINTER
@@ -75,7 +74,7 @@ static bool load(struct rt_cuda_lt *lt, const char **missing)
     return true;
 }
 
-enum rt_status rt_cuda_lt_open(struct rt_dev *dev, struct rt_cuda_lt **out, char *why, int cap, struct rt_err *err)
+enum rt_status rt_cuda_lt_open(struct rt_cuda_lt **out, char *why, int cap, struct rt_err *err)
 {
     static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", NULL};
     struct rt_cuda_lt *lt = NULL;
@@ -84,7 +83,6 @@ enum rt_status rt_cuda_lt_open(struct rt_dev *dev, struct rt_cuda_lt **out, char
     *out = NULL;
     RT_TRY(rt_alloc(1, sizeof *lt, "the table of products", &lt, err));
     (void)pthread_mutex_init(&lt->lock, NULL);
-    lt->cc = dev->cc;
     lt->lib = rt_cuda_dlopen(names);
     if (lt->lib == NULL) {
         snprintf(why, (size_t)cap, "libcublasLt.so.13 and .12 were not found");
@@ -555,8 +553,7 @@ out:
 
 #else
 
-enum rt_status rt_cuda_lt_open(__attribute__((unused)) struct rt_dev *dev, struct rt_cuda_lt **out, char *why, int cap,
-                               __attribute__((unused)) struct rt_err *err)
+enum rt_status rt_cuda_lt_open(struct rt_cuda_lt **out, char *why, int cap, __attribute__((unused)) struct rt_err *err)
 {
     *out = NULL;
     snprintf(why, (size_t)cap, "built without cublasLt.h");

@@ -539,5 +539,5 @@ enum rt_status rt_cuda_sample(struct rt_dev *, struct rt_queue *q, const struct 
     w.position = a->position;
     w.id = a->id;
     w.logprob = a->logprob;
-    return q->dev->cc >= 90 && a->n_ids >= MANY ? start<BLOCKS>(q, w, a->n, err) : start<1>(q, w, a->n, err);
+    return q->dev->cc == 90 && a->n_ids >= MANY ? start<BLOCKS>(q, w, a->n, err) : start<1>(q, w, a->n, err);
 }
