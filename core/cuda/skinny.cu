@@ -25,7 +25,7 @@ struct sizes {
     enum {
         columns = ROW / W, x_row = columns * X, x_at = TILE * ROW, scale_at = x_at + OCT * 8 * x_row,
         stage = scale_at + (X == 1 ? OCT * 8 * 4 : 0),
-        stages = OCT == 2 ? (x_row == 256 ? 5 : 6) : OCT == 4 ? (x_row == 256 ? 4 : 5) : (x_row == 256 ? 3 : 4),
+        stages = OCT == 2 ? (x_row == 256 ? 4 : 5) : OCT == 4 ? 4 : (x_row == 256 ? 3 : 4),
         total = stage * stages
     };
 };
@@ -284,6 +284,7 @@ enum rt_status start(struct rt_queue *q, const product &p, struct rt_err *err)
 {
     typedef sizes<W, X, OCT> Z;
     static_assert(Z::total >= OCT * 8 * (TILE + 4) * 4, "the tile of sums lies over the stages");
+    static_assert(Z::total + RT_SKINNY_MOST * 4 <= 99 << 10, "what a block may have on compute capability 8.6, 8.9 and 12.0");
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(skinny_kernel<W, X, OCT>, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::total));
     skinny_kernel<W, X, OCT><<<dim3((unsigned)(p.tiles * p.n_groups), (unsigned)p.splits), THREADS, Z::total, q->stream>>>(p);
