@@ -167,7 +167,7 @@ static void moe_case(struct cuda_pair *p, const struct moe_case *c, int way)
         }
     }
     snprintf(what, sizeof what, "%s%s", c->name, way == 0 ? "" : way == 1 ? " (library)" : " (neither)");
-    cuda_close(what, got, y, n, H, c->quantised ? (way == 2 ? BOUND_DEQUANTISED : BOUND_W8A8) : c->e4m3 ? BOUND_W8A16 : BOUND_BF16, 0);
+    cuda_close(what, got, y, n, H, c->quantised ? (way == 2 || p->gpu.dev->cc < 90 ? BOUND_DEQUANTISED : BOUND_W8A8) : c->e4m3 ? BOUND_W8A16 : BOUND_BF16, 0);
     for (int e = 0; e < c->listed; e++)
         for (int m = 0; m < 3; m++)
             cuda_weight_free(p, &w[m][e]);
