@@ -90,7 +90,7 @@ struct rt_shift_sums {
 /* Adds rows whose token, next token and the one after differ. */
 void rt_shift_add(struct rt_shift_sums *s, const struct rt_rows *rows, int lse_one, int64_t n_ids);
 /* The check of such sums. PASS: the next token is surely the likeliest of the three. FAIL: another is, and the model knows the text (it is
- * a nat above chance). WARN: it cannot be told. */
+ * a nat above chance), or a sum is not finite. WARN: it cannot be told. */
 enum rt_status rt_shift_check(struct rt_doctor *d, const char *name, const struct rt_shift_sums *s, int64_t vocab, struct rt_err *err);
 
 #endif

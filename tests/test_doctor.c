@@ -282,17 +282,20 @@ static void the_shift_check(void **state)
     struct rt_err err = {0};
     struct rt_doctor d = {0};
     const struct rt_shift_sums right = {-100, -500, -400, -900, -800, 100}, shifted = {-200, -100, -500, -100, -800, 100}, ignorant = {-700, -600, -600, -690, -690, 100},
-                               open = {-300, -200, -400, -800, -800, 100}, few = {-1, -9, -9, -9, -9, 3};
+                               open = {-300, -200, -400, -800, -800, 100}, few = {-1, -9, -9, -9, -9, 3},
+                               none = {NAN, NAN, NAN, NAN, NAN, 100};
     assert_ok(rt_shift_check(&d, "a", &right, 1000, &err));
     assert_ok(rt_shift_check(&d, "b", &shifted, 1000, &err));
     assert_ok(rt_shift_check(&d, "c", &ignorant, 1000, &err)); /* chance is -6.9 */
     assert_ok(rt_shift_check(&d, "d", &few, 1000, &err));
     assert_ok(rt_shift_check(&d, "e", &open, 1000, &err)); /* the bound leaves it open, the estimate does not accuse */
+    assert_ok(rt_shift_check(&d, "f", &none, 1000, &err));
     expect(&d, RT_CHECK_PASS, "a", "");
     expect(&d, RT_CHECK_FAIL, "b", "shifted");
     expect(&d, RT_CHECK_WARN, "c", "cannot be told");
     expect(&d, RT_CHECK_WARN, "d", "too few");
     expect(&d, RT_CHECK_WARN, "e", "cannot be told");
+    expect(&d, RT_CHECK_FAIL, "f", "not all finite");
     rt_checks_free(&d.checks);
 }
 
