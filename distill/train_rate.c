@@ -70,7 +70,7 @@ void rt_train_log_step(const struct rt_train_run *r, const struct rt_step_result
     const struct rt_loss_sums *m = &s->sums;
     const struct rt_trainer *t = &r->trainer;
     const double mfu = rt_train_mfu(r, s, seconds), n = (double)m->kl_rows;
-    char ce[32] = "", kl[160] = "", feature[48] = "", alm[48] = "", part[32] = "", a[32], b[32];
+    char ce[32] = "", kl[160] = "", feature[48] = "", alm[48] = "", part[32] = "", clipped[48] = "", a[32], b[32];
     if (m->rows > 0)
         snprintf(ce, sizeof ce, " ce %.4f", m->ce / (double)m->rows);
     if (m->kl_rows > 0)
@@ -79,9 +79,11 @@ void rt_train_log_step(const struct rt_train_run *r, const struct rt_step_result
         snprintf(alm, sizeof alm, " alm %.4f", m->spans.loss / (double)m->spans.spans);
     if (m->feature_rows > 0)
         snprintf(feature, sizeof feature, " feature %.4g", m->feature / (double)m->feature_rows);
+    if (t->opt.step > 0)
+        snprintf(clipped, sizeof clipped, " (%.0f %% of steps clipped)", 100 * rt_trainer_clipped(t));
     if (!isnan(mfu))
         snprintf(part, sizeof part, ", MFU %.1f %%", 100 * mfu);
-    rt_info(r->ctx->log, "step %ld/%ld loss %.4f%s%s%s%s grad_norm %.3g (%.0f %% of steps clipped) lr %.3g %.0f tokens/s%s, memory %s, %s left", (long)t->step,
-            (long)r->total_steps, s->loss, ce, kl, feature, alm, s->grad_norm, 100 * rt_trainer_clipped(t), lr, (double)t->tokens / r->seconds, part,
+    rt_info(r->ctx->log, "step %ld/%ld loss %.4f%s%s%s%s grad_norm %.3g%s lr %.3g %.0f tokens/s%s, memory %s, %s left", (long)t->step,
+            (long)r->total_steps, s->loss, ce, kl, feature, alm, s->grad_norm, clipped, lr, (double)t->tokens / r->seconds, part,
             rt_human_bytes(a, (uint64_t)rt_train_memory(r)), rt_human_time(b, rt_train_seconds_left(r)));
 }

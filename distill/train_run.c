@@ -111,6 +111,7 @@ static enum rt_status save(struct rt_train_run *r, struct rt_err *err)
     if (r->rank.rank == 0)
         RT_TRY(rt_rundir_sync(&r->dir, err));
     RT_TRY(rt_trainer_checkpoint(&r->trainer, r->v->out, (int)r->v->keep, r->seconds, err));
+    r->saved = r->trainer.step;
 out:
     return st;
 }
@@ -128,6 +129,7 @@ static enum rt_status resume(struct rt_train_run *r, struct rt_err *err)
         if (st != RT_OK && r->rank.rank > 0)
             rt_err_context(err, "rank %d reads the checkpoint of rank 0", r->rank.rank);
         RT_TRY(st);
+        r->saved = at.step;
         rt_info(r->ctx->log, "going on from step %ld of %ld", (long)r->trainer.step, (long)r->total_steps);
     }
     if (r->rank.rank > 0)
@@ -138,13 +140,30 @@ out:
     return st;
 }
 
+/* What is left of a run that ends here. */
+static const char *kept(const struct rt_train_run *r, char out[64])
+{
+    if (r->saved < 0)
+        return "no checkpoint had been saved";
+    snprintf(out, 64, "the checkpoint of step %ld is kept", (long)r->saved);
+    return out;
+}
+
+/* No step has changed a parameter: what the student was given as has losses that are no numbers. */
+static enum rt_status none_taken(const struct rt_train_run *r, struct rt_err *err)
+{
+    char left[64];
+    return rt_fail(err, RT_NUMERIC, "all of %ld steps were left out, so nothing was learnt and no model is written; %s: losses or gradients of the student as it was "
+                   "given are not finite; `retort doctor --student DIR --data FILE` looks at it, metrics.jsonl names the data", (long)r->trainer.step, kept(r, left));
+}
+
 /* A step that was left out: says so, with its batch; the end of the run by --on-nan stop, or where too many follow each other. */
 static enum rt_status after_skip(struct rt_train_run *r, const struct rt_step_result *s, int *in_a_row, struct rt_err *err)
 {
     uint8_t key[RT_KEY_BYTES];
     uint32_t occurrence;
     int64_t line;
-    char hex[2 * RT_KEY_BYTES + 1], what[160], batch[4400];
+    char hex[2 * RT_KEY_BYTES + 1], what[160], batch[4400], left[64];
     struct rt_train_set *set = r->set[s->batch[0].set];
     rt_train_set_key(set, s->batch[0].seq, key, &occurrence, &line);
     rt_hex(hex, key, sizeof key);
@@ -157,10 +176,12 @@ static enum rt_status after_skip(struct rt_train_run *r, const struct rt_step_re
     if (r->rank.rank == 0)
         rt_warn(r->ctx->log, "%s: left out, %s; all are in metrics.jsonl", what, batch);
     if (strcmp(r->v->on_nan, "stop") == 0)
-        return rt_fail(err, RT_NUMERIC, "%s, in a batch of %.300s; the last checkpoint is kept; --on-nan skip leaves such steps out", what, batch);
+        return rt_fail(err, RT_NUMERIC, "%s, in a batch of %.300s; %s; --on-nan skip leaves such steps out", what, batch, kept(r, left));
+    if (*in_a_row >= MAX_SKIPPED && r->trainer.opt.step == 0)
+        return none_taken(r, err);
     if (*in_a_row >= MAX_SKIPPED)
-        return rt_fail(err, RT_NUMERIC, "%d steps in a row were left out, the last one %ld; the last checkpoint is kept: a lower --lr, or look at the data "
-                       "that metrics.jsonl names", *in_a_row, (long)r->trainer.step);
+        return rt_fail(err, RT_NUMERIC, "%d steps in a row were left out, the last one %ld; %s: a lower --lr, or look at the data that metrics.jsonl names", *in_a_row,
+                       (long)r->trainer.step, kept(r, left));
     return RT_OK;
 }
 
@@ -216,10 +237,12 @@ static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)
         rt_progress_update(&progress, t->tokens, NULL);
         if (due(t->step, v->eval_every) && t->step < r->total_steps)
             RT_TRY(evaluate_between(r, err));
-        if (due(t->step, v->save_every) || t->step == r->total_steps)
+        if (t->opt.step > 0 && (due(t->step, v->save_every) || t->step == r->total_steps))
             RT_TRY(save(r, err));
     }
     rt_progress_end(&progress);
+    if (t->opt.step == 0)
+        RT_TRY(none_taken(r, err));
 out:
     return st;
 }
@@ -253,7 +276,7 @@ enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v,
 {
     enum rt_status st;
     bool finished;
-    struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}};
+    struct rt_train_run r = {.ctx = ctx, .v = v, .dir = {.lock = -1, .metrics = -1}, .saved = -1};
     rt_train_peak_reset();
     RT_TRY(rt_rank_from_env(&r.rank, err));
     if (v->common.dry_run && r.rank.size == 1) /* a plan of what --gpus would start */
@@ -294,7 +317,7 @@ out:
 
 enum rt_status rt_train_check(struct rt_context *ctx, const struct rt_train_values *v, struct rt_err *err)
 {
-    struct rt_train_run r = {.ctx = ctx, .v = v, .rank = {0, 1, 0}, .dir = {.lock = -1, .metrics = -1}};
+    struct rt_train_run r = {.ctx = ctx, .v = v, .rank = {0, 1, 0}, .dir = {.lock = -1, .metrics = -1}, .saved = -1};
     const enum rt_status st = rt_train_prepare(&r, err);
     close_run(&r, st, err);
     return st;

@@ -25,8 +25,8 @@ struct rt_train_outcome {
     bool finished;
     int64_t steps, tokens;
 };
-/* Errors: USAGE and REFUSED before the first step; NUMERIC (--on-nan stop, or too many steps skipped in a row), INTERRUPTED after a
- * checkpoint was saved. outcome may be NULL. */
+/* Errors: USAGE and REFUSED before the first step; NUMERIC (--on-nan stop, too many steps skipped in a row, or every one: then no model is
+ * written), INTERRUPTED after a checkpoint was saved. outcome may be NULL. */
 enum rt_status rt_train(struct rt_context *ctx, const struct rt_train_values *v, struct rt_train_outcome *outcome, struct rt_err *err);
 
 /* Every refusal that can be made before the first step; writes nothing. */
@@ -53,6 +53,7 @@ struct rt_train_run {
     char order_sha256[65], init_sha256[65];
     struct rt_rundir dir;
     double seconds;                        /* of training so far, earlier parts included, evaluation left out */
+    int64_t saved;                         /* step of the last checkpoint, -1: there is none */
 };
 
 /* train_plan.c: opens student and data, checks what can be checked, plans memory and steps. Nothing is trained or written. */

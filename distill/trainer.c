@@ -265,7 +265,7 @@ static bool is_spike(struct rt_trainer *t, double norm)
 
 double rt_trainer_clipped(const struct rt_trainer *t)
 {
-    return (double)t->clipped / (double)t->opt.step;
+    return t->opt.step > 0 ? (double)t->clipped / (double)t->opt.step : NAN;
 }
 
 enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err)

@@ -428,6 +428,45 @@ static void test_nan(void **state)
                                      test_tmp("run-nan-stop"), "--on-nan", "stop", NULL};
     assert_int_equal(train(stop_argv, 0, NULL, &err), RT_NUMERIC);
     assert_non_null(strstr(err.msg, "key "));
+    assert_non_null(strstr(err.msg, "the checkpoint of step "));
+}
+
+/* A student whose losses are no numbers learns nothing: a run of few steps, or of many, ends with an error, and nothing looks like a model. */
+static void test_all_skipped(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct tf f;
+    struct rt_ckpt at;
+    const float nan_value = NAN;
+    const char *student = test_tmp("run-nan-student"), *out = test_tmp("run-skipped"), *at_once = test_tmp("run-skipped-stop");
+    char path[4096], *log;
+    tf_open(&f, &rt_backend_ref, 1, TF_TIED, 0.2f);
+    assert_ok(rt_param_upload(&f.d, rt_student_block(f.s), &f.p.at[0], 0, 1, &nan_value, &err));
+    for (int64_t i = 1; i < f.p.at[0].rows; i++) /* every row of the embeddings, so that every sequence meets it */
+        assert_ok(rt_param_upload(&f.d, rt_student_block(f.s), &f.p.at[0], i * f.p.at[0].cols, 1, &nan_value, &err));
+    const struct rt_student_save o = {.dtype = RT_F32};
+    assert_ok(rt_student_save(f.s, &o, student, &err));
+    tf_close(&f);
+    for (int again = 0; again < 2; again++) { /* and again from what it left */
+        assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--steps", "2", "--save-every", "1", "--out", out), 0, &log, &err), RT_NUMERIC);
+        assert_non_null(strstr(err.msg, "all of 2 steps were left out"));
+        assert_non_null(strstr(err.msg, "no checkpoint had been saved"));
+        assert_null(strstr(log, "finished"));
+        assert_null(strstr(log, "steps clipped"));
+        free(log);
+        rt_err_clear(&err);
+    }
+    snprintf(path, sizeof path, "%s/" RT_MODEL_DIR, out);
+    assert_false(rt_path_exists(path));
+    assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
+    assert_int_equal(at.step, -1);
+    assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--steps", "30", "--save-every", "1", "--out", test_tmp("run-skipped-ten")), 0, NULL,
+                           &err), RT_NUMERIC);
+    assert_non_null(strstr(err.msg, "all of 10 steps were left out"));
+    rt_err_clear(&err);
+    assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--on-nan", "stop", "--out", at_once), 0, NULL, &err), RT_NUMERIC);
+    assert_non_null(strstr(err.msg, "no checkpoint had been saved"));
 }
 
 /* A spike of the gradient stops a run that is to stop, with the batch named and the checkpoint before it kept; another goes on and records it. What
@@ -505,7 +544,7 @@ static void test_experiment(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_resume, set_up),
-    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up), cmocka_unit_test_setup(test_spike, set_up),
+    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up), cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
 };
 RT_SUITE(train_run, tests)
