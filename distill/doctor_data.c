@@ -122,8 +122,22 @@ out:
     return st;
 }
 
-/* Prompts without completions: what `traces` and `eval` read. */
-static enum rt_status read_prompts(struct rt_doctor *d, const struct rt_model_dir *m, int64_t *n, int64_t *longest, struct rt_err *err)
+/* Is there something to learn from in the line, as `train` reads it? */
+static bool teaches(const struct rt_json *line)
+{
+    const struct rt_json *messages = rt_json_get(line, "messages");
+    const size_t n = rt_json_len(messages);
+    if (rt_json_get(line, "input_ids") != NULL)
+        return true;
+    if (messages != NULL) {
+        const char *role = n > 0 ? rt_json_as_string(rt_json_get(rt_json_at(messages, n - 1), "role"), NULL) : NULL;
+        return role != NULL && strcmp(role, "assistant") == 0;
+    }
+    return rt_json_get(line, "prompt") != NULL ? rt_json_get(line, "completion") != NULL : rt_json_get(line, "text") != NULL;
+}
+
+/* Prompts without completions: what `traces` and `eval` read. *alone: no line has more than a prompt. */
+static enum rt_status read_prompts(struct rt_doctor *d, const struct rt_model_dir *m, bool *alone, int64_t *n, int64_t *longest, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_dataset *set = NULL;
@@ -131,12 +145,14 @@ static enum rt_status read_prompts(struct rt_doctor *d, const struct rt_model_di
     bool end = false;
     const struct rt_dataset_options o = {.tok = m->tok, .tmpl = m->tmpl};
     *n = *longest = 0;
+    *alone = true;
     RT_TRY(rt_dataset_open(d->data, &o, &set, err));
     for (;; ++*n) {
         RT_TRY(rt_dataset_next_prompt(set, &p, &end, err));
         if (end)
             break;
         *longest = p.n > *longest ? p.n : *longest;
+        *alone &= !teaches(p.json);
     }
 out:
     rt_dataset_close(set);
@@ -198,10 +214,11 @@ static enum rt_status by_model(struct rt_doctor *d, const char *who, const struc
     struct rt_dataset_counts c = {0};
     const int64_t limit = d->max_length > 0 && d->max_length < max_position ? d->max_length : max_position;
     int64_t prompts, longest;
+    bool alone;
     st = read_lines(d, m, limit, &f, &c, n_ids, &bad);
     if (st == RT_NOMEM)
         return rt_fail(err, st, "%s", bad.msg);
-    if (st != RT_OK && read_prompts(d, m, &prompts, &longest, &worse) == RT_OK)
+    if (st != RT_OK && read_prompts(d, m, &alone, &prompts, &longest, &worse) == RT_OK && alone)
         return rt_check_add(&d->checks, err, longest <= limit ? RT_CHECK_PASS : RT_CHECK_FAIL, "data.prompts", "%" PRId64 " prompts, no completions: for traces and eval; longest %" PRId64
                             " of %" PRId64 " tokens (by the %s)", prompts, longest, limit, who);
     if (st != RT_OK)

@@ -182,6 +182,29 @@ static void bad_data_fails(void **state)
     close_doctor(&d);
 }
 
+/* One line without a completion among others that have one is an error, as `train` says; prompts alone are data of another kind. */
+static void prompts_among_lines_fail(void **state)
+{
+    (void)state;
+    static const char *const odd[] = {"{\"prompt\":\"x\"}\n", "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}\n"};
+    static const char *const says[] = {"mixed.jsonl:4: \"completion\" is missing", "mixed.jsonl:4: the last of \"messages\""};
+    for (int i = 0; i < 2; i++) {
+        char text[2048];
+        struct rt_doctor d = {.student = STUDENT};
+        snprintf(text, sizeof text, "%s%s", lines, odd[i]);
+        d.data = put(test_tmp("mixed"), "mixed.jsonl", text, strlen(text));
+        open_doctor(&d);
+        expect(&d, RT_CHECK_FAIL, "data.lines", says[i]);
+        assert_null(find(&d, "data.prompts"));
+        close_doctor(&d);
+        snprintf(text, sizeof text, "%s%s", odd[0], odd[1]);
+        d = (struct rt_doctor){.student = STUDENT, .data = put(test_tmp("mixed"), "prompts.jsonl", text, strlen(text))};
+        open_doctor(&d);
+        expect(&d, RT_CHECK_PASS, "data.prompts", "2 prompts, no completions");
+        close_doctor(&d);
+    }
+}
+
 static void too_little_memory_fails(void **state)
 {
     (void)state;
@@ -347,7 +370,7 @@ static void damaged_or_foreign_shards_fail(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_sound_pair_passes), cmocka_unit_test(a_vocabulary_that_does_not_fit_fails), cmocka_unit_test(another_tokenizer_is_told),
-    cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(too_little_memory_fails),
+    cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail), cmocka_unit_test(too_little_memory_fails),
     cmocka_unit_test(shards_that_are_shifted_fail), cmocka_unit_test(the_shift_check), cmocka_unit_test(bounds_of_log_probabilities),
     cmocka_unit_test(damaged_or_foreign_shards_fail),
 };
