@@ -159,6 +159,22 @@ out:
     return st;
 }
 
+/* Sequences over the limit: of a student `train` and `eval` refuse them unless --max-length leaves them out, of a teacher `logits` leaves them out or cuts
+ * them. */
+static enum rt_status check_length(struct rt_doctor *d, const char *who, const struct findings *f, int64_t limit, struct rt_err *err)
+{
+    const bool student = who[0] == 's', refused = student && d->max_length == 0;
+    char what[96] = "with --max-length `train` and `eval` leave them out";
+    if (refused)
+        snprintf(what, sizeof what, "`train` and `eval` refuse them; --max-length %" PRId64 " leaves them out", limit);
+    else if (!student)
+        snprintf(what, sizeof what, "`logits` leaves them out, or cuts them with --overlong split");
+    if (f->over == 0)
+        return rt_check_add(&d->checks, err, RT_CHECK_PASS, "data.length", "longest %" PRId64 " of %" PRId64 " tokens (by the %s)", f->longest, limit, who);
+    return rt_check_add(&d->checks, err, refused ? RT_CHECK_FAIL : RT_CHECK_WARN, "data.length", "%" PRId64 " sequences are longer than %" PRId64 " tokens (by the %s; the first: line %"
+                        PRId64 ", longest %" PRId64 "): %s", f->over, limit, who, f->over_line, f->longest, what);
+}
+
 static enum rt_status report(struct rt_doctor *d, const char *who, const struct findings *f, const struct rt_dataset_counts *c, int64_t limit,
                              const struct rt_model_dir *m, struct rt_err *err)
 {
@@ -170,11 +186,7 @@ static enum rt_status report(struct rt_doctor *d, const char *who, const struct 
                         " targets%s", c->lines, c->samples, c->tokens, c->targets, suffix_text));
     if (c->untargeted > 0)
         RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "data.targets", "%" PRId64 " sequences have nothing to learn from and are left out", c->untargeted));
-    if (f->over > 0)
-        RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "data.length", "%" PRId64 " sequences are longer than the %s's %" PRId64 " tokens (the first: line %" PRId64
-                            ", longest %" PRId64 "): dropped, or cut with --overlong split", f->over, who, limit, f->over_line, f->longest));
-    else
-        RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "data.length", "longest %" PRId64 " of %" PRId64 " tokens%s", f->longest, limit, suffix_text));
+    RT_TRY(check_length(d, who, f, limit, err));
     if (m->tok == NULL || f->checked == 0)
         goto out;
     if (c->not_nfc > 0 && rt_tokenizer_normalizes(m->tok))

@@ -114,8 +114,13 @@ static enum rt_status contents(struct rt_doctor *d, const struct rt_row_identity
         longest = rt_shard_set_seq(d->set, i)->n_tokens > longest ? rt_shard_set_seq(d->set, i)->n_tokens : longest;
     if (d->have_student) {
         const int64_t limit = d->max_length > 0 && d->max_length < d->sc.max_position ? d->max_length : d->sc.max_position;
-        RT_TRY(rt_check_add(k, err, longest <= limit ? RT_CHECK_PASS : RT_CHECK_FAIL, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens%s", longest, limit,
-                            longest <= limit ? "" : ": train with a smaller --max-length, or score with one"));
+        if (longest <= limit)
+            RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens", longest, limit));
+        else if (d->max_length > 0)
+            RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens: with --max-length `train` and `eval` leave longer ones out", longest, limit));
+        else
+            RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens: `train` and `eval` refuse longer ones; --max-length %" PRId64
+                                " leaves them out", longest, limit, limit));
     }
     if (d->tokens == 0) {
         d->tokens = info->tokens;

@@ -167,7 +167,16 @@ static void bad_data_fails(void **state)
     close_doctor(&d);
     d = (struct rt_doctor){.student = STUDENT, .data = put(test_tmp("bad"), "long.jsonl", longest, strlen(longest))};
     open_doctor(&d);
-    expect(&d, RT_CHECK_WARN, "data.length", "1 sequences are longer");
+    expect(&d, RT_CHECK_FAIL, "data.length", "1 sequences are longer than 1024 tokens");
+    expect(&d, RT_CHECK_FAIL, "data.length", "--max-length 1024 leaves them out");
+    close_doctor(&d);
+    d = (struct rt_doctor){.student = STUDENT, .data = test_tmp("bad/long.jsonl"), .max_length = 512};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_WARN, "data.length", "leave them out");
+    close_doctor(&d);
+    d = (struct rt_doctor){.teacher = TEACHER, .data = test_tmp("bad/long.jsonl"), .max_length = 512};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_WARN, "data.length", "--overlong split");
     close_doctor(&d);
     d = (struct rt_doctor){.student = STUDENT, .data = "/nothing/there"};
     open_doctor(&d);
