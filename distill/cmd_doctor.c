@@ -77,6 +77,9 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     (void)pos;
     if (v->teacher == NULL && v->student == NULL && v->data == NULL && v->shards == NULL)
         RT_FAIL(err, USAGE, "nothing to check: give --teacher, --student, --data or --shards");
+    if (v->rescore > 0 && (v->teacher == NULL || v->shards == NULL))
+        RT_FAIL(err, USAGE, "--rescore %ld: needs --teacher and --shards, whose rows it computes again; %s missing", (long)v->rescore,
+                v->teacher != NULL ? "--shards is" : v->shards != NULL ? "--teacher is" : "both are");
     RT_TRY(rt_command_device(ctx, &v->common, ops, n_ops, &d.device, err));
     if (d.device.be->own_memory)
         RT_TRY(rt_command_room(&v->common, &d.device, &d.room, err));
