@@ -15,7 +15,7 @@ struct values {
 #define V(field) offsetof(struct values, field)
 static const struct rt_opt options[] = {
     {"teacher", RT_OPT_STRING, V(teacher), NULL, 0, 0, NULL, "DIR", "checkpoint directory of the teacher", false, false},
-    {"student", RT_OPT_STRING, V(student), NULL, 0, 0, NULL, "DIR", "model directory of the student", false, false},
+    {"student", RT_OPT_STRING, V(student), NULL, 0, 0, NULL, "DIR|RUN", "student: a model directory or a finished run", false, false},
     {"data", RT_OPT_STRING, V(data), NULL, 0, 0, NULL, "FILE|DIR", "JSON lines, or a directory of traces", false, false},
     {"shards", RT_OPT_STRING, V(shards), NULL, 0, 0, NULL, "DIR", "what `retort logits` or `retort retarget` wrote", false, false},
     {"out", RT_OPT_STRING, V(out), ".", 0, 0, NULL, "DIR", "where runs and shards will go: its free space is looked at", false, true},
@@ -98,7 +98,7 @@ out:
 
 const struct rt_command rt_cmd_doctor = {
     .name = "doctor",
-    .synopsis = "--teacher DIR --student DIR --data FILE|DIR --shards DIR [OPTIONS]",
+    .synopsis = "--teacher DIR --student DIR|RUN --data FILE|DIR --shards DIR [OPTIONS]",
     .summary = "check vocabularies, templates, masks, shifts, shards, memory and disk before anything is spent",
     .help = "Any of the four may be left out: what needs it is then not checked. One line a check, PASS, WARN or FAIL, with what to do. The exit code\n"
             "is 1 where a check fails.\n\n"

@@ -53,6 +53,7 @@ struct rt_doctor {
     struct rt_student_config sc;
     struct rt_params sp;
     struct rt_model_dir tm, sm;
+    char student_dir[4096];                              /* of student: itself, or the model of a run; "" where it has none */
     struct rt_shard_set *set;
     char teacher_sha256[65];
     uint64_t teacher_bytes;

@@ -246,8 +246,12 @@ enum rt_status rt_doctor_data(struct rt_doctor *d, struct rt_err *err)
     enum rt_status st = RT_OK;
     if (d->data == NULL)
         return RT_OK;
+    if (!rt_path_exists(d->data))
+        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "data.lines", "%s: no such file or directory", d->data);
     if (!d->have_teacher && !d->have_student)
-        return rt_check_add(&d->checks, err, RT_CHECK_WARN, "data.lines", "not read: give --teacher or --student too, whose tokenizer and template read it");
+        return rt_check_add(&d->checks, err, RT_CHECK_WARN, "data.lines", d->teacher == NULL && d->student == NULL ?
+                            "not read: give --teacher or --student too, whose tokenizer and template read it" :
+                            "not read: the configuration of the model whose tokenizer and template would read it cannot be read");
     /* the same tokenizer and template read the same: once is enough */
     const bool same = d->tm.tok != NULL && d->sm.tok != NULL && strcmp(rt_tokenizer_sha256(d->tm.tok), rt_tokenizer_sha256(d->sm.tok)) == 0 && d->tm.tmpl != NULL &&
                       d->sm.tmpl != NULL && strcmp(rt_template_sha256(d->tm.tmpl), rt_template_sha256(d->sm.tmpl)) == 0;

@@ -190,7 +190,7 @@ static enum rt_status score_student(struct rt_doctor *d, const struct sample *s,
     const struct rt_device *dev = &d->device;
     const size_t act = rt_device_act_size(dev), rows = 3 * rt_arena_round(TOKENS * sizeof(float));
     const int64_t most = d->sc.max_position < TOKENS ? d->sc.max_position : TOKENS;
-    RT_TRY(rt_tensors_open(d->student, &t, err));
+    RT_TRY(rt_tensors_open(d->student_dir, &t, err));
     RT_TRY(rt_device_arena(dev, rt_student_weight_bytes(&d->sc, &d->sp, most, act), "student", &p.weights, err));
     RT_TRY(rt_device_arena(dev, rt_student_activation_bytes(&d->sc, most, RT_KEEP_FINAL, act), "activations", &p.acts, err));
     RT_TRY(rt_device_arena(dev, rows, "rows", &p.rows, err));

@@ -4,6 +4,7 @@
 
 #include "core/io.h"
 #include "distill/doctor.h"
+#include "distill/run_record.h"
 #include "formats/safetensors.h"
 #include "teacher/teacher.h"
 
@@ -79,10 +80,12 @@ static enum rt_status open_student(struct rt_doctor *d, struct rt_err *err)
     struct rt_err bad = {0};
     struct rt_tensors *t = NULL;
     char count[32];
-    st = rt_student_config_load(d->student, &d->sc, &bad);
+    st = rt_record_student(d->student, d->student_dir, sizeof d->student_dir, &bad);
+    if (st == RT_OK)
+        st = rt_student_config_load(d->student_dir, &d->sc, &bad);
     if (st != RT_OK)
         return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "student.config", "%s", bad.msg);
-    st = rt_tensors_open(d->student, &t, &bad);
+    st = rt_tensors_open(d->student_dir, &t, &bad);
     if (st == RT_OK)
         st = rt_params_check_model(&d->sc, t, true, NULL, &bad);
     if (st != RT_OK)
@@ -93,7 +96,7 @@ static enum rt_status open_student(struct rt_doctor *d, struct rt_err *err)
                         rt_student_family_name(d->sc.family), d->sc.layers, rt_human_count(count, (double)d->sp.count), d->sc.max_position));
     if (t != NULL && bad.status == RT_OK)
         RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_PASS, "student.weights", "every tensor is there with its shape"));
-    RT_TRY(text_side(d, "student", d->student, &d->sm, err));
+    RT_TRY(text_side(d, "student", d->student_dir, &d->sm, err));
     RT_TRY(vocabulary(d, "student", &d->sm, d->sc.vocab_size, err));
 out:
     rt_tensors_free(t);
@@ -281,7 +284,7 @@ enum rt_status rt_doctor_models(struct rt_doctor *d, struct rt_err *err)
     }
     if (d->student != NULL) {
         RT_TRY(open_student(d, err));
-        RT_TRY(canaries(d, "student", d->student, &d->sm, err));
+        RT_TRY(canaries(d, "student", d->student_dir, &d->sm, err));
     }
     RT_TRY(pair(d, err));
 out:

@@ -8,6 +8,7 @@
 #include "core/io.h"
 #include "distill/doctor.h"
 #include "formats/shard.h"
+#include "tests/run_command.h"
 
 #define TEACHER test_data("examples/tiny_teacher")
 #define STUDENT test_data("examples/tiny_student")
@@ -189,6 +190,14 @@ static void bad_data_fails(void **state)
     expect(&d, RT_CHECK_FAIL, "shards.integrity", "/nothing/there");
     assert_int_equal(d.checks.count[RT_CHECK_FAIL], 3);
     close_doctor(&d);
+    d = (struct rt_doctor){.data = "/nothing/there"};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_FAIL, "data.lines", "/nothing/there: no such file");
+    close_doctor(&d);
+    d = (struct rt_doctor){.student = "/nothing/there", .data = test_tmp("bad/long.jsonl")};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_WARN, "data.lines", "the configuration of the model");
+    close_doctor(&d);
 }
 
 /* One line without a completion among others that have one is an error, as `train` says; prompts alone are data of another kind. */
@@ -212,6 +221,38 @@ static void prompts_among_lines_fail(void **state)
         expect(&d, RT_CHECK_PASS, "data.prompts", "2 prompts, no completions");
         close_doctor(&d);
     }
+}
+
+/* A run stands for the model in it; one without a model is told apart from a directory that is none. */
+static void a_run_is_a_student(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"};
+    char model[600];
+    const char *run = test_tmp("a-run");
+    put(run, "run.json", "{}", 2);
+    put(run, "config.json", "{\"command\": \"train\"}", 20);
+    struct rt_doctor d = {.student = run};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_FAIL, "student.config", "a run without a model yet");
+    close_doctor(&d);
+    snprintf(model, sizeof model, "%s/model", run);
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        copy_file(STUDENT, model, names[i]);
+    d = (struct rt_doctor){.student = run, .data = put(test_tmp("sound"), "d.jsonl", lines, strlen(lines)), .forward = true};
+    open_doctor(&d);
+    assert_int_equal(d.checks.count[RT_CHECK_FAIL] + d.checks.count[RT_CHECK_WARN], 0);
+    expect(&d, RT_CHECK_PASS, "student.shift", "next token");
+    close_doctor(&d);
+}
+
+static void rescoring_needs_teacher_and_shards(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *const without_shards[] = {"--teacher", TEACHER, "--rescore", "10", NULL}, *const without_teacher[] = {"--shards", "x", "--rescore", "10", NULL};
+    assert_status(test_command(&rt_cmd_doctor, without_shards, &err), USAGE);
+    assert_status(test_command(&rt_cmd_doctor, without_teacher, &err), USAGE);
 }
 
 static void too_little_memory_fails(void **state)
@@ -379,7 +420,8 @@ static void damaged_or_foreign_shards_fail(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_sound_pair_passes), cmocka_unit_test(a_vocabulary_that_does_not_fit_fails), cmocka_unit_test(another_tokenizer_is_told),
-    cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail), cmocka_unit_test(too_little_memory_fails),
+    cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail), cmocka_unit_test(a_run_is_a_student),
+    cmocka_unit_test(rescoring_needs_teacher_and_shards), cmocka_unit_test(too_little_memory_fails),
     cmocka_unit_test(shards_that_are_shifted_fail), cmocka_unit_test(the_shift_check), cmocka_unit_test(bounds_of_log_probabilities),
     cmocka_unit_test(damaged_or_foreign_shards_fail),
 };
