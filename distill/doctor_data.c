@@ -171,8 +171,8 @@ static enum rt_status check_length(struct rt_doctor *d, const char *who, const s
         snprintf(what, sizeof what, "`logits` leaves them out, or cuts them with --overlong split");
     if (f->over == 0)
         return rt_check_add(&d->checks, err, RT_CHECK_PASS, "data.length", "longest %" PRId64 " of %" PRId64 " tokens (by the %s)", f->longest, limit, who);
-    return rt_check_add(&d->checks, err, refused ? RT_CHECK_FAIL : RT_CHECK_WARN, "data.length", "%" PRId64 " sequences are longer than %" PRId64 " tokens (by the %s; the first: line %"
-                        PRId64 ", longest %" PRId64 "): %s", f->over, limit, who, f->over_line, f->longest, what);
+    return rt_check_add(&d->checks, err, refused ? RT_CHECK_FAIL : RT_CHECK_WARN, "data.length", "%" PRId64 " sequences are longer than %" PRId64
+                        " tokens (by the %s; the first: line %" PRId64 ", longest %" PRId64 "): %s", f->over, limit, who, f->over_line, f->longest, what);
 }
 
 static enum rt_status report(struct rt_doctor *d, const char *who, const struct findings *f, const struct rt_dataset_counts *c, int64_t limit,

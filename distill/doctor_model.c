@@ -21,7 +21,8 @@ static enum rt_status text_side(struct rt_doctor *d, const char *who, const char
     if (st != RT_OK)
         return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "%s", bad.msg);
     if (m->tok == NULL)
-        return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "%s has no tokenizer.json: only input_ids lines can be used", dir);
+        return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "%s has no tokenizer.json: only input_ids lines can be used%s", dir,
+                            who[0] == 's' ? "; train and eval take another directory's with --tokenizer DIR" : "");
     return rt_check_add(&d->checks, err, RT_CHECK_PASS, name, "%" PRIu32 " ids, sha256 %.12s", rt_tokenizer_n_ids(m->tok), rt_tokenizer_sha256(m->tok));
 }
 

@@ -48,8 +48,8 @@ enum rt_status rt_shift_check(struct rt_doctor *d, const char *name, const struc
     const double n = s->rows > 0 ? (double)s->rows : 1, next = s->next / n, current = s->current_about / n, after = s->after_about / n;
     const double chance = -log((double)vocab), best = fmax(current, after);
     if (!isfinite(s->next) || !isfinite(s->current_about) || !isfinite(s->after_about))
-        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "log-probabilities of %" PRId64 " rows are not all finite numbers: nothing can be learnt with this model; look at its "
-                            "weights", s->rows);
+        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "log-probabilities of %" PRId64 " rows are not all finite numbers: nothing can be learnt with this "
+                            "model; look at its weights", s->rows);
     if (s->rows < 8)
         return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "only %" PRId64 " rows whose neighbours differ: too few to tell", s->rows);
     if (s->next > s->current && s->next > s->after)
@@ -74,6 +74,11 @@ static enum rt_status identity(struct rt_doctor *d, const struct rt_row_identity
         else
             RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.tokenizer", "shards were made with tokenizer %.12s, the student has %.12s: rewrite them with `retort retarget --student`",
                                 id->tokenizer_sha256, student));
+    } else if (d->have_student && id->tokenizer_sha256[0] != '\0') {
+        RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.tokenizer", "shards were made with tokenizer %.12s, the student's directory has none: copy its "
+                            "tokenizer.json there, or name its directory to train and eval with --tokenizer DIR", id->tokenizer_sha256));
+    } else if (d->have_student && student[0] != '\0') {
+        RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.tokenizer", "shards name no tokenizer, the student has %.12s: `train` refuses them", student));
     }
     if (d->have_student && id->n_ids > d->sc.vocab_size)
         RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.vocabulary", "rows run over %" PRId64 " ids, the student's head has %" PRId64 " rows", id->n_ids, d->sc.vocab_size));
@@ -117,10 +122,11 @@ static enum rt_status contents(struct rt_doctor *d, const struct rt_row_identity
         if (longest <= limit)
             RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens", longest, limit));
         else if (d->max_length > 0)
-            RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens: with --max-length `train` and `eval` leave longer ones out", longest, limit));
+            RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.length", "longest %" PRId64 " of %" PRId64
+                                " tokens: with --max-length `train` and `eval` leave longer ones out", longest, limit));
         else
-            RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens: `train` and `eval` refuse longer ones; --max-length %" PRId64
-                                " leaves them out", longest, limit, limit));
+            RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.length", "longest %" PRId64 " of %" PRId64
+                                " tokens: `train` and `eval` refuse longer ones; --max-length %" PRId64 " leaves them out", longest, limit, limit));
     }
     if (d->tokens == 0) {
         d->tokens = info->tokens;

@@ -119,12 +119,16 @@ out:
 static enum rt_status check_identity(const struct rt_train_set *s, struct rt_err *err)
 {
     const struct rt_row_identity *id = s->info.identity;
-    const char *own = s->o.model->tok != NULL ? rt_tokenizer_sha256(s->o.model->tok) : "";
-    if (strcmp(id->tokenizer_sha256, own) != 0)
-        return rt_fail(err, RT_REFUSED,
-                       "%s: its tokens are of the tokenizer %.16s%s, the student (%s) has %.16s%s; `retort retarget` rewrites shards for another tokenizer",
-                       s->path, id->tokenizer_sha256[0] != '\0' ? id->tokenizer_sha256 : "(none)", id->tokenizer_sha256[0] != '\0' ? ".." : "",
-                       s->o.model->path, own[0] != '\0' ? own : "(none)", own[0] != '\0' ? ".." : "");
+    const char *own = s->o.model->tok != NULL ? rt_tokenizer_sha256(s->o.model->tok) : "", *its = id->tokenizer_sha256;
+    if (own[0] == '\0' && its[0] != '\0')
+        return rt_fail(err, RT_REFUSED, "%s: its tokens are of the tokenizer %.16s.., the student has none (no tokenizer.json in %s): "
+                       "--tokenizer DIR names the directory of its tokenizer", s->path, its, s->o.model->path);
+    if (own[0] != '\0' && its[0] == '\0')
+        return rt_fail(err, RT_REFUSED, "%s: names no tokenizer that its tokens are of, the student (%s) has %.16s..: "
+                       "shards that were made with a tokenizer are needed", s->path, s->o.model->path, own);
+    if (strcmp(its, own) != 0)
+        return rt_fail(err, RT_REFUSED, "%s: its tokens are of the tokenizer %.16s.., the student (%s) has %.16s..; "
+                       "`retort retarget` rewrites shards for another tokenizer", s->path, its, s->o.model->path, own);
     if (id->n_ids > s->o.vocab)
         return rt_fail(err, RT_REFUSED, "%s: has ids up to %ld, the student's vocabulary %ld rows", s->path, (long)id->n_ids - 1, (long)s->o.vocab);
     return RT_OK;

@@ -153,8 +153,9 @@ static const char *kept(const struct rt_train_run *r, char out[64])
 static enum rt_status none_taken(const struct rt_train_run *r, struct rt_err *err)
 {
     char left[64];
-    return rt_fail(err, RT_NUMERIC, "all of %ld steps were left out, so nothing was learnt and no model is written; %s: losses or gradients of the student as it was "
-                   "given are not finite; `retort doctor --student DIR --data FILE` looks at it, metrics.jsonl names the data", (long)r->trainer.step, kept(r, left));
+    return rt_fail(err, RT_NUMERIC, "all of %ld steps were left out, so nothing was learnt and no model is written; %s: losses or gradients of the "
+                   "student as it was given are not finite; `retort doctor --student DIR --data FILE` looks at it, metrics.jsonl names the data",
+                   (long)r->trainer.step, kept(r, left));
 }
 
 /* A step that was left out: says so, with its batch; the end of the run by --on-nan stop, or where too many follow each other. */
@@ -180,8 +181,8 @@ static enum rt_status after_skip(struct rt_train_run *r, const struct rt_step_re
     if (*in_a_row >= MAX_SKIPPED && r->trainer.opt.step == 0)
         return none_taken(r, err);
     if (*in_a_row >= MAX_SKIPPED)
-        return rt_fail(err, RT_NUMERIC, "%d steps in a row were left out, the last one %ld; %s: a lower --lr, or look at the data that metrics.jsonl names", *in_a_row,
-                       (long)r->trainer.step, kept(r, left));
+        return rt_fail(err, RT_NUMERIC, "%d steps in a row were left out, the last one %ld; %s: a lower --lr, or look at the data that "
+                       "metrics.jsonl names", *in_a_row, (long)r->trainer.step, kept(r, left));
     return RT_OK;
 }
 

@@ -35,7 +35,8 @@ out:
 static enum rt_status need_text(const struct rt_dataset *d, bool template, const char *form, struct rt_err *err)
 {
     if (d->opt.tok == NULL)
-        return rt_fail(err, RT_UNSUPPORTED, "%s: a line with \"%s\" needs a tokenizer: the model directory has none", d->where, form);
+        return rt_fail(err, RT_UNSUPPORTED, "%s: a line with \"%s\" needs a tokenizer: the model directory has no tokenizer.json; copy one "
+                       "there, or for train, eval and experiment name another directory with --tokenizer DIR", d->where, form);
     if (template && d->opt.tmpl == NULL)
         return rt_fail(err, RT_UNSUPPORTED, "%s: a line with \"%s\" needs a chat template: the model has none; give one with --template %s",
                        d->where, form, rt_template_names());

@@ -402,6 +402,19 @@ static void damaged_or_foreign_shards_fail(void **state)
     struct rt_doctor d = {.student = STUDENT, .shards = dir};
     open_doctor(&d);
     expect(&d, RT_CHECK_FAIL, "shards.tokenizer", "ffffffffffff");
+    expect(&d, RT_CHECK_FAIL, "shards.tokenizer", "retort retarget");
+    close_doctor(&d);
+    const char *bare = test_tmp("bare");
+    copy_file(STUDENT, bare, "config.json");
+    copy_file(STUDENT, bare, "model.safetensors");
+    d = (struct rt_doctor){.student = bare, .shards = dir};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_FAIL, "shards.tokenizer", "--tokenizer DIR");
+    close_doctor(&d);
+    write_shards(test_tmp("nameless"), 0, "");
+    d = (struct rt_doctor){.student = STUDENT, .shards = test_tmp("nameless")};
+    open_doctor(&d);
+    expect(&d, RT_CHECK_FAIL, "shards.tokenizer", "name no tokenizer");
     close_doctor(&d);
     d = (struct rt_doctor){.teacher = TEACHER, .shards = dir};
     open_doctor(&d);
@@ -420,8 +433,8 @@ static void damaged_or_foreign_shards_fail(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_sound_pair_passes), cmocka_unit_test(a_vocabulary_that_does_not_fit_fails), cmocka_unit_test(another_tokenizer_is_told),
-    cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail), cmocka_unit_test(a_run_is_a_student),
-    cmocka_unit_test(rescoring_needs_teacher_and_shards), cmocka_unit_test(too_little_memory_fails),
+    cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail),
+    cmocka_unit_test(a_run_is_a_student), cmocka_unit_test(rescoring_needs_teacher_and_shards), cmocka_unit_test(too_little_memory_fails),
     cmocka_unit_test(shards_that_are_shifted_fail), cmocka_unit_test(the_shift_check), cmocka_unit_test(bounds_of_log_probabilities),
     cmocka_unit_test(damaged_or_foreign_shards_fail),
 };

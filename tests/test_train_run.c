@@ -187,6 +187,9 @@ static void test_refusals(void **state)
     memset(other->id.tokenizer_sha256, 'b', 64);
     const char *foreign = tf_write_shards("run-foreign", other);
     refused(ARGS("--student", files.student, "--data", foreign, "--out", out), RT_REFUSED, "bbbbbbbb");
+    refused(ARGS("--student", files.student, "--data", foreign, "--out", out), RT_REFUSED, "--tokenizer DIR"); /* the student has none */
+    assert_ok(rt_publish_bytes(test_tmp("run-text.jsonl"), "{\"text\": \"x\"}\n", 14, &err));
+    refused(ARGS("--student", files.student, "--data", test_tmp("run-text.jsonl"), "--out", out), RT_UNSUPPORTED, "--tokenizer DIR");
     *other = *files.data;
     other->id.vocab_size = other->id.n_ids = 62;
     foreign = tf_write_shards("run-wider", other);
@@ -449,7 +452,8 @@ static void test_all_skipped(void **state)
     assert_ok(rt_student_save(f.s, &o, student, &err));
     tf_close(&f);
     for (int again = 0; again < 2; again++) { /* and again from what it left */
-        assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--steps", "2", "--save-every", "1", "--out", out), 0, &log, &err), RT_NUMERIC);
+        assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--steps", "2", "--save-every", "1", "--out", out), 0,
+                               &log, &err), RT_NUMERIC);
         assert_non_null(strstr(err.msg, "all of 2 steps were left out"));
         assert_non_null(strstr(err.msg, "no checkpoint had been saved"));
         assert_null(strstr(log, "finished"));
@@ -461,11 +465,12 @@ static void test_all_skipped(void **state)
     assert_false(rt_path_exists(path));
     assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
     assert_int_equal(at.step, -1);
-    assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--steps", "30", "--save-every", "1", "--out", test_tmp("run-skipped-ten")), 0, NULL,
-                           &err), RT_NUMERIC);
+    assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--steps", "30", "--save-every", "1", "--out",
+                                test_tmp("run-skipped-ten")), 0, NULL, &err), RT_NUMERIC);
     assert_non_null(strstr(err.msg, "all of 10 steps were left out"));
     rt_err_clear(&err);
-    assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--on-nan", "stop", "--out", at_once), 0, NULL, &err), RT_NUMERIC);
+    assert_int_equal(train(ARGS("--student", student, "--data", files.lines, "--batch-tokens", "60", "--on-nan", "stop", "--out", at_once), 0, NULL, &err),
+                     RT_NUMERIC);
     assert_non_null(strstr(err.msg, "no checkpoint had been saved"));
 }
 
@@ -544,7 +549,8 @@ static void test_experiment(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_resume, set_up),
-    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up), cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_spike, set_up),
+    cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
+    cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
 };
 RT_SUITE(train_run, tests)
