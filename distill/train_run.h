@@ -5,7 +5,7 @@
 #include "core/rank.h"
 #include "distill/command.h"
 #include "distill/evaluate.h"
-#include "distill/trainer.h"
+#include "distill/train_cuts.h"
 #include "formats/rundir.h"
 
 struct rt_train_values {
@@ -65,16 +65,6 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
 int64_t rt_train_longest(const struct rt_train_run *r);
 
-/* How a step is cut: tokens of a micro-batch, what backward computes again (0 .. 3; of `less` layers the level below), bytes that a GPU's operations may
- * take for themselves. */
-struct rt_train_cuts {
-    int64_t micro_tokens;
-    int recompute, less;
-    size_t operations;
-};
-/* Estimated work of a token in FLOPs, moved bytes and begun operations counted as what products do in that time: for comparing cuts, not for planning hours.
- * longest: tokens of a document. */
-double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_params *p, int64_t longest, bool gpu, const struct rt_train_cuts *x);
 /* train_memory.c: decides r->o's micro-batches, level and loader, and r->memory. NOMEM: what would fit is said. */
 enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err);
 /* Bytes of r->memory, on device and host. */
