@@ -20,7 +20,7 @@ static const struct rt_opt options[] = {
     {"shards", RT_OPT_STRING, V(shards), NULL, 0, 0, NULL, "DIR", "what `retort logits` or `retort retarget` wrote", false, false},
     {"out", RT_OPT_STRING, V(out), ".", 0, 0, NULL, "DIR", "where runs and shards will go: its free space is looked at", false, true},
     {"max-length", RT_OPT_INT, V(max_length), "0", 0, 1e9, NULL, "N", "longest sequence in tokens that is planned for; 0 takes the models' maxima", false, false},
-    {"batch-tokens", RT_OPT_INT, V(batch_tokens), "32768", 1, 1e12, NULL, "N", "tokens of a global batch of training", false, false},
+    {"batch-tokens", RT_OPT_INT, V(batch_tokens), "16384", 1, 1e12, NULL, "N", "tokens of a global batch of training", false, false},
     {"top-k", RT_OPT_INT, V(top_k), "64", 1, 65536, NULL, "K", "ids a row that will be stored", false, false},
     {"lines", RT_OPT_INT, V(lines), "0", 0, 1e15, NULL, "N", "lines of data whose rendering is checked one by one; 0: all", false, false},
     {"forward", RT_OPT_FLAG, V(forward), "true", 0, 0, NULL, NULL, "let models that fit into --memory score some of the data", false, false},
@@ -70,8 +70,8 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     const struct values *v = values;
     enum rt_status st;
     struct rt_doctor d = {.teacher = v->teacher, .student = v->student, .data = v->data, .shards = v->shards, .out = v->out, .max_length = v->max_length,
-                          .batch_tokens = v->batch_tokens, .memory = rt_command_memory(&v->common), .lines = v->lines, .top_k = (int)v->top_k, .gpus = (int)v->common.gpus,
-                          .forward = v->forward, .rescore = v->rescore, .log = ctx->log};
+                          .batch_tokens = v->batch_tokens, .memory = rt_command_memory(&v->common), .lines = v->lines, .top_k = (int)v->top_k,
+                          .gpus = (int)v->common.gpus, .threads = (int)v->common.threads, .forward = v->forward, .rescore = v->rescore, .log = ctx->log};
     int n_ops;
     const enum rt_op *ops = rt_teacher_score_ops(&n_ops);
     (void)pos;

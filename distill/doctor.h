@@ -39,7 +39,7 @@ struct rt_doctor {
     const char *teacher, *student, *data, *shards, *out; /* NULL: not given */
     int64_t max_length, batch_tokens, memory, lines;     /* lines: of data that are checked one by one, 0: all */
     int64_t room;                                        /* of a GPU, for what a student's training has to hold; 0: memory */
-    int top_k;
+    int top_k, threads;
     int gpus;                                            /* ranks that a student will be trained by; 0 is 1 */
     bool forward;                                        /* models that fit into memory score some text */
     int64_t rescore;                                     /* rows of shards that the teacher computes again; 0: some, where it fits into memory */

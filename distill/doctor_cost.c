@@ -4,7 +4,7 @@
 
 #include "core/io.h"
 #include "distill/doctor.h"
-#include "distill/trainer.h"
+#include "distill/train_cuts.h"
 #include "student/describe.h"
 #include "teacher/teacher.h"
 
@@ -32,33 +32,45 @@ static enum rt_status teacher_memory(struct rt_doctor *d, struct rt_err *err)
                         rt_human_bytes(have, (uint64_t)d->memory), d->tokens == 0 ? "" : passes == 1 ? "; one pass over the data" : "; several passes over the weights");
 }
 
+/* As `train` plans: without teacher or shards it is cross-entropy on text that is planned. */
 static enum rt_status student_memory(struct rt_doctor *d, struct rt_err *err)
 {
-    struct rt_trainer_memory m;
-    char need[32], have[32], weights[32], acts[32];
-    const int64_t longest = length_of(d, d->sc.max_position);
-    const int k = d->set != NULL ? rt_shard_set_identity(d->set)->top_k : d->top_k;
-    const struct rt_trainer_options o = {.w = {.ce = 0.5, .kl = 0.5, .T = 1}, .teacher_T = 1, .k = k, .batch_tokens = d->batch_tokens, .micro_tokens = longest,
-                                         .ranks = d->gpus};
-    char each[32] = "";
-    rt_trainer_plan(&d->sc, &d->sp, &o, longest, rt_device_act_size(&d->device), &m);
-    const uint64_t total = (uint64_t)m.weights + m.grads + m.moments + m.activations + m.losses + m.projectors + m.host;
-    rt_human_bytes(need, total);
-    const uint64_t room = (uint64_t)(d->room > 0 ? d->room : d->memory);
-    rt_human_bytes(have, room);
-    rt_human_bytes(weights, (uint64_t)m.weights + m.grads + m.moments);
-    rt_human_bytes(acts, m.activations);
-    if (d->gpus > 1)
-        snprintf(each, sizeof each, " on each of %d ranks", d->gpus);
+    enum rt_status st;
     const struct rt_backend *be = d->device.be;
+    char need[32], have[32], weights[32], acts[32], each[32] = "", less[40] = "";
+    const int k = d->set != NULL ? rt_shard_set_identity(d->set)->top_k : d->teacher != NULL ? d->top_k : 0;
+    const size_t room = (size_t)(d->room > 0 ? d->room : d->memory);
+    struct rt_trainer_options o = {.w = {.ce = 0.5, .kl = 0.5, .T = 1}, .teacher_T = 1, .k = k, .batch_tokens = d->batch_tokens, .ranks = d->gpus,
+                                   .bucket = be->own_memory ? RT_TRAINER_BUCKET : 0};
+    struct rt_train_plan t = {.c = &d->sc, .p = &d->sp, .d = &d->device, .o = &o, .longest = length_of(d, d->sc.max_position),
+                              .micro_tokens = rt_train_usual_micro(&d->device, d->batch_tokens), .recompute = -1, .threads = d->threads, .loader_threads = -1,
+                              .host = d->memory, .shrinks = be->own_memory};
+    const struct rt_trainer_memory *m = &t.memory;
+    struct rt_dev_memory gpu = {0};
+    size_t enough_takes;
     if (d->gpus > 1 && be->own_memory && be->count != NULL && be->count() < d->gpus)
         return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "--gpus %d: this machine has %d", d->gpus, be->count());
-    if (total > room)
-        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "training needs %s%s with one sequence of %" PRId64 " tokens at a time (%s parameters, gradients and moments, %s activations), "
-                            "there are %s: a smaller --max-length, or more %s", need, each, longest, weights, acts, have,
-                            d->device.be->own_memory ? "--gpu-memory" : "--memory");
-    return rt_check_add(&d->checks, err, RT_CHECK_PASS, "memory.student", "training needs %s%s at least (%s parameters, gradients and moments, %s activations of %" PRId64 " tokens) of %s", need, each,
-                        weights, acts, longest, have);
+    RT_TRY(rt_train_operations(&d->device, &t.operations, err));
+    if (be->own_memory)
+        RT_TRY(be->memory(d->device.dev, &gpu, err));
+    const bool fit = rt_train_plan_fit(&t, room);
+    rt_human_bytes(have, room);
+    if (d->gpus > 1)
+        snprintf(each, sizeof each, " on each of %d ranks", d->gpus);
+    if (!fit) {
+        const int64_t enough = rt_train_plan_enough(&t, gpu.held, &enough_takes), shorter = rt_train_plan_shorter(&t, room);
+        if (shorter > 0)
+            snprintf(less, sizeof less, ", or --max-length %" PRId64, shorter);
+        RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "training needs %s%s with sequences of %" PRId64
+                            " tokens (micro-batches of %" PRId64 ", --recompute %d), there are %s: --%s %" PRId64 "M or more%s", rt_human_bytes(need, enough_takes), each, t.longest, o.micro_tokens,
+                            o.recompute, have, be->own_memory ? "gpu-memory" : "memory", enough, less));
+        goto out;
+    }
+    RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_PASS, "memory.student", "training takes %s%s of %s (%s parameters, gradients and moments, "
+                        "%s activations), with micro-batches of %" PRId64 " tokens and --recompute %d", rt_human_bytes(need, rt_train_plan_need(&t)), each, have,
+                        rt_human_bytes(weights, m->weights + m->grads + m->moments), rt_human_bytes(acts, m->activations), o.micro_tokens, o.recompute));
+out:
+    return st;
 }
 
 /* Shards of this format take near 5.5 bytes an entry. */

@@ -195,3 +195,14 @@ int64_t rt_train_plan_enough(const struct rt_train_plan *t, size_t held, size_t 
         n = next > n ? next : n + 1;
     }
 }
+
+int64_t rt_train_plan_shorter(const struct rt_train_plan *t, size_t limit)
+{
+    struct rt_train_plan x = *t;
+    struct rt_trainer_options o = *t->o;
+    x.o = &o;
+    for (x.longest = t->longest / 2; x.longest > 1; x.longest /= 2)
+        if (rt_train_plan_fit(&x, limit))
+            return x.longest;
+    return 0;
+}

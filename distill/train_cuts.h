@@ -42,5 +42,7 @@ bool rt_train_plan_fit(struct rt_train_plan *t, size_t limit);
 size_t rt_train_plan_need(const struct rt_train_plan *t);
 /* MiB of that memory with which rt_train_plan_fit succeeds, other things as they are; *need = bytes that its plan takes. held: what a GPU's libraries hold. */
 int64_t rt_train_plan_enough(const struct rt_train_plan *t, size_t held, size_t *need);
+/* A half, a quarter, ... of t->longest with which it fits; 0: with none. */
+int64_t rt_train_plan_shorter(const struct rt_train_plan *t, size_t limit);
 
 #endif

@@ -41,16 +41,16 @@ static unsigned open_options(const struct rt_train_run *r, const struct rt_train
     const unsigned again = t->recompute >= 0 && t->recompute < 3 ? RECOMPUTE : 0;
     if (goes_on)
         return again;
-    return again | (t->fixed && t->micro_tokens > t->longest ? MICRO : 0) | (gpu && !t->o->adamw.bf16_moments ? MOMENTS : 0) | (gpu && !t->o->adamw.no_master ? MASTER : 0);
+    return again | (t->fixed && t->micro_tokens > t->longest ? MICRO : 0) | (gpu && !t->o->adamw.bf16_moments ? MOMENTS : 0) |
+           (gpu && !t->o->adamw.no_master ? MASTER : 0);
 }
 
 /* Plans with the options in `with`. *micro = tokens of a micro-batch then. */
-static bool would_fit(const struct rt_train_plan *t, unsigned with, int64_t longest, size_t limit, int64_t *micro)
+static bool would_fit(const struct rt_train_plan *t, unsigned with, size_t limit, int64_t *micro)
 {
     struct rt_train_plan x = *t;
     struct rt_trainer_options o = *t->o;
     x.o = &o;
-    x.longest = longest;
     x.recompute = (with & RECOMPUTE) != 0 ? 3 : t->recompute;
     x.fixed = t->fixed && (with & MICRO) == 0;
     o.adamw.bf16_moments |= (with & MOMENTS) != 0;
@@ -79,19 +79,17 @@ static void instead(const struct rt_train_plan *t, unsigned open, bool goes_on, 
     int64_t micro = 0;
     out[0] = '\0';
     for (unsigned one = 1; one < ALL; one <<= 1)
-        if ((open & one) != 0 && would_fit(t, one, t->longest, limit, &micro) && at + 64 < cap) {
+        if ((open & one) != 0 && would_fit(t, one, limit, &micro) && at + 64 < cap) {
             at += (size_t)snprintf(out + at, cap - at, ", or ");
             at += name_options(one, micro, "", out + at, cap - at);
         }
-    if (at == 0 && open != 0 && would_fit(t, open, t->longest, limit, &micro)) {
+    if (at == 0 && open != 0 && would_fit(t, open, limit, &micro)) {
         at += (size_t)snprintf(out + at, cap - at, ", or ");
         at += name_options(open, micro, " with ", out + at, cap - at);
     }
-    for (int64_t n = t->longest / 2; !goes_on && n > 1; n /= 2)
-        if (would_fit(t, 0, n, limit, &micro)) {
-            snprintf(out + at, cap - at, ", or --max-length %ld", (long)n);
-            break;
-        }
+    const int64_t shorter = goes_on ? 0 : rt_train_plan_shorter(t, limit);
+    if (shorter > 0)
+        snprintf(out + at, cap - at, ", or --max-length %ld", (long)shorter);
 }
 
 static enum rt_status too_little(const struct rt_train_run *r, const struct rt_train_plan *t, bool goes_on, uint64_t limit, struct rt_err *err)
@@ -105,9 +103,9 @@ static enum rt_status too_little(const struct rt_train_run *r, const struct rt_t
         RT_TRY(be->memory(r->device.dev, &m, err));
     const int64_t enough = rt_train_plan_enough(t, m.held, &need);
     instead(t, open_options(r, t, goes_on), goes_on, (size_t)limit, or, sizeof or);
-    RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: --%s %ldM or more%s",
-            rt_human_bytes(a, need), (long)r->o.micro_tokens, (long)t->longest, r->o.recompute, rt_human_bytes(b, limit), be->own_memory ? "gpu-memory" : "memory",
-            (long)enough, or);
+    RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: "
+            "--%s %ldM or more%s", rt_human_bytes(a, need), (long)r->o.micro_tokens, (long)t->longest, r->o.recompute, rt_human_bytes(b, limit),
+            be->own_memory ? "gpu-memory" : "memory", (long)enough, or);
 out:
     return st;
 }

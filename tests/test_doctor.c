@@ -255,19 +255,50 @@ static void rescoring_needs_teacher_and_shards(void **state)
     assert_status(test_command(&rt_cmd_doctor, without_teacher, &err), USAGE);
 }
 
-static void too_little_memory_fails(void **state)
+static void open_doctor_within(struct rt_doctor *d, int64_t memory)
 {
-    (void)state;
     struct rt_err err = {0};
     const struct rt_backend *be;
     const struct rt_dev_options o = {.threads = 1};
-    struct rt_doctor d = {.teacher = TEACHER, .student = STUDENT, .out = ".", .memory = 1 << 20, .batch_tokens = 1024, .top_k = 64};
-    assert_ok(rt_backend_select("ref", NULL, 0, &be, &err));
-    assert_ok(rt_device_open(be, &o, &d.device, &err));
-    assert_ok(rt_doctor_run(&d, &err));
+    d->out = ".";
+    d->memory = memory;
+    d->batch_tokens = 16384;
+    d->top_k = 64;
+    assert_ok(rt_backend_select("cpu", NULL, 0, &be, &err));
+    assert_ok(rt_device_open(be, &o, &d->device, &err));
+    assert_ok(rt_doctor_run(d, &err));
+}
+
+static void too_little_memory_fails(void **state)
+{
+    (void)state;
+    struct rt_doctor d = {.teacher = TEACHER, .student = STUDENT};
+    open_doctor_within(&d, 1 << 20);
     expect(&d, RT_CHECK_FAIL, "memory.teacher", "--memory");
     expect(&d, RT_CHECK_FAIL, "memory.student", "--memory");
     close_doctor(&d);
+}
+
+/* A student's memory passes where `train --dry-run` plans, and fails where it does not. */
+static void memory_is_planned_as_train_does(void **state)
+{
+    (void)state;
+    const char *data = put(test_tmp("sound"), "d.jsonl", lines, strlen(lines));
+    int level[2] = {0, 0};
+    for (int64_t mib = 5; mib < 12; mib++) {
+        struct rt_err err = {0};
+        char memory[32];
+        snprintf(memory, sizeof memory, "%ldM", (long)mib);
+        const char *const train[] = {"--student", STUDENT, "--data", data, "--out", test_tmp("never"), "--device", "cpu", "--memory", memory, "--dry-run",
+                                     NULL};
+        const bool runs = test_command(&rt_cmd_train, train, &err) == RT_OK;
+        struct rt_doctor d = {.student = STUDENT, .data = data};
+        open_doctor_within(&d, mib << 20);
+        expect(&d, runs ? RT_CHECK_PASS : RT_CHECK_FAIL, "memory.student", runs ? "training takes" : "M or more");
+        level[runs]++;
+        close_doctor(&d);
+    }
+    assert_true(level[0] > 0 && level[1] > 0);
 }
 
 /* ---- shards ---- */
@@ -435,6 +466,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_sound_pair_passes), cmocka_unit_test(a_vocabulary_that_does_not_fit_fails), cmocka_unit_test(another_tokenizer_is_told),
     cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail),
     cmocka_unit_test(a_run_is_a_student), cmocka_unit_test(rescoring_needs_teacher_and_shards), cmocka_unit_test(too_little_memory_fails),
+    cmocka_unit_test(memory_is_planned_as_train_does),
     cmocka_unit_test(shards_that_are_shifted_fail), cmocka_unit_test(the_shift_check), cmocka_unit_test(bounds_of_log_probabilities),
     cmocka_unit_test(damaged_or_foreign_shards_fail),
 };

@@ -331,16 +331,18 @@ static void test_memory_advice(void **state)
     struct rt_err err = {0};
     const char *deep = tf_write_student("run-advised", TF_WIDE, 3), *none = test_tmp("run-advised-none"), *out = test_tmp("run-advised-part");
     char text[32], other[32];
-#define PLAN(...) train(ARGS("--student", deep, "--data", files.lines, "--out", none, "--batch-tokens", "4000", "--threads", "2", "--dry-run", __VA_ARGS__), 0, NULL, &err)
+#define DEEP "--student", deep, "--data", files.lines, "--batch-tokens", "4000"
+#define PLAN(...) train(ARGS(DEEP, "--out", none, "--threads", "2", "--dry-run", __VA_ARGS__), 0, NULL, &err)
+#define ASKED "--micro-tokens", "4000", "--recompute", "1"
     for (int i = 0; i < 2; i++) {
         rt_err_clear(&err);
-        assert_int_equal(i == 0 ? PLAN("--memory", "8") : PLAN("--memory", "8", "--micro-tokens", "4000", "--recompute", "1"), RT_NOMEM);
+        assert_int_equal(i == 0 ? PLAN("--memory", "8") : PLAN("--memory", "8", ASKED), RT_NOMEM);
         const long enough = advised(&err, "--memory ");
         assert_true(enough > 1);
         for (int less = 0; less < 2; less++) {
             snprintf(text, sizeof text, "%ldM", enough - less);
             rt_err_clear(&err);
-            assert_int_equal(i == 0 ? PLAN("--memory", text) : PLAN("--memory", text, "--micro-tokens", "4000", "--recompute", "1"), less == 0 ? RT_OK : RT_NOMEM);
+            assert_int_equal(i == 0 ? PLAN("--memory", text) : PLAN("--memory", text, ASKED), less == 0 ? RT_OK : RT_NOMEM);
         }
         if (i == 0)
             continue;
@@ -353,14 +355,14 @@ static void test_memory_advice(void **state)
         assert_ok(PLAN("--memory", text, "--recompute", "1", "--micro-tokens", other));
         assert_ok(PLAN("--memory", text, "--recompute", "3", "--micro-tokens", "4000"));
     }
-    assert_int_equal(train(ARGS("--student", deep, "--data", files.lines, "--out", out, "--batch-tokens", "4000", "--steps", "4", "--micro-tokens", "400"), 3, NULL, &err),
-                     RT_INTERRUPTED);
+    assert_int_equal(train(ARGS(DEEP, "--out", out, "--steps", "4", "--micro-tokens", "400"), 3, NULL, &err), RT_INTERRUPTED);
     rt_err_clear(&err);
-    assert_int_equal(train(ARGS("--student", deep, "--data", files.lines, "--out", out, "--batch-tokens", "4000", "--steps", "4", "--micro-tokens", "400", "--memory", "8"), 0, NULL,
-                           &err), RT_NOMEM);
+    assert_int_equal(train(ARGS(DEEP, "--out", out, "--steps", "4", "--micro-tokens", "400", "--memory", "8"), 0, NULL, &err), RT_NOMEM);
     assert_null(strstr(err.msg, "--micro-tokens"));
     assert_null(strstr(err.msg, "--max-length"));
 #undef PLAN
+#undef DEEP
+#undef ASKED
 }
 
 #define RECIPE "--student", files.student, "--data", files.shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
