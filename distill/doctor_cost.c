@@ -62,13 +62,15 @@ static enum rt_status student_memory(struct rt_doctor *d, struct rt_err *err)
         if (shorter > 0)
             snprintf(less, sizeof less, ", or --max-length %" PRId64, shorter);
         RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_FAIL, "memory.student", "training needs %s%s with sequences of %" PRId64
-                            " tokens (micro-batches of %" PRId64 ", --recompute %d), there are %s: --%s %" PRId64 "M or more%s", rt_human_bytes(need, enough_takes), each, t.longest, o.micro_tokens,
-                            o.recompute, have, be->own_memory ? "gpu-memory" : "memory", enough, less));
+                            " tokens (micro-batches of %" PRId64 ", --recompute %d), there are %s: --%s %" PRId64 "M or more%s",
+                            rt_human_bytes(need, enough_takes), each, t.longest, o.micro_tokens, o.recompute, have, be->own_memory ? "gpu-memory" : "memory",
+                            enough, less));
         goto out;
     }
     RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_PASS, "memory.student", "training takes %s%s of %s (%s parameters, gradients and moments, "
-                        "%s activations), with micro-batches of %" PRId64 " tokens and --recompute %d", rt_human_bytes(need, rt_train_plan_need(&t)), each, have,
-                        rt_human_bytes(weights, m->weights + m->grads + m->moments), rt_human_bytes(acts, m->activations), o.micro_tokens, o.recompute));
+                        "%s activations), with micro-batches of %" PRId64 " tokens and --recompute %d",
+                        rt_human_bytes(need, rt_train_plan_need(&t)), each, have, rt_human_bytes(weights, m->weights + m->grads + m->moments),
+                        rt_human_bytes(acts, m->activations), o.micro_tokens, o.recompute));
 out:
     return st;
 }

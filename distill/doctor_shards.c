@@ -48,8 +48,8 @@ enum rt_status rt_shift_check(struct rt_doctor *d, const char *name, const struc
     const double n = s->rows > 0 ? (double)s->rows : 1, next = s->next / n, current = s->current_about / n, after = s->after_about / n;
     const double chance = -log((double)vocab), best = fmax(current, after);
     if (!isfinite(s->next) || !isfinite(s->current_about) || !isfinite(s->after_about))
-        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "log-probabilities of %" PRId64 " rows are not all finite numbers: nothing can be learnt with "
-                            "this model; look at its weights", s->rows);
+        return rt_check_add(&d->checks, err, RT_CHECK_FAIL, name, "log-probabilities of %" PRId64 " rows are not all finite numbers: nothing can be learnt "
+                            "with this model; look at its weights", s->rows);
     if (s->rows < 8)
         return rt_check_add(&d->checks, err, RT_CHECK_WARN, name, "only %" PRId64 " rows whose neighbours differ: too few to tell", s->rows);
     if (s->next > s->current && s->next > s->after)

@@ -80,7 +80,8 @@ double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_par
     a_micro = pace->byte * (double)p->count * 4 * act + pace->begin * OPERATIONS_OF_A_LAYER * L;
     if (gpu) { /* head_loss.c: the head's gradient is added to once a chunk, in float32 where that has room; logits are float32 where its copy has none */
         const bool f32 = 2 * head > operations / 4;
-        const double room = operations - (f32 ? 0 : 2 * head), rows = (room > 8 * head ? room - 4 * head : room) / (2 * V), chunks = rows < m ? ceil(m / rows) : 0;
+        const double room = operations - (f32 ? 0 : 2 * head), rows = (room > 8 * head ? room - 4 * head : room) / (2 * V);
+        const double chunks = rows < m ? ceil(m / rows) : 0;
         a_micro += pace->byte * head * 8 * chunks;
         a_token += f32 ? pace->byte * 4 * V : 0;
     }
