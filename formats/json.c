@@ -41,10 +41,20 @@ static size_t scan_number(const char *s, size_t len, bool *big)
     return n;
 }
 
+/* "line 3" and what is to follow it; nothing where the text is one line, which its source names already where it is a line of a file. */
+static const char *in_line(const char *text, size_t len, size_t line, const char *then, char out[40])
+{
+    out[0] = '\0';
+    if (len > 0 && memchr(text, '\n', len) != NULL)
+        snprintf(out, 40, "line %zu%s", line, then);
+    return out;
+}
+
 /* Depth and counts outside strings; the grammar is jansson's business. */
 static enum rt_status scan_text(const char *text, size_t len, const char *source, struct scan *scan, struct rt_err *err)
 {
     size_t depth = 0, line = 1;
+    char at[40];
     for (size_t i = 0; i < len; i++) {
         const char c = text[i];
         if (c == '"') {
@@ -54,7 +64,7 @@ static enum rt_status scan_text(const char *text, size_t len, const char *source
             scan->boxes++;
             scan->values++;
             if (++depth > RT_JSON_DEPTH)
-                return rt_fail(err, RT_FORMAT, "%s: line %zu: nested deeper than %d", source, line, RT_JSON_DEPTH);
+                return rt_fail(err, RT_FORMAT, "%s: %snested deeper than %d", source, in_line(text, len, line, ": ", at), RT_JSON_DEPTH);
         } else if (c == ']' || c == '}') {
             depth -= depth > 0;
         } else if (c == ',') {
@@ -67,7 +77,7 @@ static enum rt_status scan_text(const char *text, size_t len, const char *source
             scan->big += big;
         }
         if (scan->values > MAX_VALUES || scan->boxes > MAX_BOXES)
-            return rt_fail(err, RT_FORMAT, "%s: line %zu: more than %d values or %d arrays and objects", source, line,
+            return rt_fail(err, RT_FORMAT, "%s: %smore than %d values or %d arrays and objects", source, in_line(text, len, line, ": ", at),
                            MAX_VALUES, MAX_BOXES);
     }
     return RT_OK;
@@ -150,6 +160,21 @@ out:
     return st;
 }
 
+/* What the parser says, with bytes of the file fit for a terminal. */
+static enum rt_status syntax_error(const char *text, size_t len, const char *source, json_error_t *je, struct rt_err *err)
+{
+    static const char file_end[] = " near end of file";
+    char at[40];
+    const size_t n = strlen(je->text), tail = sizeof file_end - 1;
+    const char *where = in_line(text, len, (size_t)je->line, ", ", at);
+    const bool ends = n >= tail && strcmp(je->text + n - tail, file_end) == 0;
+    for (char *p = je->text; *p != '\0'; p++)
+        if ((unsigned char)*p < 32 || *p == 127)
+            *p = '?';
+    return rt_fail(err, RT_FORMAT, "%s: %scolumn %d: %.*s%s", source, where, je->column, (int)(ends ? n - tail : n), je->text,
+                   !ends ? "" : where[0] != '\0' ? file_end : " at the end");
+}
+
 enum rt_status rt_json_parse(const char *text, size_t len, const char *source, struct rt_json **out, struct rt_err *err)
 {
     enum rt_status st;
@@ -170,10 +195,8 @@ enum rt_status rt_json_parse(const char *text, size_t len, const char *source, s
     if (j == NULL) {
         if (json_error_code(&je) == json_error_out_of_memory)
             RT_FAIL(err, NOMEM, "out of memory for the JSON of %s", source);
-        for (char *p = je.text; *p != '\0'; p++) /* bytes of the file: not for a terminal */
-            if ((unsigned char)*p < 32 || *p == 127)
-                *p = '?';
-        RT_FAIL(err, FORMAT, "%s: line %d, column %d: %s", source, je.line, je.column, je.text);
+        st = syntax_error(text, len, source, &je, err);
+        goto out;
     }
     RT_TRY(rt_json_doc_new(source, &doc, err));
     RT_TRY(convert(doc, j, &doc->root, err));

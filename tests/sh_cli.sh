@@ -129,7 +129,7 @@ with 3 "mixtral" t
 sed 's/"hidden_size": [0-9]*/"hidden_size": 136/' "$teacher/config.json" >"$d/t/config.json"
 with 3 'expected .*found|found .*expected|136' t
 printf '{' >"$d/t/config.json"
-with 3 'config.json: line 1' t
+with 3 'config.json: column 1' t
 : >"$d/t/config.json"
 with 3 'config.json' t
 rm "$d/t/config.json"
@@ -148,7 +148,7 @@ copy_teacher u # a vocabulary without the byte 'a'
 sed 's/"a": *\([0-9]*\)/"aaaaaaaa": \1/' "$teacher/tokenizer.json" >"$d/u/tokenizer.json"
 with 3 'tokenizer.json.*(byte|0x61|token)' u
 printf '[1, 2' >"$d/u/tokenizer.json"
-with 3 'tokenizer.json: line 1' u
+with 3 'tokenizer.json: column 5' u
 
 line() { # exit code, pattern, text of line 2
     head -n 1 "$d/text.jsonl" >"$d/lines.jsonl"

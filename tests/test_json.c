@@ -73,10 +73,17 @@ static void refusals(void **state)
     struct rt_err err = {0};
     struct rt_json *v = NULL;
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
-        if (rt_json_parse(bad[i], strlen(bad[i]), "bad.json", &v, &err) != RT_FORMAT || strncmp(err.msg, "bad.json: line 1", 16) != 0)
+        if (rt_json_parse(bad[i], strlen(bad[i]), "bad.json", &v, &err) != RT_FORMAT || strncmp(err.msg, "bad.json: column ", 17) != 0)
             fail_msg("%s: status %d, '%s'", bad[i], err.status, err.msg);
         else
             rt_err_clear(&err);
+    /* a line of a file is named by its source, so the text's own line is left out; a text of several lines names the line */
+    assert_int_equal(rt_json_parse("{\"prompt\": \"x\"", 14, "d.jsonl:6", &v, &err), RT_FORMAT);
+    assert_string_equal(err.msg, "d.jsonl:6: column 14: '}' expected at the end");
+    rt_err_clear(&err);
+    assert_int_equal(rt_json_parse("{\n\"a\": 1,\n]", 12, "a.json", &v, &err), RT_FORMAT);
+    assert_non_null(strstr(err.msg, "a.json: line 3, column "));
+    rt_err_clear(&err);
     char deep[2 * 65 + 1] = {0};
     memset(deep, '[', 65);
     memset(deep + 65, ']', 65);
