@@ -87,17 +87,41 @@ enum rt_status rt_config_diff(const struct rt_json *was, const struct rt_json *n
     return diff("", was, now, differ, out, err);
 }
 
+/* Whole lines of `text` within `room` bytes (at least one, cut where it alone is longer); *left = lines that were left out. */
+static int whole_lines(const struct rt_buf *text, size_t room, int *left)
+{
+    size_t n = 0;
+    *left = 0;
+    for (size_t at = 0; at < text->len;) {
+        const char *end = memchr(text->data + at, '\n', text->len - at);
+        const size_t next = end != NULL ? (size_t)(end - text->data) : text->len;
+        if (next <= room)
+            n = next;
+        else if (at == 0)
+            n = room;
+        else
+            ++*left;
+        at = next + 1;
+    }
+    return (int)n;
+}
+
 static enum rt_status compare(const char *dir, const char *path, const struct rt_json *config, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *was = NULL;
     struct rt_buf lines = {0};
+    char more[32] = "";
+    int left;
     bool differ;
     RT_TRY(rt_json_load(path, MAX_CONFIG, &was, err));
     RT_TRY(rt_config_diff(was, config, &differ, &lines, err));
-    if (differ)
-        RT_FAIL(err, REFUSED, "%s was started with other arguments:\n%.*s\nuse the same ones to resume, or another --out", dir,
-                lines.len < 300 ? (int)lines.len : 300, lines.data);
+    if (differ) {
+        const int n = whole_lines(&lines, 300, &left);
+        if (left > 0)
+            snprintf(more, sizeof more, "\nand %d more", left);
+        RT_FAIL(err, REFUSED, "%s was started with other arguments:\n%.*s%s\nuse the same ones to resume, or another --out", dir, n, lines.data, more);
+    }
 out:
     rt_json_free(was);
     rt_buf_free(&lines);

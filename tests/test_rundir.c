@@ -311,6 +311,24 @@ static void run_directory(void **state)
     assert_ok(rt_rundir_open(dir, one, &r, &err)); /* the refusal did not keep the lock */
     rt_rundir_close(&r);
 
+    /* more differences than a message holds: whole lines, and how many are left out */
+    struct rt_json *first = NULL, *other = NULL;
+    char key[64];
+    assert_ok(rt_json_new_object(&first, &err));
+    assert_ok(rt_json_new_object(&other, &err));
+    for (int i = 0; i < 12; i++) {
+        snprintf(key, sizeof key, "option-with-a-long-name-%02d", i);
+        assert_ok(rt_json_set_int(first, key, i, &err));
+        assert_ok(rt_json_set_int(other, key, i + 1, &err));
+    }
+    assert_ok(rt_rundir_open(test_tmp("rd-many"), first, &r, &err));
+    rt_rundir_close(&r);
+    assert_int_equal(rt_rundir_open(test_tmp("rd-many"), other, &r, &err), RT_REFUSED);
+    assert_non_null(strstr(err.msg, "name-06: was 6, now 7\nand 5 more\nuse the same ones"));
+    rt_err_clear(&err);
+    rt_json_free(first);
+    rt_json_free(other);
+
     const char *home = test_tmp("rd-home");
     assert_ok(rt_mkdirs(home, &err));
     snprintf(path, sizeof path, "%s/letter.txt", home);
