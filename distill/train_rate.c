@@ -84,6 +84,6 @@ void rt_train_log_step(const struct rt_train_run *r, const struct rt_step_result
     if (!isnan(mfu))
         snprintf(part, sizeof part, ", MFU %.1f %%", 100 * mfu);
     rt_info(r->ctx->log, "step %ld/%ld loss %.4f%s%s%s%s grad_norm %.3g%s lr %.3g %.0f tokens/s%s, memory %s, %s left", (long)t->step,
-            (long)r->total_steps, s->loss, ce, kl, feature, alm, s->grad_norm, clipped, lr, (double)t->tokens / r->seconds, part,
+            (long)r->total_steps, s->loss, ce, kl, feature, alm, s->grad_norm, clipped, lr, (double)s->tokens / seconds, part,
             rt_human_bytes(a, (uint64_t)rt_train_memory(r)), rt_human_time(b, rt_train_seconds_left(r)));
 }
