@@ -26,6 +26,7 @@ struct rt_train_set {
     char path[4096];
     struct item *item;
     size_t cap;
+    int64_t untargeted; /* lines without a target, left out */
     struct rt_shard_set *shards;
     struct rt_row_source source; /* of shards or memory; get NULL for lines */
     pthread_mutex_t lock; /* of kept_bytes, and of n_targets and kept of every item */
@@ -148,7 +149,8 @@ static enum rt_status finish(struct rt_train_set *s, struct rt_err *err)
     rt_sha256_final(&h, digest);
     rt_hex(s->info.sha256, digest, sizeof digest);
     if (s->info.sequences == 0)
-        return rt_fail(err, RT_FORMAT, "%s: no sequence to train on (%ld left out)", s->path, (long)s->info.left_out);
+        return rt_fail(err, RT_FORMAT, "%s: no sequence is left: %ld without anything to predict, %ld over %ld tokens (or of one token)", s->path,
+                       (long)s->untargeted, (long)s->info.left_out, (long)s->o.max_length);
     return RT_OK;
 }
 
@@ -285,6 +287,7 @@ static enum rt_status read_lines(struct rt_train_set *s, struct rt_log *log, str
         RT_TRY(copy_rows(s, &r, &l, &s->item[s->info.sequences - 1].kept, err));
     }
     const struct rt_dataset_counts c = rt_dataset_counts(d);
+    s->untargeted = c.untargeted;
     if (c.untargeted > 0)
         rt_warn(log, "%s: %ld lines have no target and are left out", s->path, (long)c.untargeted);
     if (c.not_nfc > 0 && s->o.model->tok != NULL && rt_tokenizer_normalizes(s->o.model->tok))
