@@ -335,6 +335,21 @@ static void log_recompute(const struct rt_train_run *r)
     rt_info(r->ctx->log, "activations by --recompute: %s; %s in backward%s", text, what[level], mixed);
 }
 
+/* Sequences are never cut: batches that were asked to be smaller than the longest one are as large as that. */
+static void warn_batches(const struct rt_train_run *r)
+{
+    const struct rt_train_values *v = r->v;
+    int64_t longest = 0;
+    for (int i = 0; i < r->n_sets; i++)
+        longest = rt_train_set_info(r->set[i])->longest > longest ? rt_train_set_info(r->set[i])->longest : longest;
+    if (v->batch_tokens < longest)
+        rt_warn(r->ctx->log, "--batch-tokens %ld: the longest sequence has %ld tokens, and a step takes whole ones: up to so many", (long)v->batch_tokens,
+                (long)longest);
+    if (v->micro_tokens > 0 && v->micro_tokens < r->o.micro_tokens)
+        rt_warn(r->ctx->log, "--micro-tokens %ld: the longest sequence has %ld tokens, so micro-batches have as many", (long)v->micro_tokens,
+                (long)r->o.micro_tokens);
+}
+
 static void log_plan(const struct rt_train_run *r)
 {
     const struct rt_trainer_memory *m = &r->memory;
@@ -380,6 +395,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     r->o.early = r->o.overlap && machines > 1;
     r->o.bucket = r->o.overlap ? RT_TRAINER_BUCKET : 0;
     RT_TRY(rt_train_plan_memory(r, err));
+    warn_batches(r);
     log_plan(r);
 out:
     return st;
