@@ -1,7 +1,9 @@
 /* retort train: trains a student on text, on a teacher's rows and states, or on any mix of them. */
 #include <stdio.h>
 
+#include "core/io.h"
 #include "core/pool.h"
+#include "distill/run_record.h"
 #include "distill/train_local.h"
 #include "distill/train_options.h"
 #include "distill/train_run.h"
@@ -22,6 +24,23 @@ const struct rt_opt rt_train_options[] = {
     {0},
 };
 
+/* RUN/run.json in one line. */
+static enum rt_status print_run(const char *run, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *v = NULL;
+    struct rt_buf text = {0};
+    char path[4096];
+    RT_TRY(rt_path_join(path, sizeof path, run, RT_RUN_FILE, err));
+    RT_TRY(rt_json_load(path, (size_t)64 << 20, &v, err));
+    RT_TRY(rt_json_dump(v, 0, &text, err));
+    printf("%.*s\n", (int)text.len, text.data);
+out:
+    rt_buf_free(&text);
+    rt_json_free(v);
+    return st;
+}
+
 /* --gpus N without a launcher starts the ranks; what they do with it is nothing more. */
 static enum rt_status run(struct rt_context *ctx, const void *values, const struct rt_positionals *pos, struct rt_err *err)
 {
@@ -29,6 +48,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     const struct rt_train_values *v = values;
     const struct rt_backend *be;
     const int gpus = (int)v->common.gpus;
+    struct rt_train_outcome outcome = {0};
     struct rt_rank rank;
     int n_ops;
     const enum rt_op *ops = rt_student_train_ops(&n_ops);
@@ -45,7 +65,9 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
         RT_TRY(rt_train_local(ctx, gpus, be->own_memory || v->common.threads > 0 ? 0 : cores > 0 ? cores : 1, err));
         goto out;
     }
-    RT_TRY(rt_train(ctx, v, NULL, err));
+    RT_TRY(rt_train(ctx, v, &outcome, err));
+    if (v->common.json && outcome.finished && rank.rank == 0)
+        RT_TRY(print_run(v->out, err));
 out:
     return st;
 }
@@ -57,7 +79,7 @@ const struct rt_command rt_cmd_train = {
     .help = "The loss is w_ce CE + w_kl T^2 KL(teacher || student) + w_feature F + w_alm A, summed over the training rows of the whole global batch and\n"
             "divided by their number; A compares likelihoods of spans (shards of `retarget --mode alm`). RUN gets\n"
             "metrics.jsonl, eval.jsonl, checkpoints, run.json and model/, a Hugging Face directory; on a GPU also products.txt: which algorithm each product takes,\n"
-            "measured once and kept, so that a resumed run has the same bytes.\n\n"
+            "measured once and kept, so that a resumed run has the same bytes. --json prints run.json as one line at the end.\n\n"
             "Several --data are shuffled together: an epoch takes each WEIGHT times (1 where none is given), :0.5 another half of it each time, :2 all of\n"
             "it twice. Beside shards, text without a teacher's rows takes the cross-entropy alone. The order depends on --seed and the data alone.\n\n"
             "--gpus N takes N GPUs of this machine; for several machines, or instead of it, torchrun, mpirun or srun start one process a GPU. The ranks share each\n"

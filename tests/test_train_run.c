@@ -57,12 +57,13 @@ static void command_close(struct command *c)
     free(c->values);
 }
 
+static const char *prints = "/dev/null"; /* the file that takes what a command prints */
+
 static enum rt_status command_run(struct command *c, struct rt_err *err)
 {
     struct rt_context ctx = {.log = &c->log, .command = c->cmd, .stop = stop, .stop_self = c};
-    /* what it prints is not the tests' */
     fflush(stdout);
-    const int shown = dup(STDOUT_FILENO), nothing = open("/dev/null", O_WRONLY);
+    const int shown = dup(STDOUT_FILENO), nothing = open(prints, O_WRONLY | O_CREAT | O_TRUNC, 0666);
     dup2(nothing, STDOUT_FILENO);
     const enum rt_status st = c->cmd->run(&ctx, c->values, &c->pos, err);
     fflush(stdout);
@@ -554,6 +555,38 @@ static void test_spike(void **state)
     rt_buf_free(&b);
 }
 
+/* Batches below the longest sequence are said to grow; the rate of a step is the same number in log and metrics; --json prints the run's record, again
+ * where it is finished already; data without anything to predict are told as that. */
+static void test_told(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("run-told"), *bare = test_tmp("run-bare.jsonl");
+    char printed[600], *log, rate[64];
+    struct rt_json *v;
+    snprintf(printed, sizeof printed, "%s", test_tmp("run-told.json"));
+    for (int again = 0; again < 2; again++) {
+        prints = printed;
+        const enum rt_status st = train(ARGS("--student", files.student, "--data", files.lines, "--batch-tokens", "5", "--micro-tokens", "6", "--steps", "2",
+                                             "--json", "--out", out), 0, &log, &err);
+        prints = "/dev/null";
+        assert_ok(st);
+        assert_non_null(strstr(log, "--batch-tokens 5: the longest sequence has "));
+        assert_non_null(strstr(log, "--micro-tokens 6: the longest sequence has "));
+        snprintf(rate, sizeof rate, "%.0f tokens/s", metric(out, 1, "tokens_per_second"));
+        assert_true(again == 1 || strstr(strstr(log, "step 2/2"), rate) != NULL);
+        free(log);
+        int64_t steps = 0;
+        v = load(test_tmp(""), "run-told.json");
+        assert_ok(rt_json_int(v, "steps", 0, 10, &steps, &err));
+        assert_int_equal(steps, 2);
+        rt_json_free(v);
+    }
+    static const char line[] = "{\"input_ids\": [1, 2, 3], \"loss_mask\": [0, 0, 0]}\n";
+    assert_ok(rt_publish_bytes(bare, line, strlen(line), &err));
+    refused(ARGS("--student", files.student, "--data", bare, "--out", test_tmp("run-none")), RT_FORMAT, "no sequence is left: 1 without anything to predict");
+}
+
 /* Arms begin with the same parameters and see the same sequences in the same order; a second start finds everything done. */
 static void test_experiment(void **state)
 {
@@ -599,7 +632,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_memory_advice, set_up), cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
-    cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_spike, set_up),
+    cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
 };
 RT_SUITE(train_run, tests)
