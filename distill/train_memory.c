@@ -92,20 +92,21 @@ static void instead(const struct rt_train_plan *t, unsigned open, bool goes_on, 
         snprintf(out + at, cap - at, ", or --max-length %ld", (long)shorter);
 }
 
+/* The error of a run that needs more than `limit`, with what would do. */
 static enum rt_status too_little(const struct rt_train_run *r, const struct rt_train_plan *t, bool goes_on, uint64_t limit, struct rt_err *err)
 {
     const struct rt_backend *be = r->device.be;
     struct rt_dev_memory m = {0};
-    char a[32], b[32], or[256];
+    char a[32], b[32], others[256];
     size_t need;
     enum rt_status st;
     if (be->own_memory)
         RT_TRY(be->memory(r->device.dev, &m, err));
     const int64_t enough = rt_train_plan_enough(t, m.held, &need);
-    instead(t, open_options(r, t, goes_on), goes_on, (size_t)limit, or, sizeof or);
+    instead(t, open_options(r, t, goes_on), goes_on, (size_t)limit, others, sizeof others);
     RT_FAIL(err, NOMEM, "training needs %s with micro-batches of %ld tokens (the longest sequence has %ld) and --recompute %d; there are %s: "
             "--%s %ldM or more%s", rt_human_bytes(a, need), (long)r->o.micro_tokens, (long)t->longest, r->o.recompute, rt_human_bytes(b, limit),
-            be->own_memory ? "gpu-memory" : "memory", (long)enough, or);
+            be->own_memory ? "gpu-memory" : "memory", (long)enough, others);
 out:
     return st;
 }
