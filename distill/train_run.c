@@ -153,8 +153,9 @@ static const char *kept(const struct rt_train_run *r, char out[64])
 static enum rt_status none_taken(const struct rt_train_run *r, struct rt_err *err)
 {
     char left[64];
-    return rt_fail(err, RT_NUMERIC, "all of %ld steps were left out: losses or gradients of the student as it was given are not finite; nothing was learnt, no model "
-                   "is written (%s); `retort doctor --student DIR --data FILE` looks at it, metrics.jsonl names the data", (long)r->trainer.step, kept(r, left));
+    return rt_fail(err, RT_NUMERIC, "all of %ld steps were left out: losses or gradients of the student as it was given are not finite; nothing was learnt, "
+                   "no model is written (%s); `retort doctor --student DIR --data FILE` looks at it, metrics.jsonl names the data", (long)r->trainer.step,
+                   kept(r, left));
 }
 
 /* A step that was left out: says so, with its batch; the end of the run by --on-nan stop, or where too many follow each other. */

@@ -1,8 +1,12 @@
-/* How steps are cut: which of two plans costs less. Wall times of these plans on a GPU are bench_student_train's. */
+/* How steps are cut: which of two plans costs less, and what is advised where none fits. Wall times of these plans on a GPU are bench_student_train's. */
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-#include "distill/train_run.h"
-#include "tests/suite.h"
+#include "core/io.h"
+#include "distill/run_record.h"
+#include "tests/run_command.h"
+#include "tests/train_fixture.h"
 
 static const char qwen[] = "{\"model_type\": \"qwen2\", \"vocab_size\": 151936, \"hidden_size\": 1536, \"intermediate_size\": 8960, \"num_hidden_layers\": 28, "
                            "\"num_attention_heads\": 12, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, "
@@ -50,6 +54,61 @@ static void test_cost(void **state)
     rt_student_config_free(&k.c);
 }
 
-static const struct CMUnitTest tests[] = {cmocka_unit_test(test_cost)};
+/* The number behind a word of the error; -1: it is not there. */
+static long advised(const struct rt_err *err, const char *word)
+{
+    const char *at = strstr(err->msg, word);
+    return at != NULL ? strtol(at + strlen(word), NULL, 10) : -1;
+}
+
+/* What the error of a run without enough memory advises does: so much and no less, or another option alone. A run that goes on is not told what it
+ * cannot change. */
+static void test_memory_advice(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *deep = tf_write_student("run-advised", TF_WIDE, 3), *none = test_tmp("run-advised-none"), *out = test_tmp("run-advised-part");
+    char text[32], other[32], run[4096];
+    struct tf_files files = {0};
+    tf_files_make(&files, "memory");
+#define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
+#define DEEP "--device", "cpu", "--student", deep, "--data", files.lines, "--batch-tokens", "4000"
+#define PLAN(...) test_command(&rt_cmd_train, ARGS(DEEP, "--out", none, "--threads", "2", "--dry-run", __VA_ARGS__), &err)
+#define ASKED "--micro-tokens", "4000", "--recompute", "1"
+    for (int i = 0; i < 2; i++) {
+        rt_err_clear(&err);
+        assert_int_equal(i == 0 ? PLAN("--memory", "8") : PLAN("--memory", "8", ASKED), RT_NOMEM);
+        const long enough = advised(&err, "--memory ");
+        assert_true(enough > 1);
+        for (int less = 0; less < 2; less++) {
+            snprintf(text, sizeof text, "%ldM", enough - less);
+            rt_err_clear(&err);
+            assert_int_equal(i == 0 ? PLAN("--memory", text) : PLAN("--memory", text, ASKED), less == 0 ? RT_OK : RT_NOMEM);
+        }
+        if (i == 0)
+            continue;
+        const long micro = advised(&err, "--micro-tokens ");
+        assert_true(micro > 0 && micro < 4000);
+        assert_int_equal(advised(&err, "--recompute "), 1); /* what was asked for, */
+        assert_non_null(strstr(err.msg, "or --recompute 3")); /* and what would do */
+        snprintf(other, sizeof other, "%ld", micro);
+        rt_err_clear(&err);
+        assert_ok(PLAN("--memory", text, "--recompute", "1", "--micro-tokens", other));
+        assert_ok(PLAN("--memory", text, "--recompute", "3", "--micro-tokens", "4000"));
+    }
+    snprintf(run, sizeof run, "%s/" RT_RUN_FILE, out);
+    assert_ok(rt_mkdirs(out, &err));
+    assert_ok(rt_publish_bytes(run, "{\"micro_tokens\": 400}", 21, &err));
+    assert_int_equal(test_command(&rt_cmd_train, ARGS(DEEP, "--out", out, "--dry-run", "--memory", "8"), &err), RT_NOMEM);
+    assert_true(advised(&err, "--memory ") > 1);
+    assert_null(strstr(err.msg, "--micro-tokens"));
+    assert_null(strstr(err.msg, "--max-length"));
+    tf_files_free(&files);
+}
+#undef PLAN
+#undef DEEP
+#undef ASKED
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(test_cost), cmocka_unit_test(test_memory_advice)};
 
 RT_SUITE(train_memory, tests)

@@ -317,55 +317,6 @@ static void test_recompute(void **state)
     assert_true(seen[0] && seen[1]);
 }
 
-/* The number behind a word of the error; -1: it is not there. */
-static long advised(const struct rt_err *err, const char *word)
-{
-    const char *at = strstr(err->msg, word);
-    return at != NULL ? strtol(at + strlen(word), NULL, 10) : -1;
-}
-
-/* What the error of a run without enough memory advises does: so much and no less, or another option alone. A run that goes on is not told what it
- * cannot change. */
-static void test_memory_advice(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    const char *deep = tf_write_student("run-advised", TF_WIDE, 3), *none = test_tmp("run-advised-none"), *out = test_tmp("run-advised-part");
-    char text[32], other[32];
-#define DEEP "--student", deep, "--data", files.lines, "--batch-tokens", "4000"
-#define PLAN(...) train(ARGS(DEEP, "--out", none, "--threads", "2", "--dry-run", __VA_ARGS__), 0, NULL, &err)
-#define ASKED "--micro-tokens", "4000", "--recompute", "1"
-    for (int i = 0; i < 2; i++) {
-        rt_err_clear(&err);
-        assert_int_equal(i == 0 ? PLAN("--memory", "8") : PLAN("--memory", "8", ASKED), RT_NOMEM);
-        const long enough = advised(&err, "--memory ");
-        assert_true(enough > 1);
-        for (int less = 0; less < 2; less++) {
-            snprintf(text, sizeof text, "%ldM", enough - less);
-            rt_err_clear(&err);
-            assert_int_equal(i == 0 ? PLAN("--memory", text) : PLAN("--memory", text, ASKED), less == 0 ? RT_OK : RT_NOMEM);
-        }
-        if (i == 0)
-            continue;
-        const long micro = advised(&err, "--micro-tokens ");
-        assert_true(micro > 0 && micro < 4000);
-        assert_int_equal(advised(&err, "--recompute "), 1); /* what was asked for, */
-        assert_non_null(strstr(err.msg, "or --recompute 3")); /* and what would do */
-        snprintf(other, sizeof other, "%ld", micro);
-        rt_err_clear(&err);
-        assert_ok(PLAN("--memory", text, "--recompute", "1", "--micro-tokens", other));
-        assert_ok(PLAN("--memory", text, "--recompute", "3", "--micro-tokens", "4000"));
-    }
-    assert_int_equal(train(ARGS(DEEP, "--out", out, "--steps", "4", "--micro-tokens", "400"), 3, NULL, &err), RT_INTERRUPTED);
-    rt_err_clear(&err);
-    assert_int_equal(train(ARGS(DEEP, "--out", out, "--steps", "4", "--micro-tokens", "400", "--memory", "8"), 0, NULL, &err), RT_NOMEM);
-    assert_null(strstr(err.msg, "--micro-tokens"));
-    assert_null(strstr(err.msg, "--max-length"));
-#undef PLAN
-#undef DEEP
-#undef ASKED
-}
-
 #define RECIPE "--student", files.student, "--data", files.shards, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", "--steps", "9", \
     "--lr", "1e-2", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--save-every", "2", "--eval-data", files.lines, "--eval-every", "4"
 
@@ -630,7 +581,7 @@ static void test_experiment(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
-    cmocka_unit_test_setup(test_memory_advice, set_up), cmocka_unit_test_setup(test_resume, set_up),
+    cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
