@@ -57,6 +57,13 @@ void rt_tensors_free(struct rt_tensors *t)
     rt_free(t);
 }
 
+static bool is_lfs_pointer(const struct file *f)
+{
+    static const char begin[] = "version https://git-lfs";
+    char head[sizeof begin - 1];
+    return f->size >= sizeof head && rt_file_pread(f->fd, f->path, head, sizeof head, 0, NULL) == RT_OK && memcmp(head, begin, sizeof head) == 0;
+}
+
 /* f->path is set: opens it and reads its header; sha gets the header's bytes unless NULL. */
 static enum rt_status open_file(struct file *f, struct rt_sha256 *sha, struct rt_err *err)
 {
@@ -66,6 +73,8 @@ static enum rt_status open_file(struct file *f, struct rt_sha256 *sha, struct rt
     if (f->size < 8)
         RT_FAIL(err, FORMAT, "%s: not a safetensors file: %" PRIu64 " bytes, expected at least 8", f->path, f->size);
     RT_TRY(rt_file_pread(f->fd, f->path, &n, 8, 0, err));
+    if (is_lfs_pointer(f))
+        RT_FAIL(err, FORMAT, "%s: a git-lfs pointer, expected the tensors that it stands for: `git lfs pull` in its repository fetches them", f->path);
     if (n > RT_ST_MAX_HEADER || n > f->size - 8)
         RT_FAIL(err, FORMAT, "%s: not a safetensors file, or cut: a header of %" PRIu64 " bytes in a file of %" PRIu64
                 " (the limit is %d)", f->path, n, f->size, RT_ST_MAX_HEADER);

@@ -308,6 +308,11 @@ static void hostile_headers(void **state)
             rt_tensors_free(t);
         rt_err_clear(&err);
     }
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 988097824\n";
+    assert_ok(rt_publish_bytes(path, pointer, sizeof pointer - 1, &err));
+    assert_int_equal(rt_tensors_open(path, &t, &err), RT_FORMAT);
+    assert_non_null(strstr(err.msg, "git-lfs"));
+    rt_err_clear(&err);
     assert_status(rt_tensors_open(test_tmp("st-absent"), &t, &err), IO);
     assert_status(rt_tensors_open(test_tmp(""), &t, &err), FORMAT); /* a directory without a model */
 }
