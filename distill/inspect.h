@@ -38,6 +38,9 @@ enum rt_status rt_inspect_run(const char *path, struct rt_json *obj, struct rt_e
 enum rt_status rt_inspect_experiment(const char *path, struct rt_json *obj, struct rt_err *err);
 enum rt_status rt_inspect_checkpoint(const char *path, const struct rt_inspect_options *o, struct rt_json *obj, struct rt_err *err);
 
+/* obj.state and obj.last_run of a directory of `traces`, whose traces.jsonl has so many lines. */
+enum rt_status rt_inspect_traces(const char *path, int64_t lines, struct rt_json *obj, struct rt_err *err);
+
 /* obj.tokenizer and obj.template of a model directory; null where it has none, {"problem": text} where it cannot be used. */
 enum rt_status rt_inspect_text_side(const char *dir, struct rt_json *obj, struct rt_err *err);
 

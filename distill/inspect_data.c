@@ -235,8 +235,6 @@ static enum rt_status count_lines(const char *path, struct counted *c, struct rt
     }
     c->torn = f.torn;
     c->bytes = f.lines.end_offset;
-    if (c->lines == 0)
-        RT_FAIL(err, FORMAT, "%s: no line in it", path);
 out:
     rt_jsonl_close(&f);
     return st;
@@ -284,6 +282,23 @@ out:
     return st;
 }
 
+/* Where `traces` is, or was, at work: how far it came. */
+static enum rt_status traces_state(const char *dir, struct rt_json *obj, struct rt_err *err)
+{
+    enum rt_status st;
+    char path[PATH_CAP];
+    struct counted c = {0};
+    RT_TRY(rt_path_join(path, sizeof path, dir, "config.json", err));
+    if (!rt_path_exists(path))
+        return RT_OK;
+    RT_TRY(rt_path_join(path, sizeof path, dir, "traces.jsonl", err));
+    if (rt_path_exists(path))
+        RT_TRY(count_lines(path, &c, err));
+    RT_TRY(rt_inspect_traces(dir, c.lines, obj, err));
+out:
+    return st;
+}
+
 enum rt_status rt_inspect_dataset(const char *path, const struct rt_inspect_options *o, struct rt_json *obj, struct rt_err *err)
 {
     enum rt_status st;
@@ -295,8 +310,13 @@ enum rt_status rt_inspect_dataset(const char *path, const struct rt_inspect_opti
         RT_TRY(rt_path_join(file, sizeof file, path, "accepted.jsonl", err));
         if (!rt_path_exists(file))
             RT_TRY(rt_path_join(file, sizeof file, path, "traces.jsonl", err));
+        RT_TRY(traces_state(path, obj, err));
+        if (rt_json_get(obj, "state") != NULL && !rt_path_exists(file)) /* nothing of it yet */
+            goto out;
     }
     RT_TRY(count_lines(file, &c, err));
+    if (c.lines == 0 && rt_json_get(obj, "state") == NULL)
+        RT_FAIL(err, FORMAT, "%s: no line in it", file);
     RT_TRY(rt_json_set_string(obj, "file", file, err));
     RT_TRY(rt_json_set_int(obj, "bytes", (int64_t)c.bytes, err));
     RT_TRY(rt_json_set_int(obj, "lines", c.lines, err));
@@ -310,7 +330,7 @@ enum rt_status rt_inspect_dataset(const char *path, const struct rt_inspect_opti
         RT_TRY(rt_json_set_int(obj, "input_ids_tokens", c.ids, err));
     if (c.torn)
         RT_TRY(rt_json_set_bool(obj, "torn_last_line", true, err));
-    if (o->tokenizer != NULL)
+    if (o->tokenizer != NULL && c.lines > 0)
         RT_TRY(count_tokens(file, o->tokenizer, c.form[FORM_PROMPT] == c.lines && c.completions == 0, obj, err));
 out:
     return st;

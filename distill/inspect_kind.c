@@ -32,7 +32,7 @@ static bool teacher_type(const char *model_type)
     return strncmp(model_type, "deepseek", 8) == 0 || strncmp(model_type, "kimi", 4) == 0;
 }
 
-/* A config.json: of a model ("model_type") or of a run ("command"). False: neither. */
+/* A config.json: of a model ("model_type"), of a run ("command"), or of traces ("command": "traces"). False: none of these. */
 static enum rt_status config_kind(const char *path, bool *found, enum rt_kind *out, struct rt_err *err)
 {
     enum rt_status st;
@@ -40,8 +40,9 @@ static enum rt_status config_kind(const char *path, bool *found, enum rt_kind *o
     *found = false;
     RT_TRY(rt_json_load(path, max_config, &j, err));
     const char *type = rt_json_as_string(rt_json_get(j, "model_type"), NULL);
-    *found = type != NULL || rt_json_as_string(rt_json_get(j, "command"), NULL) != NULL;
-    *out = type == NULL ? RT_KIND_RUN : teacher_type(type) ? RT_KIND_TEACHER : RT_KIND_STUDENT;
+    const char *command = rt_json_as_string(rt_json_get(j, "command"), NULL);
+    *found = type != NULL || command != NULL;
+    *out = type == NULL ? (command != NULL && strcmp(command, "traces") == 0 ? RT_KIND_DATASET : RT_KIND_RUN) : teacher_type(type) ? RT_KIND_TEACHER : RT_KIND_STUDENT;
 out:
     rt_json_free(j);
     return st;

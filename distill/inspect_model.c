@@ -289,6 +289,8 @@ static enum rt_status teacher_parameters_json(const struct rt_teacher_config *c,
     RT_TRY(rt_json_set_object(obj, "parameters", &o, err));
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         RT_TRY(rt_json_set_int(o, ints[i].key, ints[i].value, err));
+    if (c->mtp_layers > 0) /* whose embeddings and heads are the model's own, stored again */
+        RT_TRY(rt_json_set_int(o, "total_with_mtp", p.total + p.mtp - c->mtp_layers * (p.embed + p.head), err));
 out:
     return st;
 }

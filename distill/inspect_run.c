@@ -120,12 +120,29 @@ static bool is_running(const char *dir)
 {
     int fd = -1;
     struct rt_err ignored = {0};
-    if (!rt_path_exists(dir))
+    char lock[PATH_CAP];
+    if (rt_path_join(lock, sizeof lock, dir, ".lock", NULL) != RT_OK || !rt_path_exists(lock))
         return false;
     const enum rt_status st = rt_lock_dir(dir, &fd, &ignored);
     if (st == RT_OK)
         rt_file_close(fd);
     return st == RT_REFUSED;
+}
+
+static const char *state_of(bool finished, bool running)
+{
+    return finished ? "finished" : running ? "running" : "unfinished: the same command with the same --out goes on";
+}
+
+enum rt_status rt_inspect_traces(const char *path, int64_t lines, struct rt_json *obj, struct rt_err *err)
+{
+    enum rt_status st;
+    int64_t n, step;
+    RT_TRY(last_line(path, "metrics.jsonl", "last_run", &n, obj, err)); /* written when all of them are there */
+    const bool finished = rt_json_as_int(rt_json_get(rt_json_get(obj, "last_run"), "step"), &step) && step == lines;
+    RT_TRY(rt_json_set_string(obj, "state", state_of(finished, !finished && is_running(path)), err));
+out:
+    return st;
 }
 
 enum rt_status rt_inspect_run(const char *path, struct rt_json *obj, struct rt_err *err)
@@ -134,18 +151,17 @@ enum rt_status rt_inspect_run(const char *path, struct rt_json *obj, struct rt_e
                                        "tokens_per_second", "peak_memory", "flops", "device", "parameters", "weights", "kd_temperature",
                                        "teacher_temperature", "tail", "init", "data", "final", "model"};
     enum rt_status st;
-    char file[PATH_CAP], lock[PATH_CAP];
+    char file[PATH_CAP];
     struct rt_json *run = NULL;
     bool finished = false;
     int64_t lines;
     RT_TRY(rt_path_join(file, sizeof file, path, RT_RUN_FILE, err));
-    RT_TRY(rt_path_join(lock, sizeof lock, path, ".lock", err));
     if (rt_path_exists(file)) {
         RT_TRY(rt_json_load(file, max_record, &run, err));
         RT_TRY(rt_json_bool_or(run, "finished", false, &finished, err));
     }
-    const bool running = !finished && rt_path_exists(lock) && is_running(path);
-    RT_TRY(rt_json_set_string(obj, "state", finished ? "finished" : running ? "running" : "unfinished: the same command with the same --out goes on", err));
+    const bool running = !finished && is_running(path);
+    RT_TRY(rt_json_set_string(obj, "state", state_of(finished, running), err));
     if (run != NULL)
         RT_TRY(copy_members(run, keys, sizeof keys / sizeof keys[0], obj, err));
     RT_TRY(last_line(path, "metrics.jsonl", "last_step", &lines, obj, err));

@@ -52,6 +52,7 @@ static void a_teacher(void **state)
     const int64_t total = 2 * 1024 * 256 + 256 + 4 * attention + 3 * 256 * 384 + 3 * (router + expert + 12 * expert);
     assert_int_equal(at(v, "parameters", "total"), total);
     assert_int_equal(at(v, "parameters", "active"), total - 1024 * 256 - 3 * 9 * expert);
+    assert_int_equal(at(v, "parameters", "total_with_mtp"), total + at(v, "parameters", "mtp") - 2 * 1024 * 256);
     assert_int_equal(at(v, "config", "context"), 1024);
     /* what the tensors hold, scales aside, is what the configuration promises: layers 1-3 are alike */
     const struct rt_json *layers = rt_json_get(v, "layers");
@@ -243,6 +244,36 @@ static void a_run_and_a_checkpoint(void **state)
     rt_json_free(v);
 }
 
+static void traces_that_are_made(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *dir = test_tmp("made");
+    put(dir, "config.json", "{\"command\":\"traces\",\"options\":{}}");
+    put(dir, ".lock", "");
+    struct rt_json *v = look(dir, "dataset", NULL); /* before the first line */
+    assert_int_equal(strncmp(rt_json_as_string(rt_json_get(v, "state"), NULL), "unfinished", 10), 0);
+    rt_json_free(v);
+    put(dir, "traces.jsonl", "{\"prompt\":\"a\",\"completion\":\"b\"}\n{\"prompt\":\"a\",\"completion\":\"c\"}\n");
+    v = look(dir, "dataset", NULL);
+    assert_int_equal(strncmp(rt_json_as_string(rt_json_get(v, "state"), NULL), "unfinished", 10), 0);
+    assert_int_equal(at(v, NULL, "lines"), 2);
+    rt_json_free(v);
+    put(dir, "metrics.jsonl", "{\"step\":2,\"traces\":2}\n");
+    put(dir, "accepted.jsonl", "{\"prompt\":\"a\",\"completion\":\"b\"}\n"); /* which is what is looked at then */
+    v = look(dir, "dataset", NULL);
+    assert_string_equal(rt_json_as_string(rt_json_get(v, "state"), NULL), "finished");
+    assert_int_equal(at(v, NULL, "lines"), 1);
+    rt_json_free(v);
+    int lock = -1;
+    put(dir, "metrics.jsonl", "");
+    assert_ok(rt_lock_dir(dir, &lock, &err));
+    v = look(dir, "dataset", NULL);
+    assert_string_equal(rt_json_as_string(rt_json_get(v, "state"), NULL), "running");
+    rt_json_free(v);
+    rt_file_close(lock);
+}
+
 static void what_is_not_known_is_said(void **state)
 {
     (void)state;
@@ -288,7 +319,7 @@ static void control_characters_are_shown(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_teacher), cmocka_unit_test(a_student), cmocka_unit_test(a_model_without_weights), cmocka_unit_test(a_teacher_that_lacks_a_tensor),
-    cmocka_unit_test(a_dataset), cmocka_unit_test(a_shard_set), cmocka_unit_test(a_run_and_a_checkpoint), cmocka_unit_test(what_is_not_known_is_said),
+    cmocka_unit_test(a_dataset), cmocka_unit_test(a_shard_set), cmocka_unit_test(a_run_and_a_checkpoint), cmocka_unit_test(traces_that_are_made), cmocka_unit_test(what_is_not_known_is_said),
     cmocka_unit_test(control_characters_are_shown),
 };
 RT_SUITE(inspect, tests)
