@@ -6,6 +6,7 @@
 #include "core/io.h"
 #include "core/sha256.h"
 #include "distill/run_record.h"
+#include "formats/checkpoint.h"
 
 /* The directory of a file, "." where its name has none. */
 static void dir_of(const char *file, char out[4096])
@@ -20,6 +21,90 @@ static void dir_of(const char *file, char out[4096])
         *(slash == out ? slash + 1 : slash) = '\0';
 }
 
+static enum rt_status has_tokenizer(const char *dir, bool *yes, struct rt_err *err)
+{
+    char file[4096];
+    const enum rt_status st = rt_path_join(file, sizeof file, dir, "tokenizer.json", err);
+    *yes = st == RT_OK && rt_path_exists(file);
+    return st;
+}
+
+/* Of CKPT/../config.json: where the run had its tokenizer from. "": it does not say, or that is gone. */
+static enum rt_status run_tokenizer(const char *config, char out[4096], struct rt_err *err)
+{
+    static const char *const keys[] = {"tokenizer", "student", "init-config"};
+    enum rt_status st;
+    struct rt_json *v = NULL;
+    out[0] = '\0';
+    RT_TRY(rt_json_load(config, 1 << 20, &v, err));
+    const struct rt_json *options = rt_json_get(v, "options");
+    for (int i = 0; i < 3 && out[0] == '\0'; i++) {
+        const char *path = rt_json_as_string(rt_json_get(options, keys[i]), NULL);
+        bool yes = false;
+        if (path == NULL || path[0] == '\0' || !rt_path_exists(path))
+            continue;
+        if (i != 1)
+            dir_of(path, out);
+        else if (rt_record_student(path, out, 4096, NULL) != RT_OK)
+            out[0] = '\0';
+        RT_TRY(has_tokenizer(out, &yes, err));
+        if (!yes)
+            out[0] = '\0';
+    }
+out:
+    rt_json_free(v);
+    return st;
+}
+
+/* A checkpoint has no tokenizer of its own: it has that of its run, as the finished model holds it or as the run began. dir stays
+ * where neither is there. */
+static enum rt_status checkpoint_text_dir(const char *checkpoint, char dir[4096], struct rt_err *err)
+{
+    enum rt_status st;
+    char path[4096];
+    bool yes;
+    RT_TRY(has_tokenizer(checkpoint, &yes, err));
+    if (yes)
+        goto out;
+    RT_TRY(rt_path_join(path, sizeof path, checkpoint, "../" RT_MODEL_DIR, err));
+    RT_TRY(has_tokenizer(path, &yes, err));
+    if (!yes) {
+        RT_TRY(rt_path_join(path, sizeof path, checkpoint, "../config.json", err));
+        if (!rt_path_exists(path))
+            goto out;
+        char found[4096];
+        RT_TRY(run_tokenizer(path, found, err));
+        yes = found[0] != '\0';
+        snprintf(path, sizeof path, "%s", found);
+    }
+    if (yes)
+        snprintf(dir, 4096, "%s", path);
+out:
+    return st;
+}
+
+/* The student's directory: *l's path, configuration and tensors; dir is where its tokenizer lies. */
+static enum rt_status open_student(struct rt_loaded_student *l, const char *student, struct rt_log *log, char dir[4096], struct rt_err *err)
+{
+    enum rt_status st;
+    char manifest[4096];
+    int64_t step;
+    RT_TRY(rt_record_student(student, l->path, sizeof l->path, err));
+    if (!rt_path_is_dir(l->path))
+        RT_FAIL(err, IO, "%s: no such directory", l->path);
+    snprintf(dir, 4096, "%s", l->path);
+    RT_TRY(rt_path_join(manifest, sizeof manifest, l->path, "MANIFEST", err));
+    if (rt_path_exists(manifest)) {
+        RT_TRY(rt_ckpt_verify(l->path, &step, err));
+        RT_TRY(checkpoint_text_dir(l->path, dir, err));
+    }
+    RT_TRY(rt_student_config_load(l->path, &l->c, err));
+    RT_TRY(rt_tensors_open(l->path, &l->tensors, err));
+    RT_TRY(rt_params_check_model(&l->c, l->tensors, true, log, err));
+out:
+    return st;
+}
+
 enum rt_status rt_loaded_student_open(struct rt_loaded_student *l, const struct rt_student_source *source, struct rt_log *log,
                                       struct rt_err *err)
 {
@@ -29,13 +114,7 @@ enum rt_status rt_loaded_student_open(struct rt_loaded_student *l, const struct 
     if ((source->student == NULL) == (source->init_config == NULL))
         RT_FAIL(err, USAGE, "give either --student (a model directory or a run) or --init-config (a config.json for a new student)");
     if (source->student != NULL) {
-        RT_TRY(rt_record_student(source->student, l->path, sizeof l->path, err));
-        if (!rt_path_is_dir(l->path))
-            RT_FAIL(err, IO, "%s: no such directory", l->path);
-        RT_TRY(rt_student_config_load(l->path, &l->c, err));
-        RT_TRY(rt_tensors_open(l->path, &l->tensors, err));
-        RT_TRY(rt_params_check_model(&l->c, l->tensors, true, log, err));
-        snprintf(dir, sizeof dir, "%s", l->path);
+        RT_TRY(open_student(l, source->student, log, dir, err));
     } else {
         RT_TRY(rt_student_config_load(source->init_config, &l->c, err));
         dir_of(source->init_config, dir);

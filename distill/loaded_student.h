@@ -17,13 +17,15 @@ struct rt_loaded_student {
 };
 
 struct rt_student_source {
-    const char *student;       /* directory or run; NULL: a new one */
+    const char *student;       /* directory, run or checkpoint; NULL: a new one */
     const char *init_config;   /* config.json of a new one; NULL: student */
     const char *tokenizer;     /* directory; NULL: the student's, or that of init_config */
     const char *template_name; /* NULL: the directory's own */
 };
 
-/* Reads configuration, headers and tokenizer; nothing is allocated for the weights. USAGE: neither or both of student, init_config. */
+/* Reads configuration, headers and tokenizer; nothing is allocated for the weights. Of a checkpoint (a MANIFEST is there) every file is
+ * held against its hash first, FORMAT names the damaged one, and the tokenizer is that of the run it lies in, where that can be found.
+ * USAGE: neither or both of student, init_config. */
 enum rt_status rt_loaded_student_open(struct rt_loaded_student *l, const struct rt_student_source *source, struct rt_log *log,
                                       struct rt_err *err);
 /* Weights for sequences up to max_length tokens: loaded, or random by seed. d is borrowed. */

@@ -188,6 +188,27 @@ cp "$student/config.json" "$d/s/"
 head -c 5000 "$student/model.safetensors" >"$d/s/model.safetensors"
 train 3 'model.safetensors' s
 
+# ---- checkpoints as students ----
+checks=$((checks + 1))
+"$retort" train --student "$student" --data "$d/short.jsonl" --out "$d/run" --steps 2 --save-every 1 --max-length 64 --threads 1 >"$d/out" 2>"$d/err" || bad "train"
+ckpt=$d/run/ckpt-00000002
+want 0 '' "$retort" export "$ckpt" --out "$d/exported" --json
+grep -q '"dtype":"F32".*"tokenizer":"[^"]' "$d/out" || bad "export --json: type and tokenizer"
+same "$d/exported/tokenizer.json" "$student/tokenizer.json" "export of a checkpoint: the run's tokenizer"
+want 0 'warning: .*BF16' "$retort" export "$d/run" --out "$d/none" --dtype f32 --dry-run
+mkdir "$d/alone"
+cp -r "$ckpt" "$d/alone/ckpt"
+want 0 'warning: .*--tokenizer DIR' "$retort" export "$d/alone/ckpt" --out "$d/exported-alone"
+for file in model adam_m; do
+    printf '\377\376\375' | dd of="$d/alone/ckpt/$file.safetensors" bs=1 seek=200000 conv=notrunc 2>/dev/null
+    want 3 "$file.safetensors: damaged" "$retort" export "$d/alone/ckpt" --out "$d/none"
+    want 3 "$file.safetensors: damaged" "$retort" eval --student "$d/alone/ckpt" --tokenizer "$student" --data "$d/short.jsonl"
+    want 3 "$file.safetensors: damaged" "$retort" train --student "$d/alone/ckpt" --tokenizer "$student" --data "$d/short.jsonl" --out "$d/none" --steps 1
+    cp "$ckpt/$file.safetensors" "$d/alone/ckpt/"
+done
+want 3 "found kind 'shards', expected a run" "$retort" export "$d/set" --out "$d/none"
+[ -e "$d/none" ] && bad "a damaged checkpoint, or something else, was exported"
+
 # ---- outputs that cannot be written ----
 : >"$d/file"
 run_logits 1 'file' "$d/text.jsonl" "$d/file/set"
