@@ -67,6 +67,7 @@ const struct rt_command rt_cmd_compare = {
             "    retort compare experiment/\n"
             "    retort compare runs/hard runs/soft --html hard-soft.html",
     .options = options,
+    .takes = RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .min_positionals = 1,
     .max_positionals = -1,

@@ -106,6 +106,7 @@ const struct rt_command rt_cmd_doctor = {
             "    retort doctor --student Qwen2.5-7B/ --shards shards/ --memory 64G\n"
             "    retort doctor --teacher DeepSeek-R1/ --shards shards/ --device cpu --rescore 64 --max-length 256    (is the signal right?)",
     .options = options,
+    .takes = RT_TAKES_ROOM | RT_TAKES_GPUS | RT_TAKES_JSON,
     .values_size = sizeof(struct values),
     .run = run,
 };

@@ -148,6 +148,7 @@ const struct rt_command rt_cmd_eval = {
             "    retort eval --student runs/soft --data shards_eval/ --kd-temperature 2\n"
             "    retort eval --student runs/soft --data math500.jsonl --samples 64 --pass-k 1,8,64",
     .options = options,
+    .takes = RT_TAKES_ROOM | RT_TAKES_SEED | RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .run = run,
 };

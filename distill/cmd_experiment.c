@@ -343,6 +343,7 @@ const struct rt_command rt_cmd_experiment = {
             "`verified` has data of its own. `retort compare DIR` makes the report.\n\n"
             "    retort experiment --student tiny --data shards/ --arms hard,soft,half --seeds 3 --eval-data eval_shards/ --out exp",
     .options = options,
+    .takes = RT_TAKES_ROOM | RT_TAKES_SEED | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .run = run,
 };

@@ -117,6 +117,7 @@ const struct rt_command rt_cmd_export = {
             "in float32 unless it ran without masters (`train --master none`).\n\n"
             "    retort export runs/soft --out student --dtype bf16",
     .options = options,
+    .takes = RT_TAKES_THREADS | RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .min_positionals = 1,
     .max_positionals = 1,

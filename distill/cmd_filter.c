@@ -74,6 +74,7 @@ const struct rt_command rt_cmd_filter = {
             "Lines without \"answer\" are not verified. With --dry-run only the counts are made.\n\n"
             "    retort filter --data traces/ --out clean/ --verify boxed --against eval.jsonl --tokenizer DeepSeek-R1 --max-tokens 16384",
     .options = options,
+    .takes = RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .run = run,
 };

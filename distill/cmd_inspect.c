@@ -51,6 +51,7 @@ const struct rt_command rt_cmd_inspect = {
             "    retort inspect DeepSeek-R1/ --json\n"
             "    retort inspect traces/accepted.jsonl --tokenizer Qwen2.5-7B/",
     .options = options,
+    .takes = RT_TAKES_JSON,
     .values_size = sizeof(struct values),
     .min_positionals = 1,
     .max_positionals = 1,

@@ -236,6 +236,7 @@ const struct rt_command rt_cmd_logits = {
             "passes over the weights, bytes read, disk, memory, and the least time that this machine's measured rates allow.\n\n"
             "    retort logits --teacher DeepSeek-R1 --data traces/ --out shards/ --cache topk=64 --lse 0.6,1,2 --features 20,40:512",
     .options = options,
+    .takes = RT_TAKES_ROOM | RT_TAKES_SEED | RT_TAKES_GPUS | RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct rt_logits_values),
     .run = run,
 };

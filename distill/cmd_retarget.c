@@ -215,6 +215,7 @@ const struct rt_command rt_cmd_retarget = {
             "    retort retarget --shards shards/ --student Qwen2.5-1.5B --out shards-qwen/\n"
             "    retort train    --student Qwen2.5-1.5B --data shards-qwen/ --out soft --w-ce 0.5 --w-kl 0.5",
     .options = options,
+    .takes = RT_TAKES_THREADS | RT_TAKES_MEMORY | RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .run = run,
 };

@@ -100,8 +100,6 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     enum rt_status st;
     (void)pos;
     RT_TRY(rt_tokenizer_load(v->tokenizer, &j.tok, err));
-    if (v->common.dry_run)
-        goto out;
     RT_TRY(rt_lines_open(NULL, &j.in, err));
     for (;;) {
         if (ctx->stop != NULL && ctx->stop(ctx->stop_self))

@@ -426,6 +426,7 @@ const struct rt_command rt_cmd_traces = {
             "and ends with the same bytes; only sequences that were running are sampled again.\n\n"
             "    retort traces --teacher DeepSeek-R1 --prompts problems.jsonl --out traces/ --samples 4 --max-tokens 16384 --verify boxed --drop all",
     .options = options,
+    .takes = RT_TAKES_ROOM | RT_TAKES_SEED | RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct values),
     .run = run,
 };

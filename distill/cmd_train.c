@@ -58,8 +58,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
         RT_FAIL(err, USAGE, "--gpus %d, and a launcher started %d ranks: leave --gpus out, a rank takes one GPU", gpus, rank.size);
     if (gpus > 1 && rank.size == 1 && !v->common.dry_run) {
         RT_TRY(rt_backend_select(v->common.device, ops, n_ops, &be, err));
-        if (be->own_memory && be->count != NULL && be->count() < gpus)
-            RT_FAIL(err, DEVICE, "--gpus %d: this machine has %d", gpus, be->count());
+        RT_TRY(rt_command_gpus(&v->common, be, err));
         /* on the host the ranks share its cores */
         const int cores = rt_cpu_count() / gpus;
         RT_TRY(rt_train_local(ctx, gpus, be->own_memory || v->common.threads > 0 ? 0 : cores > 0 ? cores : 1, err));
@@ -86,6 +85,7 @@ const struct rt_command rt_cmd_train = {
             "global batch and the optimiser's states; RUN must be seen by all of them. They meet over TCP at MASTER_ADDR:MASTER_PORT, and add up over NCCL.\n\n"
             "    retort train --student Qwen2.5-0.5B --data shards/ --w-ce 0.5 --w-kl 0.5 --kd-temperature 2 --out runs/soft",
     .options = rt_train_options,
+    .takes = RT_TAKES_ROOM | RT_TAKES_SEED | RT_TAKES_GPUS | RT_TAKES_JSON | RT_TAKES_DRY_RUN,
     .values_size = sizeof(struct rt_train_values),
     .run = run,
 };

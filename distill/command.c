@@ -16,8 +16,8 @@ static const struct rt_opt common_options[] = {
     {"seed", RT_OPT_INT, COMMON(seed), "0", 0, 9e15, NULL, "N", "seed of everything random", false, false},
     {"memory", RT_OPT_BYTES, COMMON(memory), "0", 0, 9e18, NULL, "8G", "host memory to stay within; 0 takes 3/4 of what is free", false, true},
     {"gpu-memory", RT_OPT_BYTES, COMMON(gpu_memory), "0", 0, 9e18, NULL, "24G", "memory of each GPU to stay within; 0 takes what is free", false, true},
-    {"gpus", RT_OPT_INT, COMMON(gpus), "1", 1, 1024, NULL, "N", "GPUs to use", false, true},
-    {"config", RT_OPT_STRING, COMMON(config), NULL, 0, 0, NULL, "FILE", "JSON object of option names and values; the command line wins", false, true},
+    {"gpus", RT_OPT_INT, COMMON(gpus), "1", 1, 1024, NULL, "N", "GPUs to use; with --device cpu as many parts of the cores", false, true},
+    {"config", RT_OPT_STRING, COMMON(config), NULL, 0, 0, NULL, "FILE", "JSON object of option names and values (lists for what may be repeated), or the config.json of a run; the command line wins", false, true},
     {"json", RT_OPT_FLAG, COMMON(json), NULL, 0, 0, NULL, NULL, "answer in JSON where a program may read it", false, true},
     {"dry-run", RT_OPT_FLAG, COMMON(dry_run), NULL, 0, 0, NULL, NULL, "print the plan and stop: tokens, bytes, memory, time", false, true},
     {"verbose", RT_OPT_FLAG, COMMON(verbose), NULL, 0, 0, NULL, NULL, "say more on stderr", false, true},
@@ -26,9 +26,25 @@ static const struct rt_opt common_options[] = {
     {0},
 };
 
+/* One bit an option, in the order of the table; 0: every command takes it. */
+static const unsigned common_takes[] = {RT_TAKES_DEVICE, RT_TAKES_THREADS, RT_TAKES_SEED, RT_TAKES_MEMORY, RT_TAKES_GPU_MEMORY, RT_TAKES_GPUS, 0, RT_TAKES_JSON,
+                                        RT_TAKES_DRY_RUN, 0, 0, 0};
+_Static_assert(sizeof common_takes / sizeof *common_takes + 1 == sizeof common_options / sizeof *common_options, "a bit an option");
+
 const struct rt_opt *rt_common_options(void)
 {
     return common_options;
+}
+
+bool rt_command_takes(const struct rt_command *cmd, int index)
+{
+    return common_takes[index] == 0 || (cmd->takes & common_takes[index]) != 0;
+}
+
+enum rt_status rt_command_not_taken(const struct rt_command *cmd, int index, const char *source, struct rt_err *err)
+{
+    return rt_fail(err, RT_USAGE, "%sunknown option '--%s': retort %s %s", source, common_options[index].name, cmd->name,
+                   common_takes[index] == RT_TAKES_GPUS && (cmd->takes & RT_TAKES_DEVICE) != 0 ? "computes on one GPU" : "has no use for it");
 }
 
 enum rt_status rt_command_device(struct rt_context *ctx, const struct rt_common *common, const enum rt_op *need, int n_need,
@@ -45,6 +61,8 @@ enum rt_status rt_command_device_with(struct rt_context *ctx, const struct rt_co
     enum rt_status st = rt_backend_select(common->device, need, n_need, &be, err);
     if (st != RT_OK)
         return st;
+    if (common->gpu_memory > 0 && !be->own_memory)
+        rt_warn(ctx->log, "--gpu-memory bounds nothing: the device is %s, whose memory is the host's (--memory)", be->name);
     const int have = be->count != NULL ? be->count() : 1;
     if (have > 1 && o.index >= have)
         return rt_fail(err, RT_DEVICE, "local rank %d (counted from 0) has no GPU: %d are visible on this machine; start at most one rank a GPU", o.index, have);
@@ -54,6 +72,16 @@ enum rt_status rt_command_device_with(struct rt_context *ctx, const struct rt_co
     if (st == RT_OK)
         rt_info(ctx->log, "device %s: %s", be->name, be->describe(out->dev));
     return st;
+}
+
+enum rt_status rt_command_gpus(const struct rt_common *common, const struct rt_backend *be, struct rt_err *err)
+{
+    const int n = (int)common->gpus, have = be->count != NULL ? be->count() : 1;
+    if (n > 1 && !be->own_memory && strcmp(common->device, "auto") == 0)
+        return rt_fail(err, RT_DEVICE, "--gpus %d: found no GPU here; --device cpu --gpus %d takes as many parts of this machine's cores instead", n, n);
+    if (n > 1 && be->own_memory && have < n)
+        return rt_fail(err, RT_DEVICE, "--gpus %d: this machine has %d", n, have);
+    return RT_OK;
 }
 
 static int64_t available_memory(void)

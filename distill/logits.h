@@ -34,6 +34,7 @@ struct rt_logits_plan {
     double fill;                    /* mean share of a window that holds tokens */
     double flops;
     uint64_t bytes_read, shard_bytes, published, state_bytes; /* state_bytes: on disk, of the windows under way */
+    int at_once;                    /* devices that compute at the same time: the cores bound those that are the host */
     double seconds_flops, seconds_read; /* 0: rate unknown */
 };
 

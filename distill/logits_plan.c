@@ -153,6 +153,12 @@ static void plan_reading(struct rt_logits_job *j)
         j->to.readers = (int)v->readers;
 }
 
+static int at_once(const struct rt_logits_job *j)
+{
+    const int parts = rt_cpu_count() / j->to.threads;
+    return j->to.device->be->own_memory || parts >= j->lanes ? j->lanes : parts > 0 ? parts : 1;
+}
+
 enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
 {
     struct rt_logits_plan *p = &j->plan;
@@ -182,7 +188,8 @@ enum rt_status rt_logits_make_plan(struct rt_logits_job *j, struct rt_err *err)
         const uint64_t features = (uint64_t)t->window * (uint64_t)feature_bytes(j);
         p->state_bytes = (uint64_t)(j->overlap ? 2 : 1) * (uint64_t)j->lanes * (j->keep ? all : features);
     }
-    p->seconds_flops = p->rates.flops > 0 ? p->flops / (p->rates.flops * j->lanes) : 0;
+    p->at_once = at_once(j);
+    p->seconds_flops = p->rates.flops > 0 ? p->flops / (p->rates.flops * p->at_once) : 0;
     p->seconds_read = p->rates.read > 0 ? (double)p->bytes_read / p->rates.read : 0;
     RT_TRY(check_disk(j, err));
 out:
@@ -190,14 +197,14 @@ out:
 }
 
 /* "at least 3h12m (arithmetic: 1.2e+15 operations at 103 GFLOP/s, a float32 product measured here)" into buf. */
-static const char *time_text(const struct rt_logits_plan *p, int lanes, char *buf, size_t cap)
+static const char *time_text(const struct rt_logits_plan *p, char *buf, size_t cap)
 {
     char t[32], a[32], b[32];
     if (p->seconds_flops <= 0 && p->seconds_read <= 0)
         snprintf(buf, cap, "not estimated");
     else if (p->seconds_flops >= p->seconds_read)
         snprintf(buf, cap, "at least %s (arithmetic: %.3g operations at %sFLOP/s, %s%s)", rt_human_time(t, p->seconds_flops), p->flops,
-                 rt_human_count(a, p->rates.flops * lanes), p->rates.flops_name, lanes > 1 ? ", times the devices" : "");
+                 rt_human_count(a, p->rates.flops * p->at_once), p->rates.flops_name, p->at_once > 1 ? ", times the devices" : "");
     else
         snprintf(buf, cap, "at least %s (reading: %s at %s/s, %s)", rt_human_time(t, p->seconds_read), rt_human_bytes(a, p->bytes_read),
                  rt_human_bytes(b, (uint64_t)p->rates.read), p->rates.read_name);
@@ -222,7 +229,7 @@ void rt_logits_log_plan(struct rt_logits_job *j)
                 j->so.keep.spill ? "in files until a window's rows are written: memory would make the window smaller" : "in memory until a window's rows are written");
     rt_info(j->ctx->log, "rows: packed by %d thread%s, %s", j->put_threads, j->put_threads > 1 ? "s" : "",
             j->overlap ? "while the next window is scored" : "before the next window begins");
-    rt_info(j->ctx->log, "time: %s", time_text(p, j->lanes, text, sizeof text));
+    rt_info(j->ctx->log, "time: %s", time_text(p, text, sizeof text));
 }
 
 static void print_json(const struct rt_logits_job *j)
@@ -235,7 +242,7 @@ static void print_json(const struct rt_logits_job *j)
            "\"read_bytes_per_second\":%.6g,\"seconds_arithmetic\":%.6g,\"seconds_reading\":%.6g}\n",
            (long)j->survey.sequences, (long)j->survey.tokens, (long)j->survey.targets, (long)t->window, (long)p->windows, p->fill, j->lanes,
            (long)p->passes, t->model_bytes, p->bytes_read, t->window_bytes, t->gpu_bytes, p->shard_bytes, p->state_bytes, feature_bytes(j),
-           j->so.keep.spill ? "true" : "false", p->flops, p->rates.flops * j->lanes, p->rates.read, p->seconds_flops, p->seconds_read);
+           j->so.keep.spill ? "true" : "false", p->flops, p->rates.flops * p->at_once, p->rates.read, p->seconds_flops, p->seconds_read);
 }
 
 void rt_logits_print_plan(const struct rt_logits_job *j)
@@ -260,9 +267,9 @@ void rt_logits_print_plan(const struct rt_logits_job *j)
         printf("features      %s a token, %s\n", rt_human_bytes(a, (uint64_t)feature_bytes(j)), j->so.keep.spill ? "in files during a window" : "in memory during a window");
     printf("shards        about %s\nstates        %s on disk during a window\noperations    %.3g\n", rt_human_bytes(a, p->shard_bytes),
            rt_human_bytes(b, p->state_bytes), p->flops);
-    printf("time          %s\n", time_text(p, j->lanes, text, sizeof text));
+    printf("time          %s\n", time_text(p, text, sizeof text));
     if (p->seconds_flops > 0)
-        printf("  arithmetic  %s at %sFLOP/s (%s)\n", rt_human_time(a, p->seconds_flops), rt_human_count(b, p->rates.flops * j->lanes), p->rates.flops_name);
+        printf("  arithmetic  %s at %sFLOP/s (%s)\n", rt_human_time(a, p->seconds_flops), rt_human_count(b, p->rates.flops * p->at_once), p->rates.flops_name);
     if (p->seconds_read > 0)
         printf("  reading     %s at %s/s (%s)\n", rt_human_time(a, p->seconds_read), rt_human_bytes(b, (uint64_t)p->rates.read), p->rates.read_name);
 }

@@ -28,9 +28,7 @@ enum rt_status rt_logits_open_devices(struct rt_logits_job *j, struct rt_err *er
     RT_TRY(rt_alloc((size_t)j->lanes, sizeof *j->lane, "devices", &j->lane, err));
     RT_TRY(rt_command_device(j->ctx, &common, ops, n_ops, &j->lane[0].device, err));
     const struct rt_backend *be = j->lane[0].device.be;
-    const int have = be->count != NULL ? be->count() : 1;
-    if (be->own_memory && j->lanes > have)
-        RT_FAIL(err, DEVICE, "--gpus %d: %d are here", j->lanes, have);
+    RT_TRY(rt_command_gpus(&common, be, err));
     for (int i = 0; i < j->lanes; i++) {
         j->lane[i].j = j;
         j->lane[i].index = i;
@@ -131,7 +129,7 @@ static void share_of_limit(const struct rt_logits_job *j, int64_t done, char *ou
     if (elapsed <= 0 || share <= 0)
         return;
     if (p->seconds_flops >= p->seconds_read && p->seconds_flops > 0)
-        snprintf(out, cap, ", %.0f%% of %sFLOP/s", 100 * share * p->seconds_flops / elapsed, rt_human_count(a, p->rates.flops * j->lanes));
+        snprintf(out, cap, ", %.0f%% of %sFLOP/s", 100 * share * p->seconds_flops / elapsed, rt_human_count(a, p->rates.flops * p->at_once));
     else if (p->seconds_read > 0)
         snprintf(out, cap, ", %.0f%% of reading at %s/s", 100 * share * p->seconds_read / elapsed, rt_human_bytes(a, (uint64_t)p->rates.read));
 }

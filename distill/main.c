@@ -54,7 +54,7 @@ static const struct rt_command *find_command(const char *name)
 
 static enum rt_status print_help(const struct rt_command *cmd, struct rt_err *err)
 {
-    const struct rt_opt *const own[] = {cmd->options}, *const common[] = {rt_common_options()};
+    const struct rt_opt *const own[] = {cmd->options};
     struct rt_buf text = {0};
     enum rt_status st;
     RT_TRY(rt_buf_printf(&text, err, "usage: retort %s %s\n%s\n", cmd->name, cmd->synopsis, cmd->summary));
@@ -64,47 +64,37 @@ static enum rt_status print_help(const struct rt_command *cmd, struct rt_err *er
         RT_TRY(rt_buf_puts(&text, "\noptions\n", err));
         RT_TRY(rt_options_help(own, 1, &text, err));
     }
-    RT_TRY(rt_buf_puts(&text, "\nfor every command\n", err));
-    RT_TRY(rt_options_help(common, 1, &text, err));
+    RT_TRY(rt_buf_puts(&text, "\ncommon options\n", err));
+    for (int i = 0; rt_common_options()[i].name != NULL; i++) {
+        const struct rt_opt one[] = {rt_common_options()[i], {0}}, *const table[] = {one};
+        if (rt_command_takes(cmd, i))
+            RT_TRY(rt_options_help(table, 1, &text, err));
+    }
     fwrite(text.data, 1, text.len, stdout);
 out:
     rt_buf_free(&text);
     return st;
 }
 
-/* Applies the members of a --config file to options that the command line left alone. */
-static enum rt_status apply_config(const struct rt_opt *const *tables, const char *path, const bool *seen, void *values,
-                                   struct rt_json **keep, struct rt_err *err)
+/* Common options that were given to a command that does not take them. */
+static enum rt_status check_taken(const struct rt_command *cmd, const bool *seen, struct rt_err *err)
 {
-    enum rt_status st;
-    RT_TRY(rt_json_load(path, 1 << 20, keep, err));
-    if (rt_json_typeof(*keep) != RT_JSON_OBJECT)
-        RT_FAIL(err, FORMAT, "%s: expected a JSON object of option names and values", path);
-    const char *key;
-    const struct rt_json *value;
-    for (size_t i = 0; rt_json_member(*keep, i, &key, &value); i++) {
-        int at = 0, found = -1;
-        for (int t = 0; t < 2; t++)
-            for (const struct rt_opt *o = tables[t]; o->name != NULL; o++, at++)
-                if (strcmp(o->name, key) == 0)
-                    found = at;
-        if (found >= 0 && seen[found])
-            continue;
-        struct rt_buf text = {0};
-        const char *s = rt_json_as_string(value, NULL);
-        bool flag;
-        if (s == NULL && rt_json_as_bool(value, &flag)) {
-            s = flag ? "true" : "false";
-        } else if (s == NULL) {
-            RT_TRY(rt_json_dump(value, 0, &text, err));
-            RT_TRY(rt_json_set_string_n(*keep, key, text.data, text.len, err)); /* the document keeps the text alive */
-            rt_buf_free(&text);
-            s = rt_json_as_string(rt_json_get(*keep, key), NULL);
-        }
-        RT_TRY(rt_options_set(tables, 2, key, s, path, values, err));
-    }
-out:
-    return st;
+    int own = 0;
+    while (cmd->options[own].name != NULL)
+        own++;
+    for (int i = 0; rt_common_options()[i].name != NULL; i++)
+        if (seen[own + i] && !rt_command_takes(cmd, i))
+            return rt_command_not_taken(cmd, i, "", err);
+    return RT_OK;
+}
+
+static enum rt_status check_positionals(const struct rt_command *cmd, const struct rt_positionals *pos, struct rt_err *err)
+{
+    if (pos->n < cmd->min_positionals)
+        return rt_fail(err, RT_USAGE, "found %d arguments; usage: retort %s %s", pos->n, cmd->name, cmd->synopsis);
+    if (cmd->max_positionals >= 0 && pos->n > cmd->max_positionals)
+        return rt_fail(err, RT_USAGE, "found %d arguments; usage: retort %s %s", pos->n, cmd->name, cmd->synopsis);
+    return RT_OK;
 }
 
 static enum rt_status run(const struct rt_command *cmd, int argc, char **argv, struct rt_log *log, struct rt_err *err)
@@ -119,22 +109,22 @@ static enum rt_status run(const struct rt_command *cmd, int argc, char **argv, s
         return rt_fail(err, RT_NOMEM, "out of memory");
     const struct rt_common *common = values;
     RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
+    RT_TRY(check_taken(cmd, seen, err));
     if (common->help) {
         st = print_help(cmd, err);
         goto out;
     }
     if (common->config != NULL)
-        RT_TRY(apply_config(tables, common->config, seen, values, &config, err));
+        RT_TRY(rt_command_apply_config(cmd, common->config, seen, values, &config, err));
     RT_TRY(rt_options_check(tables, 2, values, err));
-    if (pos.n < cmd->min_positionals || (cmd->max_positionals >= 0 && pos.n > cmd->max_positionals))
-        RT_FAIL(err, USAGE, "found %d arguments; usage: retort %s %s", pos.n, cmd->name, cmd->synopsis);
+    RT_TRY(check_positionals(cmd, &pos, err));
     log->level = common->quiet ? RT_LOG_WARN : common->verbose ? RT_LOG_DEBUG : RT_LOG_INFO;
     struct rt_context ctx = {.log = log, .command = cmd, .stop = stop_asked, .argc = argc, .argv = argv};
     st = cmd->run(&ctx, values, &pos, err);
 out:
-    rt_json_free(config);
     rt_options_free(tables, 2, values, &pos);
     free(values);
+    rt_json_free(config);
     return st;
 }
 

@@ -62,9 +62,12 @@ for c in $commands; do
     want 0 '' "$retort" "$c" --help
     [ -s "$d/out" ] && [ ! -s "$d/err" ] || bad "$c --help: the help belongs on stdout, and nothing on stderr"
     cp "$d/out" "$d/help"
-    for o in $(sed -n 's/^ *\(OPT(\)\{0,1\}{"\([a-z0-9-]*\)", RT_OPT_.*/\2/p' "distill/cmd_$c.c" distill/command.c); do
+    for o in $(sed -n 's/^ *\(OPT(\)\{0,1\}{"\([a-z0-9-]*\)", RT_OPT_.*/\2/p' "distill/cmd_$c.c"); do
         checks=$((checks + 1))
         grep -qE -- "^  --$o( |\$)" "$d/help" || bad "$c --help does not mention --$o"
+    done
+    for o in device=cpu threads=1 seed=1 memory=1G gpu-memory=1G gpus=2 config=x json dry-run verbose quiet help; do # listed, or refused
+        grep -qE -- "^  --${o%%=*}( |\$)" "$d/help" || want 2 "unknown option '--${o%%=*}': retort $c " "$retort" "$c" "--$o"
     done
     want 2 "unknown option '--hlep'; did you mean '--help'" "$retort" "$c" --hlep
 done
@@ -169,6 +172,21 @@ line 3 'lines.jsonl:2' '{"text": "\\0377\\0376"}'
 run_logits 3 'empty.jsonl' "$d/empty.jsonl" "$d/never"
 run_logits 1 'nowhere.jsonl.*No such file' "$d/nowhere.jsonl" "$d/never"
 [ -e "$d/never" ] && bad "a command that was refused made its output directory"
+for c in "eval --student $student" "traces --teacher $teacher"; do
+    want 2 "'--gpus': .* computes on one GPU" "$retort" $c --gpus 2
+done
+if ! "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/never" --device cuda --dry-run >/dev/null 2>&1; then
+    want 5 'gpus 2: found no GPU here; --device cpu --gpus 2' "$retort" train --student "$student" --data "$d/text.jsonl" --out "$d/never" --gpus 2
+    run_logits 5 'gpus 2: found no GPU here; --device cpu --gpus 2' "$d/text.jsonl" "$d/never" --gpus 2
+fi
+run_logits 0 'gpu-memory bounds nothing: the device is cpu' "$d/text.jsonl" "$d/never" --device cpu --gpu-memory 1G --dry-run
+if [ "$(nproc)" -le 8 ]; then # devices that are the host are not quicker than it
+    for n in 1 64; do
+        run_logits 0 '' "$d/text.jsonl" "$d/never" --device cpu --gpus $n --dry-run --json
+        sed 's/.*"flops_per_second":\([^,]*\),.*/\1/' "$d/out" >"$d/rate-$n"
+    done
+    awk "BEGIN { exit !($(cat "$d/rate-64") < 8 * $(cat "$d/rate-1")) }" || bad "64 devices on this host: $(cat "$d/rate-64") FLOP/s, one: $(cat "$d/rate-1")"
+fi
 printf '{"threads": "many"}' >"$d/conf.json"
 want 2 'threads.*many' "$retort" logits --config "$d/conf.json" --teacher x --data y --out z
 printf '{"thraeds": 1}' >"$d/conf.json"
@@ -187,6 +205,17 @@ train 3 'model.layers.0.mlp' s
 cp "$student/config.json" "$d/s/"
 head -c 5000 "$student/model.safetensors" >"$d/s/model.safetensors"
 train 3 'model.safetensors' s
+
+# ---- --config: lists, and what a run left ----
+checks=$((checks + 1))
+printf '{"data": ["%s", "%s:0.5"], "steps": 1, "student": "%s", "max-length": 64}' "$d/short.jsonl" "$d/short.jsonl" "$student" >"$d/conf.json"
+want 0 'weight 0.5' "$retort" train --config "$d/conf.json" --out "$d/listed"
+want 0 'is finished' "$retort" train --config "$d/listed/config.json"
+want 0 '' "$retort" train --config "$d/listed/config.json" --out "$d/again" --seed 2
+grep -q '"seed": "2"' "$d/again/config.json" && grep -q 'short.jsonl\\n.*:0.5"' "$d/again/config.json" || bad "a run's config.json, and the command line over it"
+want 2 "of a run of .retort train., expected those of .retort eval" "$retort" eval --config "$d/listed/config.json"
+printf '{"gpus": 2}' >"$d/conf.json"
+want 2 "conf.json: unknown option '--gpus'" "$retort" eval --config "$d/conf.json"
 
 # ---- checkpoints as students ----
 checks=$((checks + 1))

@@ -165,10 +165,11 @@ layers "$where"
 equal "logits killed within windows again and again" "$d/layers" "$where" $files
 no_states "$where"
 # two devices, of which each has its window; killed, then ended by one device
-where=$d/layers-two far=2 go=killed
-layers "$where" --gpus 2
+where=$d/layers-two far=2 go=killed device=
+"$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/none" --gpus 2 --dry-run >/dev/null 2>&1 || device="--device cpu"
+layers "$where" --gpus 2 $device
 go=plain
-layers "$where"
+layers "$where" $device
 equal "logits killed on two devices" "$d/layers" "$where" $files
 # a state that was damaged or is of another teacher is said and not used
 where=$d/layers-bad far=2 go=killed

@@ -93,8 +93,8 @@ static void windows_are_as_few_as_can_be_and_even(void **state)
 static enum rt_status logits(const char *out, const char *const *more, struct rt_err *err)
 {
     const char *args[40] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=4", "--features", "1,final:128",
-                            "--rows-per-shard", "20", "--memory", "400M"};
-    int n = 14;
+                            "--rows-per-shard", "20", "--memory", "400M", "--device", "cpu"};
+    int n = 16;
     for (; more != NULL && *more != NULL; more++)
         args[n++] = *more;
     args[n] = NULL;
@@ -149,7 +149,7 @@ static void an_error_on_one_device_stops_all(void **state)
     fwrite("\xc0\x7f", 1, 2, f); /* a BF16 NaN */
     fclose(f);
     rt_tensors_free(ts);
-    const char *args[] = {"--teacher", dir, "--data", ids_file(), "--out", out, "--window", "20", "--gpus", "3", "--memory", "400M", "--save-state", "layer", NULL};
+    const char *args[] = {"--teacher", dir, "--data", ids_file(), "--out", out, "--window", "20", "--gpus", "3", "--device", "cpu", "--memory", "400M", "--save-state", "layer", NULL};
     assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_NUMERIC);
     assert_non_null(strstr(err.msg, "damaged tensor model.layers.1.input_layernorm.weight"));
     rt_err_clear(&err);
