@@ -53,6 +53,12 @@ $(B)/compile.flags: always
 	$(call stamp,$(COMPILED))
 $(B)/link.flags: always
 	$(call stamp,$(LINKED))
+# What `retort --version` says.
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+$(B)/commit.flags: always
+	$(call stamp,$(COMMIT))
+$(B)/distill/main.o: BASE += -DRT_COMMIT='"$(COMMIT)"'
+$(B)/distill/main.o: $(B)/commit.flags
 
 LIB_SRC := $(wildcard core/*.c core/ref/*.c core/cpu/*.c formats/*.c teacher/*.c student/*.c) \
            $(filter-out distill/main.c,$(wildcard distill/*.c))

@@ -4,13 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/pool.h"
 #include "distill/command.h"
 
 static const struct rt_command *const commands[] = {
     &rt_cmd_inspect, &rt_cmd_doctor, &rt_cmd_tokenize, &rt_cmd_traces, &rt_cmd_filter, &rt_cmd_logits, &rt_cmd_retarget, &rt_cmd_train,
     &rt_cmd_eval, &rt_cmd_experiment, &rt_cmd_compare, &rt_cmd_export, &rt_cmd_cat,
 };
-enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
+enum { N_COMMANDS = sizeof commands / sizeof commands[0], THREADS_A_CORE = 4 };
 
 static volatile sig_atomic_t signals_seen; /* a signal handler has nowhere else to write */
 
@@ -31,7 +32,7 @@ static bool stop_asked(void *self)
 static void print_usage(FILE *out)
 {
     fputs("retort distils a DeepSeek-V3/R1-class Mixture-of-Experts teacher into dense Qwen and Llama students.\n\n"
-          "usage: retort COMMAND [OPTIONS]      retort COMMAND --help  lists the options\n\n", out);
+          "usage: retort COMMAND [OPTIONS]      retort COMMAND --help  lists the options      retort --version\n\n", out);
     for (int i = 0; i < N_COMMANDS; i++)
         fprintf(out, "  %-11s %s\n", commands[i]->name, commands[i]->summary);
     fputs("\nExit codes: 0 done, 1 failed at run time, 2 usage, 3 bad input file, 4 numeric failure,\n"
@@ -93,8 +94,19 @@ static enum rt_status check_positionals(const struct rt_command *cmd, const stru
     if (pos->n < cmd->min_positionals)
         return rt_fail(err, RT_USAGE, "found %d arguments; usage: retort %s %s", pos->n, cmd->name, cmd->synopsis);
     if (cmd->max_positionals >= 0 && pos->n > cmd->max_positionals)
-        return rt_fail(err, RT_USAGE, "found %d arguments; usage: retort %s %s", pos->n, cmd->name, cmd->synopsis);
+        return rt_fail(err, RT_USAGE, "found %d arguments, did not expect '%.80s'; usage: retort %s %s", pos->n, pos->items[cmd->max_positionals], cmd->name,
+                       cmd->synopsis);
     return RT_OK;
+}
+
+/* Each thread has a stack and room for its results: past the cores they cost memory and gain nothing. */
+static void bound_threads(struct rt_common *common, struct rt_log *log)
+{
+    const int most = THREADS_A_CORE * rt_cpu_count();
+    if (common->threads <= most)
+        return;
+    rt_warn(log, "--threads %ld: this machine has %d cores; %d threads are started", (long)common->threads, rt_cpu_count(), most);
+    common->threads = most;
 }
 
 static enum rt_status run(const struct rt_command *cmd, int argc, char **argv, struct rt_log *log, struct rt_err *err)
@@ -107,7 +119,7 @@ static enum rt_status run(const struct rt_command *cmd, int argc, char **argv, s
     void *values = calloc(1, cmd->values_size);
     if (values == NULL)
         return rt_fail(err, RT_NOMEM, "out of memory");
-    const struct rt_common *common = values;
+    struct rt_common *common = values;
     RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
     RT_TRY(check_taken(cmd, seen, err));
     if (common->help) {
@@ -119,6 +131,7 @@ static enum rt_status run(const struct rt_command *cmd, int argc, char **argv, s
     RT_TRY(rt_options_check(tables, 2, values, err));
     RT_TRY(check_positionals(cmd, &pos, err));
     log->level = common->quiet ? RT_LOG_WARN : common->verbose ? RT_LOG_DEBUG : RT_LOG_INFO;
+    bound_threads(common, log);
     struct rt_context ctx = {.log = log, .command = cmd, .stop = stop_asked, .argc = argc, .argv = argv};
     st = cmd->run(&ctx, values, &pos, err);
 out:
@@ -128,11 +141,23 @@ out:
     return st;
 }
 
+static void print_version(void)
+{
+    printf("retort %s, backends", RT_COMMIT);
+    for (const struct rt_backend *const *be = rt_backend_list(); *be != NULL; be++)
+        printf(" %s", (*be)->name);
+    printf("\n");
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
         print_usage(argc < 2 ? stderr : stdout);
         return argc < 2 ? 2 : 0;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        print_version();
+        return 0;
     }
     const struct rt_command *cmd = find_command(argv[1]);
     if (cmd == NULL)

@@ -42,6 +42,8 @@ checks=$((checks + 1))
 "$retort" >"$d/out" 2>"$d/err"
 [ $? = 2 ] && [ ! -s "$d/out" ] && grep -q '^usage: retort COMMAND' "$d/err" || bad "no arguments: usage on stderr, exit code 2"
 want 0 '' "$retort" --help
+want 0 '' "$retort" --version
+grep -q '^retort .*backends.* cpu' "$d/out" || bad "--version: commit and backends"
 want 2 "'trian' is no command; did you mean 'train'" "$retort" trian
 want 2 "'zzzzzzzz' is no command.*--help" "$retort" zzzzzzzz
 want 2 "unknown option '--teachr'; did you mean '--teacher'" "$retort" logits --teachr x
@@ -56,7 +58,7 @@ want 2 "--features: layer 9 does not exist; .* 0 \(embeddings\) to 4, and final"
 want 2 "option --teacher is required" "$retort" logits
 want 2 "option --threads" "$retort" logits --threads
 want 2 "found 0 arguments; usage: retort inspect" "$retort" inspect
-want 2 "found 3 arguments" "$retort" cat a b c
+want 2 "found 3 arguments, did not expect 'b'" "$retort" cat a b c
 [ -n "$commands" ] || bad "retort --help lists no commands"
 for c in $commands; do
     want 0 '' "$retort" "$c" --help
@@ -180,6 +182,7 @@ if ! "$retort" logits --teacher "$teacher" --data "$d/text.jsonl" --out "$d/neve
     run_logits 5 'gpus 2: found no GPU here; --device cpu --gpus 2' "$d/text.jsonl" "$d/never" --gpus 2
 fi
 run_logits 0 'gpu-memory bounds nothing: the device is cpu' "$d/text.jsonl" "$d/never" --device cpu --gpu-memory 1G --dry-run
+run_logits 0 'threads 4096: this machine has' "$d/text.jsonl" "$d/never" --device cpu --threads 4096 --dry-run
 if [ "$(nproc)" -le 8 ]; then # devices that are the host are not quicker than it
     for n in 1 64; do
         run_logits 0 '' "$d/text.jsonl" "$d/never" --device cpu --gpus $n --dry-run --json
