@@ -2,9 +2,12 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "core/io.h"
 #include "distill/command.h"
-#include "distill/eval_run.h"
+#include "distill/eval_plan.h"
+#include "distill/run_record.h"
 
 struct values {
     struct rt_common common;
@@ -83,34 +86,144 @@ static void print_table(const struct rt_json *line)
         printf("  %-18s %9.4f %% of the samples; %.1f tokens a sample\n", "hit the limit", 100 * x, y);
 }
 
-static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, struct rt_loaded_student *l, const struct rt_device *d,
-                               const char *data, int64_t step, struct rt_err *err)
+static enum rt_status print_line(const struct rt_json *line, bool json, struct rt_err *err)
 {
-    enum rt_status st;
-    struct rt_json *line = NULL;
-    struct rt_buf rows = {0}, text = {0};
-    int64_t memory;
-    RT_TRY(rt_command_room(&v->common, d, &memory, err));
-    struct rt_eval_run_options o = {
-        .data = data, .T = v->kd_temperature, .max_length = v->max_length, .micro_tokens = v->micro_tokens, .memory = memory, .log = ctx->log,
-        .stop = ctx->stop, .stop_self = ctx->stop_self,
-        .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,
-                     .seed = (uint64_t)v->common.seed, .memory = memory, .exact = strcmp(v->verify, "exact") == 0}};
-    RT_TRY(rt_eval_parse_k(v->pass_k, &o.sampling, err));
-    RT_TRY(rt_json_new_object(&line, err));
-    RT_TRY(rt_eval_run(l, d, &o, line, &rows, err));
-    if (v->record && step >= 0)
-        RT_TRY(rt_eval_record(v->student, step, data, line, &rows, err));
-    if (v->common.json) {
+    enum rt_status st = RT_OK;
+    struct rt_buf text = {0};
+    if (json) {
         RT_TRY(rt_json_dump(line, 0, &text, err));
         printf("%.*s\n", (int)text.len, text.data);
     } else {
         print_table(line);
     }
+    fflush(stdout);
 out:
     rt_buf_free(&text);
+    return st;
+}
+
+static struct rt_eval_run_options run_options(const struct rt_context *ctx, const struct values *v, const char *data, int64_t memory)
+{
+    return (struct rt_eval_run_options){
+        .data = data, .T = v->kd_temperature, .max_length = v->max_length, .micro_tokens = v->micro_tokens, .memory = memory, .log = ctx->log,
+        .stop = ctx->stop, .stop_self = ctx->stop_self,
+        .sampling = {.samples = v->samples, .max_tokens = v->max_tokens, .temperature = v->temperature, .top_p = v->top_p,
+                     .seed = (uint64_t)v->common.seed, .memory = memory, .exact = strcmp(v->verify, "exact") == 0}};
+}
+
+static enum rt_status cannot_record(const char *run, const char *so_far, const struct rt_err *e, struct rt_err *err)
+{
+    return rt_fail(err, e->status, "%s%s; with --no-record nothing is added to %s", so_far, e->msg, run);
+}
+
+/* Before anything is computed: a line of eval.jsonl, and what lies beside it, can be written. */
+static enum rt_status check_writable(const char *run, struct rt_err *err)
+{
+    enum rt_status st;
+    char path[4096], probe[4096] = {0};
+    struct rt_err e = {0};
+    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE ".probe", err));
+    st = rt_publish_bytes(path, probe, sizeof probe, &e);
+    if (st != RT_OK)
+        return cannot_record(run, "the result could not be recorded: ", &e, err);
+    (void)unlink(path);
+out:
+    return st;
+}
+
+static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, struct rt_loaded_student *l, const struct rt_device *d,
+                               const char *data, int64_t step, struct rt_err *err)
+{
+    enum rt_status st, recorded = RT_OK;
+    struct rt_json *line = NULL;
+    struct rt_buf rows = {0};
+    struct rt_err e = {0};
+    int64_t memory;
+    RT_TRY(rt_command_room(&v->common, d, &memory, err));
+    struct rt_eval_run_options o = run_options(ctx, v, data, memory);
+    RT_TRY(rt_eval_parse_k(v->pass_k, &o.sampling, err));
+    RT_TRY(rt_json_new_object(&line, err));
+    RT_TRY(rt_eval_run(l, d, &o, line, &rows, err));
+    if (v->record && step >= 0)
+        recorded = rt_eval_record(v->student, step, data, line, &rows, &e);
+    RT_TRY(print_line(line, v->common.json, err)); /* recorded or not: it was paid for */
+    if (recorded != RT_OK)
+        st = cannot_record(v->student, "printed, but not recorded: ", &e, err);
+out:
     rt_buf_free(&rows);
     rt_json_free(line);
+    return st;
+}
+
+static void print_plan(const struct values *v, const char *data, const struct rt_eval_plan *p)
+{
+    printf("%s\n", data);
+    if (p->score)
+        printf("  to score      %ld sequences, %ld tokens\n", (long)p->sequences, (long)p->tokens);
+    if (p->left_out > 0)
+        printf("  left out      %ld longer sequences\n", (long)p->left_out);
+    if (p->answer)
+        printf("  to answer     %ld prompts, %ld tokens\n  samples       %ld (%ld each), at most %ld new tokens\n", (long)p->prompts, (long)p->prompt_tokens,
+               (long)p->samples, (long)v->samples, (long)p->new_tokens);
+    printf("  operations    at most %.3g\n", p->flops);
+}
+
+static enum rt_status plan_json(const struct rt_eval_plan *p, const char *data, struct rt_json *list, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *o;
+    RT_TRY(rt_json_set_object(list, NULL, &o, err));
+    RT_TRY(rt_json_set_string(o, "data", data, err));
+    RT_TRY(rt_json_set_int(o, "sequences", p->sequences, err));
+    RT_TRY(rt_json_set_int(o, "tokens", p->tokens, err));
+    RT_TRY(rt_json_set_int(o, "left_out", p->left_out, err));
+    RT_TRY(rt_json_set_int(o, "prompts", p->prompts, err));
+    RT_TRY(rt_json_set_int(o, "prompt_tokens", p->prompt_tokens, err));
+    RT_TRY(rt_json_set_int(o, "samples", p->samples, err));
+    RT_TRY(rt_json_set_int(o, "most_new_tokens", p->new_tokens, err));
+    RT_TRY(rt_json_set_double(o, "most_flops", p->flops, err));
+out:
+    return st;
+}
+
+/* --dry-run: what all of it would take; nothing is computed, nothing written. */
+static enum rt_status plan(const struct rt_context *ctx, const struct values *v, const struct rt_loaded_student *l, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *root = NULL, *list;
+    RT_TRY(rt_json_new_object(&root, err));
+    RT_TRY(rt_json_set_string(root, "student", l->path, err));
+    RT_TRY(rt_json_set_int(root, "parameters", l->p.count, err));
+    RT_TRY(rt_json_set_array(root, "data", &list, err));
+    if (!v->common.json)
+        printf("student         %s, %ld parameters, context %ld\n", l->path, (long)l->p.count, (long)l->c.max_position);
+    for (int i = 0; i < v->data.n; i++) {
+        const struct rt_eval_run_options o = run_options(ctx, v, v->data.items[i], 0);
+        struct rt_eval_plan p;
+        RT_TRY(rt_eval_make_plan(l, &o, &p, err));
+        if (v->common.json)
+            RT_TRY(plan_json(&p, o.data, list, err));
+        else
+            print_plan(v, o.data, &p);
+    }
+    if (v->common.json)
+        RT_TRY(print_line(root, true, err));
+out:
+    rt_json_free(root);
+    return st;
+}
+
+/* Every data argument is there and can be told what it is, before the first one is answered. */
+static enum rt_status check_data(const struct values *v, const struct rt_loaded_student *l, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    bool score, answer;
+    for (int i = 0; i < v->data.n; i++) {
+        if (!rt_path_exists(v->data.items[i]))
+            RT_FAIL(err, IO, "%s: no such file or directory", v->data.items[i]);
+        RT_TRY(rt_eval_kind(v->data.items[i], &l->model, &score, &answer, err));
+    }
+out:
     return st;
 }
 
@@ -130,7 +243,14 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     memcpy(ops + n_train, decode, (size_t)n_decode * sizeof *ops);
     RT_TRY(rt_eval_parse_k(v->pass_k, &(struct rt_eval_sampling){.samples = v->samples}, err)); /* before anything is read */
     RT_TRY(rt_loaded_student_open(&l, &source, ctx->log, err));
+    RT_TRY(check_data(v, &l, err));
+    if (v->common.dry_run) {
+        st = plan(ctx, v, &l, err);
+        goto out;
+    }
     RT_TRY(rt_eval_run_step(v->student, &step, err));
+    if (v->record && step >= 0)
+        RT_TRY(check_writable(v->student, err));
     RT_TRY(rt_command_device(ctx, &v->common, ops, n_train + n_decode, &d, err));
     for (int i = 0; i < v->data.n; i++)
         RT_TRY(evaluate(ctx, v, &l, &d, v->data.items[i], step, err));
@@ -144,7 +264,8 @@ const struct rt_command rt_cmd_eval = {
     .name = "eval",
     .synopsis = "--student DIR|RUN --data FILE|DIR [--data ...] [OPTIONS]",
     .summary = "measure a student: loss, KL to the teacher, agreement, pass@1 on prompts with answers",
-    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1 and pass@k.\n\n"
+    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1 and pass@k. Each --data is printed, and recorded where\n"
+            "--student is a run, when it is through; of one that is interrupted nothing is kept, and the same command begins again.\n\n"
             "    retort eval --student runs/soft --data shards_eval/ --kd-temperature 2\n"
             "    retort eval --student runs/soft --data math500.jsonl --samples 64 --pass-k 1,8,64",
     .options = options,

@@ -241,6 +241,30 @@ done
 want 3 "found kind 'shards', expected a run" "$retort" export "$d/set" --out "$d/none"
 [ -e "$d/none" ] && bad "a damaged checkpoint, or something else, was exported"
 
+# ---- eval: planned, checked before anything is computed, printed whatever becomes of the record ----
+head -n 3 examples/prompts/arithmetic_eval.jsonl >"$d/problems.jsonl"
+evaluate() { # more ...
+    "$retort" eval --student "$d/run" --data "$d/short.jsonl" --data "$d/problems.jsonl" --samples 2 --max-tokens 9 --device cpu "$@"
+}
+checks=$((checks + 1))
+evaluate --dry-run >"$d/out" 2>"$d/err" || bad "eval --dry-run"
+grep -q '^  to score  *4 sequences' "$d/out" && grep -q '^  samples  *6 (2 each), at most 54 new tokens' "$d/out" || bad "eval --dry-run: the plan"
+evaluate --dry-run --json >"$d/out" 2>"$d/err" && grep -q '"most_new_tokens":54' "$d/out" || bad "eval --dry-run --json"
+[ -e "$d/run/eval.jsonl" ] && bad "eval --dry-run recorded something"
+want 1 'nowhere.jsonl: no such file' "$retort" eval --student "$d/run" --data "$d/short.jsonl" --data "$d/nowhere.jsonl"
+[ -s "$d/out" ] || [ -e "$d/run/eval.jsonl" ] && bad "eval: the first set was answered before the second was looked for"
+checks=$((checks + 2))
+(ulimit -f 3 2>/dev/null; evaluate >"$d/out" 2>"$d/err") && bad "eval of a run that cannot be written: exit code 0"
+grep -q 'could not be recorded.*--no-record' "$d/err" && [ ! -s "$d/out" ] || bad "eval of a run that cannot be written: said before it is computed"
+(ulimit -f 3 2>/dev/null; evaluate --no-record >"$d/out" 2>"$d/err") && grep -q 'pass@1' "$d/out" || bad "eval --no-record"
+: >"$d/run/eval"
+checks=$((checks + 1))
+evaluate >"$d/out" 2>"$d/err" && bad "eval whose record fails: exit code 0"
+grep -q 'cross-entropy' "$d/out" && grep -q 'printed, but not recorded.*--no-record' "$d/err" || bad "eval whose record fails: the numbers"
+rm "$d/run/eval"
+checks=$((checks + 1))
+evaluate --json >"$d/out" 2>"$d/err" && [ "$(wc -l <"$d/run/eval.jsonl")" = 2 ] && grep -q '"per_sequence":"eval/problems-2.jsonl"' "$d/out" || bad "eval --json"
+
 # ---- outputs that cannot be written ----
 : >"$d/file"
 run_logits 1 'file' "$d/text.jsonl" "$d/file/set"
