@@ -137,11 +137,17 @@ static const char *state_of(bool finished, bool running)
 enum rt_status rt_inspect_traces(const char *path, int64_t lines, struct rt_json *obj, struct rt_err *err)
 {
     enum rt_status st;
+    struct rt_json *last = NULL;
     int64_t n, step;
-    RT_TRY(last_line(path, "metrics.jsonl", "last_run", &n, obj, err)); /* written when all of them are there */
-    const bool finished = rt_json_as_int(rt_json_get(rt_json_get(obj, "last_run"), "step"), &step) && step == lines;
+    RT_TRY(rt_json_new_object(&last, err));
+    RT_TRY(last_line(path, "metrics.jsonl", "line", &n, last, err)); /* written when all of them are there */
+    const struct rt_json *line = rt_json_get(last, "line");
+    const bool finished = line != NULL && rt_json_as_int(rt_json_get(line, "step"), &step) && step == lines;
     RT_TRY(rt_json_set_string(obj, "state", state_of(finished, !finished && is_running(path)), err));
+    if (line != NULL)
+        RT_TRY(rt_json_set_copy(obj, "last_run", line, err));
 out:
+    rt_json_free(last);
     return st;
 }
 

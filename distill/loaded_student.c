@@ -45,9 +45,8 @@ static enum rt_status run_tokenizer(const char *config, char out[4096], struct r
             continue;
         if (i != 1)
             dir_of(path, out);
-        else if (rt_record_student(path, out, 4096, NULL) != RT_OK)
-            out[0] = '\0';
-        RT_TRY(has_tokenizer(out, &yes, err));
+        if (i != 1 || rt_record_student(path, out, 4096, NULL) == RT_OK)
+            RT_TRY(has_tokenizer(out, &yes, err));
         if (!yes)
             out[0] = '\0';
     }

@@ -228,7 +228,10 @@ want 0 '' "$retort" export "$ckpt" --out "$d/exported" --json
 grep -q '"dtype":"F32".*"tokenizer":"[^"]' "$d/out" || bad "export --json: type and tokenizer"
 same "$d/exported/tokenizer.json" "$student/tokenizer.json" "export of a checkpoint: the run's tokenizer"
 want 0 'warning: .*BF16' "$retort" export "$d/run" --out "$d/none" --dtype f32 --dry-run
-mkdir "$d/alone"
+mkdir "$d/begun" "$d/alone"
+cp -r "$d/run/config.json" "$ckpt" "$d/begun/"
+want 0 '' "$retort" export "$d/begun/ckpt-00000002" --out "$d/exported-begun"
+same "$d/exported-begun/tokenizer.json" "$student/tokenizer.json" "export of an unfinished run's checkpoint: the tokenizer it began with"
 cp -r "$ckpt" "$d/alone/ckpt"
 want 0 'warning: .*--tokenizer DIR' "$retort" export "$d/alone/ckpt" --out "$d/exported-alone"
 for file in model adam_m; do
