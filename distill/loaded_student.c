@@ -86,6 +86,7 @@ out:
 static enum rt_status open_student(struct rt_loaded_student *l, const char *student, struct rt_log *log, char dir[4096], struct rt_err *err)
 {
     enum rt_status st;
+    static const char *const read[] = {"model.safetensors", "config.json", NULL}; /* of a checkpoint; its moments are larger than these */
     char manifest[4096];
     int64_t step;
     RT_TRY(rt_record_student(student, l->path, sizeof l->path, err));
@@ -94,7 +95,7 @@ static enum rt_status open_student(struct rt_loaded_student *l, const char *stud
     snprintf(dir, 4096, "%s", l->path);
     RT_TRY(rt_path_join(manifest, sizeof manifest, l->path, "MANIFEST", err));
     if (rt_path_exists(manifest)) {
-        RT_TRY(rt_ckpt_verify(l->path, &step, err));
+        RT_TRY(rt_ckpt_verify_files(l->path, read, &step, err));
         RT_TRY(checkpoint_text_dir(l->path, dir, err));
     }
     RT_TRY(rt_student_config_load(l->path, &l->c, err));

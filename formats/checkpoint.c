@@ -324,7 +324,42 @@ out:
     return st;
 }
 
+static bool is_among(const char *const *names, const char *name)
+{
+    for (; *names != NULL; names++)
+        if (strcmp(*names, name) == 0)
+            return true;
+    return false;
+}
+
+/* names NULL: all files. */
+static enum rt_status check_files(const char *path, const char *manifest, const struct rt_json *files, const char *const *names, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    int missing = 0;
+    for (const char *const *n = names; n != NULL && *n != NULL; n++)
+        missing++;
+    for (size_t i = 0; i < rt_json_len(files); i++) {
+        const struct rt_json *file = rt_json_at(files, i);
+        const char *name;
+        RT_TRY(rt_json_string(file, "name", &name, err));
+        if (names != NULL && !is_among(names, name))
+            continue;
+        RT_TRY(check_file(path, file, err));
+        missing--;
+    }
+    if (names != NULL && missing > 0)
+        RT_FAIL(err, FORMAT, "%s: expected %s and what goes with it among its files", manifest, names[0]);
+out:
+    return st;
+}
+
 enum rt_status rt_ckpt_verify(const char *path, int64_t *step, struct rt_err *err)
+{
+    return rt_ckpt_verify_files(path, NULL, step, err);
+}
+
+enum rt_status rt_ckpt_verify_files(const char *path, const char *const *names, int64_t *step, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_buf text = {0};
@@ -344,9 +379,7 @@ enum rt_status rt_ckpt_verify(const char *path, int64_t *step, struct rt_err *er
     RT_TRY(rt_json_parse(text.data, len, manifest, &v, err));
     RT_TRY(rt_json_int(v, "version", 1, 1, &version, err));
     RT_TRY(rt_json_int(v, "step", 0, INT64_MAX, step, err));
-    const struct rt_json *files = rt_json_get(v, "files");
-    for (size_t i = 0; i < rt_json_len(files); i++)
-        RT_TRY(check_file(path, rt_json_at(files, i), err));
+    RT_TRY(check_files(path, manifest, rt_json_get(v, "files"), names, err));
 out:
     rt_buf_free(&text);
     rt_json_free(v);

@@ -42,6 +42,8 @@ struct rt_ckpt {
 enum rt_status rt_ckpt_latest(const char *dir, struct rt_log *log, struct rt_ckpt *out, struct rt_err *err);
 /* One checkpoint directory: MANIFEST there and whole, every file of the stated size and hash, no file missing. */
 enum rt_status rt_ckpt_verify(const char *path, int64_t *step, struct rt_err *err);
+/* The same of the files named alone, for a reader that needs no others: names ends with NULL; one that MANIFEST has not got is FORMAT. */
+enum rt_status rt_ckpt_verify_files(const char *path, const char *const *names, int64_t *step, struct rt_err *err);
 
 #ifdef __cplusplus
 }
