@@ -62,7 +62,7 @@ const struct rt_command rt_cmd_compare = {
     .synopsis = "RUN RUN ... | EXPERIMENT [--html FILE] [--json]",
     .summary = "compare finished runs: paired differences with intervals, a verdict, a report",
     .help = "Runs of one arm that differ in their seed are taken together; the first arm is what the others are held against. Differences are paired:\n"
-            "the same sequences or problems in both arms, resampled together 2,000 times from a fixed seed. Runs that differ in more than their\n"
+            "the same sequences or problems in both arms, resampled together 2,000 times from a fixed seed; an arm's own intervals are those of `eval`. Runs that differ in more than their\n"
             "treatment (data, order, initialisation, tokens) are compared all the same, with warnings.\n\n"
             "    retort compare experiment/\n"
             "    retort compare runs/hard runs/soft --html hard-soft.html",

@@ -264,8 +264,9 @@ const struct rt_command rt_cmd_eval = {
     .name = "eval",
     .synopsis = "--student DIR|RUN --data FILE|DIR [--data ...] [OPTIONS]",
     .summary = "measure a student: loss, KL to the teacher, agreement, pass@1 on prompts with answers",
-    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1 and pass@k. Each --data is printed, and recorded where\n"
-            "--student is a run, when it is through; of one that is interrupted nothing is kept, and the same command begins again.\n\n"
+    .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1 and pass@k: normal for losses, Wilson's for shares;\n"
+            "`compare` shows the same. Each --data is printed, and recorded where --student is a run, when it is through; of one that is\n"
+            "interrupted nothing is kept, and the same command begins again.\n\n"
             "    retort eval --student runs/soft --data shards_eval/ --kd-temperature 2\n"
             "    retort eval --student runs/soft --data math500.jsonl --samples 64 --pass-k 1,8,64",
     .options = options,

@@ -66,9 +66,8 @@ static const struct rt_cmp_eval *reference(const struct rt_comparison *c, const 
 }
 
 /* ---- one arm ---- */
-static enum rt_status arm_result(struct rt_comparison *c, int arm, int eval, int m, double *scratch, struct rt_err *err)
+static void arm_result(struct rt_comparison *c, int arm, int eval, int m, double *scratch)
 {
-    enum rt_status st = RT_OK;
     const struct rt_cmp_arm *a = &c->arm[arm];
     struct rt_cmp_result *out = &c->result[eval][arm][m];
     const struct rt_cmp_eval *ref = reference(c, a, c->eval[eval]);
@@ -87,17 +86,20 @@ static enum rt_status arm_result(struct rt_comparison *c, int arm, int eval, int
     if (out->seeds > 1)
         out->value = (struct rt_interval){out->seed_mean, NAN, NAN, 0};
     if (out->seeds == 0 || ref == NULL)
-        return RT_OK;
+        return;
     double *num = scratch, *den = scratch + ref->n_units;
-    struct rt_interval pooled;
+    struct rt_ratio pooled = {0};
     arm_sums(c, a, c->eval[eval], ref, m, NULL, num, den);
-    RT_TRY(rt_stats_ratio(num, den, ref->n_units, RESAMPLES, SEED, &pooled, err));
-    if (pooled.n > 0)
-        out->value = pooled;
-    if (m == RT_CMP_PASS1 && pooled.n > 0 && (pooled.mean <= 0 || pooled.mean >= 1))
-        rt_stats_wilson(pooled.mean, pooled.n, &out->value.lo, &out->value.hi);
-out:
-    return st;
+    for (int64_t i = 0; i < ref->n_units; i++)
+        if (den[i] > 0)
+            rt_ratio_add(&pooled, num[i], den[i]);
+    if (pooled.clusters == 0)
+        return;
+    out->value.n = pooled.clusters;
+    if (rt_cmp_metric_info[m].share)
+        rt_ratio_share(&pooled, pooled.sn, &out->value.mean, &out->value.lo, &out->value.hi);
+    else
+        rt_ratio_result(&pooled, &out->value.mean, &out->value.lo, &out->value.hi);
 }
 
 /* ---- two arms ---- */
@@ -223,7 +225,7 @@ enum rt_status rt_compare_judge(struct rt_comparison *c, struct rt_err *err)
             for (int m = 0; m < RT_CMP_METRICS; m++) {
                 if (!c->has[e][m])
                     continue;
-                RT_TRY(arm_result(c, a, e, m, scratch, err));
+                arm_result(c, a, e, m, scratch);
                 if (a > 0)
                     RT_TRY(arm_difference(c, a, e, m, scratch, err));
             }

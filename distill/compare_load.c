@@ -57,7 +57,7 @@ static enum rt_status unit_of(const struct rt_json *v, struct rt_cmp_unit *u, st
         RT_TRY(rt_json_int(v, "line", 0, INT64_MAX, &line, err));
         snprintf(u->id, sizeof u->id, "p%" PRId64, line);
         const double n = number(v, "samples");
-        share(u, RT_CMP_PASS1, number(v, "correct") / (n > 0 ? n : NAN), n > 0 ? 1 : 0);
+        share(u, RT_CMP_PASS1, number(v, "correct"), n);
     } else {
         const char *key;
         int64_t occurrence;

@@ -7,32 +7,6 @@
 #include "core/sha256.h"
 #include "formats/dataset.h"
 
-void rt_ratio_add(struct rt_ratio *r, double x, double n)
-{
-    r->sx += x;
-    r->sn += n;
-    r->sxx += x * x;
-    r->sxn += x * n;
-    r->snn += n * n;
-    r->clusters++;
-}
-
-void rt_ratio_result(const struct rt_ratio *r, double *mean, double *lo, double *hi)
-{
-    *mean = *lo = *hi = NAN;
-    if (!(r->sn > 0))
-        return;
-    const double m = r->sx / r->sn;
-    *mean = m;
-    if (r->clusters < 2)
-        return;
-    const double C = (double)r->clusters;
-    const double ss = fmax(0, r->sxx - 2 * m * r->sxn + m * m * r->snn);
-    const double se = sqrt(C / (C - 1) * ss) / r->sn;
-    *lo = m - 1.96 * se;
-    *hi = m + 1.96 * se;
-}
-
 /* ---- room ---- */
 
 size_t rt_eval_own_bytes(const struct rt_student_config *c, int64_t micro_tokens, int k, size_t act_size)
@@ -153,20 +127,29 @@ out:
     return st;
 }
 
-static enum rt_status set_ratio(struct rt_json *line, const char *key, const struct rt_ratio *r, struct rt_err *err)
+static enum rt_status set_ratio(struct rt_json *line, const char *key, const struct rt_ratio *r, bool share, struct rt_err *err)
 {
     enum rt_status st;
     char ci[64];
-    struct rt_json *list;
     double mean, lo, hi;
-    rt_ratio_result(r, &mean, &lo, &hi);
+    if (share)
+        rt_ratio_share(r, r->sn, &mean, &lo, &hi);
+    else
+        rt_ratio_result(r, &mean, &lo, &hi);
     snprintf(ci, sizeof ci, "%s_ci", key);
     RT_TRY(rt_json_set_double(line, key, mean, err));
-    if (isnan(lo)) {
-        RT_TRY(rt_json_set_null(line, ci, err));
-        goto out;
-    }
-    RT_TRY(rt_json_set_array(line, ci, &list, err));
+    RT_TRY(rt_eval_set_interval(line, ci, lo, hi, err));
+out:
+    return st;
+}
+
+enum rt_status rt_eval_set_interval(struct rt_json *line, const char *key, double lo, double hi, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *list;
+    if (isnan(lo))
+        return rt_json_set_null(line, key, err);
+    RT_TRY(rt_json_set_array(line, key, &list, err));
     RT_TRY(rt_json_set_double(list, NULL, lo, err));
     RT_TRY(rt_json_set_double(list, NULL, hi, err));
 out:
@@ -180,13 +163,13 @@ enum rt_status rt_eval_losses_json(const struct rt_eval_losses *e, double T, str
     const double kl_rows = (double)s->kl_rows;
     RT_TRY(rt_json_set_int(line, "n_sequences", e->n_sequences, err));
     RT_TRY(rt_json_set_int(line, "n_tokens", s->rows, err));
-    RT_TRY(set_ratio(line, "ce", &e->ce, err));
+    RT_TRY(set_ratio(line, "ce", &e->ce, false, err));
     RT_TRY(rt_json_set_double(line, "perplexity", exp(s->ce / (double)s->rows), err));
-    RT_TRY(set_ratio(line, "accuracy", &e->accuracy, err));
+    RT_TRY(set_ratio(line, "accuracy", &e->accuracy, true, err));
     RT_TRY(rt_json_set_int(line, "kl_rows", s->kl_rows, err));
     RT_TRY(rt_json_set_double(line, "kd_temperature", s->kl_rows > 0 ? T : NAN, err));
-    RT_TRY(set_ratio(line, "kl", &e->kl, err));
-    RT_TRY(set_ratio(line, "agreement", &e->agreement, err));
+    RT_TRY(set_ratio(line, "kl", &e->kl, false, err));
+    RT_TRY(set_ratio(line, "agreement", &e->agreement, true, err));
     RT_TRY(rt_json_set_double(line, "teacher_mass", s->teacher_mass / kl_rows, err));
     RT_TRY(rt_json_set_double(line, "student_mass", s->student_mass / kl_rows, err));
 out:

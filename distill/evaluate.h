@@ -1,7 +1,5 @@
 /* Evaluation of a student: losses against text and against a teacher's rows, and answers to prompts that can be checked.
- *
- * Intervals are 95 %: with x_c the sum and n_c the count of cluster c (a sequence, a problem), m = sum x / sum n and
- * s^2 = C/(C-1) sum (x_c - m n_c)^2 / (sum n)^2, m +- 1.96 s. One cluster alone has none (NaN).
+ * Intervals are those of distill/stats.h, clustered by sequence and by problem.
  */
 #ifndef RT_DISTILL_EVALUATE_H
 #define RT_DISTILL_EVALUATE_H
@@ -11,16 +9,8 @@
 #include "core/log.h"
 #include "distill/losses.h"
 #include "distill/loaded_student.h"
+#include "distill/stats.h"
 #include "formats/json.h"
-
-/* A mean with its interval, over clusters that are added one after the other. */
-struct rt_ratio {
-    double sx, sn, sxx, sxn, snn;
-    int64_t clusters;
-};
-void rt_ratio_add(struct rt_ratio *r, double x, double n);
-/* NaN where there is nothing. */
-void rt_ratio_result(const struct rt_ratio *r, double *mean, double *lo, double *hi);
 
 /* What the losses run with; of a trainer, or made by rt_eval_room. */
 struct rt_eval_room {
@@ -48,6 +38,8 @@ struct rt_eval_losses {
  * run_record.h's "sequence" kind are appended. T not stored: no KL. stop may be NULL; INTERRUPTED. */
 enum rt_status rt_eval_losses(const struct rt_eval_room *room, struct rt_train_set *set, double T, struct rt_buf *rows,
                               bool (*stop)(void *), void *stop_self, struct rt_eval_losses *out, struct rt_err *err);
+/* key = [lo, hi], or null where there is none. */
+enum rt_status rt_eval_set_interval(struct rt_json *line, const char *key, double lo, double hi, struct rt_err *err);
 /* The members of eval.jsonl that these give. */
 enum rt_status rt_eval_losses_json(const struct rt_eval_losses *e, double T, struct rt_json *line, struct rt_err *err);
 

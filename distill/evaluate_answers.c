@@ -229,28 +229,24 @@ out:
 enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struct rt_eval_sampling *o, struct rt_json *line, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_json *passk, *passk_ci, *ci;
+    struct rt_json *passk, *passk_ci;
     double mean, lo, hi;
     char key[24];
-    rt_ratio_result(&e->pass1, &mean, &lo, &hi);
+    rt_ratio_share(&e->pass1, e->pass1.sn, &mean, &lo, &hi);
     RT_TRY(rt_json_set_int(line, "n_problems", e->problems, err));
     RT_TRY(rt_json_set_int(line, "samples", o->samples, err));
     RT_TRY(rt_json_set_double(line, "temperature", o->temperature, err));
     RT_TRY(rt_json_set_double(line, "top_p", o->top_p, err));
     RT_TRY(rt_json_set_int(line, "max_tokens", o->max_tokens, err));
     RT_TRY(rt_json_set_double(line, "pass1", mean, err));
-    RT_TRY(rt_json_set_array(line, "pass1_ci", &ci, err));
-    RT_TRY(rt_json_set_double(ci, NULL, fmax(0, lo), err));
-    RT_TRY(rt_json_set_double(ci, NULL, fmin(1, hi), err));
+    RT_TRY(rt_eval_set_interval(line, "pass1_ci", lo, hi, err));
     RT_TRY(rt_json_set_object(line, "passk", &passk, err));
     RT_TRY(rt_json_set_object(line, "passk_ci", &passk_ci, err));
     for (int i = 0; i < e->n_k; i++) {
         snprintf(key, sizeof key, "%ld", (long)e->k[i]);
-        rt_ratio_result(&e->passk[i], &mean, &lo, &hi);
+        rt_ratio_share(&e->passk[i], (double)e->samples / (double)e->k[i], &mean, &lo, &hi);
         RT_TRY(rt_json_set_double(passk, key, mean, err));
-        RT_TRY(rt_json_set_array(passk_ci, key, &ci, err));
-        RT_TRY(rt_json_set_double(ci, NULL, fmax(0, lo), err));
-        RT_TRY(rt_json_set_double(ci, NULL, fmin(1, hi), err));
+        RT_TRY(rt_eval_set_interval(passk_ci, key, lo, hi, err));
     }
     RT_TRY(rt_json_set_double(line, "limit_share", (double)e->limit / (double)e->samples, err));
     RT_TRY(rt_json_set_double(line, "mean_tokens", (double)e->tokens / (double)e->samples, err));

@@ -146,9 +146,9 @@ static enum rt_status notes(struct rt_buf *out, struct rt_err *err)
         "<h2>How to read this</h2>\n<ul>\n"
         "<li>Losses are means in nats: cross-entropy over targets, KL over the rows for which the teacher's distribution is stored. KL holds the factor T², so that "
         "temperatures are on one scale.</li>\n"
-        "<li>Intervals are 95 % percentile bootstraps, 2,000 draws from a fixed seed. Drawn are whole sequences (losses) or whole problems (pass@1), because tokens of one "
-        "sequence, and samples of one problem, are not independent. A pass@1 of 0 or 1 has Wilson's interval.</li>\n"
-        "<li>Differences are paired: both arms on the same sequences or problems, all seeds together. They are called told apart only where the interval leaves out 0 and every "
+        "<li>Intervals are 95 %, over whole sequences (losses, agreement, accuracy) or whole problems (pass@1), because tokens of one sequence, and samples of one problem, "
+        "are not independent. A loss has a normal interval, a share Wilson's, as <code>retort eval</code> prints them.</li>\n"
+        "<li>Differences are paired: both arms on the same sequences or problems, all seeds together, by a percentile bootstrap of 2,000 draws from a fixed seed. They are called told apart only where the interval leaves out 0 and every "
         "seed has the same sign. Each interval stands alone: of twenty, one may miss by chance.</li>\n"
         "<li>The intervals hold the spread over evaluation data. The spread between trainings is what the seeds show, not part of an interval.</li>\n</ul>\n", err);
 }

@@ -44,7 +44,7 @@
  *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "passk_ci": {"1": [lo, hi], ...}, "limit_share"
  *                                     (of the samples that hit max_tokens), "mean_tokens" (of a sample)         null without answers
  *   "per_sequence": "eval/FILE"|null, "seconds"
- *   Intervals: 95 %, normal approximation of the ratio estimator, clustered by sequence (losses) or problem (pass@1, pass@k). pass@k is the
+ *   Intervals: 95 %, distill/stats.h, clustered by sequence (losses, accuracy, agreement) or problem (pass@1, pass@k); null for one alone. pass@k is the
  *   unbiased 1 - C(n-c, k)/C(n, k), averaged over problems.
  *
  * RUN/eval/FILE: sums, so that any mean can be made of them
