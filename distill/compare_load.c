@@ -78,10 +78,13 @@ static int by_id(const void *a, const void *b)
     return strcmp(((const struct rt_cmp_unit *)a)->id, ((const struct rt_cmp_unit *)b)->id);
 }
 
-/* A path that a run's own file names: inside the run. */
+/* A path that a run's own file names: inside the run, so without a part "..". */
 static bool inside(const char *path)
 {
-    return path[0] != '/' && path[0] != '\0' && strstr(path, "..") == NULL;
+    bool up = path[0] == '/' || path[0] == '\0';
+    for (const char *p = path; p != NULL && !up; p = strchr(p, '/') != NULL ? strchr(p, '/') + 1 : NULL)
+        up = strncmp(p, "..", 2) == 0 && (p[2] == '/' || p[2] == '\0');
+    return !up;
 }
 
 static enum rt_status load_units(const struct rt_cmp_run *r, const char *name, struct rt_cmp_eval *e, struct rt_err *err)

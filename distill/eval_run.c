@@ -3,6 +3,8 @@
 #include <string.h>
 
 #include "core/io.h"
+#include "distill/eval_key.h"
+#include "distill/jsonl.h"
 #include "distill/run_record.h"
 
 enum { MICRO_TOKENS = 4096 };
@@ -36,6 +38,7 @@ static enum rt_status losses(struct rt_loaded_student *l, const struct rt_device
     const struct rt_eval_room room = {l->s, &own.acts, &own.losses, &own.micro};
     RT_TRY(rt_eval_losses(&room, set, o->T, rows, o->stop, o->stop_self, &e, err));
     RT_TRY(rt_json_set_string(line, "kind", info->kind == RT_TRAIN_LINES ? "jsonl" : "shards", err));
+    RT_TRY(rt_json_set_string(line, "data_sha256", info->sha256, err));
     RT_TRY(rt_eval_losses_json(&e, o->T, line, err));
 out:
     rt_eval_own_free(&own, d);
@@ -68,73 +71,43 @@ out:
     return st;
 }
 
-/* Lines of RUN/eval.jsonl: `kept` gets those that are not of this step and name, *found says whether there is one that is. */
-static enum rt_status split_lines(const char *path, int64_t step, const char *name, struct rt_buf *kept, bool *found, struct rt_err *err)
-{
-    enum rt_status st = RT_OK;
-    struct rt_buf text = {0};
-    struct rt_json *line = NULL;
-    *found = false;
-    if (!rt_path_exists(path))
-        goto out;
-    RT_TRY(rt_file_read_all(path, (size_t)256 << 20, &text, err));
-    for (size_t at = 0; at < text.len;) {
-        const char *end = memchr(text.data + at, '\n', text.len - at), *was;
-        int64_t s;
-        if (end == NULL)
-            break;
-        const size_t len = (size_t)(end - text.data) - at;
-        rt_json_free(line);
-        line = NULL;
-        RT_TRY(rt_json_parse(text.data + at, len, path, &line, err));
-        RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &s, err));
-        RT_TRY(rt_json_string(line, "name", &was, err));
-        if (s == step && strcmp(was, name) == 0)
-            *found = true;
-        else
-            RT_TRY(rt_buf_append(kept, text.data + at, len + 1, err));
-        at += len + 1;
-    }
-out:
-    rt_json_free(line);
-    rt_buf_free(&text);
-    return st;
-}
-
 enum rt_status rt_eval_recorded(const char *run, int64_t step, const char *data, bool *yes, struct rt_err *err)
 {
     enum rt_status st;
-    struct rt_buf kept = {0};
-    char path[4096], name[128];
-    rt_eval_name(data, name);
+    struct rt_jsonl f = {0};
+    const struct rt_json *v;
+    struct rt_eval_key key;
+    char path[4096];
+    *yes = false;
     RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE, err));
-    RT_TRY(split_lines(path, step, name, &kept, yes, err));
+    if (!rt_path_exists(path))
+        return RT_OK;
+    RT_TRY(rt_jsonl_open(path, &f, err));
+    for (;;) {
+        int64_t s;
+        RT_TRY(rt_jsonl_next(&f, &v, err));
+        if (v == NULL)
+            break;
+        RT_TRY(rt_json_int(v, "step", 0, INT64_MAX, &s, err));
+        rt_eval_key_read(v, &key);
+        *yes |= s == step && strcmp(key.data, data) == 0 && strcmp(key.by, "train") != 0;
+    }
 out:
-    rt_buf_free(&kept);
+    rt_jsonl_close(&f);
     return st;
 }
 
 enum rt_status rt_eval_record(const char *run, int64_t step, const char *data, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err)
 {
     enum rt_status st;
-    char name[128], file[256], path[4096];
-    struct rt_buf kept = {0};
-    bool found;
+    char name[128];
     rt_eval_name(data, name);
-    snprintf(file, sizeof file, RT_EVAL_DIR "/%s-%ld.jsonl", name, (long)step);
-    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_DIR, err));
-    RT_TRY(rt_mkdirs(path, err));
-    RT_TRY(rt_path_join(path, sizeof path, run, file, err));
-    RT_TRY(rt_publish_bytes(path, rows->data, rows->len, err));
+    RT_TRY(rt_json_set_string(line, "name", name, err));
+    RT_TRY(rt_json_set_string(line, "data", data, err));
+    RT_TRY(rt_json_set_string(line, "by", "eval", err));
     RT_TRY(rt_json_set_int(line, "step", step, err));
-    RT_TRY(rt_json_set_string(line, "per_sequence", file, err));
-    RT_TRY(rt_path_join(path, sizeof path, run, RT_EVAL_FILE, err));
-    RT_TRY(split_lines(path, step, name, &kept, &found, err));
-    if (found)
-        RT_TRY(rt_publish_bytes(path, kept.data, kept.len, err));
-    RT_TRY(rt_record_eval(run, line, err));
+    RT_TRY(rt_record_eval(run, line, rows, err));
 out:
-    rt_buf_free(&kept);
     return st;
 }
 

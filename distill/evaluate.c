@@ -5,6 +5,7 @@
 
 #include "core/io.h"
 #include "core/sha256.h"
+#include "distill/run_record.h"
 #include "formats/dataset.h"
 
 /* ---- room ---- */
@@ -180,16 +181,18 @@ out:
 
 void rt_eval_name(const char *path, char out[128])
 {
-    size_t n = strlen(path);
-    while (n > 1 && path[n - 1] == '/')
-        n--;
-    size_t begin = n;
-    while (begin > 0 && path[begin - 1] != '/')
-        begin--;
-    snprintf(out, 128, "%.*s", (int)(n - begin < 120 ? n - begin : 120), path + begin);
-    char *dot = strrchr(out, '.');
-    if (dot != NULL && dot != out)
-        *dot = '\0';
+    static const char *const endings[] = {".jsonl", ".json", ".msgpack"};
+    rt_record_name(path, out);
+    if (rt_path_is_dir(path))
+        return;
+    const size_t n = strlen(out);
+    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
+        const size_t k = strlen(endings[i]);
+        if (n > k && strcmp(out + n - k, endings[i]) == 0) {
+            out[n - k] = '\0';
+            return;
+        }
+    }
 }
 
 static bool has(const struct rt_json *line, const char *key)

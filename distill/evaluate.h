@@ -59,6 +59,7 @@ struct rt_eval_answers {
     struct rt_ratio pass1, passk[RT_EVAL_MAX_K];
     int n_k;
     int64_t k[RT_EVAL_MAX_K];
+    char sha256[65]; /* over the problems: prompts as they are written, and answers */
 };
 /* "1,8,64" into o; NULL: none. USAGE unless they are whole numbers from 1 to o->samples, 16 at most. */
 enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err);
@@ -71,7 +72,7 @@ enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struc
 
 /* What a data argument holds: text to score (completions, text, shards), answers to check, or both; from its first line. */
 enum rt_status rt_eval_kind(const char *path, const struct rt_model_dir *model, bool *losses, bool *answers, struct rt_err *err);
-/* File name without directory and ending, into out. */
+/* Name of evaluation data in records: of a directory its own, of a file without .jsonl, .json or .msgpack. */
 void rt_eval_name(const char *path, char out[128]);
 
 #endif

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/sha256.h"
 #include "distill/evaluate.h"
 #include "distill/generate.h"
 #include "distill/verify.h"
@@ -19,6 +20,7 @@ struct answers {
     struct rt_dataset *data;
     struct rt_buf problems, text; /* of struct problem */
     int64_t n, samples_done, tokens;
+    struct rt_sha256 hash;
     struct rt_progress progress;
 };
 
@@ -36,6 +38,16 @@ static enum rt_status copy_text(const char *s, char **out, struct rt_err *err)
     return st;
 }
 
+/* Words rather than tokens: students of different tokenizers answer the same problems. */
+static void hash_problem(struct rt_sha256 *h, const struct rt_prompt *p)
+{
+    if (p->text != NULL)
+        rt_sha256_update(h, p->text, strlen(p->text) + 1);
+    else
+        rt_sha256_update(h, p->ids, (size_t)p->n * sizeof *p->ids);
+    rt_sha256_update(h, p->answer, strlen(p->answer) + 1);
+}
+
 static enum rt_status next_problem(void *self, struct rt_generate_prompt *out, bool *end, bool *wait, struct rt_err *err)
 {
     enum rt_status st;
@@ -49,6 +61,7 @@ static enum rt_status next_problem(void *self, struct rt_generate_prompt *out, b
             return RT_OK;
     } while (p.answer == NULL);
     q.line = p.line;
+    hash_problem(&a->hash, &p);
     RT_TRY(copy_text(p.answer, &q.answer, err));
     const char *family = rt_json_as_string(rt_json_get(p.json, "family"), NULL);
     if (family != NULL)
@@ -189,7 +202,9 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     struct rt_generator g = {0};
     int32_t stop_ids[RT_GENERATE_MAX_STOP];
     int64_t n_ids, longest, problems, memory;
+    uint8_t digest[32];
     *out = (struct rt_eval_answers){0};
+    rt_sha256_init(&a.hash);
     if (l->model.tok == NULL)
         RT_FAIL(err, UNSUPPORTED, "%s: answers need a tokenizer, the student has none; --tokenizer DIR names one", path);
     RT_TRY(rt_model_dir_n_ids(&l->model, l->c.vocab_size, &n_ids, err));
@@ -214,6 +229,8 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     if (a.n == 0)
         RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", path);
     RT_TRY(summarise(&a, rows, out, err));
+    rt_sha256_final(&a.hash, digest);
+    rt_hex(out->sha256, digest, sizeof digest);
 out:
     for (int64_t i = 0; i < a.n; i++) {
         rt_free(problem_at(&a, i)->answer);
@@ -238,6 +255,8 @@ enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struc
     RT_TRY(rt_json_set_double(line, "temperature", o->temperature, err));
     RT_TRY(rt_json_set_double(line, "top_p", o->top_p, err));
     RT_TRY(rt_json_set_int(line, "max_tokens", o->max_tokens, err));
+    RT_TRY(rt_json_set_string(line, "verify", o->exact ? "exact" : "boxed", err));
+    RT_TRY(rt_json_set_string(line, "problems_sha256", e->sha256, err));
     RT_TRY(rt_json_set_double(line, "pass1", mean, err));
     RT_TRY(rt_eval_set_interval(line, "pass1_ci", lo, hi, err));
     RT_TRY(rt_json_set_object(line, "passk", &passk, err));

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "core/io.h"
+#include "distill/eval_key.h"
 #include "distill/inspect.h"
 #include "distill/jsonl.h"
 #include "distill/run_record.h"
@@ -55,10 +56,11 @@ out:
     return st;
 }
 
-/* The last evaluation of each name. */
+/* The last evaluation of each kind: name, data, temperatures. */
 static enum rt_status evaluations(const char *dir, struct rt_json *obj, struct rt_err *err)
 {
-    static const char *const keys[] = {"name", "step", "n_sequences", "ce", "kl", "agreement", "accuracy", "n_problems", "pass1"};
+    static const char *const keys[] = {"name", "step", "data", "by", "n_sequences", "ce", "kd_temperature", "kl", "agreement", "accuracy", "n_problems", "samples",
+                                       "temperature", "pass1"};
     enum { MOST = 64 };
     enum rt_status st;
     char path[PATH_CAP];
@@ -72,14 +74,18 @@ static enum rt_status evaluations(const char *dir, struct rt_json *obj, struct r
     RT_TRY(rt_jsonl_open(path, &f, err));
     for (;;) {
         RT_TRY(rt_jsonl_next(&f, &v, err));
-        const char *name, *other;
+        const char *name;
+        struct rt_eval_key key, other;
         int i = 0;
         if (v == NULL)
             break;
         RT_TRY(rt_json_string(v, "name", &name, err));
-        for (; i < n; i++)
-            if ((other = rt_json_as_string(rt_json_get(last[i], "name"), NULL)) != NULL && strcmp(other, name) == 0)
+        rt_eval_key_read(v, &key);
+        for (; i < n; i++) {
+            rt_eval_key_read(last[i], &other);
+            if (rt_eval_key_same(&key, &other))
                 break;
+        }
         if (i == MOST)
             continue;
         rt_json_free(last[i]);

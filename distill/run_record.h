@@ -37,11 +37,14 @@
  *   "grad_norm_ce", "grad_norm_kl", "grad_norm_feature" where asked for (--grad-norms)
  *
  * eval.jsonl
- *   "step" (0: before the first), "name" (file name of data without its ending), "data" (path), "kind": "shards"|"jsonl"
+ *   "step" (0: before the first), "name" (that of the data's directory, or of its file without .jsonl, .json or .msgpack), "data" (path),
+ *   "by": "train" (the parameters as they were in training)|"eval" (the saved model, in its element type), "kind": "shards"|"jsonl"
+ *   A line of the same step is replaced by one that measures the same: name, data, by, temperature of the KL, sampling.
+ *   "data_sha256"                     as run.json's, of the sequences that were scored                          not there without completions
  *   "n_sequences", "n_tokens" (targets), "ce", "ce_ci": [lo, hi], "perplexity", "accuracy", "accuracy_ci"      null without completions
  *   "kl_rows", "kl", "kl_ci", "kd_temperature", "agreement", "agreement_ci", "teacher_mass", "student_mass"   null
  *                                     without teacher rows
- *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "passk_ci": {"1": [lo, hi], ...}, "limit_share"
+ *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "verify": "boxed"|"exact", "problems_sha256" (prompts and answers), "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "passk_ci": {"1": [lo, hi], ...}, "limit_share"
  *                                     (of the samples that hit max_tokens), "mean_tokens" (of a sample)         null without answers
  *   "per_sequence": "eval/FILE"|null, "seconds"
  *   Intervals: 95 %, distill/stats.h, clustered by sequence (losses, accuracy, agreement) or problem (pass@1, pass@k); null for one alone. pass@k is the
@@ -59,6 +62,7 @@
 #ifndef RT_DISTILL_RUN_RECORD_H
 #define RT_DISTILL_RUN_RECORD_H
 
+#include "core/mem.h"
 #include "core/status.h"
 #include "formats/json.h"
 
@@ -70,10 +74,13 @@
 
 /* Publishes root as DIR/name. */
 enum rt_status rt_record_publish(const char *dir, const char *name, const struct rt_json *root, struct rt_err *err);
-/* Appends one line to DIR/eval.jsonl, durably. */
-enum rt_status rt_record_eval(const char *dir, const struct rt_json *line, struct rt_err *err);
+/* Adds one evaluation, durably: rows as DIR/eval/NAME-STEP.jsonl (NAME.2, NAME.3, ... where another measurement has that file) and `line`,
+ * which has "name" and "step" and gets "per_sequence". A line of the same step and key (distill/eval_key.h) is replaced. */
+enum rt_status rt_record_eval(const char *dir, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err);
 /* Keeps the lines of DIR/eval.jsonl with "step" <= step, and drops a torn last one. For a resume from checkpoint `step`. */
 enum rt_status rt_record_eval_truncate(const char *dir, int64_t step, struct rt_err *err);
+/* Last part of a path, as a name; of "." and "..", that of the directory they are. Cut to 120 bytes, between characters. */
+void rt_record_name(const char *path, char out[128]);
 /* out = PATH/model where PATH is a run that has one, else PATH: what --student takes. Cap 4096. */
 enum rt_status rt_record_student(const char *path, char *out, size_t cap, struct rt_err *err);
 

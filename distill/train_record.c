@@ -47,7 +47,7 @@ static enum rt_status add_what(const struct rt_train_run *r, struct rt_json *v, 
     const struct rt_train_values *o = r->v;
     struct rt_json *w, *init, *data, *student, *config = NULL;
     char name[128];
-    rt_eval_name(o->out, name);
+    rt_record_name(o->out, name);
     RT_TRY(rt_json_set_int(v, "version", 1, err));
     RT_TRY(rt_json_set_string(v, "name", o->name != NULL ? o->name : name, err));
     RT_TRY(o->arm != NULL ? rt_json_set_string(v, "arm", o->arm, err) : rt_json_set_null(v, "arm", err));
@@ -289,32 +289,30 @@ static enum rt_status evaluate_one(struct rt_train_run *r, int i, struct rt_err 
     struct rt_eval_losses e;
     struct rt_buf rows = {0};
     struct rt_json *line = NULL;
-    char name[128], file[256], path[4096];
+    char name[128];
     double ce, kl, lo, hi;
     /* every rank does it, so that none waits; several would not be interrupted at one place */
     RT_TRY(rt_eval_losses(&room, r->eval_set[i], T, &rows, r->comm == NULL ? r->ctx->stop : NULL, r->ctx->stop_self, &e, err));
     if (r->rank.rank > 0)
         goto out;
     rt_eval_name(info->path, name);
-    snprintf(file, sizeof file, RT_EVAL_DIR "/%s-%ld.jsonl", name, (long)t->step);
-    RT_TRY(rt_path_join(path, sizeof path, r->v->out, file, err));
-    RT_TRY(rt_publish_bytes(path, rows.data, rows.len, err));
     RT_TRY(rt_json_new_object(&line, err));
     RT_TRY(rt_json_set_int(line, "step", t->step, err));
     RT_TRY(rt_json_set_string(line, "name", name, err));
     RT_TRY(rt_json_set_string(line, "data", info->path, err));
+    RT_TRY(rt_json_set_string(line, "by", "train", err));
     RT_TRY(rt_json_set_string(line, "kind", info->kind == RT_TRAIN_LINES ? "jsonl" : "shards", err));
+    RT_TRY(rt_json_set_string(line, "data_sha256", info->sha256, err));
     RT_TRY(rt_eval_losses_json(&e, T, line, err));
-    RT_TRY(rt_json_set_string(line, "per_sequence", file, err));
     RT_TRY(rt_json_set_double(line, "seconds", rt_now() - start, err));
-    RT_TRY(rt_record_eval(r->v->out, line, err));
+    RT_TRY(rt_record_eval(r->v->out, line, &rows, err));
     rt_ratio_result(&e.ce, &ce, &lo, &hi);
     rt_ratio_result(&e.kl, &kl, &lo, &hi);
     if (e.sums.kl_rows > 0)
-        rt_info(r->ctx->log, "eval step %ld %s: ce %.4f, kl %.4f, agreement %.3f over %ld targets", (long)t->step, name, ce, kl,
+        rt_info(r->ctx->log, "eval step %ld %s: ce %.4f, kl %.4f, agreement %.3f over %ld targets", (long)t->step, info->path, ce, kl,
                 (double)e.sums.agree / (double)e.sums.kl_rows, (long)e.sums.rows);
     else
-        rt_info(r->ctx->log, "eval step %ld %s: ce %.4f, accuracy %.3f over %ld targets", (long)t->step, name, ce,
+        rt_info(r->ctx->log, "eval step %ld %s: ce %.4f, accuracy %.3f over %ld targets", (long)t->step, info->path, ce,
                 (double)e.sums.correct / (double)e.sums.rows, (long)e.sums.rows);
 out:
     rt_json_free(line);
@@ -325,15 +323,10 @@ out:
 enum rt_status rt_train_evaluate(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    char path[4096];
     if (r->n_eval == 0)
         return RT_OK;
-    if (r->rank.rank == 0) {
-        RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_EVAL_DIR, err));
-        RT_TRY(rt_mkdirs(path, err));
-        /* lines of this step, of a part that was cut off in between, are made again */
+    if (r->rank.rank == 0) /* lines of this step, of a part that was cut off in between, are made again */
         RT_TRY(rt_record_eval_truncate(r->v->out, r->trainer.step - 1, err));
-    }
     for (int i = 0; i < r->n_eval; i++)
         RT_TRY(evaluate_one(r, i, err));
 out:

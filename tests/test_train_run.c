@@ -408,6 +408,108 @@ static void test_lines_and_shards(void **state)
     assert_true(kl > 0);
 }
 
+/* Measures the student of a run as `eval` does, and records it. */
+static void record(const char *run, const char *data, double T)
+{
+    struct rt_err err = {0};
+    struct rt_loaded_student l = {0};
+    struct rt_device d = {0};
+    struct rt_json *line = NULL;
+    struct rt_buf rows = {0};
+    int64_t step;
+    const struct rt_student_source source = {run, NULL, NULL, NULL};
+    const struct rt_eval_run_options o = {.data = data, .T = T, .memory = 1 << 28};
+    assert_ok(rt_device_open(&rt_backend_cpu, &(struct rt_dev_options){.threads = 2}, &d, &err));
+    assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
+    assert_ok(rt_json_new_object(&line, &err));
+    assert_ok(rt_eval_run_step(run, &step, &err));
+    assert_ok(rt_eval_run(&l, &d, &o, line, &rows, &err));
+    assert_ok(rt_eval_record(run, step, data, line, &rows, &err));
+    rt_json_free(line);
+    rt_buf_free(&rows);
+    rt_loaded_student_close(&l);
+    rt_device_close(&d);
+}
+
+/* Lines of eval.jsonl; each has a per-sequence file of its own with as many lines as it says sequences. */
+static int check_records(const char *run, int by_train)
+{
+    struct rt_err err = {0};
+    struct rt_buf text = tf_read(run, RT_EVAL_FILE);
+    char seen[16][256];
+    int n = 0;
+    for (size_t at = 0; at < text.len; n++) {
+        struct rt_json *line = NULL;
+        const char *end = memchr(text.data + at, '\n', text.len - at), *file;
+        int64_t sequences, rows = 0;
+        assert_true(end != NULL && n < 16);
+        assert_ok(rt_json_parse(text.data + at, (size_t)(end - text.data) - at, "eval", &line, &err));
+        assert_ok(rt_json_string(line, "per_sequence", &file, &err));
+        assert_ok(rt_json_int(line, "n_sequences", 1, 1000, &sequences, &err));
+        by_train -= strcmp(rt_json_as_string(rt_json_get(line, "by"), NULL), "train") == 0;
+        struct rt_buf per = tf_read(run, file);
+        for (size_t i = 0; i < per.len; i++)
+            rows += per.data[i] == '\n';
+        assert_int_equal(rows, sequences);
+        for (int i = 0; i < n; i++)
+            assert_true(strcmp(seen[i], file) != 0);
+        snprintf(seen[n], sizeof seen[n], "%s", file);
+        rt_buf_free(&per);
+        rt_json_free(line);
+        at = (size_t)(end - text.data) + 1;
+    }
+    assert_int_equal(by_train, 0);
+    rt_buf_free(&text);
+    return n;
+}
+
+/* Two data sets of one name, two temperatures, training and `eval`: each has its record; the same measurement again takes its place. */
+static void test_records(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    char a[4200], b[4200], out[4096], name[128];
+    struct rt_buf all = {0};
+    assert_ok(rt_file_read_all(files.lines, 1 << 24, &all, &err));
+    const char *second = memchr(all.data, '\n', all.len);
+    assert_non_null(second);
+    snprintf(a, sizeof a, "%s/a.1", test_tmp("records"));
+    snprintf(b, sizeof b, "%s/b.2", test_tmp("records"));
+    snprintf(out, sizeof out, "%s/soft-0.5/", test_tmp("records"));
+    assert_ok(rt_mkdirs(a, &err));
+    assert_ok(rt_mkdirs(b, &err));
+    rt_eval_name(a, name);
+    assert_string_equal(name, "a.1"); /* a directory's */
+    strcat(a, "/x.jsonl");
+    strcat(b, "/x.jsonl");
+    assert_ok(rt_publish_bytes(a, all.data, (size_t)(second + 1 - all.data), &err));
+    assert_ok(rt_publish_bytes(b, second + 1, all.len - (size_t)(second + 1 - all.data), &err));
+    rt_eval_name(a, name);
+    assert_string_equal(name, "x");
+    rt_eval_name("x-1.5", name);
+    assert_string_equal(name, "x-1.5");
+    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--batch-tokens", "80", "--steps", "2", "--eval-data", a, "--eval-data", b,
+                         "--threads", "1"), 0, NULL, &err));
+    struct rt_json *run = load(out, RT_RUN_FILE);
+    assert_string_equal(rt_json_as_string(rt_json_get(run, "name"), NULL), "soft-0.5");
+    rt_json_free(run);
+    assert_int_equal(check_records(out, 4), 4);
+    record(out, b, 1);
+    record(out, a, 1);
+    record(out, files.shards, 1);
+    record(out, files.shards, 2);
+    assert_int_equal(check_records(out, 4), 8);
+    record(out, files.shards, 2);
+    record(out, b, 1);
+    assert_int_equal(check_records(out, 4), 8);
+    bool there;
+    assert_ok(rt_eval_recorded(out, 2, a, &there, &err));
+    assert_true(there);
+    assert_ok(rt_eval_recorded(out, 2, "elsewhere/x.jsonl", &there, &err));
+    assert_false(there);
+    rt_buf_free(&all);
+}
+
 /* A learning rate that bursts everything: skipped steps end the run, --on-nan stop at once; the good checkpoint stays. */
 static void test_nan(void **state)
 {
@@ -584,6 +686,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
+    cmocka_unit_test_setup(test_records, set_up),
     cmocka_unit_test_setup_teardown(test_experiment, set_up, tear_down),
 };
 RT_SUITE(train_run, tests)
