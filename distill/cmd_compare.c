@@ -61,9 +61,12 @@ const struct rt_command rt_cmd_compare = {
     .name = "compare",
     .synopsis = "RUN RUN ... | EXPERIMENT [--html FILE] [--json]",
     .summary = "compare finished runs: paired differences with intervals, a verdict, a report",
-    .help = "Runs of one arm that differ in their seed are taken together; the first arm is what the others are held against. Differences are paired:\n"
-            "the same sequences or problems in both arms, resampled together 2,000 times from a fixed seed; an arm's own intervals are those of `eval`. Runs that differ in more than their\n"
-            "treatment (data, order, initialisation, tokens) are compared all the same, with warnings.\n\n"
+    .help = "Runs of one name (--arm, else --name of `train`) whose options agree but for the seed are one arm; others of that name are arms of their own,\n"
+            "named by their paths. The first arm is what the others are held against. Differences are paired: the same sequences or problems in both\n"
+            "arms, resampled together 2,000 times from a fixed seed; an arm's own intervals are those of `eval`. Arms may differ in losses and data. Where\n"
+            "they differ in more (order, initialisation, tokens, learning rate or another option of the recipe) they are compared all the same, with\n"
+            "warnings, and --json says \"controlled\": false. Where a run has several evaluations of one name (two files, temperatures, samplings; training's\n"
+            "own and `eval`'s) each has a table.\n\n"
             "    retort compare experiment/\n"
             "    retort compare runs/hard runs/soft --html hard-soft.html",
     .options = options,

@@ -33,7 +33,7 @@ static const struct rt_opt options[] = {
     {"verify", RT_OPT_CHOICE, V(verify), "boxed", 0, 0, "boxed|exact", NULL, "what is compared with the answer: the last \\boxed{}, or the text", false, false},
     {"max-length", RT_OPT_INT, V(max_length), "0", 0, 1e9, NULL, "N", "leave longer sequences out; 0: refuse those over the student's maximum", false, false},
     {"micro-tokens", RT_OPT_INT, V(micro_tokens), "0", 0, 1e9, NULL, "N", "tokens of a forward; 0: planned from memory", false, true},
-    {"record", RT_OPT_FLAG, V(record), "true", 0, 0, NULL, NULL, "where --student is a run, add the result to its eval.jsonl, in place of the same measurement alone", false, true},
+    {"record", RT_OPT_FLAG, V(record), "true", 0, 0, NULL, NULL, "where --student is a run, add the result to its eval.jsonl; replaces the same measurement", false, true},
     {0},
 };
 

@@ -1,4 +1,4 @@
-#include "distill/compare.h"
+#include "distill/compare_parts.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -8,14 +8,6 @@
 enum { RESAMPLES = 2000, SEED = 20240917 };
 
 /* ---- units of one evaluation, over runs ---- */
-static struct rt_cmp_eval *eval_of(const struct rt_cmp_run *r, const char *name)
-{
-    for (int i = 0; i < r->n_evals; i++)
-        if (strcmp(r->eval[i].name, name) == 0)
-            return &r->eval[i];
-    return NULL;
-}
-
 static const struct rt_cmp_unit *unit_of(const struct rt_cmp_eval *e, const char *id)
 {
     int64_t lo = 0, hi = e->n_units;
@@ -33,7 +25,7 @@ static const struct rt_cmp_unit *unit_of(const struct rt_cmp_eval *e, const char
 }
 
 /* num[i], den[i] = sums over the arm's runs of unit i of `ref`; den 0 where a run lacks it. only: one seed's runs, or NULL for all. */
-static void arm_sums(const struct rt_comparison *c, const struct rt_cmp_arm *a, const char *eval, const struct rt_cmp_eval *ref, int m,
+static void arm_sums(const struct rt_comparison *c, const struct rt_cmp_arm *a, int eval, const struct rt_cmp_eval *ref, int m,
                      const int64_t *only, double *num, double *den)
 {
     for (int64_t i = 0; i < ref->n_units; i++) {
@@ -42,8 +34,8 @@ static void arm_sums(const struct rt_comparison *c, const struct rt_cmp_arm *a, 
             const struct rt_cmp_run *r = &c->run[a->run[k]];
             if (only != NULL && r->seed != *only)
                 continue;
-            const struct rt_cmp_eval *e = eval_of(r, eval);
-            const struct rt_cmp_unit *u = e != NULL ? unit_of(e, ref->unit[i].id) : NULL;
+            const struct rt_cmp_eval *e = rt_cmp_eval_at(r, eval);
+            const struct rt_cmp_unit *u = e != NULL && rt_cmp_same_quantity(ref, e, m) ? unit_of(e, ref->unit[i].id) : NULL;
             if (u == NULL || !(u->den[m] > 0)) {
                 den[i] = 0;
                 break;
@@ -55,10 +47,10 @@ static void arm_sums(const struct rt_comparison *c, const struct rt_cmp_arm *a, 
 }
 
 /* The evaluation of the arm's first run that has sums. */
-static const struct rt_cmp_eval *reference(const struct rt_comparison *c, const struct rt_cmp_arm *a, const char *eval)
+static const struct rt_cmp_eval *reference(const struct rt_comparison *c, const struct rt_cmp_arm *a, int eval)
 {
     for (int k = 0; k < a->n_runs; k++) {
-        const struct rt_cmp_eval *e = eval_of(&c->run[a->run[k]], eval);
+        const struct rt_cmp_eval *e = rt_cmp_eval_at(&c->run[a->run[k]], eval);
         if (e != NULL && e->n_units > 0)
             return e;
     }
@@ -70,12 +62,12 @@ static void arm_result(struct rt_comparison *c, int arm, int eval, int m, double
 {
     const struct rt_cmp_arm *a = &c->arm[arm];
     struct rt_cmp_result *out = &c->result[eval][arm][m];
-    const struct rt_cmp_eval *ref = reference(c, a, c->eval[eval]);
+    const struct rt_cmp_eval *ref = reference(c, a, eval);
     double per_seed[RT_CMP_MAX_RUNS];
     *out = (struct rt_cmp_result){.value = {NAN, NAN, NAN, 0}, .seed_mean = NAN, .seed_sd = NAN};
     for (int k = 0; k < a->n_runs; k++) {
-        const struct rt_cmp_eval *e = eval_of(&c->run[a->run[k]], c->eval[eval]);
-        if (e == NULL || isnan(e->value[m]))
+        const struct rt_cmp_eval *e = rt_cmp_eval_at(&c->run[a->run[k]], eval);
+        if (e == NULL || isnan(e->value[m]) || (ref != NULL && !rt_cmp_same_quantity(ref, e, m)))
             continue;
         per_seed[out->seeds++] = e->value[m];
         if (out->seeds == 1)
@@ -89,7 +81,7 @@ static void arm_result(struct rt_comparison *c, int arm, int eval, int m, double
         return;
     double *num = scratch, *den = scratch + ref->n_units;
     struct rt_ratio pooled = {0};
-    arm_sums(c, a, c->eval[eval], ref, m, NULL, num, den);
+    arm_sums(c, a, eval, ref, m, NULL, num, den);
     for (int64_t i = 0; i < ref->n_units; i++)
         if (den[i] > 0)
             rt_ratio_add(&pooled, num[i], den[i]);
@@ -111,13 +103,11 @@ static bool has_seed(const struct rt_comparison *c, const struct rt_cmp_arm *a, 
     return false;
 }
 
-/* KL at another temperature, or answers sampled otherwise, are other quantities. */
-static bool same_quantity(const struct rt_cmp_eval *a, const struct rt_cmp_eval *b, int m)
+bool rt_cmp_same_quantity(const struct rt_cmp_eval *a, const struct rt_cmp_eval *b, int metric)
 {
-    bool same = m != RT_CMP_KL || !(a->T != b->T && !isnan(a->T) && !isnan(b->T));
-    for (int i = 0; i < 4 && m == RT_CMP_PASS1; i++)
-        same &= !(a->sampling[i] != b->sampling[i] && !isnan(a->sampling[i]) && !isnan(b->sampling[i]));
-    return same;
+    return metric == RT_CMP_KL      ? rt_eval_key_same_kl(&a->key, &b->key)
+           : metric == RT_CMP_PASS1 ? rt_eval_key_same_answers(&a->key, &b->key)
+                                    : true;
 }
 
 static enum rt_status arm_difference(struct rt_comparison *c, int arm, int eval, int m, double *scratch, struct rt_err *err)
@@ -125,23 +115,23 @@ static enum rt_status arm_difference(struct rt_comparison *c, int arm, int eval,
     enum rt_status st = RT_OK;
     const struct rt_cmp_arm *a = &c->arm[0], *b = &c->arm[arm];
     struct rt_cmp_difference *out = &c->diff[eval][arm][m];
-    const struct rt_cmp_eval *ref = reference(c, a, c->eval[eval]);
+    const struct rt_cmp_eval *ref = reference(c, a, eval);
     *out = (struct rt_cmp_difference){.value = {NAN, NAN, NAN, 0}};
-    const struct rt_cmp_eval *other = reference(c, b, c->eval[eval]);
-    if (ref == NULL || other == NULL || !same_quantity(ref, other, m))
+    const struct rt_cmp_eval *other = reference(c, b, eval);
+    if (ref == NULL || other == NULL || !rt_cmp_same_quantity(ref, other, m))
         return RT_OK;
     const int64_t n = ref->n_units;
     double *na = scratch, *da = na + n, *nb = da + n, *db = nb + n;
-    arm_sums(c, a, c->eval[eval], ref, m, NULL, na, da);
-    arm_sums(c, b, c->eval[eval], ref, m, NULL, nb, db);
+    arm_sums(c, a, eval, ref, m, NULL, na, da);
+    arm_sums(c, b, eval, ref, m, NULL, nb, db);
     RT_TRY(rt_stats_difference(na, da, nb, db, n, RESAMPLES, SEED, &out->value, err));
     for (int k = 0; k < b->n_runs && out->value.n > 0; k++) {
         const int64_t seed = c->run[b->run[k]].seed;
         double sa = 0, wa = 0, sb = 0, wb = 0;
         if (!has_seed(c, a, seed))
             continue;
-        arm_sums(c, a, c->eval[eval], ref, m, &seed, na, da);
-        arm_sums(c, b, c->eval[eval], ref, m, &seed, nb, db);
+        arm_sums(c, a, eval, ref, m, &seed, na, da);
+        arm_sums(c, b, eval, ref, m, &seed, nb, db);
         for (int64_t i = 0; i < n; i++)
             if (da[i] > 0 && db[i] > 0) {
                 sa += na[i];
@@ -190,30 +180,12 @@ static void describe_arm(const struct rt_comparison *c, struct rt_cmp_arm *a)
         a->final[i] = mean_of(c, a, "final", rt_cmp_curve_info[i].key);
 }
 
-static enum rt_status name_evals(struct rt_comparison *c, struct rt_err *err)
-{
-    for (int r = 0; r < c->n_runs; r++)
-        for (int i = 0; i < c->run[r].n_evals; i++) {
-            const struct rt_cmp_eval *e = &c->run[r].eval[i];
-            int at = 0;
-            while (at < c->n_evals && strcmp(c->eval[at], e->name) != 0)
-                at++;
-            if (at == RT_CMP_MAX_EVALS)
-                return rt_fail(err, RT_USAGE, "more than %d different evaluations", RT_CMP_MAX_EVALS);
-            if (at == c->n_evals)
-                snprintf(c->eval[c->n_evals++], sizeof c->eval[0], "%s", e->name);
-            for (int m = 0; m < RT_CMP_METRICS; m++)
-                c->has[at][m] |= !isnan(e->value[m]);
-        }
-    return RT_OK;
-}
-
 enum rt_status rt_compare_judge(struct rt_comparison *c, struct rt_err *err)
 {
     enum rt_status st;
     double *scratch = NULL;
     int64_t most = 1;
-    RT_TRY(name_evals(c, err));
+    RT_TRY(rt_compare_match(c, err));
     for (int r = 0; r < c->n_runs; r++)
         for (int i = 0; i < c->run[r].n_evals; i++)
             most = c->run[r].eval[i].n_units > most ? c->run[r].eval[i].n_units : most;
@@ -332,11 +304,13 @@ enum rt_status rt_compare(const char *const *paths, int n, struct rt_log *log, s
     struct rt_comparison *c = NULL;
     RT_TRY(rt_alloc(1, sizeof *c, "comparison", &c, err));
     RT_TRY(rt_compare_load(paths, n, log, c, err));
+    RT_TRY(rt_compare_group(c, err));
     RT_TRY(rt_compare_judge(c, err));
     RT_TRY(rt_json_new_object(&c->report, err));
     RT_TRY(rt_json_set_int(c->report, "version", 1, err));
     RT_TRY(arms_json(c, err));
     RT_TRY(results_json(c, err));
+    RT_TRY(rt_compare_check(c, err));
     RT_TRY(rt_compare_words(c, err));
     *out = c;
     c = NULL;
@@ -359,10 +333,9 @@ void rt_comparison_free(struct rt_comparison *c)
             rt_buf_free(&r->curve[k]);
         rt_buf_free(&r->step);
         rt_free(r->eval);
+        free(r->description);
         rt_json_free(r->run);
     }
-    for (int i = 0; i < c->n_arms; i++)
-        free(c->arm[i].description);
     rt_json_free(c->report);
     rt_free(c->run);
     rt_free(c->arm);

@@ -1,8 +1,8 @@
 /* Comparing finished runs: what they left behind (distill/run_record.h), read, paired and judged.
  *
- * Runs form arms (same treatment, other seeds). The first arm is what the others are held against. Every difference is paired: the
- * same sequences or problems in both arms, summed over seeds, resampled together (distill/stats.h). Where an evaluation left no sums
- * for each sequence, its own interval is shown and nothing is paired.
+ * Runs form arms (same treatment, other seeds): those of one name whose options agree but for the seed. The first arm is what the others
+ * are held against. Every difference is paired: the same sequences or problems in both arms, summed over seeds, resampled together
+ * (distill/stats.h). Where an evaluation left no sums for each sequence, its own interval is shown and nothing is paired.
  */
 #ifndef RT_DISTILL_COMPARE_H
 #define RT_DISTILL_COMPARE_H
@@ -13,8 +13,11 @@
 #include "core/log.h"
 #include "core/mem.h"
 #include "core/status.h"
+#include "distill/eval_key.h"
 #include "distill/stats.h"
 #include "formats/json.h"
+
+enum { RT_CMP_MAX_RUNS = 256, RT_CMP_MAX_ARMS = 32, RT_CMP_MAX_EVALS = 32, RT_CMP_NAME = 100 };
 
 enum rt_cmp_metric { RT_CMP_CE, RT_CMP_KL, RT_CMP_AGREEMENT, RT_CMP_ACCURACY, RT_CMP_PASS1, RT_CMP_METRICS };
 struct rt_cmp_metric_info {
@@ -37,27 +40,28 @@ struct rt_cmp_unit { /* a sequence or a problem of one evaluation */
 struct rt_cmp_point {
     double step, value[RT_CMP_METRICS];
 };
-struct rt_cmp_eval { /* the last evaluation of one name in one run */
-    char name[128];
+struct rt_cmp_eval { /* the last evaluation of one key in one run */
+    struct rt_eval_key key;
     int64_t step;
     double value[RT_CMP_METRICS], lo[RT_CMP_METRICS], hi[RT_CMP_METRICS]; /* as recorded; NaN: not there */
     double count[RT_CMP_METRICS];    /* targets, rows, problems */
-    double T, sampling[4];           /* kd_temperature; samples, temperature, top_p, max_tokens: equal where results compare. NaN: not there */
     struct rt_cmp_unit *unit;        /* [n_units] by id; rt_free */
     int64_t n_units;
     struct rt_buf history;           /* struct rt_cmp_point, ascending step */
 };
 struct rt_cmp_run {
-    char path[4096], label[200];     /* label: for messages, "ARM seed S" */
+    char path[4096], real[4096];     /* as given; resolved */
+    char label[RT_CMP_NAME + 32];    /* for messages, "ARM seed S" */
     struct rt_json *run;             /* run.json */
-    char name[100], arm[100];
+    char arm[RT_CMP_NAME];           /* as recorded, or as the experiment says */
+    char *description;               /* the experiment's, of the arm; may be NULL; free */
     int64_t seed;
     bool finished;
     struct rt_buf step, curve[RT_CURVES]; /* doubles; NaN: not there */
     struct rt_cmp_eval *eval;        /* [n_evals] rt_free */
     int n_evals;
+    int at[RT_CMP_MAX_EVALS];        /* which of eval an evaluation of the comparison is; -1: none */
 };
-enum { RT_CMP_MAX_RUNS = 256, RT_CMP_MAX_ARMS = 32, RT_CMP_MAX_EVALS = 32 };
 
 struct rt_cmp_result { /* of one arm in one evaluation and metric */
     struct rt_interval value;
@@ -70,8 +74,8 @@ struct rt_cmp_difference { /* arm minus first arm */
     bool told;                       /* the interval is on one side of 0 and all seeds agree */
 };
 struct rt_cmp_arm {
-    char name[100];
-    char *description;               /* may be NULL; free */
+    char name[RT_CMP_NAME];
+    const char *description;         /* of its first run; may be NULL */
     int run[RT_CMP_MAX_RUNS], n_runs;
     double tokens, targets, seconds, flops, peak, tokens_per_second; /* means over runs; NaN unknown */
     double final[RT_CURVES];         /* means of run.json "final" */
@@ -84,7 +88,7 @@ struct rt_comparison {
     int n_runs;
     struct rt_cmp_arm *arm;          /* [n_arms] */
     int n_arms;
-    char eval[RT_CMP_MAX_EVALS][128];
+    char eval[RT_CMP_MAX_EVALS][320]; /* titles */
     int n_evals;
     bool has[RT_CMP_MAX_EVALS][RT_CMP_METRICS];
     struct rt_cmp_result result[RT_CMP_MAX_EVALS][RT_CMP_MAX_ARMS][RT_CMP_METRICS];
@@ -92,15 +96,24 @@ struct rt_comparison {
     struct rt_json *report;          /* arms, results, differences, warnings, verdict: what --json prints */
 };
 
-/* Reads and judges. paths: runs, or an experiment. Errors: IO, FORMAT of the files; REFUSED where no run has a record; USAGE for limits. */
+/* Reads and judges. paths: runs, or an experiment. Errors: IO, FORMAT of the files; REFUSED where no run has a record; USAGE for limits, and
+ * a run that is there twice. */
 enum rt_status rt_compare(const char *const *paths, int n, struct rt_log *log, struct rt_comparison **out, struct rt_err *err);
 void rt_comparison_free(struct rt_comparison *c); /* NULL is fine */
 
-/* Inside: runs and evaluations from disk; results, warnings and sentences from them. */
+/* Inside: runs and evaluations from disk; which evaluations stand in one table; results, warnings and sentences from them. */
 enum rt_status rt_compare_load(const char *const *paths, int n, struct rt_log *log, struct rt_comparison *c, struct rt_err *err);
+enum rt_status rt_compare_match(struct rt_comparison *c, struct rt_err *err);
 enum rt_status rt_compare_judge(struct rt_comparison *c, struct rt_err *err);
-/* report.warnings, report.differs, report.verdict. */
+/* report.differs, report.verdict. */
 enum rt_status rt_compare_words(struct rt_comparison *c, struct rt_err *err);
+
+/* A run's evaluation in table e; NULL: none. */
+const struct rt_cmp_eval *rt_cmp_eval_at(const struct rt_cmp_run *r, int e);
+/* The last parts of paths[i], as many as none of the others that are not the same text ends with. Lies in paths[i]. */
+const char *rt_cmp_path_name(const char *const *paths, int n, int i);
+/* KL at another temperature, answers sampled otherwise or to other problems are other quantities: neither paired nor averaged. */
+bool rt_cmp_same_quantity(const struct rt_cmp_eval *a, const struct rt_cmp_eval *b, int metric);
 
 /* Appends the terminal's tables. */
 enum rt_status rt_compare_print(const struct rt_comparison *c, struct rt_buf *out, struct rt_err *err);

@@ -127,12 +127,8 @@ out:
 /* ---- evaluations ---- */
 static void read_values(const struct rt_json *v, struct rt_cmp_eval *e)
 {
-    static const char *const sampling[] = {"samples", "temperature", "top_p", "max_tokens"};
     static const char *const count[RT_CMP_METRICS] = {"n_tokens", "kl_rows", "kl_rows", "n_tokens", "n_problems"};
     char key[32];
-    e->T = number(v, "kd_temperature");
-    for (int i = 0; i < 4; i++)
-        e->sampling[i] = number(v, sampling[i]);
     for (int m = 0; m < RT_CMP_METRICS; m++) {
         const struct rt_json *ci;
         e->value[m] = number(v, rt_cmp_metric_info[m].key);
@@ -145,15 +141,15 @@ static void read_values(const struct rt_json *v, struct rt_cmp_eval *e)
     }
 }
 
-static struct rt_cmp_eval *find_eval(struct rt_cmp_run *r, const char *name)
+static struct rt_cmp_eval *find_eval(struct rt_cmp_run *r, const struct rt_eval_key *key)
 {
     for (int i = 0; i < r->n_evals; i++)
-        if (strcmp(r->eval[i].name, name) == 0)
+        if (rt_eval_key_same(&r->eval[i].key, key))
             return &r->eval[i];
     if (r->n_evals == RT_CMP_MAX_EVALS)
         return NULL;
     struct rt_cmp_eval *e = &r->eval[r->n_evals++];
-    copy(e->name, sizeof e->name, name);
+    e->key = *key;
     e->step = -1;
     return e;
 }
@@ -172,6 +168,7 @@ static enum rt_status load_evals(struct rt_cmp_run *r, struct rt_err *err)
     for (;;) {
         const char *name, *file;
         int64_t step;
+        struct rt_eval_key key;
         struct rt_cmp_point p;
         RT_TRY(rt_jsonl_next(&f, &v, err));
         if (v == NULL)
@@ -179,9 +176,10 @@ static enum rt_status load_evals(struct rt_cmp_run *r, struct rt_err *err)
         RT_TRY(rt_json_string(v, "name", &name, err));
         RT_TRY(rt_json_int(v, "step", 0, INT64_MAX, &step, err));
         RT_TRY(rt_json_string_or(v, "per_sequence", "", &file, err));
-        struct rt_cmp_eval *e = find_eval(r, name);
+        rt_eval_key_read(v, &key);
+        struct rt_cmp_eval *e = find_eval(r, &key);
         if (e == NULL)
-            RT_FAIL(err, FORMAT, "%s: more than %d different names", path, RT_CMP_MAX_EVALS);
+            RT_FAIL(err, FORMAT, "%s: more than %d different evaluations", path, RT_CMP_MAX_EVALS);
         if (step < e->step)
             continue;
         e->step = step;
@@ -236,16 +234,21 @@ out:
 }
 
 /* ---- runs ---- */
-static const char *base_name(const char *path)
+/* A run twice would be an arm of two seeds, or paired with itself. */
+static enum rt_status resolve(struct rt_comparison *c, struct rt_cmp_run *r, struct rt_err *err)
 {
-    const char *slash = strrchr(path, '/');
-    return slash != NULL && slash[1] != '\0' ? slash + 1 : path;
+    if (realpath(r->path, r->real) == NULL)
+        copy(r->real, sizeof r->real, r->path);
+    for (const struct rt_cmp_run *other = c->run; other < r; other++)
+        if (strcmp(other->real, r->real) == 0)
+            return rt_fail(err, RT_USAGE, "%.1000s: this run is there already, as %.1000s: expected another one, or the run once", r->path, other->path);
+    return RT_OK;
 }
 
-static enum rt_status add_run(struct rt_comparison *c, const char *path, const char *arm, struct rt_err *err)
+static enum rt_status add_run(struct rt_comparison *c, const char *path, const char *arm, const char *description, struct rt_err *err)
 {
     enum rt_status st;
-    char file[PATH_CAP];
+    char file[PATH_CAP], base[128];
     const char *name, *own;
     if (c->n_runs == RT_CMP_MAX_RUNS)
         RT_FAIL(err, USAGE, "more than %d runs", RT_CMP_MAX_RUNS);
@@ -255,38 +258,23 @@ static enum rt_status add_run(struct rt_comparison *c, const char *path, const c
     copy(r->path, sizeof r->path, path);
     for (size_t n = strlen(r->path); n > 1 && r->path[n - 1] == '/';)
         r->path[--n] = '\0';
+    RT_TRY(resolve(c, r, err));
+    rt_record_name(r->path, base);
     RT_TRY(rt_path_join(file, sizeof file, r->path, RT_RUN_FILE, err));
     RT_TRY(rt_json_load(file, max_record, &r->run, err));
     if (rt_json_typeof(r->run) != RT_JSON_OBJECT)
         RT_FAIL(err, FORMAT, "%s: expected a JSON object", file);
-    RT_TRY(rt_json_string_or(r->run, "name", base_name(r->path), &name, err));
+    RT_TRY(rt_json_string_or(r->run, "name", base, &name, err));
     RT_TRY(rt_json_string_or(r->run, "arm", name, &own, err));
     RT_TRY(rt_json_int_or(r->run, "seed", INT64_MIN, INT64_MAX, 0, &r->seed, err));
     RT_TRY(rt_json_bool_or(r->run, "finished", false, &r->finished, err));
-    copy(r->name, sizeof r->name, name);
     copy(r->arm, sizeof r->arm, arm != NULL ? arm : own);
-    for (int i = 0; i + 1 < c->n_runs; i++) /* the same arm and seed twice: two arms by the names of their directories */
-        if (strcmp(c->run[i].arm, r->arm) == 0 && c->run[i].seed == r->seed)
-            copy(r->arm, sizeof r->arm, base_name(r->path));
-    snprintf(r->label, sizeof r->label, "%s seed %" PRId64, r->arm, r->seed);
+    if (description != NULL)
+        r->description = strdup(description);
     RT_TRY(load_curves(r, err));
     RT_TRY(load_evals(r, err));
 out:
     return st;
-}
-
-static struct rt_cmp_arm *arm_of(struct rt_comparison *c, const char *name, struct rt_err *err)
-{
-    for (int i = 0; i < c->n_arms; i++)
-        if (strcmp(c->arm[i].name, name) == 0)
-            return &c->arm[i];
-    if (c->n_arms == RT_CMP_MAX_ARMS) {
-        rt_fail(err, RT_USAGE, "more than %d arms", RT_CMP_MAX_ARMS);
-        return NULL;
-    }
-    struct rt_cmp_arm *a = &c->arm[c->n_arms++];
-    copy(a->name, sizeof a->name, name);
-    return a;
 }
 
 static enum rt_status add_experiment(struct rt_comparison *c, const char *dir, struct rt_log *log, struct rt_err *err)
@@ -316,44 +304,12 @@ static enum rt_status add_experiment(struct rt_comparison *c, const char *dir, s
                 rt_warn(log, "%s: arm %s has not begun there: left out", path, name);
                 continue;
             }
-            RT_TRY(add_run(c, path, name, err));
+            RT_TRY(add_run(c, path, name, description[0] != '\0' ? description : NULL, err));
         }
-        struct rt_cmp_arm *a = arm_of(c, name, err);
-        if (a == NULL) {
-            st = RT_USAGE;
-            goto out;
-        }
-        if (description[0] != '\0' && a->description == NULL)
-            a->description = strdup(description);
     }
 out:
     rt_json_free(e);
     return st;
-}
-
-/* Arms in order of their first run; arms of an experiment without a run go. */
-static enum rt_status group(struct rt_comparison *c, struct rt_err *err)
-{
-    for (int i = 0; i < c->n_runs; i++) {
-        struct rt_cmp_arm *a = arm_of(c, c->run[i].arm, err);
-        if (a == NULL)
-            return RT_USAGE;
-        a->run[a->n_runs++] = i;
-    }
-    int kept = 0;
-    for (int i = 0; i < c->n_arms; i++) {
-        if (c->arm[i].n_runs == 0) {
-            free(c->arm[i].description);
-            continue;
-        }
-        if (kept != i)
-            c->arm[kept] = c->arm[i];
-        kept++;
-    }
-    for (int i = kept; i < c->n_arms; i++)
-        c->arm[i] = (struct rt_cmp_arm){0};
-    c->n_arms = kept;
-    return RT_OK;
 }
 
 enum rt_status rt_compare_load(const char *const *paths, int n, struct rt_log *log, struct rt_comparison *c, struct rt_err *err)
@@ -371,11 +327,10 @@ enum rt_status rt_compare_load(const char *const *paths, int n, struct rt_log *l
         RT_TRY(rt_path_join(file, sizeof file, paths[i], RT_RUN_FILE, err));
         if (!rt_path_exists(file))
             RT_FAIL(err, FORMAT, "%s: neither a run nor an experiment: expected " RT_RUN_FILE " or " RT_EXPERIMENT_FILE " there", paths[i]);
-        RT_TRY(add_run(c, paths[i], NULL, err));
+        RT_TRY(add_run(c, paths[i], NULL, NULL, err));
     }
     if (c->n_runs == 0)
         RT_FAIL(err, REFUSED, "%s: no arm of it has begun: `retort experiment` with the same --out trains them", paths[0]);
-    RT_TRY(group(c, err));
 out:
     return st;
 }

@@ -59,8 +59,8 @@ out:
 /* The last evaluation of each kind: name, data, temperatures. */
 static enum rt_status evaluations(const char *dir, struct rt_json *obj, struct rt_err *err)
 {
-    static const char *const keys[] = {"name", "step", "data", "by", "n_sequences", "ce", "kd_temperature", "kl", "agreement", "accuracy", "n_problems", "samples",
-                                       "temperature", "pass1"};
+    static const char *const keys[] = {"name", "step", "data", "by", "n_sequences", "ce", "kd_temperature", "kl", "agreement", "accuracy",
+                                       "n_problems", "samples", "temperature", "pass1"};
     enum { MOST = 64 };
     enum rt_status st;
     char path[PATH_CAP];

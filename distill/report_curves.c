@@ -121,18 +121,10 @@ out:
 }
 
 /* ---- held-out losses over steps ---- */
-static const struct rt_cmp_eval *eval_of(const struct rt_cmp_run *r, const char *name)
-{
-    for (int i = 0; i < r->n_evals; i++)
-        if (strcmp(r->eval[i].name, name) == 0)
-            return &r->eval[i];
-    return NULL;
-}
-
 /* The arm's mean at each step of its first run's history; runs without that step count for nothing. *n points. */
-static void history(const struct rt_comparison *c, int a, const char *eval, int m, double *x, double *y, int *n)
+static void history(const struct rt_comparison *c, int a, int eval, int m, double *x, double *y, int *n)
 {
-    const struct rt_cmp_eval *first = eval_of(&c->run[c->arm[a].run[0]], eval);
+    const struct rt_cmp_eval *first = rt_cmp_eval_at(&c->run[c->arm[a].run[0]], eval);
     *n = 0;
     if (first == NULL)
         return;
@@ -142,7 +134,7 @@ static void history(const struct rt_comparison *c, int a, const char *eval, int 
         double sum = 0;
         int runs = 0;
         for (int r = 0; r < c->arm[a].n_runs; r++) {
-            const struct rt_cmp_eval *e = eval_of(&c->run[c->arm[a].run[r]], eval);
+            const struct rt_cmp_eval *e = rt_cmp_eval_at(&c->run[c->arm[a].run[r]], eval);
             const struct rt_cmp_point *q = e != NULL ? (const struct rt_cmp_point *)(const void *)e->history.data : NULL;
             for (size_t j = 0; q != NULL && j < e->history.len / sizeof *q; j++)
                 if (q[j].step == p[i].step && isfinite(q[j].value[m])) {
@@ -164,7 +156,7 @@ static enum rt_status held_out(const struct rt_comparison *c, struct curves *k, 
     int most = 0;
     for (int a = 0; a < c->n_arms; a++) {
         int n;
-        history(c, a, c->eval[e], m, k->lo[a], k->y[a], &n); /* lo holds x here */
+        history(c, a, e, m, k->lo[a], k->y[a], &n); /* lo holds x here */
         line[a] = (struct rt_svg_line){c->arm[a].name, a, k->lo[a], k->y[a], NULL, NULL, n, n <= 20};
         most = n > most ? n : most;
     }

@@ -149,6 +149,7 @@ struct fake {
     int correct;      /* of 4 samples of each problem */
     bool reversed;    /* lines of the evaluation in another order */
     double alm;       /* weight; 0: run.json does not name it */
+    const char *lr, *data; /* as recorded */
 };
 
 static void make_run(const char *dir, const struct fake *f)
@@ -158,13 +159,14 @@ static void make_run(const char *dir, const struct fake *f)
     char alm[32] = "";
     if (f->alm > 0)
         snprintf(alm, sizeof alm, ",\"alm\":%g", f->alm);
-    snprintf(text, sizeof text, "{\"version\":1,\"name\":\"n\",\"arm\":\"%s\",\"seed\":%lld,\"finished\":true,\"options\":{\"w-kl\":\"%g\",\"lr\":\"0.001\",\"out\":\"%s\"},"
+    snprintf(text, sizeof text, "{\"version\":1,\"name\":\"n\",\"arm\":\"%s\",\"seed\":%lld,\"finished\":true,\"options\":{\"w-kl\":\"%d\",\"lr\":\"%s\",\"device\":\"%s\",\"out\":\"%s\"},"
              "\"weights\":{\"ce\":0,\"kl\":1,\"feature\":0%s},\"init\":{\"sha256\":\"%s\"},\"order_sha256\":\"%s\",\"tokens\":%lld,\"steps\":3,\"seconds\":5.5,"
-             "\"final\":{\"ce\":2.5,\"kl\":0.5}}", f->arm, (long long)f->seed, f->kl, dir, alm, f->init, f->order, (long long)f->tokens);
+             "\"final\":{\"ce\":2.5,\"kl\":0.5}}", f->arm, (long long)f->seed, strcmp(f->arm, "hard") != 0, f->lr,
+             f->seed == 0 ? "cpu" : "cuda", dir, alm, f->init, f->order, (long long)f->tokens);
     put(dir, "run.json", text);
     put(dir, "metrics.jsonl", "{\"step\":1,\"loss\":3,\"ce\":3,\"kl\":1}\n{\"step\":2,\"skipped\":true,\"loss\":null}\n{\"step\":3,\"loss\":2,\"ce\":2,\"kl\":0.5}\n{\"step\":4,\"lo");
-    snprintf(text, sizeof text, "{\"step\":0,\"name\":\"h\",\"ce\":5,\"kl\":9}\n{\"step\":3,\"name\":\"h\",\"ce\":null,\"kl\":%g,\"kl_rows\":240,\"kd_temperature\":%g,"
-             "\"agreement\":0.7,\"pass1\":%g,\"n_problems\":12,\"per_sequence\":\"eval/h.jsonl\"}\n", f->kl, f->T, f->correct / 4.0);
+    snprintf(text, sizeof text, "{\"step\":0,\"name\":\"h\",\"data\":\"%s\",\"ce\":5,\"kl\":9,\"kd_temperature\":%g}\n{\"step\":3,\"name\":\"h\",\"data\":\"%s\",\"ce\":null,\"kl\":%g,\"kl_rows\":240,\"kd_temperature\":%g,"
+             "\"agreement\":0.7,\"pass1\":%g,\"n_problems\":12,\"per_sequence\":\"eval/h.jsonl\"}\n", f->data, f->T, f->data, f->kl, f->T, f->correct / 4.0);
     put(dir, "eval.jsonl", text);
     p = text;
     *p = '\0';
@@ -178,7 +180,7 @@ static void make_run(const char *dir, const struct fake *f)
     put(dir, "eval/h.jsonl", text);
 }
 
-static const struct fake base = {"hard", "o", "i", 0, 100, 3, 0, 1, 4, false, 0};
+static const struct fake base = {"hard", "o", "i", 0, 100, 3, 0, 1, 4, false, 0, "0.001", "d/h.jsonl"};
 
 static bool said(const struct rt_comparison *c, const char *list, const char *words)
 {
@@ -319,6 +321,131 @@ static void seeds_must_agree(void **state)
     assert_true(d->value.hi < 0 && d->seeds == 2 && d->same_sign == 1 && !d->told);
     const struct rt_cmp_result *r = &c->result[0][1][RT_CMP_KL];
     assert_true(r->seeds == 2 && fabs(r->seed_mean - 2.05) < 1e-12 && fabs(r->seed_sd - 2.1 / sqrt(2)) < 1e-12);
+    rt_comparison_free(c);
+}
+
+/* Runs f[i] at PLACE/x<i>/final, compared in this order. */
+static struct rt_comparison *compare_at(const char *place, const struct fake *f, int n)
+{
+    struct rt_err err = {0};
+    struct rt_comparison *c = NULL;
+    static char path[4][4096];
+    const char *paths[4];
+    for (int i = 0; i < n; i++) {
+        snprintf(path[i], sizeof path[i], "%s/x%d/final", test_tmp(place), i);
+        make_run(path[i], &f[i]);
+        paths[i] = path[i];
+    }
+    assert_ok(rt_compare(paths, n, NULL, &c, &err));
+    return c;
+}
+
+static bool controlled(const struct rt_comparison *c)
+{
+    bool yes = false;
+    assert_true(rt_json_as_bool(rt_json_get(c->report, "controlled"), &yes));
+    return yes;
+}
+
+/* The loss, and where the work was done, may differ between arms; the recipe may not. */
+static void another_recipe_is_said(void **state)
+{
+    (void)state;
+    struct fake f[2] = {base, base};
+    f[1].arm = "soft";
+    struct rt_comparison *c = compare_at("recipe-same", f, 2);
+    assert_true(controlled(c) && rt_json_len(rt_json_get(c->report, "warnings")) == 0);
+    rt_comparison_free(c);
+    f[1].lr = "0.002";
+    c = compare_at("recipe-other", f, 2);
+    assert_true(!controlled(c) && said(c, "warnings", "soft seed 0 was trained with --lr 0.002, hard seed 0 with 0.001"));
+    assert_true(said(c, "verdict", "differ in more than their treatment"));
+    rt_comparison_free(c);
+}
+
+/* One name is one arm only where the seed alone differs; else paths name the arms. A run is one run. */
+static void arms_are_replicates(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_comparison *c;
+    struct fake f[4] = {base, base, base, base};
+    c = compare_at("clash", f, 2); /* the same seed */
+    assert_int_equal(c->n_arms, 2);
+    assert_string_equal(c->arm[0].name, "x0/final");
+    assert_string_equal(c->arm[1].name, "x1/final");
+    assert_true(said(c, "warnings", "both called hard and are no replicates (both of seed 0)"));
+    rt_comparison_free(c);
+    f[1].seed = f[3].seed = 1;
+    c = compare_at("seeds-alone", f, 2);
+    assert_true(c->n_arms == 1 && c->arm[0].n_runs == 2 && strcmp(c->arm[0].name, "hard") == 0);
+    rt_comparison_free(c);
+    f[2].lr = f[3].lr = "0.002";
+    c = compare_at("clash-lr", f, 4);
+    assert_true(c->n_arms == 2 && c->arm[0].n_runs == 2 && c->arm[1].n_runs == 2);
+    assert_string_equal(c->arm[1].name, "x2/final");
+    assert_true(said(c, "warnings", "no replicates (--lr '0.001' and '0.002')") && !controlled(c));
+    rt_comparison_free(c);
+    f[2] = base;
+    f[2].arm = "soft";
+    c = compare_at("two-and-one", f, 3);
+    assert_true(c->n_arms == 2 && said(c, "verdict", "soft and hard share one seed (1 and 2 runs)") && !said(c, "verdict", "One seed an arm"));
+    rt_comparison_free(c);
+    char again[4096];
+    const char *const twice[] = {test_tmp("once"), again};
+    snprintf(again, sizeof again, "%s/../once/", twice[0]);
+    make_run(twice[0], &base);
+    c = NULL;
+    assert_status(rt_compare(twice, 2, NULL, &c, &err), USAGE);
+    assert_null(c);
+}
+
+static bool has_table(const struct rt_comparison *c, const char *title)
+{
+    for (int e = 0; e < c->n_evals; e++)
+        if (strcmp(c->eval[e], title) == 0)
+            return true;
+    return false;
+}
+
+/* Measurements of one name: a table each where a run has several; one table, with what differs said, where none has. */
+static void measurements_of_one_name(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_comparison *c = NULL;
+    static const char more[] =
+        "{\"step\":3,\"name\":\"h\",\"by\":\"train\",\"data\":\"d/h.jsonl\",\"kl\":2,\"kd_temperature\":1}\n"
+        "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"kl\":2,\"kd_temperature\":2}\n"
+        "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"pass1\":0.5,\"samples\":4,\"temperature\":0.6}\n"
+        "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"pass1\":0.5,\"samples\":1,\"temperature\":0}\n";
+    static const char elsewhere[] = "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"e/h.jsonl\",\"data_sha256\":\"77\",\"kl\":2,\"kd_temperature\":2}\n";
+    struct fake f[2] = {base, base};
+    char a[4096], b[4096];
+    const char *const paths[] = {a, b};
+    f[1].arm = "soft";
+    f[1].data = "e/h.jsonl";
+    c = compare_at("kinds", f, 2);
+    snprintf(a, sizeof a, "%s", c->run[0].path);
+    snprintf(b, sizeof b, "%s", c->run[1].path);
+    assert_true(c->n_evals == 1 && has_table(c, "h"));
+    assert_true(said(c, "warnings", "the data differ, soft seed 0 was evaluated on e/h.jsonl, hard seed 0 on d/h.jsonl"));
+    rt_comparison_free(c);
+    put(a, "eval.jsonl", more);
+    put(b, "eval.jsonl", more);
+    assert_ok(rt_compare(paths, 2, NULL, &c, &err));
+    assert_int_equal(c->n_evals, 4);
+    assert_true(has_table(c, "h (in training, T = 1)") && has_table(c, "h (T = 2)") && has_table(c, "h (no KL, samples 1, temperature 0)"));
+    assert_int_equal(rt_json_len(rt_json_get(c->report, "warnings")), 0);
+    rt_comparison_free(c);
+    put(a, "eval.jsonl", strstr(more, "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"pass1\":0.5,\"samples\":4"));
+    char two[1024];
+    snprintf(two, sizeof two, "%s%.*s", elsewhere, (int)(strchr(more, '\n') + 1 - more), more);
+    put(b, "eval.jsonl", two);
+    assert_ok(rt_compare(paths, 2, NULL, &c, &err)); /* the first arm is told of too, with the command */
+    assert_true(said(c, "warnings", "hard seed 0 was not evaluated on e/h.jsonl (T = 2): `retort eval --student ") && said(c, "warnings", "--data e/h.jsonl --kd-temperature 2` adds it"));
+    assert_true(said(c, "warnings", "hard seed 0 was not evaluated on d/h.jsonl (in training, T = 1)"));
+    assert_true(said(c, "warnings", "--samples 4 --temperature 0.6` adds it"));
     rt_comparison_free(c);
 }
 
@@ -490,7 +617,9 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(intervals_of_shares),
     cmocka_unit_test(pairing_takes_out_what_is_shared), cmocka_unit_test(a_difference_that_can_be_told), cmocka_unit_test(arms_are_a_table),
     cmocka_unit_test(a_difference_that_cannot),
-    cmocka_unit_test(what_is_not_comparable_is_said), cmocka_unit_test(seeds_must_agree), cmocka_unit_test(bad_records_are_refused),
+    cmocka_unit_test(what_is_not_comparable_is_said), cmocka_unit_test(seeds_must_agree),
+    cmocka_unit_test(another_recipe_is_said), cmocka_unit_test(arms_are_replicates), cmocka_unit_test(measurements_of_one_name),
+    cmocka_unit_test(bad_records_are_refused),
     cmocka_unit_test(page_is_self_contained), cmocka_unit_test(strange_values_are_drawn), cmocka_unit_test(json_lines),
 };
 RT_SUITE(compare, tests)
