@@ -1,5 +1,6 @@
 #include "distill/eval_run.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "core/io.h"
@@ -12,6 +13,15 @@ enum { MICRO_TOKENS = 4096 };
 static enum rt_status create(struct rt_loaded_student *l, const struct rt_device *d, struct rt_err *err)
 {
     return l->s != NULL ? RT_OK : rt_loaded_student_create(l, d, l->c.max_position, 0, err);
+}
+
+/* Why there is no KL, and at which temperatures there would be one. */
+static void warn_temperature(const struct rt_eval_run_options *o, const struct rt_row_identity *id)
+{
+    char stored[16 * RT_MAX_LSE + 1] = "";
+    for (int i = 0; i < id->n_lse && i < RT_MAX_LSE; i++)
+        snprintf(stored + strlen(stored), 16, "%s%g", i > 0 ? ", " : "", id->lse_temperature[i]);
+    rt_warn(o->log, "%s: the log-sum-exp at T = %g is not stored (stored: %s): no KL; --kd-temperature takes one of these", o->data, o->T, stored);
 }
 
 static enum rt_status losses(struct rt_loaded_student *l, const struct rt_device *d, const struct rt_eval_run_options *o, struct rt_json *line,
@@ -27,7 +37,7 @@ static enum rt_status losses(struct rt_loaded_student *l, const struct rt_device
     RT_TRY(rt_train_set_open(o->data, &so, o->log, &set, err));
     const struct rt_train_info *info = rt_train_set_info(set);
     if (info->top_k > 0 && rt_train_set_lse(set, o->T) < 0)
-        rt_warn(o->log, "%s: the log-sum-exp at T = %g is not stored: no KL", o->data, o->T);
+        warn_temperature(o, info->identity);
     int64_t micro = o->micro_tokens > 0 ? o->micro_tokens : MICRO_TOKENS;
     while (micro > info->longest && o->micro_tokens == 0 &&
            rt_eval_own_bytes(&l->c, micro, info->top_k, rt_device_act_size(d)) > (size_t)o->memory)

@@ -408,8 +408,8 @@ static void test_lines_and_shards(void **state)
     assert_true(kl > 0);
 }
 
-/* Measures the student of a run as `eval` does, and records it. */
-static void record(const char *run, const char *data, double T)
+/* Measures the student of a run as `eval` does, and records it; log may be NULL. */
+static void record(const char *run, const char *data, double T, struct rt_log *log)
 {
     struct rt_err err = {0};
     struct rt_loaded_student l = {0};
@@ -418,7 +418,7 @@ static void record(const char *run, const char *data, double T)
     struct rt_buf rows = {0};
     int64_t step;
     const struct rt_student_source source = {run, NULL, NULL, NULL};
-    const struct rt_eval_run_options o = {.data = data, .T = T, .memory = 1 << 28};
+    const struct rt_eval_run_options o = {.data = data, .T = T, .memory = 1 << 28, .log = log};
     assert_ok(rt_device_open(&rt_backend_cpu, &(struct rt_dev_options){.threads = 2}, &d, &err));
     assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
     assert_ok(rt_json_new_object(&line, &err));
@@ -494,19 +494,27 @@ static void test_records(void **state)
     assert_string_equal(rt_json_as_string(rt_json_get(run, "name"), NULL), "soft-0.5");
     rt_json_free(run);
     assert_int_equal(check_records(out, 4), 4);
-    record(out, b, 1);
-    record(out, a, 1);
-    record(out, files.shards, 1);
-    record(out, files.shards, 2);
+    record(out, b, 1, NULL);
+    record(out, a, 1, NULL);
+    record(out, files.shards, 1, NULL);
+    record(out, files.shards, 2, NULL);
     assert_int_equal(check_records(out, 4), 8);
-    record(out, files.shards, 2);
-    record(out, b, 1);
+    record(out, files.shards, 2, NULL);
+    record(out, b, 1, NULL);
     assert_int_equal(check_records(out, 4), 8);
     bool there;
     assert_ok(rt_eval_recorded(out, 2, a, &there, &err));
     assert_true(there);
     assert_ok(rt_eval_recorded(out, 2, "elsewhere/x.jsonl", &there, &err));
     assert_false(there);
+    struct rt_log log;
+    char *text = NULL;
+    size_t len = 0;
+    rt_log_init(&log, open_memstream(&text, &len), RT_LOG_WARN);
+    record(out, files.shards, 3, &log);
+    fclose(log.out);
+    assert_non_null(strstr(text, "T = 3 is not stored (stored: 1, 2)"));
+    free(text);
     rt_buf_free(&all);
 }
 
