@@ -90,6 +90,7 @@ struct rt_comparison {
     int n_arms;
     char eval[RT_CMP_MAX_EVALS][320]; /* titles */
     int n_evals;
+    bool trained[RT_CMP_MAX_EVALS];   /* training's own, beside what `eval` measured */
     bool has[RT_CMP_MAX_EVALS][RT_CMP_METRICS];
     struct rt_cmp_result result[RT_CMP_MAX_EVALS][RT_CMP_MAX_ARMS][RT_CMP_METRICS];
     struct rt_cmp_difference diff[RT_CMP_MAX_EVALS][RT_CMP_MAX_ARMS][RT_CMP_METRICS];

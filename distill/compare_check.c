@@ -80,7 +80,7 @@ static void what_would_help(const struct rt_comparison *c, const struct rt_cmp_r
     out[0] = '\0';
     for (int i = 0; i < c->n_runs && key == NULL; i++)
         key = c->run[i].at[e] >= 0 ? &c->run[i].eval[c->run[i].at[e]].key : NULL;
-    if (!r->finished || key == NULL || key->data[0] == '\0' || (strcmp(key->by, "train") == 0 && strcmp(key->name, c->eval[e]) != 0))
+    if (!r->finished || key == NULL || key->data[0] == '\0' || c->trained[e])
         return;
     size_t at = (size_t)snprintf(out, cap, ": `retort eval --student %.400s --data %.400s", r->path, key->data);
     if (!isnan(key->T) && key->T != 1)

@@ -1,5 +1,6 @@
 /* Which evaluations of the runs stand in one table. Where no run has a name twice, those of that name: what differs between them is said
- * (distill/compare_check.c). Where one has, its measurements are told apart, and each has a table with that measurement of the other runs. */
+ * (distill/compare_check.c). Where one has, its measurements are told apart, and each has a table with that measurement of the other runs;
+ * training's own and `eval`'s only where a run has both. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -44,22 +45,29 @@ static bool has_name(const struct rt_cmp_run *r, int i, const char *name)
     return strcmp(r->eval[i].key.name, name) == 0;
 }
 
-/* Whether a run has two evaluations of this name. */
-static bool is_twice(const struct rt_comparison *c, const char *name)
+/* Whether a run has two evaluations of this name, or with data and all. */
+static bool is_twice(const struct rt_comparison *c, const struct rt_eval_key *key, bool all)
 {
     for (int r = 0; r < c->n_runs; r++) {
         int n = 0;
         for (int i = 0; i < c->run[r].n_evals; i++)
-            n += has_name(&c->run[r], i, name);
+            n += has_name(&c->run[r], i, key->name) && (!all || rt_eval_key_same_but_by(&c->run[r].eval[i].key, key));
         if (n > 1)
             return true;
     }
     return false;
 }
 
+/* Whether two evaluations of one name stand in one table. */
+static bool go_together(const struct rt_comparison *c, const struct rt_eval_key *a, const struct rt_eval_key *b)
+{
+    if (!is_twice(c, a, false))
+        return true;
+    return is_twice(c, a, true) ? rt_eval_key_same(a, b) : rt_eval_key_same_but_by(a, b);
+}
+
 static enum rt_status find_variants(const struct rt_comparison *c, const char *name, struct variants *v, struct rt_err *err)
 {
-    const bool twice = is_twice(c, name);
     v->n = 0;
     for (int r = 0; r < c->n_runs; r++)
         for (int i = 0; i < c->run[r].n_evals; i++) {
@@ -67,7 +75,7 @@ static enum rt_status find_variants(const struct rt_comparison *c, const char *n
             int k = 0;
             if (!has_name(&c->run[r], i, name))
                 continue;
-            while (k < v->n && twice && !rt_eval_key_same(v->key[k], key))
+            while (k < v->n && !go_together(c, v->key[k], key))
                 k++;
             if (k < v->n)
                 continue;
@@ -85,8 +93,8 @@ static void add_part(char *parts, size_t cap, const char *part)
     snprintf(parts + at, cap - at, "%s%s", at > 0 ? ", " : "", part);
 }
 
-/* What tells variant k from the others, but for the path of its data. */
-static void tell_apart(const struct variants *v, int k, bool paths_do, char parts[160])
+/* What tells variant k from the others, but for the path of its data; *trained: that training measured it. */
+static void tell_apart(const struct variants *v, int k, bool paths_do, char parts[160], bool *trained)
 {
     static const char *const words[] = {"samples %g", "temperature %g", "top-p %g", "max-tokens %g"};
     const struct rt_eval_key *own = v->key[k];
@@ -95,13 +103,14 @@ static void tell_apart(const struct variants *v, int k, bool paths_do, char part
     parts[0] = '\0';
     for (int j = 0; j < v->n; j++) {
         const struct rt_eval_key *o = v->key[j];
-        by |= strcmp(o->by, own->by) != 0;
+        by |= strcmp(o->by, own->by) != 0 && rt_eval_key_same_but_by(o, own);
         data |= !rt_eval_key_same_data(o, own);
         T |= o->T != own->T && !(isnan(o->T) && isnan(own->T));
         for (int i = 0; i < RT_KEY_SAMPLING; i++)
             sampling[i] |= o->sampling[i] != own->sampling[i] && !isnan(own->sampling[i]);
     }
-    if (by && strcmp(own->by, "train") == 0)
+    *trained = by && strcmp(own->by, "train") == 0;
+    if (*trained)
         add_part(parts, 160, "in training");
     if (data && !paths_do) {
         snprintf(text, sizeof text, "data %.8s", own->sequences[0] != '\0' ? own->sequences : own->problems);
@@ -129,7 +138,7 @@ static void set_title(struct rt_comparison *c, int e, const struct variants *v, 
         paths[j] = v->key[j]->data;
         paths_do |= !rt_eval_key_same_data(v->key[j], v->key[k]) && strcmp(v->key[j]->data, v->key[k]->data) != 0;
     }
-    tell_apart(v, k, paths_do, parts);
+    tell_apart(v, k, paths_do, parts, &c->trained[e]);
     const char *name = paths_do ? rt_cmp_path_name(paths, v->n, k) : v->key[k]->name;
     const size_t most = sizeof c->eval[e] - sizeof parts - 4, len = strlen(name);
     for (name += len > most ? len - most : 0; ((unsigned char)*name & 0xc0) == 0x80;) /* whole characters */
@@ -149,7 +158,7 @@ static enum rt_status add_name(struct rt_comparison *c, const char *name, struct
         set_title(c, e, &v, k);
         for (int r = 0; r < c->n_runs; r++)
             for (int i = 0; i < c->run[r].n_evals; i++)
-                if (has_name(&c->run[r], i, name) && (v.n == 1 || rt_eval_key_same(&c->run[r].eval[i].key, v.key[k]))) {
+                if (has_name(&c->run[r], i, name) && go_together(c, v.key[k], &c->run[r].eval[i].key)) {
                     c->run[r].at[e] = i;
                     for (int m = 0; m < RT_CMP_METRICS; m++)
                         c->has[e][m] |= !isnan(c->run[r].eval[i].value[m]);

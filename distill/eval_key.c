@@ -53,7 +53,12 @@ bool rt_eval_key_same_data(const struct rt_eval_key *a, const struct rt_eval_key
 
 bool rt_eval_key_same(const struct rt_eval_key *a, const struct rt_eval_key *b)
 {
-    bool same = strcmp(a->name, b->name) == 0 && strcmp(a->by, b->by) == 0 && rt_eval_key_same_data(a, b) && equal(a->T, b->T);
+    return strcmp(a->by, b->by) == 0 && rt_eval_key_same_but_by(a, b);
+}
+
+bool rt_eval_key_same_but_by(const struct rt_eval_key *a, const struct rt_eval_key *b)
+{
+    bool same = strcmp(a->name, b->name) == 0 && rt_eval_key_same_data(a, b) && equal(a->T, b->T);
     for (int i = 0; i < RT_KEY_SAMPLING; i++)
         same = same && equal(a->sampling[i], b->sampling[i]);
     return same;

@@ -18,6 +18,8 @@ struct rt_eval_key {
 void rt_eval_key_read(const struct rt_json *line, struct rt_eval_key *out);
 /* Everything the same, what is open in both included. */
 bool rt_eval_key_same(const struct rt_eval_key *a, const struct rt_eval_key *b);
+/* The same, whoever measured. */
+bool rt_eval_key_same_but_by(const struct rt_eval_key *a, const struct rt_eval_key *b);
 /* The same sequences and problems, as far as hashes are there; else the same path. */
 bool rt_eval_key_same_data(const struct rt_eval_key *a, const struct rt_eval_key *b);
 /* Nothing that both know of the answers' sampling differs, nor the problems; nor the KL's temperature. */

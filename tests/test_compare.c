@@ -416,6 +416,7 @@ static void measurements_of_one_name(void **state)
     struct rt_comparison *c = NULL;
     static const char more[] =
         "{\"step\":3,\"name\":\"h\",\"by\":\"train\",\"data\":\"d/h.jsonl\",\"kl\":2,\"kd_temperature\":1}\n"
+        "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"kl\":2,\"kd_temperature\":1}\n"
         "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"kl\":2,\"kd_temperature\":2}\n"
         "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"pass1\":0.5,\"samples\":4,\"temperature\":0.6}\n"
         "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"pass1\":0.5,\"samples\":1,\"temperature\":0}\n";
@@ -434,8 +435,8 @@ static void measurements_of_one_name(void **state)
     put(a, "eval.jsonl", more);
     put(b, "eval.jsonl", more);
     assert_ok(rt_compare(paths, 2, NULL, &c, &err));
-    assert_int_equal(c->n_evals, 4);
-    assert_true(has_table(c, "h (in training, T = 1)") && has_table(c, "h (T = 2)") && has_table(c, "h (no KL, samples 1, temperature 0)"));
+    assert_int_equal(c->n_evals, 5);
+    assert_true(has_table(c, "h (in training, T = 1)") && has_table(c, "h (T = 1)") && has_table(c, "h (T = 2)") && has_table(c, "h (no KL, samples 1, temperature 0)"));
     assert_int_equal(rt_json_len(rt_json_get(c->report, "warnings")), 0);
     rt_comparison_free(c);
     put(a, "eval.jsonl", strstr(more, "{\"step\":3,\"name\":\"h\",\"by\":\"eval\",\"data\":\"d/h.jsonl\",\"pass1\":0.5,\"samples\":4"));
@@ -444,7 +445,7 @@ static void measurements_of_one_name(void **state)
     put(b, "eval.jsonl", two);
     assert_ok(rt_compare(paths, 2, NULL, &c, &err)); /* the first arm is told of too, with the command */
     assert_true(said(c, "warnings", "hard seed 0 was not evaluated on e/h.jsonl (T = 2): `retort eval --student ") && said(c, "warnings", "--data e/h.jsonl --kd-temperature 2` adds it"));
-    assert_true(said(c, "warnings", "hard seed 0 was not evaluated on d/h.jsonl (in training, T = 1)"));
+    assert_true(said(c, "warnings", "hard seed 0 was not evaluated on d/h.jsonl (T = 1): `"));
     assert_true(said(c, "warnings", "--samples 4 --temperature 0.6` adds it"));
     rt_comparison_free(c);
 }
