@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "distill/compare_parts.h"
+#include "formats/unicode.h"
 
 const char *rt_cmp_text(const struct rt_json *v, const char *object, const char *key)
 {
@@ -24,12 +25,12 @@ static bool among(const char *const *list, size_t n, const char *s)
 
 enum rt_cmp_role rt_cmp_role(const char *option)
 {
-    static const char *const treatment[] = {"w-ce", "w-kl", "w-feature", "w-alm", "divergence", "kd-temperature", "teacher-temperature", "tail", "top-k", "ce",
-                                            "alm-tau", "feature-loss", "layer-map", "teacher-layers", "data"};
+    static const char *const treatment[] = {"w-ce", "w-kl", "w-feature", "w-alm", "divergence", "kd-temperature", "teacher-temperature", "tail", "top-k",
+                                            "ce", "alm-tau", "feature-loss", "layer-map", "teacher-layers", "data"};
     /* paths of what began are judged by its hash, and how the work was divided does not change what it means */
-    static const char *const incidental[] = {"out", "seed", "config", "name", "arm", "student", "init-config", "tokenizer", "eval-data", "eval-every", "device",
-                                             "threads", "memory", "gpu-memory", "gpus", "micro-tokens", "recompute", "loader-threads", "rank-timeout", "save-every",
-                                             "keep", "grad-norms"};
+    static const char *const incidental[] = {"out", "seed", "config", "name", "arm", "student", "init-config", "tokenizer", "eval-data", "eval-every",
+                                             "device", "threads", "memory", "gpu-memory", "gpus", "micro-tokens", "recompute", "loader-threads",
+                                             "rank-timeout", "save-every", "keep", "grad-norms"};
     return among(treatment, sizeof treatment / sizeof *treatment, option)      ? RT_CMP_TREATMENT
            : among(incidental, sizeof incidental / sizeof *incidental, option) ? RT_CMP_INCIDENTAL
                                                                                : RT_CMP_RECIPE;
@@ -73,20 +74,21 @@ static bool same_start(const struct rt_cmp_run *a, const struct rt_cmp_run *b)
     return from == other && (!from || strcmp(rt_cmp_text(a->run, "init", "sha256"), rt_cmp_text(b->run, "init", "sha256")) == 0);
 }
 
-bool rt_cmp_replicates(const struct rt_cmp_run *a, const struct rt_cmp_run *b, char why[200])
+bool rt_cmp_replicates(const struct rt_cmp_run *a, const struct rt_cmp_run *b, char why[RT_CMP_WHY])
 {
     const char *option, *x, *y;
     for (size_t at = 0; rt_cmp_option_differs(a, b, &at, &option, &x, &y);)
         if (rt_cmp_role(option) != RT_CMP_INCIDENTAL && strcmp(option, "data") != 0) {
-            snprintf(why, 200, "--%.40s '%.60s' and '%.60s'", option, x, y);
+            snprintf(why, RT_CMP_WHY, "--%s '%s' and '%s'", option, x, y);
+            why[rt_utf8_prefix(why, strlen(why))] = '\0';
             return false;
         }
     if (!same_data(a, b))
-        snprintf(why, 200, "other data");
+        snprintf(why, RT_CMP_WHY, "other data");
     else if (!same_start(a, b))
-        snprintf(why, 200, "other students to begin with");
+        snprintf(why, RT_CMP_WHY, "other students to begin with");
     else if (a->seed == b->seed)
-        snprintf(why, 200, "both of seed %" PRId64, a->seed);
+        snprintf(why, RT_CMP_WHY, "both of seed %" PRId64, a->seed);
     else
         return true;
     return false;
@@ -96,7 +98,7 @@ bool rt_cmp_replicates(const struct rt_cmp_run *a, const struct rt_cmp_run *b, c
 /* first[i]: the first run of the arm that run i belongs to. */
 static void find_arms(const struct rt_comparison *c, int first[RT_CMP_MAX_RUNS])
 {
-    char why[200];
+    char why[RT_CMP_WHY];
     for (int i = 0; i < c->n_runs; i++) {
         first[i] = i;
         for (int j = 0; j < i && first[i] == i; j++) {

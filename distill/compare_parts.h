@@ -14,8 +14,9 @@ enum rt_cmp_role { RT_CMP_TREATMENT, RT_CMP_INCIDENTAL, RT_CMP_RECIPE };
 enum rt_cmp_role rt_cmp_role(const char *option);
 /* The next option, from *at on, that both runs recorded with other values; false: no more. */
 bool rt_cmp_option_differs(const struct rt_cmp_run *a, const struct rt_cmp_run *b, size_t *at, const char **option, const char **x, const char **y);
-/* Whether the two are one treatment under two seeds; else why[200] says what tells them apart. */
-bool rt_cmp_replicates(const struct rt_cmp_run *a, const struct rt_cmp_run *b, char why[200]);
+enum { RT_CMP_WHY = 512 };
+/* Whether the two are one treatment under two seeds; else why says what tells them apart. */
+bool rt_cmp_replicates(const struct rt_cmp_run *a, const struct rt_cmp_run *b, char why[RT_CMP_WHY]);
 
 /* Runs into arms: those of one name that are replicates; where runs of a name are not, each set of replicates by the path of its first. */
 enum rt_status rt_compare_group(struct rt_comparison *c, struct rt_err *err);

@@ -156,7 +156,8 @@ static enum rt_status verdict(struct rt_comparison *c, struct rt_err *err)
         RT_TRY(rt_json_set_string(list, NULL, "Nothing can be said: no evaluation left sums for the same sequences or problems in two arms.", err));
     RT_TRY(few_seeds(c, list, err));
     if (!controlled)
-        RT_TRY(rt_json_set_string(list, NULL, "Arms that the warnings name differ in more than their treatment: their differences need not come from it.", err));
+        RT_TRY(rt_json_set_string(list, NULL, "Arms that the warnings name differ in more than their treatment: their differences need not come from it.",
+                                  err));
 out:
     return st;
 }

@@ -51,7 +51,7 @@ struct rt_eval_sampling {
     int n_k;                  /* 0: k = 1, 2, 4, .. <= samples */
     double temperature, top_p;
     uint64_t seed;
-    int64_t memory;  /* bytes there are, of which the decoder takes half; on a device with memory of its own what the weights leave, and no more than what is free */
+    int64_t memory;  /* bytes there are, of which the decoder takes half; on a device with its own what the weights leave, no more than is free */
     bool exact;      /* compare the text itself instead of what is boxed */
 };
 struct rt_eval_answers {

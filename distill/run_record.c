@@ -7,6 +7,7 @@
 
 #include "core/io.h"
 #include "distill/eval_key.h"
+#include "formats/unicode.h"
 
 enum { PATH_CAP = 4096 };
 static const size_t max_eval_bytes = (size_t)256 << 20;
@@ -159,9 +160,7 @@ void rt_record_name(const char *path, char out[128])
         free(real);
         return;
     }
-    if (len > 120)
-        for (len = 120; len > 0 && ((unsigned char)path[begin + len] & 0xc0) == 0x80;)
-            len--;
+    len = rt_utf8_prefix(path + begin, len < 120 ? len : 120);
     snprintf(out, 128, "%.*s", (int)len, path + begin);
 }
 
