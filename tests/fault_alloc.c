@@ -17,6 +17,7 @@
 static atomic_int_fast64_t calls, fail_at, live, peak;
 static atomic_size_t largest;
 static atomic_bool armed, stays, fired;
+static _Thread_local bool arms; /* the thread that armed last */
 
 void *__real_malloc(size_t n);
 void *__real_calloc(size_t n, size_t size);
@@ -38,7 +39,7 @@ int __real_pthread_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(voi
 static void asked(size_t bytes)
 {
     size_t most = largest;
-    while (armed && bytes > most && !atomic_compare_exchange_weak(&largest, &most, bytes))
+    while (armed && arms && bytes > most && !atomic_compare_exchange_weak(&largest, &most, bytes))
         ;
 }
 
@@ -197,6 +198,7 @@ void fault_arm(int64_t at, bool sticky)
     fail_at = at;
     stays = sticky;
     fired = false;
+    arms = true;
     armed = true;
 }
 

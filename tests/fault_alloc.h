@@ -19,7 +19,7 @@ int64_t fault_disarm(void);
 bool fault_fired(void);
 
 struct fault_use {
-    size_t largest; /* bytes of the greatest single allocation asked for */
+    size_t largest; /* bytes of the greatest single allocation that the arming thread asked for: OpenBLAS's threads take 128 MB each when they begin */
     int64_t peak;   /* most bytes held at one time, beyond those held at fault_arm */
 };
 struct fault_use fault_use(void);
