@@ -80,6 +80,8 @@ enum rt_status rt_feature_map_parse(const char *text, const struct rt_row_identi
     stored_layers(id, stored);
     if (id->n_features == 0)
         return rt_fail(err, RT_USAGE, "--w-feature: the data hold no hidden states; `retort logits --features` stores them");
+    if (text == NULL) /* --layer-map "" */
+        return rt_fail(err, RT_USAGE, "--layer-map: expected auto or pairs as in 20:8,40:16,final:final, found nothing");
     if (strcmp(text, "auto") == 0)
         return map_auto(id, student_layers, teacher_layers, out, err);
     while (*text != '\0') {
@@ -98,6 +100,9 @@ enum rt_status rt_feature_map_parse(const char *text, const struct rt_row_identi
             return rt_fail(err, RT_USAGE, "--layer-map: no state of teacher layer %s is stored; stored are %s", name, stored);
         if (p.student > student_layers)
             return rt_fail(err, RT_USAGE, "--layer-map: student layer %d; it has %d", p.student, student_layers);
+        for (int i = 0; i < out->n; i++)
+            if (out->pair[i].teacher == p.teacher && out->pair[i].student == p.student)
+                return rt_fail(err, RT_USAGE, "--layer-map: the pair '%.*s' is there twice: one projector belongs to it", (int)(text - begin), begin);
         p.dim = spec->dim;
         out->pair[out->n++] = p;
         text += *text == ',';

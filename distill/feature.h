@@ -25,9 +25,9 @@ struct rt_feature_map {
     int n;
 };
 
-/* text: "auto" or "t:s,t:s" with layers or "final". auto pairs every stored state: t with round(t Ls / Lt), final with final.
- * USAGE: a layer that is not stored (names those that are), a student layer beyond student_layers, auto with teacher_layers 0 where
- * the teacher's depth is needed. */
+/* text: "auto" or "t:s,t:s" with layers or "final"; NULL: nothing was given. auto pairs every stored state: t with round(t Ls / Lt), final with final.
+ * USAGE: nothing, a layer that is not stored (names those that are), a student layer beyond student_layers, a pair twice, auto with teacher_layers 0
+ * where the teacher's depth is needed. */
 enum rt_status rt_feature_map_parse(const char *text, const struct rt_row_identity *id, int student_layers, int teacher_layers,
                                     struct rt_feature_map *out, struct rt_err *err);
 /* The column of rows.feature for pair p in a set of this identity; -1: it has none. SHAPE where the dimension differs. */

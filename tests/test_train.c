@@ -554,6 +554,11 @@ static void test_layer_map(void **state)
     assert_status(rt_feature_map_parse("21:8", &id, 28, 61, &m, &err), USAGE);
     assert_status(rt_feature_map_parse("20:29", &id, 28, 61, &m, &err), USAGE);
     assert_status(rt_feature_map_parse("20:8;61:9", &id, 28, 61, &m, &err), USAGE);
+    assert_int_equal(rt_feature_map_parse("20:8,61:9,20:8", &id, 28, 61, &m, &err), RT_USAGE);
+    assert_non_null(strstr(err.msg, "'20:8' is there twice"));
+    rt_err_clear(&err);
+    assert_ok(rt_feature_map_parse("20:8,20:9,61:8", &id, 28, 61, &m, &err)); /* a state may be held against several */
+    assert_status(rt_feature_map_parse(NULL, &id, 28, 61, &m, &err), USAGE);
 }
 
 /* Means and intervals over clusters; pass@k against counting all subsets. */
