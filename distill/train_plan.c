@@ -210,13 +210,19 @@ static enum rt_status check_features(struct rt_train_run *r, struct rt_err *err)
         RT_FAIL(err, REFUSED, "--w-feature %g: the data hold no hidden states; `retort logits --features` stores them", r->v->w_feature);
     const int teacher_layers = r->v->teacher_layers > 0 ? (int)r->v->teacher_layers : id->teacher_layers;
     RT_TRY(rt_feature_map_parse(r->v->layer_map, id, r->student.c.layers, teacher_layers, &r->o.map, err));
-    for (int i = 0; i < r->n_sets; i++)
+    for (int i = 0; i < r->n_sets; i++) {
+        const struct rt_train_info *info = rt_train_set_info(r->set[i]);
+        bool any = false;
         for (int p = 0; p < r->o.map.n; p++) {
-            const struct rt_train_info *info = rt_train_set_info(r->set[i]);
             RT_TRY(rt_feature_column(&r->o.map.pair[p], info->identity, info->path, &column, err));
+            any |= column >= 0;
             if (column < 0)
                 rt_warn(r->ctx->log, "%s: has no states of layer %d: it takes no part in the feature loss", info->path, r->o.map.pair[p].teacher);
         }
+        if (!any && !(r->o.w.ce > 0) && !(r->o.w.kl > 0) && !(r->o.w.alm > 0))
+            RT_FAIL(err, REFUSED, "%s: has none of the states that are trained on, and --w-ce, --w-kl and --w-alm are 0: nothing would be learnt from it; --w-ce above 0 "
+                    "trains on its text", info->path);
+    }
     for (int p = 0; p < r->o.map.n; p++)
         rt_info(r->ctx->log, "feature loss: teacher layer %d -> student layer %d, %d numbers (-1: after the final norm)", r->o.map.pair[p].teacher,
                 r->o.map.pair[p].student, r->o.map.pair[p].dim);

@@ -253,10 +253,13 @@ out:
     return st;
 }
 
-/* Decides on the norm of a step and takes it into the mean: m += (min(norm, limit) - m) / min(n, SPAN). */
+/* Decides on the norm of a step and takes it into the mean: m += (min(norm, limit) - m) / min(n, SPAN). A norm of 0 (of a batch that takes no part in what is
+ * learnt) says nothing of the others. */
 static bool is_spike(struct rt_trainer *t, double norm)
 {
     enum { SPAN = 50, LEAST = 10 }; /* norms in the mean; before there is anything to compare with */
+    if (!(norm > 0))
+        return false;
     const double limit = t->o.max_spike > 0 && t->norms >= LEAST ? t->o.max_spike * t->usual_norm : INFINITY;
     t->norms++;
     t->usual_norm += (fmin(norm, limit) - t->usual_norm) / (double)(t->norms < SPAN ? t->norms : SPAN);

@@ -169,6 +169,8 @@ static void test_refusals(void **state)
     refused(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--w-kl", "0.5"), RT_REFUSED, "without teacher rows");
     refused(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--w-feature", "0.5"), RT_REFUSED, "no hidden states");
     refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--w-ce", "0"), RT_USAGE, "nothing would be learnt");
+    refused(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--out", out, "--w-ce", "0", "--w-feature", "1", "--layer-map", "1:1"), RT_REFUSED,
+            "has none of the states that are trained on");
     refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--memory", "10000"), RT_NOMEM, "training needs");
     refused(ARGS("--data", files.shards, "--out", out), RT_USAGE, "--init-config");
     assert_false(rt_path_exists(out));

@@ -64,7 +64,44 @@ static void test_spike(void **state)
     free(data);
 }
 
+/* Batches that have nothing to learn, at first and in between: the norms that follow are no spikes, and the usual one is that of the others. */
+static void test_zero_norms(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const double weight[1] = {1};
+    struct tf f;
+    struct tf_data *data = malloc(sizeof *data);
+    struct rt_trainer t;
+    struct rt_step_result r;
+    struct rt_trainer_options o = tf_options();
+    const struct rt_loss_weights w = o.w;
+    double usual = 0;
+    int n = 0;
+    o.max_spike = 100;
+    tf_open(&f, &rt_backend_cpu, 1, TF_TIED, 0.3f);
+    tf_data(data, f.c.vocab_size, 4);
+    tf_score(data, &f);
+    struct rt_train_set *set = tf_set(data, &f, false);
+    assert_ok(rt_trainer_open(&t, f.s, &set, weight, 1, &o, &err));
+    assert_true(rt_trainer_clipped(&t) == 0);
+    for (int s = 0; s < 36; s++) {
+        const bool empty = s < 12 || s % 3 == 0;
+        t.o.w.ce = empty ? 0 : w.ce;
+        t.o.w.kl = empty ? 0 : w.kl;
+        assert_ok(rt_trainer_step(&t, 1e-4, false, &r, &err));
+        assert_true((r.grad_norm > 0) == !empty && !r.spike && !r.skipped);
+        usual += r.grad_norm;
+        n += !empty;
+    }
+    assert_true(n == 16 && t.norms == n && fabs(t.usual_norm - usual / n) < 1e-9 * usual);
+    rt_trainer_close(&t);
+    rt_train_set_free(set);
+    tf_close(&f);
+    free(data);
+}
+
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_spike),
+    cmocka_unit_test(test_spike), cmocka_unit_test(test_zero_norms),
 };
 RT_SUITE(train_spike, tests)
