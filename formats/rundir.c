@@ -44,8 +44,9 @@ static enum rt_status text_of(const struct rt_json *v, struct rt_buf *out, struc
     return st;
 }
 
-static enum rt_status diff(const char *path, const struct rt_json *was, const struct rt_json *now, bool *differ, struct rt_buf *out,
-                           struct rt_err *err)
+/* runtime: names of options that do not count. */
+static enum rt_status diff(const char *path, const struct rt_json *was, const struct rt_json *now, const struct rt_json *runtime, bool *differ,
+                           struct rt_buf *out, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_buf a = {0}, b = {0};
@@ -55,16 +56,16 @@ static enum rt_status diff(const char *path, const struct rt_json *was, const st
     const bool top = path[0] == '\0';
     if (was != NULL && now != NULL && rt_json_typeof(was) == RT_JSON_OBJECT && rt_json_typeof(now) == RT_JSON_OBJECT) {
         for (size_t i = 0; rt_json_member(was, i, &key, &v); i++) {
-            if (top && strcmp(key, "runtime") == 0)
+            if ((top && strcmp(key, "runtime") == 0) || (strcmp(path, "options") == 0 && rt_json_get(runtime, key) != NULL))
                 continue;
             snprintf(below, sizeof below, "%s%s%s", path, top ? "" : ".", key);
-            RT_TRY(diff(below, v, rt_json_get(now, key), differ, out, err));
+            RT_TRY(diff(below, v, rt_json_get(now, key), runtime, differ, out, err));
         }
         for (size_t i = 0; rt_json_member(now, i, &key, &v); i++) {
             if ((top && strcmp(key, "runtime") == 0) || rt_json_get(was, key) != NULL)
                 continue;
             snprintf(below, sizeof below, "%s%s%s", path, top ? "" : ".", key);
-            RT_TRY(diff(below, NULL, v, differ, out, err));
+            RT_TRY(diff(below, NULL, v, runtime, differ, out, err));
         }
         goto out;
     }
@@ -84,7 +85,7 @@ enum rt_status rt_config_diff(const struct rt_json *was, const struct rt_json *n
                               struct rt_err *err)
 {
     *differ = false;
-    return diff("", was, now, differ, out, err);
+    return diff("", was, now, rt_json_get(now, "runtime"), differ, out, err);
 }
 
 /* Whole lines of `text` within `room` bytes (at least one, cut where it alone is longer); *left = lines that were left out. */

@@ -43,7 +43,8 @@ enum rt_status rt_rundir_sync(struct rt_rundir *r, struct rt_err *err);
 /* Keeps the lines of metrics.jsonl with "step" <= step, and drops a torn last line. For a resume from checkpoint `step`. */
 enum rt_status rt_rundir_truncate(struct rt_rundir *r, int64_t step, struct rt_err *err);
 
-/* Appends "path: was A, now B" lines for what differs between two configurations, "runtime" left out; *differ says if any. */
+/* Appends "path: was A, now B" lines for what differs between two configurations, "runtime" left out, and options of `was` that are runtime in `now`;
+ * *differ says if any. */
 enum rt_status rt_config_diff(const struct rt_json *was, const struct rt_json *now, bool *differ, struct rt_buf *out,
                               struct rt_err *err);
 

@@ -347,8 +347,9 @@ static void config_diff(void **state)
     struct rt_json *a, *b;
     struct rt_buf out = {0};
     bool differ = false;
-    const char *x = "{\"a\":1,\"b\":{\"c\":[1,2],\"d\":\"x\"},\"runtime\":{\"t\":1},\"gone\":true}";
-    const char *y = "{\"b\":{\"c\":[1,3],\"d\":\"x\"},\"a\":1,\"runtime\":{\"t\":2},\"new\":null}";
+    /* u was an option that counts */
+    const char *x = "{\"a\":1,\"b\":{\"c\":[1,2],\"d\":\"x\"},\"runtime\":{\"t\":1},\"gone\":true,\"options\":{\"u\":1,\"v\":1}}";
+    const char *y = "{\"b\":{\"c\":[1,3],\"d\":\"x\"},\"a\":1,\"runtime\":{\"t\":2,\"u\":2},\"new\":null,\"options\":{\"v\":1}}";
     assert_ok(rt_json_parse(x, strlen(x), "x", &a, &err));
     assert_ok(rt_json_parse(y, strlen(y), "y", &b, &err));
     assert_ok(rt_config_diff(a, b, &differ, &out, &err));

@@ -595,6 +595,7 @@ static void test_spike(void **state)
     struct rt_err err = {0};
     struct rt_ckpt at;
     const char *out = test_tmp("run-spike");
+    char *log;
     static const char *const keys[] = {"loss", "ce", "kl", "teacher_mass", "student_mass", "agreement", "grad_norm", "clipped_steps", "lr", "tokens_per_second",
                                        "memory", "seconds_left", "data_wait"};
     /* after ten steps every norm is above a thousandth of the mean */
@@ -607,6 +608,11 @@ static void test_spike(void **state)
     rt_err_clear(&err);
     assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
     assert_int_equal(at.step, 10);
+    /* as it advises: the other way, from there */
+    assert_status(train(ARGS("--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "30", "--w-kl", "1", "--kd-temperature", "2",
+                             "--save-every", "5", "--max-grad-spike", "0.001", "--out", out), 0, &log, &err), NUMERIC);
+    assert_non_null(strstr(log, "going on from step 10"));
+    free(log);
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
         if (!(metric(out, 9, keys[i]) >= 0))
             fail_msg("metrics.jsonl: %s is %g", keys[i], metric(out, 9, keys[i]));
