@@ -17,6 +17,7 @@
  *   "weights": {"ce","kl","feature"}, "kd_temperature", "teacher_temperature", "tail": "bucket"|"renorm"
  *   "init": {"student": path|null, "config": path|null, "sha256": of the parameters before the first step}
  *   "data": [{"path","kind": "shards"|"jsonl"|"memory","weight","sequences","tokens","sha256": over the keys in order,
+ *             "content_sha256": over what is learnt too (distill/source.h),
  *             "teacher","teacher_sha256","mode","top_k","mass": {"T": mean mass of the stored ids at T}}]   (teacher..: shards)
  *   "order_sha256"                    over the keys of all sequences of the run, in the order of training: equal for runs that saw the
  *                                     same tokens in the same order

@@ -135,23 +135,62 @@ static enum rt_status check_identity(const struct rt_train_set *s, struct rt_err
     return RT_OK;
 }
 
+static void put_u32(struct rt_sha256 *h, uint32_t x)
+{
+    const uint8_t le[4] = {(uint8_t)x, (uint8_t)(x >> 8), (uint8_t)(x >> 16), (uint8_t)(x >> 24)};
+    rt_sha256_update(h, le, sizeof le);
+}
+
+static void end_hash(struct rt_sha256 *h, char hex[65])
+{
+    uint8_t digest[32];
+    rt_sha256_final(h, digest);
+    rt_hex(hex, digest, sizeof digest);
+}
+
+/* Both hashes, from what is known without reading a shard's rows. */
+static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_json *identity = NULL;
+    struct rt_buf text = {0};
+    struct rt_sha256 keys, content;
+    rt_sha256_init(&keys);
+    for (int64_t i = 0; i < s->info.sequences; i++) {
+        rt_sha256_update(&keys, s->item[i].key, RT_KEY_BYTES);
+        put_u32(&keys, s->item[i].occurrence);
+    }
+    content = keys;
+    if (s->shards != NULL) {
+        RT_TRY(rt_json_new_object(&identity, err));
+        RT_TRY(rt_row_identity_to_json(s->info.identity, identity, err));
+        RT_TRY(rt_json_dump(identity, 0, &text, err));
+        rt_sha256_update(&content, text.data, text.len);
+    }
+    for (int64_t i = 0; i < s->info.sequences; i++) {
+        const struct item *it = &s->item[i];
+        if (s->shards != NULL)
+            put_u32(&content, rt_shard_set_seq(s->shards, it->at)->crc);
+        else if (it->kept != NULL)
+            rt_sha256_update(&content, it->kept->loss_mask, (size_t)it->n_tokens);
+    }
+    end_hash(&keys, s->info.sha256);
+    end_hash(&content, s->info.content_sha256);
+out:
+    rt_json_free(identity);
+    rt_buf_free(&text);
+    return st;
+}
+
 static enum rt_status finish(struct rt_train_set *s, struct rt_err *err)
 {
-    struct rt_sha256 h;
-    uint8_t digest[32];
-    rt_sha256_init(&h);
-    for (int64_t i = 0; i < s->info.sequences; i++) {
-        const uint32_t o = s->item[i].occurrence;
-        const uint8_t le[4] = {(uint8_t)o, (uint8_t)(o >> 8), (uint8_t)(o >> 16), (uint8_t)(o >> 24)};
-        rt_sha256_update(&h, s->item[i].key, RT_KEY_BYTES);
-        rt_sha256_update(&h, le, sizeof le);
-    }
-    rt_sha256_final(&h, digest);
-    rt_hex(s->info.sha256, digest, sizeof digest);
+    enum rt_status st;
+    RT_TRY(hash(s, err));
     if (s->info.sequences == 0)
-        return rt_fail(err, RT_FORMAT, "%s: no sequence is left: %ld without anything to predict, %ld over %ld tokens (or of one token)", s->path,
-                       (long)s->untargeted, (long)s->info.left_out, (long)s->o.max_length);
-    return RT_OK;
+        RT_FAIL(err, FORMAT, "%s: no sequence is left: %ld without anything to predict, %ld over %ld tokens (or of one token)", s->path,
+                (long)s->untargeted, (long)s->info.left_out, (long)s->o.max_length);
+out:
+    return st;
 }
 
 static enum rt_status get_shard(void *self, int64_t i, struct rt_rows *out, bool *end, struct rt_err *err)

@@ -80,6 +80,24 @@ static void describe_sets(const struct rt_train_run *r)
     }
 }
 
+enum rt_status rt_train_contents(const struct rt_train_run *r, struct rt_json *v, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *of;
+    RT_TRY(rt_json_set_object(v, "content_sha256", &of, err));
+    for (int i = 0; i < r->n_sets + r->n_eval; i++) {
+        const bool eval = i >= r->n_sets;
+        const int at = eval ? i - r->n_sets : i;
+        const struct rt_train_info *info = rt_train_set_info(eval ? r->eval_set[at] : r->set[at]);
+        char key[32], text[4200];
+        snprintf(key, sizeof key, "%s %d", eval ? "eval-data" : "data", at + 1);
+        snprintf(text, sizeof text, "%s %s", info->content_sha256, info->path);
+        RT_TRY(rt_json_set_string(of, key, text, err));
+    }
+out:
+    return st;
+}
+
 int64_t rt_train_longest(const struct rt_train_run *r)
 {
     int64_t n = 1;

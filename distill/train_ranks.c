@@ -6,7 +6,7 @@
 #include "core/sha256.h"
 #include "distill/train_run.h"
 
-/* What ranks of one run have in common: the options that change results, the sequences in their order, how many ranks there are. */
+/* What ranks of one run have in common: the options that change results, the sequences in their order and what they hold, how many ranks there are. */
 static enum rt_status identity(const struct rt_train_run *r, char hex[65], struct rt_err *err)
 {
     enum rt_status st;
@@ -15,7 +15,9 @@ static enum rt_status identity(const struct rt_train_run *r, char hex[65], struc
     struct rt_sha256 h;
     uint8_t digest[32];
     RT_TRY(rt_command_config(&rt_cmd_train, r->v, &config, err));
+    RT_TRY(rt_train_contents(r, config, err));
     RT_TRY(rt_json_dump(rt_json_get(config, "options"), 0, &text, err));
+    RT_TRY(rt_json_dump(rt_json_get(config, "content_sha256"), 0, &text, err));
     rt_sha256_init(&h);
     rt_sha256_update(&h, text.data, text.len);
     rt_sha256_update(&h, r->order_sha256, sizeof r->order_sha256);

@@ -26,6 +26,7 @@ static enum rt_status add_data(const struct rt_train_run *r, int i, struct rt_js
     RT_TRY(rt_json_set_int(v, "sequences", info->sequences, err));
     RT_TRY(rt_json_set_int(v, "tokens", info->tokens, err));
     RT_TRY(rt_json_set_string(v, "sha256", info->sha256, err));
+    RT_TRY(rt_json_set_string(v, "content_sha256", info->content_sha256, err));
     if (info->identity == NULL || info->shards == NULL)
         goto out;
     RT_TRY(rt_json_set_string(v, "teacher", info->identity->teacher_name, err));

@@ -43,14 +43,35 @@ static void close_run(struct rt_train_run *r, enum rt_status st, const struct rt
 
 /* ---- the directory ---- */
 
+/* Was RUN begun before contents of the data were kept in config.json? */
+static enum rt_status begun_without_contents(const struct rt_train_run *r, bool *yes, struct rt_err *err)
+{
+    enum rt_status st;
+    struct rt_json *was = NULL;
+    char path[4096];
+    *yes = false;
+    RT_TRY(rt_path_join(path, sizeof path, r->v->out, "config.json", err));
+    if (!rt_path_exists(path))
+        goto out;
+    RT_TRY(rt_json_load(path, 16 << 20, &was, err));
+    *yes = rt_json_get(was, "content_sha256") == NULL;
+out:
+    rt_json_free(was);
+    return st;
+}
+
 /* The configuration that a resume must agree with: options and the identity of what was read. */
 static enum rt_status open_dir(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *config = NULL;
+    bool without;
     if (r->rank.rank > 0)
         return RT_OK;
     RT_TRY(rt_command_config(&rt_cmd_train, r->v, &config, err));
+    RT_TRY(begun_without_contents(r, &without, err));
+    if (!without)
+        RT_TRY(rt_train_contents(r, config, err));
     RT_TRY(rt_json_set_string(config, "order_sha256", r->order_sha256, err));
     RT_TRY(rt_json_set_string(config, "init_sha256", r->init_sha256, err));
     RT_TRY(rt_rundir_open(r->v->out, config, &r->dir, err));

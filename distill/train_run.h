@@ -62,6 +62,8 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err);
 void rt_train_release(struct rt_train_run *r);
 /* Prints the plan on stdout (--dry-run). */
 enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *err);
+/* Adds "content_sha256" to v: {"data 1": "SHA-256 PATH", ..., "eval-data 1": ...}, rt_train_info.content_sha256 of each set. */
+enum rt_status rt_train_contents(const struct rt_train_run *r, struct rt_json *v, struct rt_err *err);
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
 int64_t rt_train_longest(const struct rt_train_run *r);
 

@@ -121,7 +121,7 @@ static enum rt_status compare(const char *dir, const char *path, const struct rt
         const int n = whole_lines(&lines, 300, &left);
         if (left > 0)
             snprintf(more, sizeof more, "\nand %d more", left);
-        RT_FAIL(err, REFUSED, "%s was started with other arguments:\n%.*s%s\nuse the same ones to resume, or another --out", dir, n, lines.data, more);
+        RT_FAIL(err, REFUSED, "%s was started with other arguments or data:\n%.*s%s\nuse the same ones to resume, or another --out", dir, n, lines.data, more);
     }
 out:
     rt_json_free(was);

@@ -374,6 +374,60 @@ static void test_resume(void **state)
     rt_buf_free(&evals);
 }
 
+static void copy_file(const char *from, const char *to, const char *name)
+{
+    struct rt_err err = {0};
+    struct rt_buf b = tf_read(from, name);
+    char path[4096];
+    assert_ok(rt_path_join(path, sizeof path, to, name, &err));
+    assert_ok(rt_publish_bytes(path, b.data, b.len, &err));
+    rt_buf_free(&b);
+}
+
+/* Other rows or masks of the same tokens are other data, of training and of evaluation. A directory of before contents were kept goes on. */
+static void test_changed_data(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("run-changed"), *shards, *lines, *eval;
+    struct tf_data *data = malloc(sizeof *data);
+    static const char *const files_of[] = {"identity.json", "manifest.jsonl", "rows-000000.msgpack"};
+    *data = *files.data;
+    shards = tf_write_shards("run-changed-shards", data);
+    lines = tf_write_lines("run-changed-lines.jsonl", data);
+    eval = tf_write_lines("run-changed-eval.jsonl", data);
+#define CHANGED "--student", files.student, "--data", shards, "--data", lines, "--eval-data", eval, "--w-kl", "0.5", "--batch-tokens", "80", "--steps", "8", "--out", out
+    assert_status(train(ARGS(CHANGED), 4, NULL, &err), INTERRUPTED);
+    data->mask[2][data->len[2] - 1] = 0;
+    tf_write_lines("run-changed-lines.jsonl", data);
+    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 2: was ");
+    tf_write_lines("run-changed-lines.jsonl", files.data);
+    tf_write_lines("run-changed-eval.jsonl", data);
+    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.eval-data 1: was ");
+    tf_write_lines("run-changed-eval.jsonl", files.data);
+    data->logits[5][TF_K - 1] -= 0.5f; /* the least of its row still */
+    const char *other = tf_write_shards("run-changed-rows", data);
+    for (int i = 0; i < 3; i++)
+        copy_file(other, shards, files_of[i]);
+    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 1: was ");
+    char path[600];
+    struct rt_buf text = {0};
+    struct rt_json *config = load(out, "config.json"), *old;
+    assert_ok(rt_json_new_object(&old, &err));
+    static const char *const kept[] = {"command", "options", "runtime", "order_sha256", "init_sha256"};
+    for (size_t i = 0; i < sizeof kept / sizeof kept[0]; i++)
+        assert_ok(rt_json_set_copy(old, kept[i], rt_json_get(config, kept[i]), &err));
+    snprintf(path, sizeof path, "%s/config.json", out);
+    assert_ok(rt_json_dump(old, 2, &text, &err));
+    assert_ok(rt_publish_bytes(path, text.data, text.len, &err));
+    assert_ok(train(ARGS(CHANGED), 0, NULL, &err));
+#undef CHANGED
+    rt_buf_free(&text);
+    rt_json_free(config);
+    rt_json_free(old);
+    free(data);
+}
+
 /* Whole numbers of the loss do not depend on where sequences come from. */
 static void test_lines_and_shards(void **state)
 {
@@ -699,7 +753,7 @@ static void test_experiment(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
-    cmocka_unit_test_setup(test_resume, set_up),
+    cmocka_unit_test_setup(test_resume, set_up), cmocka_unit_test_setup(test_changed_data, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup(test_records, set_up),
