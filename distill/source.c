@@ -407,6 +407,9 @@ enum rt_status rt_train_set_open(const char *path, const struct rt_train_set_opt
     }
     describe(s);
     RT_TRY(finish(s, err));
+    if (s->info.shards != NULL && s->info.shards->missing[0] != '\0')
+        rt_warn(log, "%s: %s: the %ld sequences that are there are taken; the command that makes the shards goes on", path, s->info.shards->missing,
+                (long)s->info.shards->sequences);
     if (s->info.left_out > 0)
         rt_warn(log, "%s: %ld sequences are longer than %ld tokens (or have one token) and are left out", path, (long)s->info.left_out,
                 (long)o->max_length);

@@ -219,6 +219,28 @@ static void test_tail_warning(void **state)
     assert_false(rt_path_exists(test_tmp("run-dry")));
 }
 
+/* Shards whose making was cut off are used, and what is missing is said. */
+static void test_unfinished_shards(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *shards = tf_write_shards("run-unfinished", files.data);
+    char *log, path[600], *last = NULL;
+    struct rt_buf b = tf_read(shards, "manifest.jsonl");
+    assert_ok(rt_buf_puts(&b, "", &err));
+    for (int i = 0; i < 2; i++) {
+        assert_ok(train(ARGS("--student", files.student, "--data", shards, "--out", test_tmp("run-dry"), "--dry-run", "--quiet"), 0, &log, &err));
+        assert_true((strstr(log, "the set is unfinished") != NULL) == (i == 1));
+        free(log);
+        for (char *p = strstr(b.data, "\n{"); p != NULL; p = strstr(p + 1, "\n{"))
+            last = p;
+        assert_non_null(last);
+        snprintf(path, sizeof path, "%s/manifest.jsonl", shards);
+        assert_ok(rt_publish_bytes(path, b.data, (size_t)(last - b.data) + 1, &err));
+    }
+    rt_buf_free(&b);
+}
+
 static double metric(const char *run, int64_t line, const char *key)
 {
     struct rt_buf b = tf_read(run, "metrics.jsonl");
@@ -752,7 +774,8 @@ static void test_experiment(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
+    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_unfinished_shards, set_up),
+    cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_resume, set_up), cmocka_unit_test_setup(test_changed_data, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
