@@ -303,7 +303,20 @@ static void hash_batch(struct rt_sha256 *h, const struct rt_train_run *r, const 
     }
 }
 
-/* Walks the order: how many steps the run has, how many tokens, and a hash of what it will see. */
+/* The number of sequences that each set gives is whole: of a small set with a low weight it may be none. */
+static enum rt_status check_given(const struct rt_train_run *r, const int64_t *given, double epochs, struct rt_err *err)
+{
+    if (r->total_steps == 0)
+        return rt_fail(err, RT_USAGE, "--data: with these weights no set gives a sequence to the run (%s: %g of %ld, rounded down, an epoch): higher weights, or more --epochs",
+                       rt_train_set_info(r->set[0])->path, r->weight[0], (long)rt_train_set_info(r->set[0])->sequences);
+    for (int i = 0; i < r->n_sets; i++)
+        if (given[i] == 0)
+            rt_warn(r->ctx->log, "%s: the run takes no sequence of it: weight %g, %ld sequences, %.3g epochs", rt_train_set_info(r->set[i])->path, r->weight[i],
+                    (long)rt_train_set_info(r->set[i])->sequences, epochs);
+    return RT_OK;
+}
+
+/* Walks the order: how many steps the run has, how many tokens, what each set gives, and a hash of what it will see. */
 static enum rt_status count_steps(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
@@ -312,21 +325,29 @@ static enum rt_status count_steps(struct rt_train_run *r, struct rt_err *err)
     struct rt_sha256 h;
     uint8_t digest[32];
     const struct rt_order_item *item;
-    int64_t n;
+    int64_t n, *given = NULL;
+    double squares = 0;
     r->o.epochs = v->epochs == 0 && v->steps == 0 && v->tokens == 0 ? 1 : v->epochs;
     r->o.batch_tokens = v->batch_tokens;
     r->o.seed = (uint64_t)v->common.seed;
     rt_sha256_init(&h);
+    RT_TRY(rt_alloc((size_t)r->n_sets, sizeof *given, "counts of the data", &given, err));
     RT_TRY(rt_order_open(&order, r->set, r->weight, r->n_sets, r->o.seed, r->o.epochs, err));
     while ((v->steps == 0 || r->total_steps < v->steps) && (v->tokens == 0 || r->total_tokens < v->tokens)) {
         RT_TRY(rt_order_next(&order, r->o.batch_tokens, &item, &n, err));
         if (n == 0)
             break;
         hash_batch(&h, r, item, n);
-        for (int64_t i = 0; i < n; i++)
-            r->total_tokens += rt_train_set_length(r->set[item[i].set], item[i].seq);
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t len = rt_train_set_length(r->set[item[i].set], item[i].seq);
+            given[item[i].set]++;
+            r->total_tokens += len;
+            squares += (double)len * (double)len;
+        }
         r->total_steps++;
     }
+    RT_TRY(check_given(r, given, rt_order_epoch(&order), err));
+    r->document_length = squares / (double)r->total_tokens;
     rt_sha256_final(&h, digest);
     rt_hex(r->order_sha256, digest, sizeof digest);
     rt_schedule_from_name(v->schedule, &r->schedule.kind);
@@ -335,6 +356,7 @@ static enum rt_status count_steps(struct rt_train_run *r, struct rt_err *err)
     r->schedule.total = r->total_steps;
     r->schedule.warmup = v->warmup < 1 ? (int64_t)ceil(v->warmup * (double)r->total_steps) : (int64_t)v->warmup;
 out:
+    rt_free(given);
     rt_order_close(&order);
     return st;
 }
@@ -428,16 +450,14 @@ out:
 enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *err)
 {
     const struct rt_trainer_memory *m = &r->memory;
-    int64_t tokens = 0, sequences = 0;
+    int64_t sequences = 0;
     char a[32];
     (void)err;
     if (r->rank.rank > 0)
         return RT_OK;
-    for (int i = 0; i < r->n_sets; i++) {
-        tokens += rt_train_set_info(r->set[i])->tokens;
+    for (int i = 0; i < r->n_sets; i++)
         sequences += rt_train_set_info(r->set[i])->sequences;
-    }
-    const double flops = (double)r->total_tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, (double)tokens / (double)sequences);
+    const double flops = (double)r->total_tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, r->document_length);
     if (r->v->common.json)
         printf("{\"steps\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"parameters\":%ld,\"micro_tokens\":%ld,\"recompute\":%d,\"recompute_less\":%d,\"memory\":{\"parameters\":%zu,\"gradients\":%zu,"
                "\"moments\":%zu,\"activations\":%zu,\"losses\":%zu,\"projectors\":%zu,\"batch\":%zu,\"total\":%zu},\"ranks\":%d,\"flops\":%.6g,\"order_sha256\":\"%s\"}\n",

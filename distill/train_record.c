@@ -87,16 +87,6 @@ out:
     return st;
 }
 
-static double mean_length(const struct rt_train_run *r)
-{
-    double tokens = 0, sequences = 0;
-    for (int i = 0; i < r->n_sets; i++) {
-        tokens += (double)rt_train_set_info(r->set[i])->tokens * r->weight[i];
-        sequences += (double)rt_train_set_info(r->set[i])->sequences * r->weight[i];
-    }
-    return tokens / sequences;
-}
-
 int64_t rt_train_peak_memory(void)
 {
     struct rusage usage = {0};
@@ -174,7 +164,7 @@ static enum rt_status add_result(const struct rt_train_run *r, struct rt_json *v
     RT_TRY(rt_json_set_double(v, "seconds", r->seconds, err));
     RT_TRY(rt_json_set_double(v, "tokens_per_second", (double)t->tokens / r->seconds, err));
     RT_TRY(rt_json_set_int(v, "peak_memory", rt_train_peak_memory(), err));
-    RT_TRY(rt_json_set_double(v, "flops", (double)t->tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, mean_length(r)), err));
+    RT_TRY(rt_json_set_double(v, "flops", (double)t->tokens * rt_student_flops_per_token(&r->student.c, &r->student.p, r->document_length), err));
     RT_TRY(rt_json_set_object(v, "final", &final, err));
     RT_TRY(add_final(r, final, err));
 out:

@@ -50,6 +50,7 @@ struct rt_train_run {
     struct rt_trainer_memory memory;
     struct rt_trainer trainer;
     int64_t total_steps, total_tokens;     /* of the plan */
+    double document_length;                /* of the plan: of the document that a token lies in, its mean over tokens, which attention's work goes by */
     char order_sha256[65], init_sha256[65];
     struct rt_rundir dir;
     double seconds;                        /* of training so far, earlier parts included, evaluation left out */

@@ -10,6 +10,7 @@
 #include "core/io.h"
 #include "distill/eval_run.h"
 #include "distill/run_record.h"
+#include "student/describe.h"
 #include "tests/train_fixture.h"
 
 enum { MAX_ARGS = 64 };
@@ -289,6 +290,37 @@ static void test_mix(void **state)
         for (int64_t i = 1; i < files.data->len[s]; i++)
             all += files.data->mask[s][i];
     assert_true(kl_rows == (double)all && targets == 5.0 * (double)all);
+}
+
+/* Weights that are too low for a set are told, and refused where they leave no step at all. What run.json counts goes by the documents that tokens lie in. */
+static void test_small_weights(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_loaded_student l = {0};
+    const struct rt_student_source source = {files.student, NULL, NULL, NULL};
+    char *log, a[600], b[600], says[700];
+    const char *out = test_tmp("run-weights");
+    double tokens = 0, squares = 0, flops;
+    snprintf(a, sizeof a, "%s:0.05", files.shards); /* 0.6 of a sequence */
+    snprintf(b, sizeof b, "%s:0.05", files.lines);
+    refused(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out), RT_USAGE, "no set gives a sequence");
+    assert_false(rt_path_exists(out));
+    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", b, "--out", out, "--batch-tokens", "80"), 0, &log, &err));
+    snprintf(says, sizeof says, "%s: the run takes no sequence of it: weight 0.05, 12 sequences, 1 epochs", files.lines);
+    assert_non_null(strstr(log, says));
+    free(log);
+    for (int s = 0; s < TF_SEQS; s++) {
+        tokens += (double)files.data->len[s];
+        squares += (double)(files.data->len[s] * files.data->len[s]);
+    }
+    assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
+    struct rt_json *run = load(out, RT_RUN_FILE);
+    assert_ok(rt_json_double(run, "flops", &flops, &err));
+    const double want = tokens * rt_student_flops_per_token(&l.c, &l.p, squares / tokens);
+    assert_true(fabs(flops - want) < 1e-9 * want);
+    rt_json_free(run);
+    rt_loaded_student_close(&l);
 }
 
 /* Less memory: smaller micro-batches, more that is computed again, then a refusal that says what would help; the steps are the same. */
@@ -775,7 +807,8 @@ static void test_experiment(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_unfinished_shards, set_up),
-    cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_recompute, set_up),
+    cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_small_weights, set_up),
+    cmocka_unit_test_setup(test_recompute, set_up),
     cmocka_unit_test_setup(test_resume, set_up), cmocka_unit_test_setup(test_changed_data, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
