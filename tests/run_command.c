@@ -5,13 +5,14 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-static bool never(void *self)
+/* left: questions until yes; 0: it stays no. */
+static bool stop(void *left)
 {
-    (void)self;
-    return false;
+    int *n = left;
+    return *n > 0 && --*n == 0;
 }
 
-static enum rt_status parse_and_run(const struct rt_command *c, const char *const *args, struct rt_log *log, struct rt_err *err)
+static enum rt_status parse_and_run(const struct rt_command *c, const char *const *args, int stop_at, struct rt_log *log, struct rt_err *err)
 {
     const struct rt_opt *const tables[] = {c->options, rt_common_options()};
     struct rt_positionals pos = {0};
@@ -26,7 +27,7 @@ static enum rt_status parse_and_run(const struct rt_command *c, const char *cons
         argv[argc] = (char *)(uintptr_t)args[argc];
     RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
     RT_TRY(rt_options_check(tables, 2, values, err));
-    struct rt_context ctx = {.log = log, .command = c, .stop = never, .argc = argc, .argv = argv};
+    struct rt_context ctx = {.log = log, .command = c, .stop = stop, .stop_self = &stop_at, .argc = argc, .argv = argv};
     st = c->run(&ctx, values, &pos, err);
 out:
     rt_options_free(tables, 2, values, &pos);
@@ -36,17 +37,26 @@ out:
 
 enum rt_status test_command(const struct rt_command *command, const char *const *args, struct rt_err *err)
 {
+    return test_command_logged(command, args, 0, NULL, err);
+}
+
+enum rt_status test_command_logged(const struct rt_command *command, const char *const *args, int stop_at, char **logged, struct rt_err *err)
+{
+    char *text = NULL;
+    size_t len;
     struct rt_log log;
     fflush(stdout);
     const int keep = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
-    FILE *chat = fopen("/dev/null", "w");
+    FILE *chat = logged != NULL ? open_memstream(&text, &len) : fopen("/dev/null", "w");
     if (keep < 0 || null < 0 || chat == NULL)
         abort();
     dup2(null, STDOUT_FILENO);
     rt_log_init(&log, chat, RT_LOG_INFO);
-    const enum rt_status st = parse_and_run(command, args, &log, err);
+    const enum rt_status st = parse_and_run(command, args, stop_at, &log, err);
     fflush(stdout);
     fclose(chat);
+    if (logged != NULL)
+        *logged = text;
     dup2(keep, STDOUT_FILENO);
     close(keep);
     close(null);

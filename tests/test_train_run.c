@@ -10,7 +10,6 @@
 #include "core/io.h"
 #include "distill/eval_run.h"
 #include "distill/run_record.h"
-#include "student/describe.h"
 #include "tests/train_fixture.h"
 
 enum { MAX_ARGS = 64 };
@@ -220,28 +219,6 @@ static void test_tail_warning(void **state)
     assert_false(rt_path_exists(test_tmp("run-dry")));
 }
 
-/* Shards whose making was cut off are used, and what is missing is said. */
-static void test_unfinished_shards(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    const char *shards = tf_write_shards("run-unfinished", files.data);
-    char *log, path[600], *last = NULL;
-    struct rt_buf b = tf_read(shards, "manifest.jsonl");
-    assert_ok(rt_buf_puts(&b, "", &err));
-    for (int i = 0; i < 2; i++) {
-        assert_ok(train(ARGS("--student", files.student, "--data", shards, "--out", test_tmp("run-dry"), "--dry-run", "--quiet"), 0, &log, &err));
-        assert_true((strstr(log, "the set is unfinished") != NULL) == (i == 1));
-        free(log);
-        for (char *p = strstr(b.data, "\n{"); p != NULL; p = strstr(p + 1, "\n{"))
-            last = p;
-        assert_non_null(last);
-        snprintf(path, sizeof path, "%s/manifest.jsonl", shards);
-        assert_ok(rt_publish_bytes(path, b.data, (size_t)(last - b.data) + 1, &err));
-    }
-    rt_buf_free(&b);
-}
-
 static double metric(const char *run, int64_t line, const char *key)
 {
     struct rt_buf b = tf_read(run, "metrics.jsonl");
@@ -290,37 +267,6 @@ static void test_mix(void **state)
         for (int64_t i = 1; i < files.data->len[s]; i++)
             all += files.data->mask[s][i];
     assert_true(kl_rows == (double)all && targets == 5.0 * (double)all);
-}
-
-/* Weights that are too low for a set are told, and refused where they leave no step at all. What run.json counts goes by the documents that tokens lie in. */
-static void test_small_weights(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    struct rt_loaded_student l = {0};
-    const struct rt_student_source source = {files.student, NULL, NULL, NULL};
-    char *log, a[600], b[600], says[700];
-    const char *out = test_tmp("run-weights");
-    double tokens = 0, squares = 0, flops;
-    snprintf(a, sizeof a, "%s:0.05", files.shards); /* 0.6 of a sequence */
-    snprintf(b, sizeof b, "%s:0.05", files.lines);
-    refused(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out), RT_USAGE, "no set gives a sequence");
-    assert_false(rt_path_exists(out));
-    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", b, "--out", out, "--batch-tokens", "80"), 0, &log, &err));
-    snprintf(says, sizeof says, "%s: the run takes no sequence of it: weight 0.05, 12 sequences, 1 epochs", files.lines);
-    assert_non_null(strstr(log, says));
-    free(log);
-    for (int s = 0; s < TF_SEQS; s++) {
-        tokens += (double)files.data->len[s];
-        squares += (double)(files.data->len[s] * files.data->len[s]);
-    }
-    assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
-    struct rt_json *run = load(out, RT_RUN_FILE);
-    assert_ok(rt_json_double(run, "flops", &flops, &err));
-    const double want = tokens * rt_student_flops_per_token(&l.c, &l.p, squares / tokens);
-    assert_true(fabs(flops - want) < 1e-9 * want);
-    rt_json_free(run);
-    rt_loaded_student_close(&l);
 }
 
 /* Less memory: smaller micro-batches, more that is computed again, then a refusal that says what would help; the steps are the same. */
@@ -426,60 +372,6 @@ static void test_resume(void **state)
         n += evals.data[i] == '\n';
     assert_int_equal(n, 4); /* steps 0, 4, 8, 9 */
     rt_buf_free(&evals);
-}
-
-static void copy_file(const char *from, const char *to, const char *name)
-{
-    struct rt_err err = {0};
-    struct rt_buf b = tf_read(from, name);
-    char path[4096];
-    assert_ok(rt_path_join(path, sizeof path, to, name, &err));
-    assert_ok(rt_publish_bytes(path, b.data, b.len, &err));
-    rt_buf_free(&b);
-}
-
-/* Other rows or masks of the same tokens are other data, of training and of evaluation. A directory of before contents were kept goes on. */
-static void test_changed_data(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    const char *out = test_tmp("run-changed"), *shards, *lines, *eval;
-    struct tf_data *data = malloc(sizeof *data);
-    static const char *const files_of[] = {"identity.json", "manifest.jsonl", "rows-000000.msgpack"};
-    *data = *files.data;
-    shards = tf_write_shards("run-changed-shards", data);
-    lines = tf_write_lines("run-changed-lines.jsonl", data);
-    eval = tf_write_lines("run-changed-eval.jsonl", data);
-#define CHANGED "--student", files.student, "--data", shards, "--data", lines, "--eval-data", eval, "--w-kl", "0.5", "--batch-tokens", "80", "--steps", "8", "--out", out
-    assert_status(train(ARGS(CHANGED), 4, NULL, &err), INTERRUPTED);
-    data->mask[2][data->len[2] - 1] = 0;
-    tf_write_lines("run-changed-lines.jsonl", data);
-    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 2: was ");
-    tf_write_lines("run-changed-lines.jsonl", files.data);
-    tf_write_lines("run-changed-eval.jsonl", data);
-    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.eval-data 1: was ");
-    tf_write_lines("run-changed-eval.jsonl", files.data);
-    data->logits[5][TF_K - 1] -= 0.5f; /* the least of its row still */
-    const char *other = tf_write_shards("run-changed-rows", data);
-    for (int i = 0; i < 3; i++)
-        copy_file(other, shards, files_of[i]);
-    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 1: was ");
-    char path[600];
-    struct rt_buf text = {0};
-    struct rt_json *config = load(out, "config.json"), *old;
-    assert_ok(rt_json_new_object(&old, &err));
-    static const char *const kept[] = {"command", "options", "runtime", "order_sha256", "init_sha256"};
-    for (size_t i = 0; i < sizeof kept / sizeof kept[0]; i++)
-        assert_ok(rt_json_set_copy(old, kept[i], rt_json_get(config, kept[i]), &err));
-    snprintf(path, sizeof path, "%s/config.json", out);
-    assert_ok(rt_json_dump(old, 2, &text, &err));
-    assert_ok(rt_publish_bytes(path, text.data, text.len, &err));
-    assert_ok(train(ARGS(CHANGED), 0, NULL, &err));
-#undef CHANGED
-    rt_buf_free(&text);
-    rt_json_free(config);
-    rt_json_free(old);
-    free(data);
 }
 
 /* Whole numbers of the loss do not depend on where sequences come from. */
@@ -806,10 +698,8 @@ static void test_experiment(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_unfinished_shards, set_up),
-    cmocka_unit_test_setup(test_mix, set_up), cmocka_unit_test_setup(test_small_weights, set_up),
-    cmocka_unit_test_setup(test_recompute, set_up),
-    cmocka_unit_test_setup(test_resume, set_up), cmocka_unit_test_setup(test_changed_data, set_up),
+    cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up),
+    cmocka_unit_test_setup(test_recompute, set_up), cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup(test_records, set_up),
