@@ -117,8 +117,8 @@ static enum rt_status add_final(const struct rt_train_run *r, struct rt_json *fi
     enum rt_status st;
     static const struct {
         const char *key, *count;
-    } mean[] = {{"loss", "targets"}, {"ce", "targets"}, {"kl", "kl_rows"}, {"feature", "targets"}, {"teacher_mass", "kl_rows"},
-                {"student_mass", "kl_rows"}, {"alm", "spans"}, {"agreement", "kl_rows"}, {"accuracy", "targets"}};
+    } mean[] = {{"loss", "targets"}, {"ce", "ce_rows"}, {"kl", "kl_rows"}, {"feature", "feature_rows"}, {"teacher_mass", "kl_rows"},
+                {"student_mass", "kl_rows"}, {"alm", "spans"}, {"agreement", "kl_rows"}, {"accuracy", "ce_rows"}};
     enum { N = sizeof mean / sizeof mean[0] };
     double sum[N] = {0}, count[N] = {0}, x;
     int64_t step, n;
@@ -250,7 +250,9 @@ enum rt_status rt_train_record_step(struct rt_train_run *r, const struct rt_step
     RT_TRY(rt_json_set_double(line, "lr", lr, err));
     RT_TRY(rt_json_set_int(line, "tokens", r->trainer.tokens, err));
     RT_TRY(rt_json_set_int(line, "targets", s->items, err));
+    RT_TRY(rt_json_set_int(line, "ce_rows", m->rows, err));
     RT_TRY(rt_json_set_int(line, "kl_rows", m->kl_rows, err));
+    RT_TRY(rt_json_set_int(line, "feature_rows", m->feature_rows, err));
     RT_TRY(rt_json_set_double(line, "epoch", s->epoch, err));
     RT_TRY(rt_json_set_double(line, "seconds", r->seconds, err));
     RT_TRY(rt_json_set_double(line, "tokens_per_second", (double)s->tokens / seconds, err));

@@ -157,7 +157,55 @@ static void test_changed_data(void **state)
     free(data);
 }
 
+/* Sums over the lines of metrics.jsonl from step `first` on: of key times count, and of count. *differs: some count is not the line's targets. */
+static void sums_of(const char *run, int64_t first, const char *key, const char *count, double *sum, double *n, bool *differs)
+{
+    struct rt_err err = {0};
+    struct rt_buf b = tf_read(run, "metrics.jsonl");
+    char *save = NULL;
+    *sum = *n = 0;
+    for (char *p = strtok_r(b.data, "\n", &save); p != NULL; p = strtok_r(NULL, "\n", &save)) {
+        struct rt_json *v;
+        int64_t step, rows, targets;
+        double x = 0;
+        assert_ok(rt_json_parse(p, strlen(p), run, &v, &err));
+        assert_ok(rt_json_int(v, "step", 1, 1000, &step, &err));
+        assert_ok(rt_json_int(v, "targets", 1, 1000, &targets, &err));
+        assert_ok(rt_json_int(v, count, 0, targets, &rows, &err));
+        assert_true(rt_json_as_double(rt_json_get(v, key), &x) == (rows > 0));
+        if (step >= first) {
+            *sum += x * (double)rows;
+            *n += (double)rows;
+            *differs |= rows != targets;
+        }
+        rt_json_free(v);
+    }
+    rt_buf_free(&b);
+}
+
+/* The means at the end of a run are over the rows that each of them is of: with --ce rest, and where not every set has states, steps have few or none. */
+static void test_final_means(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("data-final");
+    static const char *const mean[][2] = {{"ce", "ce_rows"}, {"accuracy", "ce_rows"}, {"feature", "feature_rows"}, {"kl", "kl_rows"}, {"loss", "targets"}};
+    double sum, n, final;
+    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--w-kl", "0.5", "--ce", "rest", "--w-feature", "0.1", "--layer-map", "1:1",
+                         "--kd-temperature", "2", "--batch-tokens", "40", "--steps", "40", "--lr", "1e-2", "--out", out), 0, NULL, &err));
+    struct rt_json *run = load(out, RT_RUN_FILE);
+    for (size_t i = 0; i < sizeof mean / sizeof mean[0]; i++) {
+        bool differs = false;
+        sums_of(out, 37, mean[i][0], mean[i][1], &sum, &n, &differs);
+        assert_true(differs == (strcmp(mean[i][1], "targets") != 0));
+        assert_ok(rt_json_double(rt_json_get(run, "final"), mean[i][0], &final, &err));
+        assert_true(n > 0 && fabs(final - sum / n) <= 1e-12 * fabs(final));
+    }
+    rt_json_free(run);
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test_setup(test_final_means, set_up),
     cmocka_unit_test_setup(test_unfinished_shards, set_up), cmocka_unit_test_setup(test_small_weights, set_up),
     cmocka_unit_test_setup_teardown(test_changed_data, set_up, tear_down),
 };
