@@ -204,7 +204,36 @@ static void test_final_means(void **state)
     rt_json_free(run);
 }
 
+/* A finished run of whose model a part is gone makes it again. */
+static void test_model_gone(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("data-gone");
+    static const char *const parts[] = {"model/model.safetensors", "model/config.json"};
+    char *log, path[600];
+#define GONE ARGS("--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "3", "--out", out)
+    assert_ok(train(GONE, 0, NULL, &err));
+    struct rt_buf whole = tf_read(out, parts[0]), again;
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", out, parts[i]);
+        assert_int_equal(remove(path), 0);
+        assert_ok(train(GONE, 0, &log, &err));
+        assert_non_null(strstr(log, "its model is gone"));
+        free(log);
+        again = tf_read(out, parts[0]);
+        assert_true(rt_path_exists(path) && again.len == whole.len && memcmp(again.data, whole.data, whole.len) == 0);
+        rt_buf_free(&again);
+    }
+    assert_ok(train(GONE, 0, &log, &err));
+    assert_non_null(strstr(log, "finished already"));
+#undef GONE
+    free(log);
+    rt_buf_free(&whole);
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test_setup(test_model_gone, set_up),
     cmocka_unit_test_setup(test_final_means, set_up),
     cmocka_unit_test_setup(test_unfinished_shards, set_up), cmocka_unit_test_setup(test_small_weights, set_up),
     cmocka_unit_test_setup_teardown(test_changed_data, set_up, tear_down),
