@@ -55,6 +55,11 @@ const struct rt_train_info *rt_train_set_info(const struct rt_train_set *s)
     return &s->info;
 }
 
+void rt_train_set_cache(struct rt_train_set *s, size_t cache_bytes)
+{
+    s->o.cache_bytes = cache_bytes;
+}
+
 int64_t rt_train_set_length(const struct rt_train_set *s, int64_t i)
 {
     return s->item[i].n_tokens;
@@ -182,17 +187,6 @@ out:
     return st;
 }
 
-static enum rt_status finish(struct rt_train_set *s, struct rt_err *err)
-{
-    enum rt_status st;
-    RT_TRY(hash(s, err));
-    if (s->info.sequences == 0)
-        RT_FAIL(err, FORMAT, "%s: no sequence is left: %ld without anything to predict, %ld over %ld tokens (or of one token)", s->path,
-                (long)s->untargeted, (long)s->info.left_out, (long)s->o.max_length);
-out:
-    return st;
-}
-
 static enum rt_status get_shard(void *self, int64_t i, struct rt_rows *out, bool *end, struct rt_err *err)
 {
     *end = false;
@@ -298,6 +292,51 @@ out:
     return st;
 }
 
+/* A block of memory takes more than was asked for: rt_alloc's border, and malloc's. */
+enum { BLOCK_BORDER = 128 };
+static size_t in_memory(const struct layout *l)
+{
+    return l->bytes + BLOCK_BORDER;
+}
+
+/* What memory the set takes, and would. Of shards what their index says of a sequence is enough. */
+static void count_bytes(struct rt_train_set *s)
+{
+    static const uint8_t some_mask;
+    static const uint32_t some_span;
+    static const float some_scale;
+    const struct rt_row_identity *id = s->info.identity;
+    s->info.held += s->cap * sizeof *s->item;
+    if (s->shards == NULL)
+        return;
+    s->info.held += (size_t)s->info.shards->sequences * sizeof(struct rt_seq_info);
+    for (int64_t i = 0; i < s->info.sequences; i++) {
+        const struct rt_seq_info *q = rt_shard_set_seq(s->shards, s->item[i].at);
+        struct rt_rows r = {.n_tokens = q->n_tokens, .n_rows = q->n_rows, .k = id->top_k < id->n_ids ? id->top_k : (int)id->n_ids, .n_lse = id->n_lse,
+                            .n_features = id->n_features, .feature_mask = id->origin.mode[0] != '\0' ? &some_mask : NULL,
+                            .span = rt_row_identity_spans(id) ? &some_span : NULL};
+        struct layout l;
+        for (int f = 0; f < id->n_features; f++)
+            r.feature_scale[f] = id->feature[f].dtype == RT_E4M3 ? &some_scale : NULL;
+        if (!lay_out(s, &r, &l) || !rt_add_size(s->info.decoded, in_memory(&l), &s->info.decoded)) {
+            s->info.decoded = SIZE_MAX;
+            return;
+        }
+    }
+}
+
+static enum rt_status finish(struct rt_train_set *s, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(hash(s, err));
+    count_bytes(s);
+    if (s->info.sequences == 0)
+        RT_FAIL(err, FORMAT, "%s: no sequence is left: %ld without anything to predict, %ld over %ld tokens (or of one token)", s->path,
+                (long)s->untargeted, (long)s->info.left_out, (long)s->o.max_length);
+out:
+    return st;
+}
+
 /* The lines' ids and masks, in memory. */
 static enum rt_status read_lines(struct rt_train_set *s, struct rt_log *log, struct rt_err *err)
 {
@@ -323,6 +362,7 @@ static enum rt_status read_lines(struct rt_train_set *s, struct rt_log *log, str
             continue;
         if (!lay_out(s, &r, &l))
             RT_FAIL(err, NOMEM, "%s: line %ld is too large", s->path, (long)sample.line);
+        s->info.held += in_memory(&l);
         RT_TRY(copy_rows(s, &r, &l, &s->item[s->info.sequences - 1].kept, err));
     }
     const struct rt_dataset_counts c = rt_dataset_counts(d);
@@ -456,15 +496,15 @@ static enum rt_status keep(struct rt_train_set *s, struct item *it, struct rt_ro
     if (!lay_out(s, out, &l))
         return RT_OK;
     pthread_mutex_lock(&s->lock);
-    const bool room = l.bytes <= s->o.cache_bytes - s->kept_bytes;
-    s->kept_bytes += room ? l.bytes : 0;
+    const bool room = in_memory(&l) <= s->o.cache_bytes - s->kept_bytes;
+    s->kept_bytes += room ? in_memory(&l) : 0;
     pthread_mutex_unlock(&s->lock);
     if (!room)
         return RT_OK;
     st = copy_rows(s, out, &l, &copy, err);
     pthread_mutex_lock(&s->lock);
     if (copy == NULL || it->kept != NULL) /* another thread was quicker */
-        s->kept_bytes -= l.bytes;
+        s->kept_bytes -= in_memory(&l);
     if (it->kept == NULL && copy != NULL) {
         it->kept = copy;
         copy = NULL;

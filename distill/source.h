@@ -36,6 +36,8 @@ struct rt_train_info {
     char sha256[65];       /* over key and occurrence of the sequences in order */
     char content_sha256[65]; /* the same and what is learnt of them: loss masks; of shards the identity and the checksum of every sequence. Of a source in memory
                               * as sha256 */
+    size_t held;           /* bytes of memory that it takes in any case: its index, and of lines all of them */
+    size_t decoded;        /* bytes of its sequences where every one is kept (cache_bytes bounds it); 0 for lines and a source in memory */
     const struct rt_row_identity *identity; /* NULL for lines */
     const struct rt_shard_info *shards;     /* NULL unless shards */
 };
@@ -50,6 +52,9 @@ enum rt_status rt_train_set_memory(const struct rt_row_source *source, const str
                                    struct rt_err *err);
 void rt_train_set_free(struct rt_train_set *s); /* NULL is fine */
 const struct rt_train_info *rt_train_set_info(const struct rt_train_set *s);
+
+/* cache_bytes from now on, before anything was decoded or a reader opened. */
+void rt_train_set_cache(struct rt_train_set *s, size_t cache_bytes);
 
 /* Of sequence i in [0, sequences), without decoding it. */
 int64_t rt_train_set_length(const struct rt_train_set *s, int64_t i);

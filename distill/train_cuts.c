@@ -95,6 +95,7 @@ static void plan_cuts(struct rt_train_plan *t, const struct rt_train_cuts *x)
     t->o->recompute_less = x->less;
     rt_trainer_plan(t->c, t->p, t->o, t->longest, rt_device_act_size(t->d), &t->memory);
     t->memory.operations = x->operations;
+    t->memory.host += t->data;
     const size_t copy = (size_t)(t->c->vocab_size * t->c->hidden) * rt_device_act_size(t->d);
     t->memory.measured = t->d->be->tune != NULL && copy <= x->operations ? copy : 0;
 }

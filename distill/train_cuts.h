@@ -27,6 +27,7 @@ struct rt_train_plan {
     int recompute;                   /* level; -1: as memory needs */
     int threads, loader_threads;     /* as asked for; 0, -1: by the machine */
     int64_t host;                    /* bytes of the host's memory: an eighth of it may hold sequences that are decoded ahead */
+    size_t data;                     /* bytes that the data take of that in any case */
     size_t operations;               /* of a GPU; rt_train_operations */
     bool shrinks;                    /* they may take less where nothing else helps */
     struct rt_trainer_memory memory; /* the plan's */

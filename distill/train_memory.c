@@ -30,6 +30,35 @@ out:
     return st;
 }
 
+/* ---- the data ---- */
+
+static struct rt_train_set *set_at(const struct rt_train_run *r, int i)
+{
+    return i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets];
+}
+
+/* What the data take in any case. */
+static size_t data_held(const struct rt_train_run *r)
+{
+    size_t n = 0;
+    for (int i = 0; i < r->n_sets + r->n_eval; i++)
+        n += rt_train_set_info(set_at(r, i))->held;
+    return n;
+}
+
+/* Decoded sequences stay in memory that nothing else needs, up to a quarter of all; each set has the same share. need: what the plan takes of the limit. */
+static void plan_caches(struct rt_train_run *r, size_t need, size_t limit)
+{
+    const int n = r->n_sets + r->n_eval;
+    const size_t quarter = (size_t)rt_command_memory(&r->v->common) / 4, left = limit > need ? limit - need : 0,
+                 share = (r->device.be->own_memory || quarter < left ? quarter : left) / (size_t)n;
+    for (int i = 0; i < n; i++) {
+        const size_t all = rt_train_set_info(set_at(r, i))->decoded;
+        rt_train_set_cache(set_at(r, i), share);
+        r->memory.host += all < share ? all : share;
+    }
+}
+
 /* ---- what would do where nothing fits ---- */
 
 /* Options that a run could take instead; a run that goes on has most of them fixed. */
@@ -128,7 +157,7 @@ enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
         .micro_tokens = goes_on ? n : v->micro_tokens > 0 ? v->micro_tokens : rt_train_usual_micro(&r->device, v->batch_tokens),
         .fixed = goes_on || v->micro_tokens > 0,
         .recompute = strcmp(v->recompute, "auto") == 0 ? -1 : v->recompute[0] - '0',
-        .threads = (int)v->common.threads, .loader_threads = (int)v->loader_threads, .host = rt_command_memory(&v->common),
+        .threads = (int)v->common.threads, .loader_threads = (int)v->loader_threads, .host = rt_command_memory(&v->common), .data = data_held(r),
         .operations = was > 0 && be->own_memory ? (size_t)was : operations, .shrinks = be->own_memory && was == 0,
     };
     const bool fit = rt_train_plan_fit(&t, (size_t)limit);
@@ -137,6 +166,7 @@ enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
         be->set_scratch(r->device.dev, r->memory.operations);
     if (!fit)
         st = too_little(r, &t, goes_on, (uint64_t)limit, err);
+    plan_caches(r, rt_train_plan_need(&t), (size_t)limit);
 out:
     return st;
 }

@@ -39,12 +39,12 @@ out:
     return st;
 }
 
-static enum rt_status open_sets(struct rt_train_run *r, size_t cache, struct rt_err *err)
+static enum rt_status open_sets(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     const struct rt_train_values *v = r->v;
     const int64_t max = r->student.c.max_position;
-    struct rt_train_set_options o = {.model = &r->student.model, .vocab = r->student.c.vocab_size, .cache_bytes = cache,
+    struct rt_train_set_options o = {.model = &r->student.model, .vocab = r->student.c.vocab_size,
                                      .max_length = v->max_length > 0 && v->max_length < max ? v->max_length : max,
                                      .drop_long = v->max_length > 0, .features = v->w_feature > 0};
     RT_TRY(rt_alloc((size_t)v->data.n, sizeof *r->set, "data", &r->set, err));
@@ -402,7 +402,7 @@ static void log_plan(const struct rt_train_run *r)
     char a[32], b[32], c[32], d[32], e[32], f[32], g[32], h[32];
     rt_info(r->ctx->log, "plan: %ld steps, %s tokens, global batches of %ld tokens in micro-batches of %ld, order %.12s", (long)r->total_steps,
             rt_human_count(a, (double)r->total_tokens), (long)r->o.batch_tokens, (long)r->o.micro_tokens, r->order_sha256);
-    rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s operations, %s batch",
+    rt_info(r->ctx->log, "memory: %s parameters, %s gradients, %s moments, %s activations, %s losses, %s projectors, %s operations, %s batch and data",
             rt_human_bytes(a, m->weights), rt_human_bytes(b, m->grads), rt_human_bytes(c, m->moments), rt_human_bytes(d, m->activations),
             rt_human_bytes(e, m->losses), rt_human_bytes(f, m->projectors), rt_human_bytes(g, m->operations + m->recorded + m->measured), rt_human_bytes(h, m->host));
     log_recompute(r);
@@ -424,7 +424,7 @@ enum rt_status rt_train_prepare(struct rt_train_run *r, struct rt_err *err)
     if (v->w_alm > 0)
         ops[n_ops++] = RT_OP_head_likelihood;
     RT_TRY(rt_loaded_student_open(&r->student, &source, r->ctx->log, err));
-    RT_TRY(open_sets(r, (size_t)rt_command_memory(&v->common) / 4 / (size_t)(v->data.n + v->eval_data.n), err));
+    RT_TRY(open_sets(r, err));
     describe_sets(r);
     RT_TRY(check_losses(r, err));
     RT_TRY(count_steps(r, err));

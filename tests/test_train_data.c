@@ -232,7 +232,51 @@ static void test_model_gone(void **state)
     rt_buf_free(&whole);
 }
 
+/* What the data take counts in --memory: lines, which are all kept, are refused where there is no room for them. */
+static void test_lines_in_memory(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const char *out = test_tmp("data-none"), *many = test_tmp("data-many.jsonl");
+    struct rt_buf b = {0};
+    for (int i = 0; i < 4000; i++)
+        assert_ok(rt_buf_printf(&b, &err, "{\"input_ids\": [%d, %d, 3]}\n", i % 61, i / 61 % 61));
+    assert_ok(rt_publish_bytes(many, b.data, b.len, &err));
+    rt_buf_free(&b);
+    assert_ok(train(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--dry-run", "--memory", "2M", "--threads", "1"), 0, NULL, &err));
+    refused(ARGS("--student", files.student, "--data", many, "--out", out, "--dry-run", "--memory", "2M", "--threads", "1"), RT_NOMEM, "training needs");
+    assert_ok(train(ARGS("--student", files.student, "--data", many, "--out", out, "--dry-run", "--memory", "6M", "--threads", "1"), 0, NULL, &err));
+}
+
+/* Of shards, `decoded` bytes of cache are what keeps every sequence, and no less. */
+static void test_decoded_bytes(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    const struct rt_model_dir none = {0};
+    for (int f = 0; f < 2; f++)
+        for (int less = 0; less < 2; less++) {
+            struct rt_train_set *set = NULL;
+            const struct rt_train_set_options o = {.model = &none, .vocab = 61, .max_length = 64, .features = f != 0};
+            struct rt_rows r, first[TF_SEQS];
+            int kept = 0;
+            assert_ok(rt_train_set_open(files.shards, &o, NULL, &set, &err));
+            const struct rt_train_info *info = rt_train_set_info(set);
+            assert_true(info->held >= TF_SEQS * sizeof(struct rt_seq_info));
+            rt_train_set_cache(set, info->decoded - (size_t)less);
+            for (int i = 0; i < TF_SEQS; i++)
+                assert_ok(rt_train_set_get(set, i, &first[i], &err));
+            for (int i = 0; i < TF_SEQS; i++) {
+                assert_ok(rt_train_set_get(set, i, &r, &err));
+                kept += r.ids == first[i].ids && r.text == NULL && r.next_id == NULL;
+            }
+            assert_int_equal(kept, TF_SEQS - less);
+            rt_train_set_free(set);
+        }
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test_setup(test_lines_in_memory, set_up), cmocka_unit_test_setup(test_decoded_bytes, set_up),
     cmocka_unit_test_setup(test_model_gone, set_up),
     cmocka_unit_test_setup(test_final_means, set_up),
     cmocka_unit_test_setup(test_unfinished_shards, set_up), cmocka_unit_test_setup(test_small_weights, set_up),
