@@ -157,7 +157,7 @@ static void end_hash(struct rt_sha256 *h, char hex[65])
 static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    struct rt_json *identity = NULL;
+    struct rt_json *json = NULL;
     struct rt_buf text = {0};
     struct rt_sha256 keys, content;
     rt_sha256_init(&keys);
@@ -167,9 +167,11 @@ static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
     }
     content = keys;
     if (s->shards != NULL) {
-        RT_TRY(rt_json_new_object(&identity, err));
-        RT_TRY(rt_row_identity_to_json(s->info.identity, identity, err));
-        RT_TRY(rt_json_dump(identity, 0, &text, err));
+        struct rt_row_identity id = *s->info.identity;
+        id.teacher_name[0] = '\0'; /* is for people */
+        RT_TRY(rt_json_new_object(&json, err));
+        RT_TRY(rt_row_identity_to_json(&id, json, err));
+        RT_TRY(rt_json_dump(json, 0, &text, err));
         rt_sha256_update(&content, text.data, text.len);
     }
     for (int64_t i = 0; i < s->info.sequences; i++) {
@@ -182,7 +184,7 @@ static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
     end_hash(&keys, s->info.sha256);
     end_hash(&content, s->info.content_sha256);
 out:
-    rt_json_free(identity);
+    rt_json_free(json);
     rt_buf_free(&text);
     return st;
 }

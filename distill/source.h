@@ -34,8 +34,8 @@ struct rt_train_info {
     int64_t sequences, tokens, longest, left_out;
     int top_k, n_lse;      /* 0: no teacher rows */
     char sha256[65];       /* over key and occurrence of the sequences in order */
-    char content_sha256[65]; /* the same and what is learnt of them: loss masks; of shards the identity and the checksum of every sequence. Of a source in memory
-                              * as sha256 */
+    char content_sha256[65]; /* the same and what is learnt of them: loss masks; of shards the identity and the checksum of every sequence; of a
+                              * source in memory the keys alone */
     size_t held;           /* bytes of memory that it takes in any case: its index, and of lines all of them */
     size_t decoded;        /* bytes of its sequences where every one is kept (cache_bytes bounds it); 0 for lines and a source in memory */
     const struct rt_row_identity *identity; /* NULL for lines */

@@ -125,7 +125,8 @@ static void test_changed_data(void **state)
     shards = tf_write_shards("data-changed-shards", data);
     lines = tf_write_lines("data-changed-lines.jsonl", data);
     eval = tf_write_lines("data-changed-eval.jsonl", data);
-#define CHANGED "--student", files.student, "--data", shards, "--data", lines, "--eval-data", eval, "--w-kl", "0.5", "--batch-tokens", "80", "--steps", "8", "--out", out
+#define CHANGED "--student", files.student, "--data", shards, "--data", lines, "--eval-data", eval, "--w-kl", "0.5", "--batch-tokens", "80", \
+    "--steps", "8", "--out", out
     assert_status(train(ARGS(CHANGED), 4, NULL, &err), INTERRUPTED);
     data->mask[2][data->len[2] - 1] = 0;
     tf_write_lines("data-changed-lines.jsonl", data);
@@ -139,6 +140,12 @@ static void test_changed_data(void **state)
     for (int i = 0; i < 3; i++)
         copy_file(other, shards, files_of[i]);
     refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 1: was ");
+    *data = *files.data;
+    strcpy(data->id.teacher_name, "moved"); /* the same rows */
+    other = tf_write_shards("data-changed-name", data);
+    for (int i = 0; i < 3; i++)
+        copy_file(other, shards, files_of[i]);
+    assert_status(train(ARGS(CHANGED), 2, NULL, &err), INTERRUPTED);
     char path[600];
     struct rt_buf text = {0};
     struct rt_json *config = load(out, "config.json"), *old;
@@ -191,8 +198,9 @@ static void test_final_means(void **state)
     const char *out = test_tmp("data-final");
     static const char *const mean[][2] = {{"ce", "ce_rows"}, {"accuracy", "ce_rows"}, {"feature", "feature_rows"}, {"kl", "kl_rows"}, {"loss", "targets"}};
     double sum, n, final;
-    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--w-kl", "0.5", "--ce", "rest", "--w-feature", "0.1", "--layer-map", "1:1",
-                         "--kd-temperature", "2", "--batch-tokens", "40", "--steps", "40", "--lr", "1e-2", "--out", out), 0, NULL, &err));
+    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--w-kl", "0.5", "--ce", "rest",
+                         "--w-feature", "0.1", "--layer-map", "1:1", "--kd-temperature", "2", "--batch-tokens", "40",
+                         "--steps", "40", "--lr", "1e-2", "--out", out), 0, NULL, &err));
     struct rt_json *run = load(out, RT_RUN_FILE);
     for (size_t i = 0; i < sizeof mean / sizeof mean[0]; i++) {
         bool differs = false;
