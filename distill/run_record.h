@@ -28,10 +28,11 @@
  *   "model": "model"                  relative to RUN, null before the end
  *
  * metrics.jsonl
- *   "step" (from 1), "loss", "ce" (a target; with --ce rest one that has no teacher row), "kl" (a row that has teacher rows), "feature", "teacher_mass", "student_mass" (of the
- *   teacher's ids, at T), "agreement" (argmax = the teacher's), "accuracy" (argmax = the label), "grad_norm" (before clipping),
- *   "clipped" (share of the gradient cut off: 1 - scale), "clipped_steps" (share of the optimiser's steps so far that were clipped), "lr", "tokens" (so far), "targets" (of this step), "ce_rows", "kl_rows",
- *   "feature_rows" (rows of this step that the means of ce and accuracy, of kl, mass and agreement, and of feature run over),
+ *   "step" (from 1), "loss", "ce" (a target; with --ce rest one that has no teacher row), "kl" (a row that has teacher rows), "feature",
+ *   "teacher_mass", "student_mass" (of the teacher's ids, at T), "agreement" (argmax = the teacher's), "accuracy" (argmax = the label),
+ *   "grad_norm" (before clipping), "clipped" (share of the gradient cut off: 1 - scale), "clipped_steps" (share of the optimiser's steps so far
+ *   that were clipped), "lr", "tokens" (so far), "targets" (of this step), "ce_rows", "kl_rows", "feature_rows" (rows of this step that the means
+ *   of ce and accuracy, of kl, mass and agreement, and of feature run over),
  *   "epoch" (fraction), "seconds", "tokens_per_second", "mfu" (operations of the step, 6 N + 6 L nh hd len a token, over seconds times the peak of
  *   the ranks' devices; null where that is not known), "memory" (bytes: of the device in use, or the process's peak), "seconds_left" (at the rate so far),
  *   "data_wait" (seconds waited for data since the process began); "skipped": true and "sequences": [...] where the step was left out, "spike": true where

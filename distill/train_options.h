@@ -37,7 +37,7 @@
     {"moments", RT_OPT_CHOICE, V(moments), "f32", 0, 0, "f32|bf16", NULL, "AdamW's moments on a GPU; bf16, rounded stochastically, takes 4 bytes a parameter less", false, false}, \
     {"master", RT_OPT_CHOICE, V(master), "f32", 0, 0, "f32|none", NULL, "float32 masters of a GPU's bfloat16 parameters; none: they are rounded stochastically, which takes 2 bytes a parameter less", false, false}, \
     {"clip", RT_OPT_FLOAT, V(clip), "1", 0, 1e9, NULL, "NORM", "greatest global norm of the gradient; 0: none", false, false}, \
-    {"on-nan", RT_OPT_CHOICE, V(on_nan), "skip", 0, 0, "skip|stop", NULL, "a step whose loss or gradient is not finite, or spikes, is left out, or ends the run; a run that ended by it may go on with the other", false, true}, \
+    {"on-nan", RT_OPT_CHOICE, V(on_nan), "skip", 0, 0, "skip|stop", NULL, "a step whose loss or gradient is not finite, or spikes, is left out, or ends the run", false, true}, \
     {"max-grad-spike", RT_OPT_FLOAT, V(max_grad_spike), "100", 0, 1e9, NULL, "X", "a step whose gradient norm is above X times its mean over the last 50 or so is treated as --on-nan says; 0: none is", false, false}, \
     {"grad-norms", RT_OPT_INT, V(grad_norms), "0", 0, 1e12, NULL, "N", "every N steps, the gradient norm of each term too; 0: never", false, true}, \
     {"recompute", RT_OPT_CHOICE, V(recompute), "auto", 0, 0, "auto|0|1|2|3", NULL, "what backward computes again instead of keeping it; 0: nothing, 1: norms, 2: gate and up too, 3: layers; auto: as memory needs, of some layers less than of others; the results are the same", false, true}, \

@@ -238,8 +238,8 @@ static enum rt_status check_features(struct rt_train_run *r, struct rt_err *err)
                 rt_warn(r->ctx->log, "%s: has no states of layer %d: it takes no part in the feature loss", info->path, r->o.map.pair[p].teacher);
         }
         if (!any && !(r->o.w.ce > 0) && !(r->o.w.kl > 0) && !(r->o.w.alm > 0))
-            RT_FAIL(err, REFUSED, "%s: has none of the states that are trained on, and --w-ce, --w-kl and --w-alm are 0: nothing would be learnt from it; --w-ce above 0 "
-                    "trains on its text", info->path);
+            RT_FAIL(err, REFUSED, "%s: has none of the states that are trained on, and --w-ce, --w-kl and --w-alm are 0: nothing would be learnt from it; "
+                    "--w-ce above 0 trains on its text", info->path);
     }
     for (int p = 0; p < r->o.map.n; p++)
         rt_info(r->ctx->log, "feature loss: teacher layer %d -> student layer %d, %d numbers (-1: after the final norm)", r->o.map.pair[p].teacher,
@@ -306,9 +306,10 @@ static void hash_batch(struct rt_sha256 *h, const struct rt_train_run *r, const 
 /* The number of sequences that each set gives is whole: of a small set with a low weight it may be none. */
 static enum rt_status check_given(const struct rt_train_run *r, const int64_t *given, double epochs, struct rt_err *err)
 {
+    const struct rt_train_info *first = rt_train_set_info(r->set[0]);
     if (r->total_steps == 0)
-        return rt_fail(err, RT_USAGE, "--data: with these weights no set gives a sequence to the run (%s: %g of %ld, rounded down, an epoch): higher weights, or more --epochs",
-                       rt_train_set_info(r->set[0])->path, r->weight[0], (long)rt_train_set_info(r->set[0])->sequences);
+        return rt_fail(err, RT_USAGE, "--data: with these weights no set gives a sequence to the run (%s: %g of %ld, rounded down, an epoch): "
+                       "higher weights, or more --epochs", first->path, r->weight[0], (long)first->sequences);
     for (int i = 0; i < r->n_sets; i++)
         if (given[i] == 0)
             rt_warn(r->ctx->log, "%s: the run takes no sequence of it: weight %g, %ld sequences, %.3g epochs", rt_train_set_info(r->set[i])->path, r->weight[i],

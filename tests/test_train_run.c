@@ -169,8 +169,8 @@ static void test_refusals(void **state)
     refused(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--w-kl", "0.5"), RT_REFUSED, "without teacher rows");
     refused(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--w-feature", "0.5"), RT_REFUSED, "no hidden states");
     refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--w-ce", "0"), RT_USAGE, "nothing would be learnt");
-    refused(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--out", out, "--w-ce", "0", "--w-feature", "1", "--layer-map", "1:1"), RT_REFUSED,
-            "has none of the states that are trained on");
+    refused(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--out", out, "--w-ce", "0", "--w-feature", "1",
+                 "--layer-map", "1:1"), RT_REFUSED, "has none of the states that are trained on");
     refused(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--memory", "10000"), RT_NOMEM, "training needs");
     refused(ARGS("--data", files.shards, "--out", out), RT_USAGE, "--init-config");
     assert_false(rt_path_exists(out));
@@ -609,8 +609,8 @@ static void test_spike(void **state)
     assert_ok(rt_ckpt_latest(out, NULL, &at, &err));
     assert_int_equal(at.step, 10);
     /* as it advises: the other way, from there */
-    assert_status(train(ARGS("--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "30", "--w-kl", "1", "--kd-temperature", "2",
-                             "--save-every", "5", "--max-grad-spike", "0.001", "--out", out), 0, &log, &err), NUMERIC);
+    assert_status(train(ARGS("--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "30", "--w-kl", "1",
+                             "--kd-temperature", "2", "--save-every", "5", "--max-grad-spike", "0.001", "--out", out), 0, &log, &err), NUMERIC);
     assert_non_null(strstr(log, "going on from step 10"));
     free(log);
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
