@@ -18,7 +18,9 @@ static const double end_seconds = 10, kill_seconds = 15; /* after a rank failed 
 struct local {
     pid_t *pid; /* [n], 0: has ended */
     int n, left;
-    int failed, code; /* the first rank that failed, and its exit code, 128 + the number of a signal; -1: none */
+    int failed; /* the rank that says most about the end; -1: none failed */
+    int code;   /* its exit code; 0: a signal ended it */
+    int signal;
 };
 
 /* The arguments as this process was started with: program, command, options. count [16] is kept by the caller. */
@@ -85,6 +87,12 @@ static void signal_all(const struct local *l, int sig)
             (void)kill(l->pid[i], sig);
 }
 
+/* What an end tells: that a rank saved and stopped less than that it lost another one (1), and that less than what the lost one says. */
+static int weight(int code, int sig)
+{
+    return code == 0 && sig == 0 ? 0 : code == rt_exit_code(RT_INTERRUPTED) ? 1 : code == 1 ? 2 : 3;
+}
+
 /* Takes note of ranks that have ended. */
 static void collect(struct local *l)
 {
@@ -92,13 +100,13 @@ static void collect(struct local *l)
         int how;
         if (l->pid[i] == 0 || waitpid(l->pid[i], &how, WNOHANG) != l->pid[i])
             continue;
-        const int code = WIFEXITED(how) ? WEXITSTATUS(how) : 128 + WTERMSIG(how);
+        const int code = WIFEXITED(how) ? WEXITSTATUS(how) : 0, sig = WIFEXITED(how) ? 0 : WTERMSIG(how);
         l->pid[i] = 0;
         l->left--;
-        /* what a rank says that lost another one (1) tells less than what that one says */
-        if (code != 0 && (l->failed < 0 || (l->code == 1 && code != 1))) {
+        if (weight(code, sig) > weight(l->code, l->signal)) {
             l->failed = i;
             l->code = code;
+            l->signal = sig;
         }
     }
 }
@@ -114,7 +122,7 @@ static void wait_all(struct rt_context *ctx, struct local *l)
             passed_on = true;
             signal_all(l, SIGINT);
         }
-        if (l->failed < 0)
+        if (l->failed < 0 || l->code == rt_exit_code(RT_INTERRUPTED)) /* who stops and saves may take his time */
             continue;
         since = since > 0 ? since : rt_now();
         if (rt_now() - since > kill_seconds)
@@ -154,9 +162,9 @@ enum rt_status rt_train_local(struct rt_context *ctx, int n, int threads, struct
     wait_all(ctx, &l);
     RT_TRY(st);
     if (l.failed >= 0 && l.code == rt_exit_code(RT_INTERRUPTED))
-        RT_FAIL(err, INTERRUPTED, "interrupted: the ranks have saved, the same command goes on");
-    if (l.failed >= 0 && l.code > 128)
-        RT_FAIL(err, IO, "rank %d of %d was ended by signal %d", l.failed, n, l.code - 128);
+        RT_FAIL(err, INTERRUPTED, "interrupted: the ranks say above what they saved, the same command goes on");
+    if (l.failed >= 0 && l.signal > 0)
+        RT_FAIL(err, IO, "rank %d of %d was ended by signal %d", l.failed, n, l.signal);
     if (l.failed >= 0) {
         st = status_of(l.code);
         rt_fail(err, st, "rank %d of %d ended first, with exit code %d; it says above why", l.failed, n, l.code);

@@ -140,12 +140,15 @@ out:
 
 /* ---- the loop ---- */
 
+/* Returns on every rank when rank 0 has the checkpoint in place: none says "saved" or ends before that. */
 static enum rt_status save(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
+    double in_place = 1;
     if (r->rank.rank == 0)
         RT_TRY(rt_rundir_sync(&r->dir, err));
     RT_TRY(rt_trainer_checkpoint(&r->trainer, r->v->out, (int)r->v->keep, r->seconds, err));
+    RT_TRY(rt_comm_sum(r->comm, &in_place, 1, err));
     r->saved = r->trainer.step;
 out:
     return st;
@@ -229,10 +232,12 @@ static bool due(int64_t step, int64_t every)
 /* An evaluation that is interrupted is made again on resume, from a checkpoint of its step. */
 static enum rt_status evaluate_between(struct rt_train_run *r, struct rt_err *err)
 {
-    const enum rt_status st = rt_train_evaluate(r, err);
-    if (st == RT_INTERRUPTED)
-        save(r, NULL);
-    return st;
+    struct rt_err why = {0};
+    const enum rt_status st = rt_train_evaluate(r, err), saved = st == RT_INTERRUPTED ? save(r, &why) : RT_OK;
+    if (saved == RT_OK)
+        return st;
+    rt_err_clear(err);
+    return rt_fail(err, saved, "%s", why.msg);
 }
 
 static enum rt_status loop(struct rt_train_run *r, struct rt_err *err)

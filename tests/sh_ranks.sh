@@ -47,6 +47,24 @@ wait $pid || code=$?
 [ $code = 130 ] || { echo "interrupted: exit code $code"; cat "$tmp/cut.err"; exit 1; }
 ls "$tmp"/cut/ckpt-* >/dev/null
 
+# a checkpoint that rank 0 cannot put in place is lost for all: nobody says that it was saved
+(recipe exec lost --steps 5000 --epochs 5000 --gpus 2 --quiet 2>"$tmp/lost.err") &
+pid=$!
+tries=0
+while [ ! -s "$tmp/lost/metrics.jsonl" ] && [ $tries -lt 600 ]; do
+    sleep 0.1
+    tries=$((tries + 1))
+done
+(cd "$tmp/lost" && seq -f 'ckpt-%08.0f' 1 2000 | xargs touch)
+kill -INT $pid
+code=0
+wait $pid || code=$?
+[ $code = 1 ] || { echo "a lost checkpoint: exit code $code"; cat "$tmp/lost.err"; exit 1; }
+if grep -q 'saved' "$tmp/lost.err"; then
+    echo "a lost checkpoint is said to be saved"
+    exit 1
+fi
+
 # what one rank finds is the exit code of all: a usage error here
 code=0
 train bad --steps 12 --gpus 2 --w-ce 0 --quiet 2>"$tmp/bad.err" || code=$?

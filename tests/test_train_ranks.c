@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,18 +20,35 @@ enum { MAX_RANKS = 3 };
 struct fate {
     int rank;          /* -1: to none */
     int stop_at, kill_at; /* questions whether to stop, a step each; kill_at: SIGKILL */
+    const char *block;    /* a file that is made when it stops: no checkpoint can take that name */
     const char *extra[3]; /* options of that rank alone */
 };
 
 static int asked;
 static struct fate mine;
 
+/* A process whose ranks still meet listens. */
+static bool is_meeting(void)
+{
+    for (int fd = 0; fd < 256; fd++) {
+        int on = 0;
+        socklen_t n = sizeof on;
+        if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &n) == 0 && on != 0)
+            return true;
+    }
+    return false;
+}
+
 static bool stop(void *self)
 {
     (void)self;
+    if (is_meeting())
+        return false;
     asked++;
     if (mine.kill_at > 0 && asked == mine.kill_at)
         raise(SIGKILL);
+    if (mine.block != NULL && asked == mine.stop_at)
+        rt_publish_bytes(mine.block, "", 0, NULL);
     return mine.stop_at > 0 && asked >= mine.stop_at;
 }
 
@@ -229,6 +247,24 @@ static void test_resume(void **state)
     assert_true(worst(whole, fewer, "loss", &n) < 1e-3 && n == 12);
 }
 
+/* No rank says that it saved before rank 0 has the checkpoint in place: where that fails last, at the name, all fail. */
+static void test_unsaved(void **state)
+{
+    (void)state;
+    const char *out = test_tmp("ranks-unsaved");
+    char block[600];
+    int status[MAX_RANKS];
+    char said[MAX_RANKS][600];
+    snprintf(block, sizeof block, "%s/ckpt-00000005", out);
+    run_ranks(2, ARGS(RECIPE, "--steps", "12", "--out", out), &(struct fate){.rank = 1, .stop_at = 6, .block = block}, status, said);
+    assert_true(rt_path_exists(block) && !rt_path_is_dir(block));
+    assert_int_equal(status[0], RT_IO);
+    assert_int_equal(status[1], RT_IO);
+    assert_non_null(strstr(said[0], "ckpt-00000005"));
+    assert_non_null(strstr(said[1], "rank 0 of 2"));
+    assert_non_null(strstr(said[1], "it failed:"));
+}
+
 /* A rank that is killed ends the others with an error that says so; the same command goes on from the last checkpoint. */
 static void test_killed(void **state)
 {
@@ -268,7 +304,8 @@ static void test_refused(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test_setup(test_equal, set_up), cmocka_unit_test_setup(test_resume, set_up), cmocka_unit_test_setup(test_killed, set_up),
+    cmocka_unit_test_setup(test_equal, set_up), cmocka_unit_test_setup(test_resume, set_up), cmocka_unit_test_setup(test_unsaved, set_up),
+    cmocka_unit_test_setup(test_killed, set_up),
     cmocka_unit_test_setup_teardown(test_refused, set_up, tear_down),
 };
 RT_SUITE(train_ranks, tests)

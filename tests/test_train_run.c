@@ -23,6 +23,7 @@ struct command {
     char *text;
     size_t text_len;
     int asked, stop_at, kill_at; /* questions of the stop callback */
+    const char *block;           /* a file that is made when it stops: no checkpoint can take that name */
 };
 
 static bool stop(void *self)
@@ -31,6 +32,8 @@ static bool stop(void *self)
     c->asked++;
     if (c->kill_at > 0 && c->asked >= c->kill_at)
         raise(SIGKILL);
+    if (c->block != NULL && c->asked == c->stop_at)
+        rt_publish_bytes(c->block, "", 0, NULL);
     return c->stop_at > 0 && c->asked >= c->stop_at;
 }
 
@@ -324,6 +327,23 @@ static void test_recompute(void **state)
 
 static const char *const compared[] = {"model/model.safetensors", "model/config.json", "ckpt-00000009/adam_v.safetensors",
                                        "ckpt-00000009/projector.safetensors", "eval/run-lines-4.jsonl", "eval/run-lines-9.jsonl"};
+
+/* An interrupt during an evaluation that cannot save is a failure. */
+static void test_unsaved(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct command c;
+    char block[4096];
+    const char *out = test_tmp("run-unsaved");
+    assert_ok(rt_path_join(block, sizeof block, out, "ckpt-00000000", &err));
+    command_open(&c, &rt_cmd_train, ARGS(RECIPE, "--out", out));
+    c.stop_at = 1;
+    c.block = block;
+    assert_int_equal(command_run(&c, &err), RT_IO);
+    assert_non_null(strstr(err.msg, "ckpt-00000000"));
+    command_close(&c);
+}
 
 /* Interrupted, or killed at any point, and started again: every byte of what an undisturbed run gives. */
 static void test_resume(void **state)
@@ -699,7 +719,7 @@ static void test_experiment(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup(test_refusals, set_up), cmocka_unit_test_setup(test_tail_warning, set_up), cmocka_unit_test_setup(test_mix, set_up),
-    cmocka_unit_test_setup(test_recompute, set_up), cmocka_unit_test_setup(test_resume, set_up),
+    cmocka_unit_test_setup(test_recompute, set_up), cmocka_unit_test_setup(test_unsaved, set_up), cmocka_unit_test_setup(test_resume, set_up),
     cmocka_unit_test_setup(test_lines_and_shards, set_up), cmocka_unit_test_setup(test_nan, set_up),
     cmocka_unit_test_setup(test_all_skipped, set_up), cmocka_unit_test_setup(test_told, set_up), cmocka_unit_test_setup(test_spike, set_up),
     cmocka_unit_test_setup(test_records, set_up),
