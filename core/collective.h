@@ -16,6 +16,7 @@
 #ifndef RT_CORE_COLLECTIVE_H
 #define RT_CORE_COLLECTIVE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -37,9 +38,12 @@ struct rt_comm_options {
     const char *identity; /* what all ranks must agree on, at most RT_COMM_IDENTITY bytes: a hash */
     double join_timeout;  /* seconds until every rank is there */
     double timeout;       /* seconds in which nothing moves during a collective */
+    bool (*stop)(void *self); /* asked several times a second while the ranks meet; NULL: nobody asks */
+    void *stop_self;
 };
-/* Blocks until all ranks are connected. IO: a rank did not come (which), or the meeting place cannot be reached; REFUSED: the port is taken, or this
- * rank does not belong to the run that meets there (what differs). A rank alone needs no communicator: size 1 is USAGE. */
+/* Blocks until all ranks are connected. IO: a rank did not come or was lost (which), or the meeting place cannot be reached; REFUSED: the port is taken,
+ * or this rank does not belong to the run that meets there (what differs); INTERRUPTED: stop said so. A rank alone needs no communicator: size 1 is
+ * USAGE. */
 enum rt_status rt_comm_open(const struct rt_comm_options *o, struct rt_comm **out, struct rt_err *err);
 void rt_comm_free(struct rt_comm *c); /* NULL is fine */
 /* 0 and 1 for NULL. */

@@ -16,9 +16,11 @@
 #include "core/log.h"
 #include "core/mem.h"
 
-double rt_net_deadline(double seconds)
+static const double slice_seconds = 0.1; /* between two questions whether to stop */
+
+struct rt_net_wait rt_net_deadline(double seconds)
 {
-    return rt_now() + seconds;
+    return (struct rt_net_wait){.until = rt_now() + seconds};
 }
 
 void rt_net_close(int fd)
@@ -31,6 +33,29 @@ static int milliseconds(double deadline)
 {
     const double left = (deadline - rt_now()) * 1000;
     return left <= 0 ? 0 : left > 1e6 ? 1000000 : (int)left + 1;
+}
+
+static bool stop_asked(const struct rt_net_wait *w)
+{
+    return w->stop != NULL && w->stop(w->stop_self);
+}
+
+/* poll; *ready 0: the time is over. */
+static enum rt_status wait_for(struct pollfd *p, int n, const struct rt_net_wait *w, int *ready, struct rt_err *err)
+{
+    for (;;) {
+        const double slice = rt_now() + slice_seconds;
+        if (stop_asked(w))
+            return rt_fail(err, RT_INTERRUPTED, "interrupted");
+        *ready = poll(p, (nfds_t)n, milliseconds(w->stop != NULL && slice < w->until ? slice : w->until));
+        if (*ready < 0 && errno != EINTR)
+            return rt_fail_errno(err, "waiting for other ranks");
+        if (*ready > 0)
+            return RT_OK;
+        *ready = 0;
+        if (rt_now() >= w->until)
+            return RT_OK;
+    }
 }
 
 /* No wait for more to send, and a peer whose machine is gone is noticed within two minutes. */
@@ -86,39 +111,45 @@ out:
     return st;
 }
 
-enum rt_status rt_net_accept(int listener, double deadline, int *out, char host[RT_NET_HOST], struct rt_err *err)
+enum rt_status rt_net_ready(const int *fd, int n, struct rt_net_wait wait, bool *ready, struct rt_err *err)
+{
+    enum rt_status st;
+    struct pollfd *p = NULL;
+    int some;
+    RT_TRY(rt_alloc((size_t)n, sizeof *p, "waiting for connections", &p, err));
+    for (int i = 0; i < n; i++)
+        p[i] = (struct pollfd){.fd = fd[i], .events = POLLIN};
+    RT_TRY(wait_for(p, n, &wait, &some, err));
+    for (int i = 0; i < n; i++)
+        ready[i] = some > 0 && p[i].revents != 0;
+out:
+    rt_free(p);
+    return st;
+}
+
+enum rt_status rt_net_accept(int listener, int *out, char host[RT_NET_HOST], struct rt_err *err)
 {
     struct sockaddr_storage peer;
+    socklen_t len = sizeof peer;
     *out = -1;
-    for (;;) {
-        struct pollfd p = {.fd = listener, .events = POLLIN};
-        const int n = poll(&p, 1, milliseconds(deadline));
-        if (n < 0 && errno != EINTR)
-            return rt_fail_errno(err, "waiting for a connection");
-        if (n <= 0 && rt_now() >= deadline)
-            return RT_OK;
-        if (n <= 0)
-            continue;
-        socklen_t len = sizeof peer;
-        const int fd = accept(listener, (struct sockaddr *)&peer, &len);
-        if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS))
-            return rt_fail_errno(err, "taking a connection");
-        if (fd < 0) /* it is gone already */
-            continue;
-        const enum rt_status st = prepare(fd, err);
-        if (st != RT_OK) {
-            close(fd);
-            return st;
-        }
-        if (getnameinfo((struct sockaddr *)&peer, len, host, RT_NET_HOST, NULL, 0, NI_NUMERICHOST) != 0)
-            host[0] = '\0';
-        *out = fd;
+    const int fd = accept(listener, (struct sockaddr *)&peer, &len);
+    if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS))
+        return rt_fail_errno(err, "taking a connection");
+    if (fd < 0) /* it is gone already */
         return RT_OK;
+    const enum rt_status st = prepare(fd, err);
+    if (st != RT_OK) {
+        close(fd);
+        return st;
     }
+    if (getnameinfo((struct sockaddr *)&peer, len, host, RT_NET_HOST, NULL, 0, NI_NUMERICHOST) != 0)
+        host[0] = '\0';
+    *out = fd;
+    return RT_OK;
 }
 
 /* One try at one address; false leaves the reason in errno. */
-static bool try_address(const struct addrinfo *a, double deadline, int *out)
+static bool try_address(const struct addrinfo *a, const struct rt_net_wait *wait, int *out)
 {
     int why = 0;
     socklen_t len = sizeof why;
@@ -130,12 +161,11 @@ static bool try_address(const struct addrinfo *a, double deadline, int *out)
         goto fail;
     struct pollfd p = {.fd = fd, .events = POLLOUT};
     int n;
-    do
-        n = poll(&p, 1, milliseconds(deadline));
-    while (n < 0 && errno == EINTR);
-    if (n == 0)
+    if (wait_for(&p, 1, wait, &n, &ignored) != RT_OK || n == 0) {
         errno = ETIMEDOUT;
-    if (n <= 0 || getsockopt(fd, SOL_SOCKET, SO_ERROR, &why, &len) != 0)
+        goto fail;
+    }
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &why, &len) != 0)
         goto fail;
     if (why == 0) {
         *out = fd;
@@ -149,7 +179,7 @@ fail:
     return false;
 }
 
-enum rt_status rt_net_connect(const char *host, int port, double deadline, int *fd, struct rt_err *err)
+enum rt_status rt_net_connect(const char *host, int port, struct rt_net_wait wait, int *fd, struct rt_err *err)
 {
     const struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM};
     char service[16];
@@ -162,7 +192,7 @@ enum rt_status rt_net_connect(const char *host, int port, double deadline, int *
         if (code != 0)
             why = gai_strerror(code);
         for (const struct addrinfo *a = list; a != NULL && !done; a = a->ai_next) {
-            done = try_address(a, deadline, fd);
+            done = try_address(a, &wait, fd);
             if (!done)
                 why = strerror(errno);
         }
@@ -170,8 +200,10 @@ enum rt_status rt_net_connect(const char *host, int port, double deadline, int *
             freeaddrinfo(list);
         if (done)
             return RT_OK;
+        if (stop_asked(&wait))
+            return rt_fail(err, RT_INTERRUPTED, "interrupted");
         nanosleep(&(const struct timespec){.tv_nsec = 50000000}, NULL); /* it may not listen yet */
-    } while (rt_now() < deadline);
+    } while (rt_now() < wait.until);
     return rt_fail(err, RT_IO, "no connection to %s port %d: %s", host, port, why);
 }
 
@@ -253,15 +285,15 @@ static bool is_done(const struct rt_net_io *io)
     return io->sent == whole(io->send) && io->received == whole(io->recv);
 }
 
-enum rt_status rt_net_exchange(struct rt_net_io *io, int n, double timeout, int *at, struct rt_err *err)
+/* idle > 0: whatever moves renews the wait for as many seconds; 0: nothing does. */
+static enum rt_status exchange(struct rt_net_io *io, int n, struct rt_net_wait wait, double idle, int *at, struct rt_err *err)
 {
     enum rt_status st;
     struct pollfd *p = NULL;
-    double deadline = rt_net_deadline(timeout);
     *at = -1;
     RT_TRY(rt_alloc((size_t)n, sizeof *p, "an exchange", &p, err));
     for (;;) {
-        int open = 0;
+        int open = 0, ready;
         bool moved = false;
         for (int i = 0; i < n; i++) {
             const bool out = io[i].sent < whole(io[i].send), in = io[i].received < whole(io[i].recv);
@@ -270,9 +302,7 @@ enum rt_status rt_net_exchange(struct rt_net_io *io, int n, double timeout, int 
         }
         if (open == 0)
             break;
-        const int ready = poll(p, (nfds_t)n, milliseconds(deadline));
-        if (ready < 0 && errno != EINTR)
-            RT_TRY(rt_fail_errno(err, "waiting for other ranks"));
+        RT_TRY(wait_for(p, n, &wait, &ready, err));
         for (int i = 0; i < n && ready > 0; i++) {
             if (p[i].revents == 0)
                 continue;
@@ -280,28 +310,44 @@ enum rt_status rt_net_exchange(struct rt_net_io *io, int n, double timeout, int 
             RT_TRY(step(&io[i], &p[i], &moved, err));
             *at = -1;
         }
-        if (moved)
-            deadline = rt_net_deadline(timeout);
-        else if (rt_now() >= deadline)
-            RT_FAIL(err, IO, "nothing moved for %g seconds", timeout);
+        if (moved && idle > 0)
+            wait.until = rt_now() + idle;
+        else if (rt_now() >= wait.until && idle > 0)
+            RT_FAIL(err, IO, "nothing moved for %g seconds", idle);
+        else if (rt_now() >= wait.until && !is_done(io)) /* one peer */
+            RT_FAIL(err, IO, "only %zu of %zu bytes moved in time", io->sent + io->received, whole(io->send) + whole(io->recv));
     }
 out:
     rt_free(p);
     return st;
 }
 
-enum rt_status rt_net_send(int fd, const void *data, size_t bytes, double deadline, struct rt_err *err)
+enum rt_status rt_net_exchange(struct rt_net_io *io, int n, double timeout, int *at, struct rt_err *err)
+{
+    return exchange(io, n, rt_net_deadline(timeout), timeout, at, err);
+}
+
+enum rt_status rt_net_send(int fd, const void *data, size_t bytes, struct rt_net_wait wait, struct rt_err *err)
 {
     struct rt_net_io io = {.fd = fd, .send = {{(void *)(uintptr_t)data, bytes}}};
     int at;
-    return rt_net_exchange(&io, 1, deadline - rt_now(), &at, err);
+    return exchange(&io, 1, wait, 0, &at, err);
 }
 
-enum rt_status rt_net_recv(int fd, void *data, size_t bytes, double deadline, struct rt_err *err)
+enum rt_status rt_net_recv(int fd, void *data, size_t bytes, struct rt_net_wait wait, struct rt_err *err)
 {
     struct rt_net_io io = {.fd = fd, .recv = {{data, bytes}}};
     int at;
-    return rt_net_exchange(&io, 1, deadline - rt_now(), &at, err);
+    return exchange(&io, 1, wait, 0, &at, err);
+}
+
+enum rt_status rt_net_recv_some(int fd, void *data, size_t bytes, size_t *done, struct rt_err *err)
+{
+    struct rt_net_io io = {.fd = fd, .recv = {{data, bytes}}, .received = *done};
+    bool moved;
+    const enum rt_status st = recv_some(&io, &moved, err);
+    *done = io.received;
+    return st;
 }
 
 enum rt_status rt_net_peek(int fd, void *data, size_t bytes, size_t *n, struct rt_err *err)

@@ -45,8 +45,13 @@ enum rt_status rt_train_join(struct rt_train_run *r, struct rt_err *err)
     RT_TRY(identity(r, hex, err));
     rt_info(r->ctx->log, "rank %d of %d: meeting at %s port %d", r->rank.rank, r->rank.size, host, port);
     const struct rt_comm_options o = {.rank = r->rank, .host = host, .port = port, .identity = hex, .join_timeout = (double)r->v->rank_timeout,
-                                      .timeout = (double)r->v->rank_timeout};
-    RT_TRY(rt_comm_open(&o, &r->comm, err));
+                                      .timeout = (double)r->v->rank_timeout, .stop = r->ctx->stop, .stop_self = r->ctx->stop_self};
+    st = rt_comm_open(&o, &r->comm, err);
+    if (st == RT_INTERRUPTED) {
+        rt_err_clear(err);
+        RT_FAIL(err, INTERRUPTED, "interrupted while the ranks met: the run is as it was, the same command goes on");
+    }
+    RT_TRY(st);
     rt_info(r->ctx->log, "%d ranks: each takes its share of every global batch and of the optimiser's states", r->rank.size);
 out:
     return st;

@@ -65,6 +65,20 @@ if grep -q 'saved' "$tmp/lost.err"; then
     exit 1
 fi
 
+# an interrupt while ranks meet ends the wait
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29973 recipe exec met --steps 12 2>"$tmp/met.err" &
+pid=$!
+tries=0
+while ! grep -q 'meeting at' "$tmp/met.err" && [ $tries -lt 600 ]; do
+    sleep 0.1
+    tries=$((tries + 1))
+done
+kill -INT $pid
+code=0
+wait $pid || code=$?
+[ $code = 130 ] || { echo "interrupted while ranks meet: exit code $code"; cat "$tmp/met.err"; exit 1; }
+[ ! -e "$tmp/met" ]
+
 # what one rank finds is the exit code of all: a usage error here
 code=0
 train bad --steps 12 --gpus 2 --w-ce 0 --quiet 2>"$tmp/bad.err" || code=$?

@@ -1,7 +1,5 @@
-/* Several ranks: meeting over TCP, collectives, and what happens when one is lost, hangs, or is not who it should be. Each rank is a thread
- * with a communicator of its own. */
+/* Several ranks: collectives, and what happens when one is lost or hangs. */
 #include <math.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -12,57 +10,9 @@
 #include "core/mem.h"
 #include "core/net.h"
 #include "core/rng.h"
-#include "tests/suite.h"
+#include "tests/rank_fixture.h"
 
 enum { MAX = 5 };
-
-struct rank {
-    pthread_t thread;
-    int rank, size, port;
-    const char *identity;
-    double timeout, join;
-    int64_t n;
-    enum rt_dtype dtype;
-    void *x;           /* [n] */
-    enum rt_status st;
-    struct rt_err err;
-    bool leaves;       /* opens, and is gone */
-    const char *says;  /* its last words */
-};
-
-static int free_port(void)
-{
-    struct rt_err err = {0};
-    int fd, port;
-    assert_ok(rt_net_listen(0, &fd, &port, &err));
-    rt_net_close(fd);
-    return port;
-}
-
-static enum rt_status open_comm(struct rank *r, struct rt_comm **c)
-{
-    const struct rt_comm_options o = {.rank = {r->rank, r->size, r->rank}, .host = "127.0.0.1", .port = r->port,
-                                      .identity = r->identity != NULL ? r->identity : "run", .join_timeout = r->join > 0 ? r->join : 20,
-                                      .timeout = r->timeout > 0 ? r->timeout : 20};
-    return rt_comm_open(&o, c, &r->err);
-}
-
-static void start(struct rank *r, int size, void *(*fn)(void *))
-{
-    const int port = free_port();
-    for (int i = 0; i < size; i++) {
-        r[i].rank = i;
-        r[i].size = size;
-        r[i].port = port;
-        assert_int_equal(pthread_create(&r[i].thread, NULL, fn, &r[i]), 0);
-    }
-}
-
-static void join(struct rank *r, int size)
-{
-    for (int i = 0; i < size; i++)
-        pthread_join(r[i].thread, NULL);
-}
 
 /* ---- what every collective gives ---- */
 
@@ -121,7 +71,7 @@ static void *collectives(void *self)
     double sums[3] = {r->rank, 1, 0.1 * r->rank};
     char word[16] = "", all[MAX * 16];
     int64_t first, count;
-    RT_TRY(open_comm(r, &c));
+    RT_TRY(rk_open(r, &c));
     CHECK(rt_comm_rank(c) == r->rank && rt_comm_size(c) == r->size);
     rt_comm_shard(r->n, r->rank, r->size, &first, &count);
     fill(r);
@@ -170,8 +120,8 @@ static void test_collectives(void **state)
                 r[i].dtype = k % 3 == 0 ? RT_F32 : k % 3 == 1 ? RT_F64 : RT_BF16;
                 r[i].x = calloc((size_t)r[i].n, 8);
             }
-            start(r, size, collectives);
-            join(r, size);
+            rk_start(r, size, collectives);
+            rk_join(r, size);
             for (int i = 0; i < size; i++) {
                 if (r[i].st != RT_OK)
                     fail_msg("rank %d of %d, %ld elements: %s", i, size, (long)r[i].n, r[i].err.msg);
@@ -208,7 +158,7 @@ static void *on_device(void *self)
     struct rt_device d = {0};
     enum rt_status st;
     float *x = NULL;
-    RT_TRY(open_comm(r, &c));
+    RT_TRY(rk_open(r, &c));
     RT_TRY(rt_device_open(&rt_backend_ref, &(struct rt_dev_options){.comm = c}, &d, &r->err));
     RT_TRY(d.be->alloc(d.dev, 300 * sizeof *x, (void **)&x, &r->err));
     for (int i = 0; i < 300; i++)
@@ -236,32 +186,14 @@ static void test_backend(void **state)
 {
     (void)state;
     struct rank r[2] = {{0}};
-    start(r, 2, on_device);
-    join(r, 2);
+    rk_start(r, 2, on_device);
+    rk_join(r, 2);
     for (int i = 0; i < 2; i++)
         if (r[i].st != RT_OK)
             fail_msg("rank %d: %s", i, r[i].err.msg);
 }
 
 /* ---- ranks that are lost ---- */
-
-static void *lost(void *self)
-{
-    struct rank *r = self;
-    struct rt_comm *c = NULL;
-    double x = 1;
-    r->st = open_comm(r, &c);
-    if (r->st == RT_OK && r->leaves) {
-        if (r->says != NULL)
-            rt_comm_abort(c, r->says);
-        rt_comm_free(c);
-        return NULL;
-    }
-    for (int i = 0; i < 3 && r->st == RT_OK; i++)
-        r->st = rt_comm_sum(c, &x, 1, &r->err);
-    rt_comm_free(c);
-    return NULL;
-}
 
 /* One of three goes away, with or without a word: the others end with an error that names it, at once. */
 static void test_lost(void **state)
@@ -271,8 +203,8 @@ static void test_lost(void **state)
         struct rank r[3] = {{0}};
         r[1].leaves = true;
         r[1].says = says == 1 ? "the disk of rank one is full" : NULL;
-        start(r, 3, lost);
-        join(r, 3);
+        rk_start(r, 3, rk_lost);
+        rk_join(r, 3);
         assert_int_equal(r[1].st, RT_OK);
         for (int i = 0; i < 3; i += 2) {
             assert_int_equal(r[i].st, RT_IO);
@@ -288,7 +220,7 @@ static void *silent(void *self)
     struct rank *r = self;
     struct rt_comm *c = NULL;
     double x = 1;
-    r->st = open_comm(r, &c);
+    r->st = rk_open(r, &c);
     if (r->rank == 1)
         sleep(2);
     else if (r->st == RT_OK)
@@ -303,8 +235,8 @@ static void test_silent(void **state)
     (void)state;
     struct rank r[2] = {{0}};
     r[0].timeout = 0.3;
-    start(r, 2, silent);
-    join(r, 2);
+    rk_start(r, 2, silent);
+    rk_join(r, 2);
     assert_int_equal(r[0].st, RT_IO);
     assert_non_null(strstr(r[0].err.msg, "waiting for rank 1 of 2"));
 }
@@ -314,7 +246,7 @@ static void *out_of_step(void *self)
     struct rank *r = self;
     struct rt_comm *c = NULL;
     double x[2] = {1, 1};
-    r->st = open_comm(r, &c);
+    r->st = rk_open(r, &c);
     if (r->st == RT_OK)
         r->st = rt_comm_sum(c, x, 1 + r->rank, &r->err);
     rt_comm_free(c);
@@ -325,8 +257,8 @@ static void test_out_of_step(void **state)
 {
     (void)state;
     struct rank r[2] = {{0}};
-    start(r, 2, out_of_step);
-    join(r, 2);
+    rk_start(r, 2, out_of_step);
+    rk_join(r, 2);
     assert_true(r[0].st == RT_IO && r[1].st == RT_IO);
     assert_true(strstr(r[0].err.msg, "out of step") != NULL || strstr(r[1].err.msg, "out of step") != NULL);
 }
@@ -339,7 +271,7 @@ static void *looked_after(void *self)
     struct rt_err why = {0};
     enum rt_status st;
     double x = r->rank;
-    RT_TRY(open_comm(r, &c));
+    RT_TRY(rk_open(r, &c));
     if (r->rank == 1) {
         RT_TRY(rt_comm_send(c, 0, &x, sizeof x, &r->err));
         RT_TRY(rt_comm_recv(c, 0, &x, sizeof x, &r->err));
@@ -366,7 +298,7 @@ static void *called(void *self)
     struct rank *r = self;
     struct rt_comm *c = NULL;
     enum rt_status st;
-    RT_TRY(open_comm(r, &c));
+    RT_TRY(rk_open(r, &c));
     RT_TRY(rt_comm_roll_call(c, 5, &r->err));
     if (r->rank == 1)
         sleep(2);
@@ -382,13 +314,13 @@ static void test_check(void **state)
 {
     (void)state;
     struct rank two[2] = {{0}}, three[3] = {{0}};
-    start(two, 2, looked_after);
-    join(two, 2);
+    rk_start(two, 2, looked_after);
+    rk_join(two, 2);
     for (int i = 0; i < 2; i++)
         if (two[i].st != RT_OK)
             fail_msg("rank %d: %s", i, two[i].err.msg);
-    start(three, 3, called);
-    join(three, 3);
+    rk_start(three, 3, called);
+    rk_join(three, 3);
     for (int i = 0; i < 3; i += 2) {
         assert_int_equal(three[i].st, RT_IO);
         assert_non_null(strstr(three[i].err.msg, "rank 1 of 3"));
@@ -396,185 +328,8 @@ static void test_check(void **state)
     assert_true(rt_comm_check(NULL, NULL) == RT_OK && rt_comm_roll_call(NULL, 1, NULL) == RT_OK && rt_comm_timeout(NULL) == 0);
 }
 
-/* ---- who may come in ---- */
-
-/* Two ranks of which one is of another run: it is told so, and the other gives up when its time is over. */
-static void test_identity(void **state)
-{
-    (void)state;
-    struct rank r[2] = {{0}};
-    r[0].join = 1;
-    r[1].identity = "another";
-    start(r, 2, lost);
-    join(r, 2);
-    assert_int_equal(r[1].st, RT_REFUSED);
-    assert_non_null(strstr(r[1].err.msg, "another run"));
-    assert_int_equal(r[0].st, RT_IO);
-    assert_non_null(strstr(r[0].err.msg, "rank 1 of 2 did not come"));
-    assert_non_null(strstr(r[0].err.msg, "another run"));
-}
-
-static void test_nobody(void **state)
-{
-    (void)state;
-    struct rank r = {.rank = 1, .size = 2, .port = free_port(), .join = 0.2};
-    lost(&r);
-    assert_int_equal(r.st, RT_IO);
-    assert_non_null(strstr(r.err.msg, "no connection"));
-    struct rank alone = {.rank = 0, .size = 1};
-    lost(&alone);
-    assert_int_equal(alone.st, RT_USAGE);
-}
-
-struct stranger {
-    pthread_t thread;
-    int port, what;
-};
-
-/* Bytes of every kind at the meeting's door, from nothing at all to hellos with damage in each field. */
-static void *knock(void *self)
-{
-    struct stranger *s = self;
-    for (int i = 0; i < 40; i++) {
-        unsigned char bytes[128];
-        int fd;
-        struct rt_err err = {0};
-        for (size_t k = 0; k < sizeof bytes; k++)
-            bytes[k] = (unsigned char)rt_rng_u64(5, (uint64_t)i, k);
-        if (i % 2 == 0) {
-            memcpy(bytes, "RETORT\1\n", 8);
-            memset(bytes + 8, 0, 16);
-            bytes[8] = 1;                       /* version */
-            bytes[12] = i % 4 == 0 ? 1 : 255;   /* rank */
-            bytes[16] = 2;                      /* size */
-        }
-        if (i % 10 == 7)
-            bytes[15] = 0x80; /* a rank below 0, if it were signed */
-        if (rt_net_connect("127.0.0.1", s->port, rt_net_deadline(1), &fd, &err) != RT_OK)
-            break;
-        rt_net_send(fd, bytes, i % 5 == 0 ? 17 : sizeof bytes, rt_net_deadline(1), &err);
-        rt_net_close(fd);
-    }
-    return NULL;
-}
-
-static void test_strangers(void **state)
-{
-    (void)state;
-    struct rank r[2] = {{0}};
-    struct stranger s = {.port = free_port()};
-    for (int i = 0; i < 2; i++)
-        r[i] = (struct rank){.rank = i, .size = 2, .port = s.port};
-    assert_int_equal(pthread_create(&r[0].thread, NULL, lost, &r[0]), 0);
-    assert_int_equal(pthread_create(&s.thread, NULL, knock, &s), 0);
-    usleep(200000);
-    assert_int_equal(pthread_create(&r[1].thread, NULL, lost, &r[1]), 0);
-    join(r, 2);
-    pthread_join(s.thread, NULL);
-    for (int i = 0; i < 2; i++)
-        if (r[i].st != RT_OK)
-            fail_msg("rank %d: %s", i, r[i].err.msg);
-}
-
-/* Where rank 0 should be, somebody else answers, with any bytes or none. */
-static void *impostor(void *self)
-{
-    struct stranger *s = self;
-    struct rt_err err = {0};
-    char host[RT_NET_HOST];
-    int listener, fd;
-    unsigned char bytes[1024];
-    if (rt_net_listen(s->port, &listener, NULL, &err) != RT_OK)
-        return NULL;
-    for (int i = 0; i < 3; i++) {
-        if (rt_net_accept(listener, rt_net_deadline(5), &fd, host, &err) != RT_OK || fd < 0)
-            break;
-        for (size_t k = 0; k < sizeof bytes; k++)
-            bytes[k] = (unsigned char)rt_rng_u64(6, (uint64_t)i, k);
-        if (i == 1) { /* a good answer, and places that are none */
-            memset(bytes, 0, 256);
-            memcpy(bytes, "RETORT\1\n", 8);
-        }
-        if (i < 2)
-            rt_net_send(fd, bytes, sizeof bytes, rt_net_deadline(1), &err);
-        rt_net_close(fd);
-    }
-    rt_net_close(listener);
-    return NULL;
-}
-
-static void test_impostor(void **state)
-{
-    (void)state;
-    struct stranger s = {.port = free_port()};
-    assert_int_equal(pthread_create(&s.thread, NULL, impostor, &s), 0);
-    for (int i = 0; i < 3; i++) {
-        struct rank r = {.rank = 2, .size = 3, .port = s.port, .join = 3};
-        lost(&r);
-        assert_int_equal(r.st, i == 0 ? RT_REFUSED : RT_IO);
-    }
-    pthread_join(s.thread, NULL);
-}
-
-/* Somebody who says the right hello, and then sends what is no message: a length of any size is never believed. */
-static void *liar(void *self)
-{
-    struct stranger *s = self;
-    struct rt_err err = {0};
-    unsigned char hello[128] = "RETORT\1\n", answer[256 + 2 * 72], bytes[400] = {0};
-    int fd;
-    const uint32_t says[4] = {1, 1, 2, 4};
-    memcpy(hello + 8, says, sizeof says);
-    memcpy(hello + 24, "run", 3);
-    if (rt_net_connect("127.0.0.1", s->port, rt_net_deadline(5), &fd, &err) != RT_OK)
-        return NULL;
-    rt_net_send(fd, hello, sizeof hello, rt_net_deadline(5), &err);
-    rt_net_recv(fd, answer, sizeof answer, rt_net_deadline(5), &err);
-    /* 0: random; 1: last words of 2^63 bytes; 2: a sum of 2^40 bytes; 3: last words that break off */
-    for (size_t k = 0; k < sizeof bytes; k++)
-        bytes[k] = (unsigned char)rt_rng_u64(8, 1, k);
-    const struct {
-        uint32_t magic, op;
-        uint64_t seq, bytes;
-    } head[] = {{0x736d7472, 100, 0, (uint64_t)1 << 63}, {0x736d7472, 2, 0, (uint64_t)1 << 40}, {0x736d7472, 100, 0, 300}};
-    if (s->what > 0)
-        memcpy(bytes, &head[s->what - 1], sizeof head[0]);
-    rt_net_send(fd, bytes, s->what == 3 ? 100 : sizeof bytes, rt_net_deadline(5), &err);
-    rt_net_close(fd);
-    return NULL;
-}
-
-static void test_liar(void **state)
-{
-    (void)state;
-    for (int what = 0; what < 4; what++) {
-        struct rank r = {.rank = 0, .size = 2, .port = free_port()};
-        struct stranger s = {.port = r.port, .what = what};
-        assert_int_equal(pthread_create(&s.thread, NULL, liar, &s), 0);
-        lost(&r);
-        assert_int_equal(r.st, RT_IO);
-        assert_non_null(strstr(r.err.msg, what == 0 || what == 2 ? "out of step" : "it ended"));
-        pthread_join(s.thread, NULL);
-    }
-}
-
-/* A port that somebody has is refused at once. */
-static void test_taken(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    struct rank r = {.rank = 0, .size = 2};
-    int fd;
-    assert_ok(rt_net_listen(0, &fd, &r.port, &err));
-    lost(&r);
-    assert_int_equal(r.st, RT_REFUSED);
-    assert_non_null(strstr(r.err.msg, "is taken"));
-    rt_net_close(fd);
-}
-
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_shard),    cmocka_unit_test(test_collectives), cmocka_unit_test(test_backend),  cmocka_unit_test(test_lost),
-    cmocka_unit_test(test_silent),   cmocka_unit_test(test_check), cmocka_unit_test(test_out_of_step), cmocka_unit_test(test_identity), cmocka_unit_test(test_nobody),
-    cmocka_unit_test(test_strangers), cmocka_unit_test(test_impostor),   cmocka_unit_test(test_liar),        cmocka_unit_test(test_taken),
+    cmocka_unit_test(test_collectives), cmocka_unit_test(test_shard), cmocka_unit_test(test_backend), cmocka_unit_test(test_lost),
+    cmocka_unit_test(test_silent), cmocka_unit_test(test_out_of_step), cmocka_unit_test(test_check),
 };
 RT_SUITE(ranks, tests)
