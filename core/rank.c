@@ -77,17 +77,31 @@ bool rt_rank_first_host(const char *list, char host[RT_RANK_HOST])
     return true;
 }
 
+/* The last three digits of a job's number, however long it is; 0 without one. */
+static enum rt_status job_modulo_1000(int *out, struct rt_err *err)
+{
+    const char *text = getenv("SLURM_JOB_ID");
+    *out = 0;
+    if (text == NULL)
+        return RT_OK;
+    const size_t n = strlen(text);
+    if (n == 0 || strspn(text, "0123456789") != n)
+        return rt_fail(err, RT_USAGE, "environment variable SLURM_JOB_ID is '%.40s', expected a number; MASTER_PORT says where to meet without it", text);
+    *out = (int)strtol(n > 3 ? text + n - 3 : text, NULL, 10);
+    return RT_OK;
+}
+
 static enum rt_status meeting_port(int *port, struct rt_err *err)
 {
     enum rt_status st;
-    int job = 0;
+    int job;
     const char *store = getenv("TORCHELASTIC_USE_AGENT_STORE");
     *port = -1;
     RT_TRY(number("MASTER_PORT", port, err));
-    RT_TRY(number("SLURM_JOB_ID", &job, err));
-    if (*port < 0)
-        *port = 29500 + job % 1000;
-    else if (store != NULL && strcmp(store, "True") == 0)
+    if (*port < 0) {
+        RT_TRY(job_modulo_1000(&job, err));
+        *port = 29500 + job;
+    } else if (store != NULL && strcmp(store, "True") == 0)
         ++*port;
     if (*port < 1 || *port > 65535)
         RT_FAIL(err, USAGE, "environment variable MASTER_PORT: port %d, expected 1 to 65535", *port);

@@ -39,6 +39,11 @@ static void test_meeting_place(void **state)
     assert_ok(rt_rank_meeting(&rank, host, &port, &err));
     assert_string_equal(host, "a2");
     assert_int_equal(port, 29623);
+    setenv("SLURM_JOB_ID", "4294966987", 1); /* 32 bits and no sign */
+    assert_ok(rt_rank_meeting(&rank, host, &port, &err));
+    assert_int_equal(port, 30487);
+    setenv("SLURM_JOB_ID", "12x", 1);
+    assert_status(rt_rank_meeting(&rank, host, &port, &err), USAGE);
     setenv("MASTER_ADDR", "head", 1);
     setenv("MASTER_PORT", "4000", 1);
     assert_ok(rt_rank_meeting(&rank, host, &port, &err));
