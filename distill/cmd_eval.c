@@ -73,8 +73,12 @@ static void print_table(const struct rt_json *line)
         printf("  %-18s %9g\n", "KL at T", x);
     print_interval(line, "KL (with T^2)", "kl", 1, " nats a row");
     print_interval(line, "agreement", "agreement", 100, " %");
-    if (get(line, "n_problems", &x) && get(line, "samples", &y))
-        printf("  %-18s %9.0f   %.0f samples each\n", "problems", x, y);
+    if (get(line, "n_problems", &x) && get(line, "samples", &y)) {
+        printf("  %-18s %9.0f   %.0f samples each", "problems", x, y);
+        if (get(line, "n_dropped", &x) && x > 0)
+            printf("; %.0f more are left out: their prompts are too long", x);
+        printf("\n");
+    }
     print_interval(line, "pass@1", "pass1", 100, " %");
     for (size_t i = 0; rt_json_member(rt_json_get(line, "passk"), i, &key, &k); i++) {
         const struct rt_json *ci = rt_json_get(rt_json_get(line, "passk_ci"), key);
@@ -265,8 +269,9 @@ const struct rt_command rt_cmd_eval = {
     .synopsis = "--student DIR|RUN --data FILE|DIR [--data ...] [OPTIONS]",
     .summary = "measure a student: loss, KL to the teacher, agreement, pass@1 on prompts with answers",
     .help = "Intervals are 95 %, clustered by sequence for losses and by problem for pass@1 and pass@k: normal for losses, Wilson's for shares;\n"
-            "`compare` shows the same. Each --data is printed, and recorded where --student is a run, when it is through; of one that is\n"
-            "interrupted nothing is kept, and the same command begins again.\n\n"
+            "`compare` shows the same. Problems whose prompts the student cannot hold are left out and counted (n_dropped). Each --data is\n"
+            "printed, and recorded where --student is a run, when it is through; of one that is interrupted nothing is kept, and the same\n"
+            "command begins again.\n\n"
             "    retort eval --student runs/soft --data shards_eval/ --kd-temperature 2\n"
             "    retort eval --student runs/soft --data math500.jsonl --samples 64 --pass-k 1,8,64",
     .options = options,

@@ -56,6 +56,7 @@ struct rt_eval_sampling {
 };
 struct rt_eval_answers {
     int64_t problems, samples, limit, tokens; /* samples: all of them; limit: that hit max_tokens */
+    int64_t dropped;                          /* problems whose prompt leaves no room for an answer, not among those */
     struct rt_ratio pass1, passk[RT_EVAL_MAX_K];
     int n_k;
     int64_t k[RT_EVAL_MAX_K];
@@ -65,7 +66,8 @@ struct rt_eval_answers {
 enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err);
 /* Unbiased pass@k of c right answers among n: 1 - C(n-c, k) / C(n, k); k <= n. */
 double rt_pass_at(int64_t n, int64_t c, int64_t k);
-/* Generates for each prompt line of path that has an "answer", and checks. USAGE: no such line. */
+/* Generates for each prompt line of path that has an "answer", and checks. Prompts that the student cannot hold are left out, with a warning.
+ * USAGE: no such line, or none that the student can hold. */
 enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,
                                bool (*stop)(void *), void *stop_self, struct rt_buf *rows, struct rt_eval_answers *out, struct rt_err *err);
 enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struct rt_eval_sampling *o, struct rt_json *line, struct rt_err *err);

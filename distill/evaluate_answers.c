@@ -19,6 +19,7 @@ struct answers {
     const struct rt_eval_sampling *o;
     struct rt_dataset *data;
     struct rt_buf problems, text; /* of struct problem */
+    int64_t longest; /* tokens of a prompt that leave room for an answer */
     int64_t n, samples_done, tokens;
     struct rt_sha256 hash;
     struct rt_progress progress;
@@ -59,7 +60,7 @@ static enum rt_status next_problem(void *self, struct rt_generate_prompt *out, b
         RT_TRY(rt_dataset_next_prompt(a->data, &p, end, err));
         if (*end)
             return RT_OK;
-    } while (p.answer == NULL);
+    } while (p.answer == NULL || p.n > a->longest);
     q.line = p.line;
     hash_problem(&a->hash, &p);
     RT_TRY(copy_text(p.answer, &q.answer, err));
@@ -159,20 +160,35 @@ out:
     return st;
 }
 
-/* Tokens of the longest prompt, and how many have an answer; rewinds. */
-static enum rt_status measure_prompts(struct rt_dataset *data, int64_t *longest, int64_t *problems, struct rt_err *err)
+/* Of the lines with an answer: how many have a prompt of at most `most` tokens, and how many of them the longest; how many are longer. USAGE where no
+ * prompt is left; rewinds. */
+static enum rt_status measure_prompts(struct rt_dataset *data, int64_t most, int64_t *longest, int64_t *problems, int64_t *dropped, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_prompt p;
+    int64_t shortest = INT64_MAX;
     bool end;
-    *longest = *problems = 0;
+    *longest = *problems = *dropped = 0;
     for (;;) {
         RT_TRY(rt_dataset_next_prompt(data, &p, &end, err));
         if (end)
             break;
+        if (p.answer == NULL)
+            continue;
+        shortest = p.n < shortest ? p.n : shortest;
+        if (p.n > most) {
+            ++*dropped;
+            continue;
+        }
         *longest = p.n > *longest ? p.n : *longest;
-        *problems += p.answer != NULL;
+        ++*problems;
     }
+    if (*problems == 0 && *dropped == 0)
+        RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", rt_dataset_path(data));
+    if (*problems == 0)
+        RT_FAIL(err, USAGE,
+                "%s: all %ld prompts are too long for the student: the shortest has %ld tokens, expected at most %ld; shorter prompts, or a student of more "
+                "positions", rt_dataset_path(data), (long)*dropped, (long)shortest, (long)most);
     RT_TRY(rt_dataset_rewind(data, err));
 out:
     return st;
@@ -201,18 +217,22 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     struct answers a = {.l = l, .o = o};
     struct rt_generator g = {0};
     int32_t stop_ids[RT_GENERATE_MAX_STOP];
-    int64_t n_ids, longest, problems, memory;
+    int64_t n_ids, longest, problems, dropped, memory;
     uint8_t digest[32];
     *out = (struct rt_eval_answers){0};
     rt_sha256_init(&a.hash);
     if (l->model.tok == NULL)
         RT_FAIL(err, UNSUPPORTED, "%s: answers need a tokenizer, the student has none; --tokenizer DIR names one", path);
     RT_TRY(rt_model_dir_n_ids(&l->model, l->c.vocab_size, &n_ids, err));
-    const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl, .max_length = rt_student_max_length(l->s) - 1};
-    RT_TRY(rt_dataset_open(path, &d, &a.data, err));
-    RT_TRY(measure_prompts(a.data, &longest, &problems, err));
-    RT_TRY(decoder_memory(l, o, &memory, err));
+    const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl};
     const int64_t most = rt_student_max_length(l->s);
+    a.longest = most - 1;
+    RT_TRY(rt_dataset_open(path, &d, &a.data, err));
+    RT_TRY(measure_prompts(a.data, a.longest, &longest, &problems, &dropped, err));
+    if (dropped > 0)
+        rt_warn(log, "%s: %ld of %ld problems have prompts of more than %ld tokens and are left out: pass@k is over the others", path, (long)dropped,
+                (long)(problems + dropped), (long)a.longest);
+    RT_TRY(decoder_memory(l, o, &memory, err));
     const struct rt_generator_options go = {.memory = memory, .max_len = longest + o->max_tokens < most ? longest + o->max_tokens : most,
                                             .sequences = problems * o->samples};
     RT_TRY(rt_generator_student(l->s, &go, &g, err));
@@ -226,8 +246,7 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     rt_progress_end(&a.progress);
     rt_info(log, "%s: %ld samples with %ld tokens, %.0f tokens/s in %d slots", path, (long)a.samples_done, (long)a.tokens,
             (double)a.tokens / (rt_now() - start + 1e-9), g.slots);
-    if (a.n == 0)
-        RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", path);
+    out->dropped = dropped;
     RT_TRY(summarise(&a, rows, out, err));
     rt_sha256_final(&a.hash, digest);
     rt_hex(out->sha256, digest, sizeof digest);
@@ -251,6 +270,7 @@ enum rt_status rt_eval_answers_json(const struct rt_eval_answers *e, const struc
     char key[24];
     rt_ratio_share(&e->pass1, e->pass1.sn, &mean, &lo, &hi);
     RT_TRY(rt_json_set_int(line, "n_problems", e->problems, err));
+    RT_TRY(rt_json_set_int(line, "n_dropped", e->dropped, err));
     RT_TRY(rt_json_set_int(line, "samples", o->samples, err));
     RT_TRY(rt_json_set_double(line, "temperature", o->temperature, err));
     RT_TRY(rt_json_set_double(line, "top_p", o->top_p, err));

@@ -47,8 +47,9 @@
  *   "n_sequences", "n_tokens" (targets), "ce", "ce_ci": [lo, hi], "perplexity", "accuracy", "accuracy_ci"      null without completions
  *   "kl_rows", "kl", "kl_ci", "kd_temperature", "agreement", "agreement_ci", "teacher_mass", "student_mass"   null
  *                                     without teacher rows
- *   "n_problems", "samples", "temperature", "top_p", "max_tokens", "verify": "boxed"|"exact", "problems_sha256" (prompts and answers), "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "passk_ci": {"1": [lo, hi], ...}, "limit_share"
- *                                     (of the samples that hit max_tokens), "mean_tokens" (of a sample)         null without answers
+ *   "n_problems", "n_dropped" (more of them, whose prompts the student cannot hold), "problems_sha256" (prompts and answers), "samples", "temperature",
+ *   "top_p", "max_tokens", "verify": "boxed"|"exact", "pass1", "pass1_ci", "passk": {"1": x, "2": x, ...}, "passk_ci": {"1": [lo, hi], ...}, "limit_share"
+ *   (of the samples that hit max_tokens), "mean_tokens" (of a sample)                                        null without answers
  *   "per_sequence": "eval/FILE"|null, "seconds"
  *   Intervals: 95 %, distill/stats.h, clustered by sequence (losses, accuracy, agreement) or problem (pass@1, pass@k); null for one alone. pass@k is the
  *   unbiased 1 - C(n-c, k)/C(n, k), averaged over problems.

@@ -165,7 +165,7 @@ enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err)
     if (be->own_memory)
         be->set_scratch(r->device.dev, r->memory.operations);
     if (!fit)
-        st = too_little(r, &t, goes_on, (uint64_t)limit, err);
+        RT_TRY(too_little(r, &t, goes_on, (uint64_t)limit, err));
     plan_caches(r, rt_train_plan_need(&t), (size_t)limit);
 out:
     return st;

@@ -38,23 +38,32 @@ static const char *some_lines(const char *from, const char *name, int lines)
 }
 
 /* *line: members of eval.jsonl. */
-static void evaluate(const char *backend, const char *data, double temperature, struct rt_json **line, struct rt_buf *rows)
+static enum rt_status try_evaluate(const char *backend, const char *data, double temperature, struct rt_log *log, struct rt_json **line, struct rt_buf *rows,
+                                   struct rt_err *why)
 {
+    enum rt_status st;
     struct rt_err err = {0};
     struct rt_loaded_student l = {0};
     struct rt_device d = {0};
     const struct rt_student_source source = {.student = "examples/tiny_student"};
     const int64_t memory = (int64_t)1 << 30;
-    const struct rt_eval_run_options o = {.data = data, .T = 1, .memory = memory,
+    const struct rt_eval_run_options o = {.data = data, .T = 1, .memory = memory, .log = log,
                                           .sampling = {.samples = SAMPLES, .max_tokens = 10, .k = {1, 3}, .n_k = 2, .temperature = temperature, .top_p = 0.95,
                                                        .seed = 5, .memory = memory / 2}};
     assert_ok(rt_device_open(fx_backend(backend), &(struct rt_dev_options){.threads = 2}, &d, &err));
     assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
     assert_ok(rt_json_new_object(line, &err));
     rows->len = 0;
-    assert_ok(rt_eval_run(&l, &d, &o, *line, rows, &err));
+    st = rt_eval_run(&l, &d, &o, *line, rows, why);
     rt_loaded_student_close(&l);
     rt_device_close(&d);
+    return st;
+}
+
+static void evaluate(const char *backend, const char *data, double temperature, struct rt_json **line, struct rt_buf *rows)
+{
+    struct rt_err err = {0};
+    assert_ok(try_evaluate(backend, data, temperature, NULL, line, rows, &err));
 }
 
 static double number(const struct rt_json *v)
@@ -111,6 +120,43 @@ static void answers(void **state)
     rt_buf_free(&rows);
 }
 
+/* Problems that the student cannot hold are counted and said; where none is left, the error says so. */
+static void too_long(void **state)
+{
+    struct rt_json *line = NULL;
+    struct rt_buf rows = {0};
+    struct rt_err err = {0};
+    struct rt_log log;
+    char *said = NULL;
+    size_t n = 0;
+    const char *backend = fx_backend("cpu") != NULL ? "cpu" : "ref", *data = some_lines("examples/prompts/arithmetic_eval.jsonl", "eval-some.jsonl", PROBLEMS),
+               *all = test_tmp("eval-long.jsonl");
+    (void)state;
+    FILE *one = fopen(data, "a"), *two = fopen(all, "w");
+    for (int i = 0; i < 2; i++) {
+        FILE *f = i == 0 ? one : two;
+        fputs("{\"prompt\":\"", f);
+        for (int k = 0; k < 20000; k++)
+            fputs("7 + ", f);
+        fputs("?\",\"answer\":\"7\"}\n", f);
+        fputs(i == 0 ? "{\"prompt\":\"none\"}\n" : "", f);
+        fclose(f);
+    }
+    rt_log_init(&log, open_memstream(&said, &n), RT_LOG_INFO);
+    assert_ok(try_evaluate(backend, data, 0.6, &log, &line, &rows, &err));
+    check_answers(line, &rows);
+    assert_true(number(rt_json_get(line, "n_dropped")) == 1);
+    fclose(log.out);
+    assert_non_null(strstr(said, "1 of 7 problems"));
+    free(said);
+    rt_json_free(line);
+    line = NULL;
+    assert_int_equal(try_evaluate(backend, all, 0.6, NULL, &line, &rows, &err), RT_USAGE);
+    assert_non_null(strstr(err.msg, "too long"));
+    rt_json_free(line);
+    rt_buf_free(&rows);
+}
+
 /* Losses as on the host, but for bfloat16; answers by the same rules, and the same again. */
 static void on_the_gpu(void **state)
 {
@@ -141,6 +187,7 @@ static void on_the_gpu(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(pass_k_is_parsed),
     cmocka_unit_test(answers),
+    cmocka_unit_test(too_long),
     cmocka_unit_test(on_the_gpu),
 };
 RT_SUITE(eval, tests)
