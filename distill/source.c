@@ -9,6 +9,7 @@
 #include "core/io.h"
 #include "core/mem.h"
 #include "core/sha256.h"
+#include "distill/source_rows.h"
 #include "formats/dataset.h"
 
 /* One sequence: what is known without decoding, and its arrays where they are kept. */
@@ -214,93 +215,6 @@ out:
     return st;
 }
 
-/* Bytes of the arrays that training uses, and where each begins. */
-struct layout {
-    size_t ids, mask, position, top_ids, top_logits, lse, feature[RT_MAX_FEATURES], scale[RT_MAX_FEATURES], paired, span, span_logp, bytes;
-};
-
-static bool take(size_t *bytes, size_t *at, size_t n, size_t size)
-{
-    size_t b;
-    *at = *bytes;
-    if (!rt_mul_size(n, size, &b) || b > SIZE_MAX / 2)
-        return false;
-    return rt_add_size(*bytes, rt_arena_round(b), bytes);
-}
-
-static bool lay_out(const struct rt_train_set *s, const struct rt_rows *r, struct layout *l)
-{
-    const size_t n = (size_t)r->n_tokens, rows = (size_t)r->n_rows;
-    bool ok = true;
-    *l = (struct layout){.bytes = rt_arena_round(sizeof(struct rt_rows))};
-    ok &= take(&l->bytes, &l->ids, n, 4) && take(&l->bytes, &l->mask, n, 1) && take(&l->bytes, &l->position, rows, 4);
-    ok &= take(&l->bytes, &l->top_ids, rows, 4 * (size_t)r->k) && take(&l->bytes, &l->top_logits, rows, 4 * (size_t)r->k);
-    ok &= take(&l->bytes, &l->lse, rows, 4 * (size_t)r->n_lse);
-    for (int f = 0; s->o.features && f < r->n_features; f++) {
-        const struct rt_feature_spec *spec = &s->info.identity->feature[f];
-        ok &= take(&l->bytes, &l->feature[f], n, (size_t)spec->dim * rt_dtype_size(spec->dtype));
-        ok &= take(&l->bytes, &l->scale[f], r->feature_scale[f] != NULL ? n : 0, 4);
-    }
-    ok &= take(&l->bytes, &l->span, r->span != NULL ? rows : 0, 4) && take(&l->bytes, &l->span_logp, r->span != NULL ? rows : 0, 4);
-    ok &= take(&l->bytes, &l->paired, s->o.features && r->feature_mask != NULL ? n : 0, 1);
-    return ok;
-}
-
-static const void *put(char *base, size_t at, const void *src, size_t bytes)
-{
-    if (bytes > 0)
-        memcpy(base + at, src, bytes);
-    return base + at;
-}
-
-/* A copy of what training uses of r, in one block. */
-static enum rt_status copy_rows(const struct rt_train_set *s, const struct rt_rows *r, const struct layout *l, struct rt_rows **out,
-                                struct rt_err *err)
-{
-    enum rt_status st;
-    const size_t n = (size_t)r->n_tokens, rows = (size_t)r->n_rows, k = (size_t)r->k;
-    struct rt_rows *copy;
-    RT_TRY(rt_alloc(1, l->bytes, "a training sequence", &copy, err));
-    char *base = (char *)copy;
-    *copy = *r;
-    copy->text = NULL;
-    copy->byte_end = NULL;
-    copy->next_id = NULL;
-    copy->next_logprob = NULL;
-    copy->next_rank = NULL;
-    copy->ids = put(base, l->ids, r->ids, n * 4);
-    copy->loss_mask = put(base, l->mask, r->loss_mask, n);
-    copy->position = put(base, l->position, r->position, rows * 4);
-    copy->topk_ids = put(base, l->top_ids, r->topk_ids, rows * k * 4);
-    copy->topk_logits = put(base, l->top_logits, r->topk_logits, rows * k * 4);
-    copy->lse = put(base, l->lse, r->lse, rows * (size_t)r->n_lse * 4);
-    if (!s->o.features)
-        copy->n_features = 0;
-    for (int f = 0; f < copy->n_features; f++) {
-        const struct rt_feature_spec *spec = &s->info.identity->feature[f];
-        copy->feature[f] = put(base, l->feature[f], r->feature[f], n * (size_t)spec->dim * rt_dtype_size(spec->dtype));
-        if (r->feature_scale[f] != NULL)
-            copy->feature_scale[f] = put(base, l->scale[f], r->feature_scale[f], n * 4);
-    }
-    copy->boundary_logp = NULL;
-    if (r->span != NULL) {
-        copy->span = put(base, l->span, r->span, rows * 4);
-        copy->span_logp = put(base, l->span_logp, r->span_logp, rows * 4);
-    }
-    if (r->feature_mask != NULL)
-        copy->feature_mask = s->o.features ? put(base, l->paired, r->feature_mask, n) : NULL;
-    *out = copy;
-out:
-    return st;
-}
-
-/* A block of memory takes more than was asked for: rt_alloc's border, and malloc's. */
-enum { BLOCK_BORDER = 128 };
-static size_t in_memory(const struct layout *l)
-{
-    return l->bytes + BLOCK_BORDER;
-}
-
 /* What memory the set takes, and would. Of shards what their index says of a sequence is enough. */
 static void count_bytes(struct rt_train_set *s)
 {
@@ -317,10 +231,10 @@ static void count_bytes(struct rt_train_set *s)
         struct rt_rows r = {.n_tokens = q->n_tokens, .n_rows = q->n_rows, .k = id->top_k < id->n_ids ? id->top_k : (int)id->n_ids, .n_lse = id->n_lse,
                             .n_features = id->n_features, .feature_mask = id->origin.mode[0] != '\0' ? &some_mask : NULL,
                             .span = rt_row_identity_spans(id) ? &some_span : NULL};
-        struct layout l;
+        struct rt_rows_layout l;
         for (int f = 0; f < id->n_features; f++)
             r.feature_scale[f] = id->feature[f].dtype == RT_E4M3 ? &some_scale : NULL;
-        if (!lay_out(s, &r, &l) || !rt_add_size(s->info.decoded, in_memory(&l), &s->info.decoded)) {
+        if (!rt_rows_lay_out(&r, s->info.identity, s->o.features, &l) || !rt_add_size(s->info.decoded, rt_rows_in_memory(&l), &s->info.decoded)) {
             s->info.decoded = SIZE_MAX;
             return;
         }
@@ -356,16 +270,16 @@ static enum rt_status read_lines(struct rt_train_set *s, struct rt_log *log, str
             break;
         struct item it = {.line = sample.line, .n_tokens = sample.n, .n_targets = sample.n_targets};
         struct rt_rows r = {.source_line = sample.line, .n_tokens = sample.n, .ids = sample.ids, .loss_mask = sample.loss_mask};
-        struct layout l;
+        struct rt_rows_layout l;
         rt_rows_key(sample.ids, sample.n, it.key);
         memcpy(r.key, it.key, sizeof r.key);
         RT_TRY(add_item(s, &it, &added, err));
         if (!added)
             continue;
-        if (!lay_out(s, &r, &l))
+        if (!rt_rows_lay_out(&r, s->info.identity, s->o.features, &l))
             RT_FAIL(err, NOMEM, "%s: line %ld is too large", s->path, (long)sample.line);
-        s->info.held += in_memory(&l);
-        RT_TRY(copy_rows(s, &r, &l, &s->item[s->info.sequences - 1].kept, err));
+        s->info.held += rt_rows_in_memory(&l);
+        RT_TRY(rt_rows_copy(&r, s->info.identity, s->o.features, &l, &s->item[s->info.sequences - 1].kept, err));
     }
     const struct rt_dataset_counts c = rt_dataset_counts(d);
     s->untargeted = c.untargeted;
@@ -494,19 +408,19 @@ static enum rt_status keep(struct rt_train_set *s, struct item *it, struct rt_ro
 {
     enum rt_status st = RT_OK;
     struct rt_rows *copy = NULL;
-    struct layout l;
-    if (!lay_out(s, out, &l))
+    struct rt_rows_layout l;
+    if (!rt_rows_lay_out(out, s->info.identity, s->o.features, &l))
         return RT_OK;
     pthread_mutex_lock(&s->lock);
-    const bool room = in_memory(&l) <= s->o.cache_bytes - s->kept_bytes;
-    s->kept_bytes += room ? in_memory(&l) : 0;
+    const bool room = rt_rows_in_memory(&l) <= s->o.cache_bytes - s->kept_bytes;
+    s->kept_bytes += room ? rt_rows_in_memory(&l) : 0;
     pthread_mutex_unlock(&s->lock);
     if (!room)
         return RT_OK;
-    st = copy_rows(s, out, &l, &copy, err);
+    st = rt_rows_copy(out, s->info.identity, s->o.features, &l, &copy, err);
     pthread_mutex_lock(&s->lock);
     if (copy == NULL || it->kept != NULL) /* another thread was quicker */
-        s->kept_bytes -= in_memory(&l);
+        s->kept_bytes -= rt_rows_in_memory(&l);
     if (it->kept == NULL && copy != NULL) {
         it->kept = copy;
         copy = NULL;

@@ -6,10 +6,7 @@
 #include "core/io.h"
 #include "distill/run_record.h"
 #include "student/describe.h"
-#include "tests/run_command.h"
-#include "tests/train_fixture.h"
-
-#define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
+#include "tests/train_command.h"
 
 static struct tf_files files;
 
@@ -27,29 +24,6 @@ static int tear_down(void **state)
     return 0;
 }
 
-static enum rt_status train(const char *const *argv, int stop_at, char **logged, struct rt_err *err)
-{
-    return test_command_logged(&rt_cmd_train, argv, stop_at, logged, err);
-}
-
-static void refused(const char *const *argv, enum rt_status expected, const char *says)
-{
-    struct rt_err err = {0};
-    const enum rt_status st = train(argv, 0, NULL, &err);
-    if (st != expected || strstr(err.msg, says) == NULL)
-        fail_msg("status %d, message '%s'; expected %d and '%s'", (int)st, err.msg, (int)expected, says);
-}
-
-static struct rt_json *load(const char *dir, const char *name)
-{
-    struct rt_err err = {0};
-    struct rt_json *v = NULL;
-    char path[4096];
-    assert_ok(rt_path_join(path, sizeof path, dir, name, &err));
-    assert_ok(rt_json_load(path, 1 << 20, &v, &err));
-    return v;
-}
-
 /* Shards whose making was cut off are used, and what is missing is said. */
 static void test_unfinished_shards(void **state)
 {
@@ -60,7 +34,7 @@ static void test_unfinished_shards(void **state)
     struct rt_buf b = tf_read(shards, "manifest.jsonl");
     assert_ok(rt_buf_puts(&b, "", &err));
     for (int i = 0; i < 2; i++) {
-        assert_ok(train(ARGS("--student", files.student, "--data", shards, "--out", test_tmp("data-none"), "--dry-run", "--quiet"), 0, &log, &err));
+        assert_ok(train_command(ARGS("--student", files.student, "--data", shards, "--out", test_tmp("data-none"), "--dry-run", "--quiet"), 0, &log, &err));
         assert_true((strstr(log, "the set is unfinished") != NULL) == (i == 1));
         free(log);
         for (char *p = strstr(b.data, "\n{"); p != NULL; p = strstr(p + 1, "\n{"))
@@ -84,9 +58,9 @@ static void test_small_weights(void **state)
     double tokens = 0, squares = 0, flops;
     snprintf(a, sizeof a, "%s:0.05", files.shards); /* 0.6 of a sequence */
     snprintf(b, sizeof b, "%s:0.05", files.lines);
-    refused(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out), RT_USAGE, "no set gives a sequence");
+    train_refused(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out), RT_USAGE, "no set gives a sequence");
     assert_false(rt_path_exists(out));
-    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", b, "--out", out, "--batch-tokens", "80"), 0, &log, &err));
+    assert_ok(train_command(ARGS("--student", files.student, "--data", files.shards, "--data", b, "--out", out, "--batch-tokens", "80"), 0, &log, &err));
     snprintf(says, sizeof says, "%s: the run takes no sequence of it: weight 0.05, 12 sequences, 1 epochs", files.lines);
     assert_non_null(strstr(log, says));
     free(log);
@@ -95,7 +69,7 @@ static void test_small_weights(void **state)
         squares += (double)(files.data->len[s] * files.data->len[s]);
     }
     assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
-    struct rt_json *run = load(out, RT_RUN_FILE);
+    struct rt_json *run = run_json(out, RT_RUN_FILE);
     assert_ok(rt_json_double(run, "flops", &flops, &err));
     const double want = tokens * rt_student_flops_per_token(&l.c, &l.p, squares / tokens);
     assert_true(fabs(flops - want) < 1e-9 * want);
@@ -127,28 +101,28 @@ static void test_changed_data(void **state)
     eval = tf_write_lines("data-changed-eval.jsonl", data);
 #define CHANGED "--student", files.student, "--data", shards, "--data", lines, "--eval-data", eval, "--w-kl", "0.5", "--batch-tokens", "80", \
     "--steps", "8", "--out", out
-    assert_status(train(ARGS(CHANGED), 4, NULL, &err), INTERRUPTED);
+    assert_status(train_command(ARGS(CHANGED), 4, NULL, &err), INTERRUPTED);
     data->mask[2][data->len[2] - 1] = 0;
     tf_write_lines("data-changed-lines.jsonl", data);
-    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 2: was ");
+    train_refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 2: was ");
     tf_write_lines("data-changed-lines.jsonl", files.data);
     tf_write_lines("data-changed-eval.jsonl", data);
-    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.eval-data 1: was ");
+    train_refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.eval-data 1: was ");
     tf_write_lines("data-changed-eval.jsonl", files.data);
     data->logits[5][TF_K - 1] -= 0.5f; /* the least of its row still */
     const char *other = tf_write_shards("data-changed-rows", data);
     for (int i = 0; i < 3; i++)
         copy_file(other, shards, files_of[i]);
-    refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 1: was ");
+    train_refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 1: was ");
     *data = *files.data;
     strcpy(data->id.teacher_name, "moved"); /* the same rows */
     other = tf_write_shards("data-changed-name", data);
     for (int i = 0; i < 3; i++)
         copy_file(other, shards, files_of[i]);
-    assert_status(train(ARGS(CHANGED), 2, NULL, &err), INTERRUPTED);
+    assert_status(train_command(ARGS(CHANGED), 2, NULL, &err), INTERRUPTED);
     char path[600];
     struct rt_buf text = {0};
-    struct rt_json *config = load(out, "config.json"), *old;
+    struct rt_json *config = run_json(out, "config.json"), *old;
     assert_ok(rt_json_new_object(&old, &err));
     static const char *const kept[] = {"command", "options", "runtime", "order_sha256", "init_sha256"};
     for (size_t i = 0; i < sizeof kept / sizeof kept[0]; i++)
@@ -156,7 +130,7 @@ static void test_changed_data(void **state)
     snprintf(path, sizeof path, "%s/config.json", out);
     assert_ok(rt_json_dump(old, 2, &text, &err));
     assert_ok(rt_publish_bytes(path, text.data, text.len, &err));
-    assert_ok(train(ARGS(CHANGED), 0, NULL, &err));
+    assert_ok(train_command(ARGS(CHANGED), 0, NULL, &err));
 #undef CHANGED
     rt_buf_free(&text);
     rt_json_free(config);
@@ -198,10 +172,10 @@ static void test_final_means(void **state)
     const char *out = test_tmp("data-final");
     static const char *const mean[][2] = {{"ce", "ce_rows"}, {"accuracy", "ce_rows"}, {"feature", "feature_rows"}, {"kl", "kl_rows"}, {"loss", "targets"}};
     double sum, n, final;
-    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--w-kl", "0.5", "--ce", "rest",
+    assert_ok(train_command(ARGS("--student", files.student, "--data", files.shards, "--data", files.lines, "--w-kl", "0.5", "--ce", "rest",
                          "--w-feature", "0.1", "--layer-map", "1:1", "--kd-temperature", "2", "--batch-tokens", "40",
                          "--steps", "40", "--lr", "1e-2", "--out", out), 0, NULL, &err));
-    struct rt_json *run = load(out, RT_RUN_FILE);
+    struct rt_json *run = run_json(out, RT_RUN_FILE);
     for (size_t i = 0; i < sizeof mean / sizeof mean[0]; i++) {
         bool differs = false;
         sums_of(out, 37, mean[i][0], mean[i][1], &sum, &n, &differs);
@@ -221,19 +195,19 @@ static void test_model_gone(void **state)
     static const char *const parts[] = {"model/model.safetensors", "model/config.json"};
     char *log, path[600];
 #define GONE ARGS("--student", files.student, "--data", files.shards, "--batch-tokens", "80", "--steps", "3", "--out", out)
-    assert_ok(train(GONE, 0, NULL, &err));
+    assert_ok(train_command(GONE, 0, NULL, &err));
     struct rt_buf whole = tf_read(out, parts[0]), again;
     for (int i = 0; i < 2; i++) {
         snprintf(path, sizeof path, "%s/%s", out, parts[i]);
         assert_int_equal(remove(path), 0);
-        assert_ok(train(GONE, 0, &log, &err));
+        assert_ok(train_command(GONE, 0, &log, &err));
         assert_non_null(strstr(log, "its model is gone"));
         free(log);
         again = tf_read(out, parts[0]);
         assert_true(rt_path_exists(path) && again.len == whole.len && memcmp(again.data, whole.data, whole.len) == 0);
         rt_buf_free(&again);
     }
-    assert_ok(train(GONE, 0, &log, &err));
+    assert_ok(train_command(GONE, 0, &log, &err));
     assert_non_null(strstr(log, "finished already"));
 #undef GONE
     free(log);
@@ -251,9 +225,9 @@ static void test_lines_in_memory(void **state)
         assert_ok(rt_buf_printf(&b, &err, "{\"input_ids\": [%d, %d, 3]}\n", i % 61, i / 61 % 61));
     assert_ok(rt_publish_bytes(many, b.data, b.len, &err));
     rt_buf_free(&b);
-    assert_ok(train(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--dry-run", "--memory", "2M", "--threads", "1"), 0, NULL, &err));
-    refused(ARGS("--student", files.student, "--data", many, "--out", out, "--dry-run", "--memory", "2M", "--threads", "1"), RT_NOMEM, "training needs");
-    assert_ok(train(ARGS("--student", files.student, "--data", many, "--out", out, "--dry-run", "--memory", "6M", "--threads", "1"), 0, NULL, &err));
+    assert_ok(train_command(ARGS("--student", files.student, "--data", files.lines, "--out", out, "--dry-run", "--memory", "2M", "--threads", "1"), 0, NULL, &err));
+    train_refused(ARGS("--student", files.student, "--data", many, "--out", out, "--dry-run", "--memory", "2M", "--threads", "1"), RT_NOMEM, "training needs");
+    assert_ok(train_command(ARGS("--student", files.student, "--data", many, "--out", out, "--dry-run", "--memory", "6M", "--threads", "1"), 0, NULL, &err));
 }
 
 /* Of shards, `decoded` bytes of cache are what keeps every sequence, and no less. */
