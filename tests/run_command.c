@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /* left: questions until yes; 0: it stays no. */
@@ -10,6 +11,12 @@ static bool stop(void *left)
 {
     int *n = left;
     return *n > 0 && --*n == 0;
+}
+
+void test_on_cpu(struct rt_common *common)
+{
+    if (strcmp(common->device, "auto") == 0)
+        common->device = "cpu";
 }
 
 static enum rt_status parse_and_run(const struct rt_command *c, const char *const *args, int stop_at, struct rt_log *log, struct rt_err *err)
@@ -27,6 +34,7 @@ static enum rt_status parse_and_run(const struct rt_command *c, const char *cons
         argv[argc] = (char *)(uintptr_t)args[argc];
     RT_TRY(rt_options_parse(tables, 2, argc, argv, values, &pos, seen, err));
     RT_TRY(rt_options_check(tables, 2, values, err));
+    test_on_cpu(values);
     struct rt_context ctx = {.log = log, .command = c, .stop = stop, .stop_self = &stop_at, .argc = argc, .argv = argv};
     st = c->run(&ctx, values, &pos, err);
 out:

@@ -185,7 +185,7 @@ static void hostile_indexes(void **state)
         {"{\"weight_map\":{}}", "weight_map"},
         {"{\"weight_map\":[]}", "weight_map"},
         {"[]", "weight_map"},
-        {"{", "line 1"},
+        {"{", "column 1"},
     };
     struct rt_err err = {0};
     struct rt_tensors *t = NULL;

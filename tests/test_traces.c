@@ -14,6 +14,7 @@
 #include "distill/trace_file.h"
 #include "formats/dataset.h"
 #include "formats/shard.h"
+#include "tests/run_command.h"
 #include "tests/suite.h"
 
 #define TEACHER "examples/tiny_teacher"
@@ -145,6 +146,7 @@ static enum rt_status command(const struct rt_command *cmd, const char *args, in
     enum rt_status st = rt_options_parse(tables, 2, argc, argv, values, &pos, NULL, err);
     if (st == RT_OK)
         st = rt_options_check(tables, 2, values, err);
+    test_on_cpu(values);
     struct rt_context ctx = {.log = &log, .command = cmd, .stop = stop, .stop_self = &stopper, .argc = argc, .argv = argv};
     if (st == RT_OK)
         st = cmd->run(&ctx, values, &pos, err);

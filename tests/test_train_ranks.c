@@ -12,6 +12,7 @@
 #include "core/log.h"
 #include "core/net.h"
 #include "distill/run_record.h"
+#include "tests/run_command.h"
 #include "tests/train_fixture.h"
 
 enum { MAX_RANKS = 3 };
@@ -87,6 +88,7 @@ static void be_rank(int rank, int size, int port, const char *const *args, const
     rt_log_init(&log, open_memstream(&(char *){NULL}, &(size_t){0}), RT_LOG_INFO);
     struct rt_context ctx = {.log = &log, .command = &rt_cmd_train, .stop = stop};
     enum rt_status st = rt_options_parse(tables, 2, n, (char *const *)(uintptr_t)all, values, &pos, NULL, &err);
+    test_on_cpu(values);
     if (st == RT_OK)
         st = rt_cmd_train.run(&ctx, values, &pos, &err);
     rt_publish_bytes(said, err.msg, strlen(err.msg), NULL);

@@ -48,6 +48,7 @@ static void command_open(struct command *c, const struct rt_command *cmd, const 
     c->cmd = cmd;
     c->values = calloc(1, cmd->values_size);
     assert_ok(rt_options_parse(tables, 2, n, (char *const *)(uintptr_t)argv, c->values, &c->pos, NULL, &err));
+    test_on_cpu(c->values);
     rt_log_init(&c->log, open_memstream(&c->text, &c->text_len), RT_LOG_INFO);
 }
 
