@@ -141,6 +141,9 @@ static enum rt_status check_input(const struct rt_retarget_run *r, struct rt_err
     if (strcmp(id->tokenizer_sha256, own) != 0)
         return rt_fail(err, RT_REFUSED, "%s: its tokens are of the tokenizer %.16s.., %s has %.16s..: --teacher DIR says where the teacher's is", r->o.shards,
                        id->tokenizer_sha256, t->path, own);
+    if (id->n_ids > (int64_t)rt_tokenizer_n_ids(t->tok))
+        return rt_fail(err, RT_REFUSED, "%s: its identity says %ld ids, the tokenizer that it names (%s) has %u: the set is damaged", r->o.shards, (long)id->n_ids, t->path,
+                       rt_tokenizer_n_ids(t->tok));
     if (id->template_sha256[0] != '\0' && tmpl[0] != '\0' && strcmp(id->template_sha256, tmpl) != 0)
         return rt_fail(err, RT_REFUSED, "%s: was rendered by the template %.16s.., %s has %.16s..: --teacher-template NAME where `logits` had --template NAME",
                        r->o.shards, id->template_sha256, t->path, tmpl);
@@ -296,7 +299,7 @@ static enum rt_status fill_window(struct rt_retarget_run *r, int64_t from, int64
         if (s->reject == RT_REJECT_DAMAGED)
             rt_warn(r->o.log, "left out: %s", s->err.msg);
         else if (r->same)
-            RT_TRY(rt_retarget_text_same(&s->rows, &s->text, err));
+            RT_TRY(rt_retarget_text_same(&r->pair, &s->rows, &s->text, &s->reject, err));
         else
             RT_TRY(rt_retarget_text_make(&r->pair, &s->rows, &s->text, &s->reject, err));
     }

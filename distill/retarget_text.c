@@ -312,10 +312,14 @@ out:
     return st;
 }
 
-enum rt_status rt_retarget_text_same(const struct rt_rows *rows, struct rt_retarget_text *t, struct rt_err *err)
+enum rt_status rt_retarget_text_same(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_retarget_text *t, enum rt_reject *reject,
+                                     struct rt_err *err)
 {
-    enum rt_status st;
+    enum rt_status st = RT_OK;
     reset(t);
+    *reject = rows->text == NULL || !reassembles(pair->teacher->tok, rows) ? RT_REJECT_BYTES : RT_REJECT_NONE;
+    if (*reject != RT_REJECT_NONE)
+        goto out;
     RT_TRY(teacher_units(rows, 0, rows->n_tokens, 0, NULL, t, err));
     t->student = t->teacher;
 out:

@@ -38,7 +38,8 @@ void rt_retarget_text_free(struct rt_retarget_text *t);
  * template. */
 enum rt_status rt_retarget_text_make(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_retarget_text *t, enum rt_reject *reject,
                                      struct rt_err *err);
-/* The same for a student whose tokenizer and template are the teacher's: its tokens and targets are those of rows. */
-enum rt_status rt_retarget_text_same(const struct rt_rows *rows, struct rt_retarget_text *t, struct rt_err *err);
+/* The same for a student whose tokenizer and template are the teacher's: its tokens and targets are those of rows, whatever its text's normal form. */
+enum rt_status rt_retarget_text_same(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_retarget_text *t, enum rt_reject *reject,
+                                     struct rt_err *err);
 
 #endif

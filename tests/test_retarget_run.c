@@ -294,6 +294,69 @@ static void one_tokenizer_keeps_the_set(void **state)
     close_world(&w);
 }
 
+/* Text that is not there, or is not what the tokens' bytes spell, is left out and counted, with one tokenizer on both sides too. */
+static void text_that_is_not_the_tokens(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct world w;
+    struct rt_shard_sink *shards = NULL;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    static const char *const students[] = {DEEPSEEK, QWEN};
+    struct rf_rows r[3];
+    open_world(&w, "source-g", DEEPSEEK);
+    for (int i = 0; i < 3; i++)
+        r[i] = rf_render(&w.t, (const char *[]){"One?", "Two?", "Three?"}[i], "So x = 42", K);
+    r[1].rows.text = NULL;
+    r[1].rows.byte_end = NULL;
+    r[1].rows.text_len = 0;
+    ((char *)(uintptr_t)r[2].rows.text)[r[2].rows.text_len - 1] ^= 1;
+    assert_ok(rt_shard_sink_open(test_tmp("no-text"), &r[0].id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
+    for (int i = 0; i < 3; i++)
+        assert_ok(sink.put(sink.self, &r[i].rows, &err));
+    assert_ok(sink.finish(sink.self, &err));
+    rt_shard_sink_free(shards);
+    for (int i = 0; i < 2; i++) {
+        struct rt_model_dir s = rf_model(test_data(students[i]));
+        assert_ok(run(test_tmp("no-text"), &w.t, &s, test_tmp(i == 0 ? "no-text-a" : "no-text-b"), (struct run_options){0}, &w.counts, &err));
+        assert_int_equal(w.counts.kept, 1);
+        assert_int_equal(w.counts.rejected[RT_REJECT_BYTES], 2);
+        rt_model_dir_close(&s);
+    }
+    for (int i = 0; i < 3; i++)
+        rf_rows_free(&r[i]);
+    close_world(&w);
+}
+
+/* A set that names the teacher's tokenizer, and ids that it does not have. */
+static void ids_beyond_the_tokenizer(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct world w;
+    struct rt_shard_sink *shards = NULL;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    open_world(&w, "source-h", DEEPSEEK);
+    struct rf_rows r = rf_render(&w.t, "One?", "So x = 42", K);
+    r.id.n_ids = r.id.vocab_size = 1 << 20;
+    const uint32_t far = (1 << 20) - 1;
+    const int64_t last = r.rows.n_rows - 1, at = r.rows.position[last] + 1;
+    ((uint32_t *)(uintptr_t)r.rows.ids)[at] = ((uint32_t *)(uintptr_t)r.rows.next_id)[last] = far;
+    for (int j = 0; j < K; j++)
+        if (j == (int)r.rows.next_rank[last])
+            ((uint32_t *)(uintptr_t)r.rows.topk_ids)[last * K + j] = far;
+    rt_rows_key(r.rows.ids, r.rows.n_tokens, r.rows.key);
+    assert_ok(rt_shard_sink_open(test_tmp("far"), &r.id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
+    assert_ok(sink.put(sink.self, &r.rows, &err));
+    assert_ok(sink.finish(sink.self, &err));
+    rt_shard_sink_free(shards);
+    assert_status(run(test_tmp("far"), &w.t, &w.s, test_tmp("far-out"), (struct run_options){0}, &w.counts, &err), REFUSED);
+    rf_rows_free(&r);
+    close_world(&w);
+}
+
 static void what_is_refused(void **state)
 {
     (void)state;
@@ -481,6 +544,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(occurrences_are_counted),
     cmocka_unit_test(damage_does_not_spread),
     cmocka_unit_test(one_tokenizer_keeps_the_set),
+    cmocka_unit_test(text_that_is_not_the_tokens),
+    cmocka_unit_test(ids_beyond_the_tokenizer),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(nothing_to_take),
     cmocka_unit_test(sequences_without_rows),
