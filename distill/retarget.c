@@ -257,6 +257,8 @@ static enum rt_status strict_row(struct work *w, const struct spot *s, enum rt_m
     if (*mask != RT_MASK_COUNT)
         return RT_OK;
     rt_row_close(&w->row);
+    if (w->in->map->same) /* what little is not shared stays residual: the sums at other temperatures hold as they are */
+        return put_row(w, s, 1);
     return put_row(w, s, w->row.kept + tail_mass(w->in, s->row, (double)r->lse[s->row * r->n_lse + s->at1]));
 }
 

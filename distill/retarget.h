@@ -18,7 +18,7 @@
  * alone, a special token that the student lacks, and a target without a stored row have no row. Rows hold at T = 1 alone,
  * since adding probabilities and changing their temperature do not commute. Logits stay raw: an id that one teacher token maps to keeps its bits,
  * an id of several has the log-sum-exp of theirs; lse is the teacher's, or at INSIDE and strict log((M + rho_j)) + lse. With one tokenizer on
- * both sides a row is the same bits.
+ * both sides a row is the same bits; where they end turns by different tokens, these alone are mapped, and lse stays the teacher's.
  *
  * A mode is one function on the aligned sequence (rt_retarget_mode_fn), listed in rt_retarget_rows; states are paired behind it, the same for all.
  */

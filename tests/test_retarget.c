@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/io.h"
 #include "core/rng.h"
 #include "distill/retarget_row.h"
 #include "tests/ops.h"
@@ -267,6 +268,43 @@ static void same_tokenizer_same_bits(void **state)
     rt_model_dir_close(&b);
 }
 
+/* One tokenizer, and ends of a turn that are not the same: sums at every temperature stay the teacher's, in strict too. */
+static void same_tokenizer_other_end(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    static const char *const files[] = {"tokenizer.json", "tokenizer_config.json"};
+    const char *dir = rf_tokenizer("end-a", NULL, 0, false), *other = test_tmp("end-b");
+    struct rt_buf b = {0};
+    char path[4096];
+    assert_ok(rt_mkdirs(other, &err));
+    for (int i = 0; i < 2; i++) {
+        assert_ok(rt_path_join(path, sizeof path, dir, files[i], &err));
+        b.len = 0;
+        assert_ok(rt_file_read_all(path, 1 << 20, &b, &err));
+        assert_ok(rt_path_join(path, sizeof path, other, files[i], &err));
+        static const char no_eos[] = "{\"add_bos_token\":false}";
+        assert_ok(rt_publish_bytes(path, i == 0 ? b.data : no_eos, i == 0 ? b.len : sizeof no_eos - 1, &err));
+    }
+    rt_buf_free(&b);
+    struct rt_model_dir t = rf_model(dir), s = rf_model(other);
+    const uint32_t ids[] = {'a', 'b', 'c', 'd', 'e'};
+    const uint8_t mask[] = {1, 1, 1, 1, 1};
+    struct rf_rows r = rf_rows(&t, ids, mask, 5, 100000, rf_hash_logit, NULL);
+    for (int mode = RT_RETARGET_EXACT; mode <= RT_RETARGET_STRICT; mode++) {
+        struct rf_made m = rf_make(&t, &s, &r, (enum rt_retarget_mode)mode);
+        assert_true(m.map.same && m.map.teacher_end != m.map.student_end);
+        assert_int_equal(m.rows.n_rows, 4);
+        assert_int_equal(m.rows.n_lse, 2);
+        assert_memory_equal(m.rows.lse, r.rows.lse, 4 * 2 * sizeof(float));
+        assert_memory_equal(m.rows.next_logprob, r.rows.next_logprob, 4 * sizeof(float));
+        rf_made_free(&m);
+    }
+    rf_rows_free(&r);
+    rt_model_dir_close(&t);
+    rt_model_dir_close(&s);
+}
+
 /* An id that one teacher token alone maps to keeps its bits; where tokens are as good as the same, so is the order. */
 static void single_contributions_keep_their_bits(void **state)
 {
@@ -443,6 +481,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(equals_brute_force),
     cmocka_unit_test(truncated_rows_keep_their_mass),
     cmocka_unit_test(same_tokenizer_same_bits),
+    cmocka_unit_test(same_tokenizer_other_end),
     cmocka_unit_test(single_contributions_keep_their_bits),
     cmocka_unit_test(strict_takes_shared_tokens_alone),
     cmocka_unit_test(rows_add_up_and_sort),
