@@ -46,10 +46,11 @@ static void count(struct rt_overlap *o, const struct rt_place *place)
     for (size_t i = 0; i < o->s.n; i++) {
         const uint32_t id = o->s.ids[i];
         const struct rt_place *p = &place[i];
-        const bool digits = made_of(o->student, id, "0123456789");
+        const bool digits = made_of(o->student, id, "0123456789"), blank = made_of(o->student, id, " \t\n\r");
         c->kind[p->kind]++;
         c->boundary += p->teacher >= 0 && p->offset == 0;
-        c->blank += made_of(o->student, id, " \t\n\r");
+        c->blank += blank;
+        c->blank_exact += blank && p->kind != RT_PLACE_NONE && p->kind != RT_PLACE_CROSSING;
         c->digits += digits;
         c->digits_whole += digits && p->kind == RT_PLACE_WHOLE;
         o->crossing[id] += p->kind == RT_PLACE_CROSSING;

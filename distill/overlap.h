@@ -14,6 +14,7 @@ struct rt_overlap_counts {
     int64_t kind[RT_PLACE_KINDS];    /* the student's tokens by how they lie (distill/retarget_align.h) */
     int64_t boundary;        /* ... that begin where a teacher token does */
     int64_t blank;           /* ... that are white space alone */
+    int64_t blank_exact;     /* ... of which the place is WHOLE, HEAD or INSIDE: `retarget` makes no row of these either */
     int64_t digits, digits_whole; /* ... that are ASCII digits alone; of these WHOLE */
     int64_t longest;         /* most tokens, on either side, between two ends in common */
 };

@@ -77,6 +77,27 @@ static void expect(const struct rt_doctor *d, enum rt_check_level level, const c
         fail_msg("%s %s: %s; expected %s with '%s'", rt_check_level_name(k->level), name, k->detail, rt_check_level_name(level), words);
 }
 
+static void expect_crossing(const char *data, size_t n, enum rt_check_level level, const char *words)
+{
+    struct rt_doctor d = {.teacher = TEACHER, .student = test_data("examples/crossing_student"), .data = put(test_tmp("crossing"), "data.jsonl", data, n)};
+    open_doctor(&d);
+    expect(&d, level, "pair.crossing", words);
+    close_doctor(&d);
+}
+
+/* What `retarget` would make of the data: white space alone has no row wherever it lies, and what is not in NFC is left out, prompts too. */
+static void what_retargeting_would_leave(void **state)
+{
+    (void)state;
+    static const char tally[] = "{\"text\":\"Tally 37\"}\n", nfd[] = "{\"prompt\":\"Say it.\",\"completion\":\"cafe\\u0301\"}\n",
+                      some[] = "{\"prompt\":\"Say e\\u0301.\",\"completion\":\"37\"}\n{\"prompt\":\"Say it.\",\"completion\":\"37\"}\n";
+    /* the student's tokens: one that crosses, a blank, two digits */
+    expect_crossing(tally, sizeof tally - 1, RT_CHECK_WARN, "of 4 target tokens of the student bytes decide the rows of 50.0 %");
+    expect_crossing(nfd, sizeof nfd - 1, RT_CHECK_WARN, "would leave out all of 1 lines");
+    expect_crossing(some, sizeof some - 1, RT_CHECK_WARN, "of 2 target tokens of the student bytes decide the rows of 100.0 %");
+    expect_crossing(some, sizeof some - 1, RT_CHECK_WARN, "; 1 of 2 lines are left out");
+}
+
 static void a_sound_pair_passes(void **state)
 {
     (void)state;
@@ -463,6 +484,7 @@ static void damaged_or_foreign_shards_fail(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(what_retargeting_would_leave),
     cmocka_unit_test(a_sound_pair_passes), cmocka_unit_test(a_vocabulary_that_does_not_fit_fails), cmocka_unit_test(another_tokenizer_is_told),
     cmocka_unit_test(a_template_that_is_not_known_fails), cmocka_unit_test(bad_data_fails), cmocka_unit_test(prompts_among_lines_fail),
     cmocka_unit_test(a_run_is_a_student), cmocka_unit_test(rescoring_needs_teacher_and_shards), cmocka_unit_test(too_little_memory_fails),
