@@ -425,6 +425,11 @@ enum rt_status rt_doctor_rescore(struct rt_doctor *d, struct rt_err *err)
     char bytes[32];
     enum rt_status st;
     const struct rt_row_identity *id = d->set != NULL ? rt_shard_set_identity(d->set) : NULL;
+    if (d->rescore > 0 && id != NULL && id->origin.mode[0] != '\0')
+        return rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.rescored", "not checked: rows that are retargeted (%s) are not what a teacher computes; --shards with the set that "
+                            "they were made of checks that", id->origin.mode);
+    if (d->rescore > 0 && id != NULL && id->top_k == 0)
+        return rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.rescored", "not checked: the set holds no logits (top_k 0)");
     if (id == NULL || !d->have_teacher || d->teacher_bytes == 0 || id->top_k == 0 || id->origin.mode[0] != '\0' || failed(d, "shards.teacher") ||
         failed(d, "shards.integrity"))
         return RT_OK;

@@ -67,6 +67,8 @@ static enum rt_status identity(struct rt_doctor *d, const struct rt_row_identity
 {
     enum rt_status st = RT_OK;
     const char *student = d->sm.tok != NULL ? rt_tokenizer_sha256(d->sm.tok) : "", *teacher = d->tm.tok != NULL ? rt_tokenizer_sha256(d->tm.tok) : "";
+    const bool made = id->origin.mode[0] != '\0'; /* the teacher's side of a retargeted set stands in its origin */
+    const char *spoken = made ? id->origin.tokenizer_sha256 : id->tokenizer_sha256;
     struct rt_checks *k = &d->checks;
     if (d->have_student && student[0] != '\0' && id->tokenizer_sha256[0] != '\0') {
         if (strcmp(student, id->tokenizer_sha256) == 0)
@@ -83,18 +85,18 @@ static enum rt_status identity(struct rt_doctor *d, const struct rt_row_identity
     if (d->have_student && id->n_ids > d->sc.vocab_size)
         RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.vocabulary", "rows run over %" PRId64 " ids, the student's head has %" PRId64 " rows", id->n_ids, d->sc.vocab_size));
     else
-        RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.vocabulary", "%" PRId64 " ids of %" PRId64 " rows of the %s's head", id->n_ids, id->vocab_size,
-                            id->origin.mode[0] != '\0' ? "student" : "teacher"));
-    if (teacher[0] != '\0' && id->tokenizer_sha256[0] != '\0' && strcmp(teacher, id->tokenizer_sha256) != 0)
-        RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.teacher_tokenizer", "shards have tokenizer %.12s, the teacher %.12s: retargeted, or of another teacher", id->tokenizer_sha256, teacher));
+        RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.vocabulary", "%" PRId64 " ids of %" PRId64 " rows of the %s's head", id->n_ids, id->vocab_size, made ? "student" : "teacher"));
+    if (teacher[0] != '\0' && spoken[0] != '\0' && strcmp(teacher, spoken) != 0)
+        RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.teacher_tokenizer", "shards were made with tokenizer %.12s, the teacher has %.12s: of another teacher", spoken, teacher));
     if (d->teacher_sha256[0] != '\0' && strcmp(d->teacher_sha256, id->teacher_sha256) != 0)
         RT_TRY(rt_check_add(k, err, RT_CHECK_FAIL, "shards.teacher", "made by teacher %.12s (%s), not by %.12s, which --teacher is", id->teacher_sha256, id->teacher_name, d->teacher_sha256));
     else
         RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.teacher", "%s, %s", id->teacher_name, id->mode));
     const struct rt_template *t = d->sm.tmpl != NULL ? d->sm.tmpl : d->tm.tmpl;
-    if (t != NULL && id->template_sha256[0] != '\0' && strcmp(rt_template_sha256(t), id->template_sha256) != 0)
+    const char *rendered = made && d->sm.tmpl == NULL ? id->origin.template_sha256 : id->template_sha256;
+    if (t != NULL && rendered[0] != '\0' && strcmp(rt_template_sha256(t), rendered) != 0)
         RT_TRY(rt_check_add(k, err, RT_CHECK_WARN, "shards.template", "rendered by template %.12s, the %s has %.12s: the student would be prompted otherwise than trained",
-                            id->template_sha256, d->sm.tmpl != NULL ? "student" : "teacher", rt_template_sha256(t)));
+                            rendered, d->sm.tmpl != NULL ? "student" : "teacher", rt_template_sha256(t)));
 out:
     return st;
 }

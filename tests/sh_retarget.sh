@@ -48,6 +48,9 @@ for mode in exact strict; do
     grep -q "mode *$mode" "$d/out" || bad "inspect does not say that the set is retargeted"
     run inspect "$d/$mode" --json
     run doctor --student $student --shards "$d/$mode"
+    run doctor --teacher $teacher --shards "$d/$mode" --rescore 4 --device cpu
+    grep -q 'WARN shards.rescored: not checked: rows that are retargeted' "$d/out" || bad "doctor does not say that $mode cannot be rescored"
+    grep -q 'shards.template\|shards.teacher_tokenizer' "$d/out" && bad "doctor takes $mode for another teacher's"
     run train --student $student --data "$d/$mode" --out "$d/run-$mode" --w-ce 0.5 --w-kl 0.5 --w-feature 0.1 --steps 2 --batch-tokens 256
     run eval --student "$d/run-$mode" --data "$d/$mode"
     grep -q 'KL at T' "$d/out" || bad "eval of $mode has no KL"
