@@ -108,7 +108,7 @@ static void collect_head(struct work *w, const struct spot *s, bool equal, bool 
     const float *logit = r->topk_logits + s->row * r->k;
     const double lse = (double)r->lse[s->row * r->n_lse + s->at1];
     *listed = false;
-    rt_row_begin(&w->row, r->k > 0 ? logit[0] : 0);
+    rt_row_begin(&w->row);
     for (int j = 0; j < r->k; j++) {
         if (ids[j] >= m->n_teacher)
             continue;
@@ -131,7 +131,7 @@ static void collect_inside(struct work *w, const struct spot *s, bool *listed)
     size_t len = 0;
     *listed = false;
     rt_tokenizer_bytes(m->teacher, s->said, &prefix, &len);
-    rt_row_begin(&w->row, r->k > 0 ? logit[0] : 0);
+    rt_row_begin(&w->row);
     for (int j = 0; j < r->k; j++) {
         const uint32_t id = ids[j];
         if (id >= m->n_teacher || m->opaque[id] || !rt_tokenizer_bytes(m->teacher, id, &bytes, &len) || len <= said ||
@@ -183,7 +183,7 @@ static enum rt_status put_row(struct work *w, const struct spot *s, double scale
     const float lse = scale == 1 ? teacher_lse : (float)(log(scale) + (double)teacher_lse);
     const int at = rt_row_find(row, s->want);
     /* where the next token is not listed, what is known of it at least: what the teacher gave its own realised token */
-    const float said = scale == 1 ? r->next_logprob[s->row] : (float)(r->next_logprob[s->row] - log(scale));
+    const float said = scale == 1 ? r->next_logprob[s->row] : fminf((float)(r->next_logprob[s->row] - log(scale)), 0);
     const float logprob = at < 0 ? said : row->logit[at] - lse;
     RT_TRY(rt_buf_append(&o->topk_ids, row->id, (size_t)row->n * sizeof *row->id, w->err));
     RT_TRY(put_floats(&o->topk_logits, row->logit, row->n, w->err));

@@ -31,12 +31,11 @@ void rt_row_work_init(struct rt_row_work *w, int k, void *memory)
     w->slot = (uint32_t *)(void *)at;
 }
 
-void rt_row_begin(struct rt_row_work *w, float top)
+void rt_row_begin(struct rt_row_work *w)
 {
     memset(w->slot, 0, w->slots * sizeof *w->slot);
     w->n = 0;
     w->kept = 0;
-    w->top = (double)top;
 }
 
 void rt_row_add(struct rt_row_work *w, uint32_t id, float logit, double p)
@@ -57,8 +56,8 @@ void rt_row_add(struct rt_row_work *w, uint32_t id, float logit, double p)
     }
     const uint32_t e = w->slot[at] - 1;
     if (w->count[e]++ == 1)
-        w->sum[e] = exp((double)w->logit[e] - w->top);
-    w->sum[e] += exp((double)logit - w->top);
+        w->sum[e] = 1;
+    w->sum[e] += exp((double)logit - (double)w->logit[e]);
 }
 
 /* Entries are nearly in order already: only those that grew move up. */
@@ -66,7 +65,7 @@ void rt_row_close(struct rt_row_work *w)
 {
     for (int i = 0; i < w->n; i++)
         if (w->count[i] > 1)
-            w->logit[i] = (float)(w->top + log(w->sum[i]));
+            w->logit[i] = (float)((double)w->logit[i] + log(w->sum[i]));
     for (int i = 1; i < w->n; i++) {
         const float z = w->logit[i];
         const uint32_t id = w->id[i];

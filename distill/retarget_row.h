@@ -8,10 +8,9 @@
 struct rt_row_work {
     int k;          /* entries that it can hold */
     int n;          /* entries that it holds */
-    double top;     /* logit that sums are relative to: the greatest of the teacher's row */
     double kept;    /* sum of exp(logit - lse) over everything that was added */
     uint32_t *id;   /* [k] */
-    double *sum;    /* [k] of exp(logit - top) */
+    double *sum;    /* [k] of exp(logit - the first one's): at least 1, however far below others of the row */
     float *logit;   /* [k] of the first one added, then (rt_row_close) of the sum */
     int32_t *count; /* [k] how many were added */
     uint32_t *slot; /* [slots] entry + 1 by hash of its id; 0: free. A power of two, at least 2 k */
@@ -20,9 +19,8 @@ struct rt_row_work {
 size_t rt_row_work_bytes(int k);
 void rt_row_work_init(struct rt_row_work *w, int k, void *memory); /* zeroed memory of rt_row_work_bytes(k), 8-byte aligned */
 
-/* An empty row whose sums are relative to `top`. */
-void rt_row_begin(struct rt_row_work *w, float top);
-/* t(id) += exp(logit). p = exp(logit - lse). RT_NO_ID is left out. */
+void rt_row_begin(struct rt_row_work *w); /* an empty row */
+/* t(id) += exp(logit), by descending logit. p = exp(logit - lse). RT_NO_ID is left out. */
 void rt_row_add(struct rt_row_work *w, uint32_t id, float logit, double p);
 /* Sorts by descending logit, then ascending id; an id that one entry was added to keeps its bits. */
 void rt_row_close(struct rt_row_work *w);

@@ -373,7 +373,7 @@ static void rows_add_up_and_sort(void **state)
     assert_true(rt_row_work_bytes(8) <= sizeof memory);
     rt_row_work_init(&w, 8, memory);
     for (int again = 0; again < 2; again++) {
-        rt_row_begin(&w, 3);
+        rt_row_begin(&w);
         rt_row_add(&w, 7, 3, 0.5);
         rt_row_add(&w, RT_NO_ID, 2.5f, 0.2);
         rt_row_add(&w, 9, 2, 0.1);
@@ -391,11 +391,17 @@ static void rows_add_up_and_sort(void **state)
         assert_int_equal(rt_row_find(&w, 4), 2);
         assert_int_equal(rt_row_find(&w, 5), -1);
     }
-    rt_row_begin(&w, 0); /* equal logits: by id */
+    rt_row_begin(&w); /* equal logits: by id */
     rt_row_add(&w, 12, 0, 0.5);
     rt_row_add(&w, 3, 0, 0.5);
     rt_row_close(&w);
     assert_int_equal(w.id[0], 3);
+    rt_row_begin(&w); /* ids that a teacher masks out: no mass, and still a number */
+    rt_row_add(&w, 5, 10, 1);
+    rt_row_add(&w, 6, -10000, 0);
+    rt_row_add(&w, 6, -10000, 0);
+    rt_row_close(&w);
+    assert_near(w.logit[1], -10000 + log(2), 1e-3); /* float32 */
 }
 
 /* ---- the loss on such rows ---- */
