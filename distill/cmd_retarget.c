@@ -22,7 +22,9 @@ static const struct rt_opt options[] = {
     {"out", RT_OPT_STRING, V(out), NULL, 0, 0, NULL, "DIR", "where the student's shards go; the same command resumes", true, true},
     {"mode", RT_OPT_CHOICE, V(mode), "exact", 0, 0, "exact|strict|alm", NULL,
      "exact: every row that bytes decide; strict: one token against one token; alm: likelihoods of spans (`train --w-alm`)", false, false},
-    {"gamma", RT_OPT_FLOAT, V(gamma), "0.1", 0, 1, NULL, "P", "alm: a span is cut only where the teacher's mass of a boundary coming next is above P", false, false},
+    {"gamma", RT_OPT_FLOAT, V(gamma), "0.1", 0, 1, NULL, "P",
+     "alm: a span is cut only where the teacher's mass of a boundary coming next is above P; sets without `logits --boundary` wherever tokens end together",
+     false, false},
     {"teacher", RT_OPT_STRING, V(teacher), NULL, 0, 0, NULL, "DIR", "where the teacher's tokenizer and template are; default: SHARDS/teacher, which `logits` leaves there", false, true},
     {"template", RT_OPT_STRING, V(template_name), NULL, 0, 0, NULL, "NAME", "chat template to use instead of the student's own", false, false},
     {"teacher-template", RT_OPT_STRING, V(teacher_template), NULL, 0, 0, NULL, "NAME", "the same for the teacher: where `logits` had --template", false, false},
@@ -175,6 +177,8 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     RT_TRY(rt_retarget_run_open(&o, &j.run, err));
     if (!rt_retarget_run_input(j.run)->finished)
         rt_warn(ctx->log, "%s is not finished, or lacks parts: what comes later needs another --out", j.v->shards);
+    if (o.mode == RT_RETARGET_ALM && !rt_retarget_run_identity(j.run)->boundary)
+        rt_info(ctx->log, "%s was scored without --boundary: --gamma %g is not used, spans end wherever tokens of both sides do, inside words too", j.v->shards, j.v->gamma);
     if (j.v->common.dry_run) {
         print_plan(&j);
         goto out;

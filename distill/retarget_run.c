@@ -135,7 +135,8 @@ static enum rt_status check_input(const struct rt_retarget_run *r, struct rt_err
     if (id->origin.mode[0] != '\0')
         return rt_fail(err, RT_REFUSED, "%s: is retargeted already (%s): start from the teacher's own shards", r->o.shards, id->origin.mode);
     if (id->top_k == 0 && r->o.mode != RT_RETARGET_ALM)
-        return rt_fail(err, RT_REFUSED, "%s: holds no logits (top_k 0), so there are no rows to rewrite: `retort logits --cache topk=64` stores them", r->o.shards);
+        return rt_fail(err, RT_REFUSED, "%s: holds no logits (top_k 0), so there are no rows to rewrite: `retort logits --cache topk=64` stores them; --mode alm needs none",
+                       r->o.shards);
     if (id->tokenizer_sha256[0] == '\0')
         return rt_fail(err, RT_REFUSED, "%s: was made without a tokenizer: what bytes its ids stand for is not known", r->o.shards);
     if (strcmp(id->tokenizer_sha256, own) != 0)

@@ -69,6 +69,10 @@ run train --student $student --data "$d/strict" --out "$d/shared" --tail renorm 
 grep -q 'a row that lists one token teaches nothing' "$d/err" || bad "no warning of strict rows with --tail renorm"
 run train --student $student --data "$d/exact" --out "$d/labels" --tail renorm --w-ce 1 --w-kl 0 --steps 1
 
+# likelihoods of spans: without boundaries in the set --gamma does nothing, which is said
+run retarget --shards "$d/shards" --student $student --out "$d/spans" --mode alm --gamma 0.5
+grep -q 'without --boundary: --gamma 0.5 is not used' "$d/err" || bad "--gamma is ignored in silence"
+
 # one tokenizer on both sides: the same lines, states too
 run retarget --shards "$d/shards" --student examples/tiny_student --out "$d/same" --json
 "$retort" cat "$d/shards" --features >"$d/a" && "$retort" cat "$d/same" --features >"$d/b" && cmp -s "$d/a" "$d/b" || bad "rows of one tokenizer differ"
