@@ -48,6 +48,20 @@ static enum rt_status add(struct rt_prompt_read *p, const char *role, struct tex
     return st;
 }
 
+enum rt_status rt_prompt_read_answer(struct rt_prompt_read *p, const struct rt_template *tmpl, const char *answer, size_t len, const char *where,
+                                     struct rt_rendered *out, struct rt_err *err)
+{
+    enum rt_status st;
+    const size_t n = p->n, skipped = p->messages.len / sizeof *p->m - n;
+    RT_TRY(add(p, "assistant", (struct text){answer, len}, err));
+    p->messages.len -= sizeof *p->m;
+    p->m += skipped;
+    p->n = n;
+    RT_TRY(rt_template_render(tmpl, p->m, n + 1, where, out, err));
+out:
+    return st;
+}
+
 static void force(struct rt_prompt_read *p, struct text t)
 {
     p->forced = t.s;
@@ -116,19 +130,21 @@ out:
     return st;
 }
 
-/* The template renders p's messages, and the forced opening, to these ids. */
+/* The template renders p's messages, and the forced opening, to these ids; or, where nothing is forced, any answer behind them as a conversation. */
 static enum rt_status agrees(const struct rt_model_dir *model, struct rt_prompt_read *p, const uint32_t *ids, size_t n, bool *ok, struct rt_err *err)
 {
     const struct rt_rendered *r = &p->rendered;
     struct rt_err bad = {0};
-    *ok = false;
+    *ok = p->bare = false;
     if (p->n == 0)
         return RT_OK;
-    const enum rt_status st = rt_template_completion(model->tmpl, p->m, p->n, p->forced, p->forced_len, "prompt", &p->rendered, &bad);
-    if (st == RT_NOMEM)
-        return rt_fail(err, st, "%s", bad.msg);
+    enum rt_status st = rt_template_completion(model->tmpl, p->m, p->n, p->forced, p->forced_len, "prompt", &p->rendered, &bad);
     *ok = st == RT_OK && r->target_start == n && memcmp(r->enc.ids, ids, n * sizeof *ids) == 0;
-    return RT_OK;
+    if (st == RT_OK && !*ok && p->forced_len == 0 && rt_template_forced(model->tmpl, RT_THINKING_AUTO)[0] != '\0') {
+        st = rt_prompt_read_answer(p, model->tmpl, "x", 1, "prompt", &p->rendered, &bad);
+        *ok = p->bare = st == RT_OK && r->target_start == n && memcmp(r->enc.ids, ids, n * sizeof *ids) == 0;
+    }
+    return st == RT_NOMEM ? rt_fail(err, st, "%s", bad.msg) : RT_OK;
 }
 
 /* A first system message may be the template's own, whole (it is left out) or in front of the line's. */
@@ -136,8 +152,7 @@ static enum rt_status without_default(const struct rt_model_dir *model, struct r
                                       struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    struct rt_message *const first = (struct rt_message *)(void *)p->messages.data;
-    if (p->n < 2 || strcmp(first->role, "system") != 0)
+    if (p->n < 2 || strcmp(p->m->role, "system") != 0)
         return RT_OK;
     p->m++;
     p->n--;
@@ -147,9 +162,10 @@ static enum rt_status without_default(const struct rt_model_dir *model, struct r
     p->m--;
     p->n++;
     RT_TRY(agrees(model, p, ids, n, ok, err));
-    struct text t = {first->content, first->content_len};
+    struct text t = {p->m->content, p->m->content_len};
     for (size_t at = find(t, "\n\n"); !*ok && at < t.n; at = find(t, "\n\n")) {
         cut(&t, at + 2);
+        struct rt_message *const first = (struct rt_message *)(void *)p->messages.data; /* each time: it moves where a message is added */
         first->content = t.s;
         first->content_len = t.n;
         RT_TRY(agrees(model, p, ids, n, ok, err));
@@ -172,6 +188,7 @@ enum rt_status rt_prompt_read(const struct rt_model_dir *model, const char *text
     p->n = 0;
     p->forced = "";
     p->forced_len = 0;
+    p->bare = false;
     if (end_id != UINT32_MAX)
         rt_tokenizer_bytes(model->tok, end_id, &end.s, &end.n);
     const bool marked = strcmp(family, "chatml") == 0 || strcmp(family, "qwen3") == 0; /* their BOS may be the mark itself */
@@ -193,8 +210,9 @@ enum rt_status rt_prompt_read(const struct rt_model_dir *model, const char *text
     if (!*ok)
         goto out;
     RT_TRY(agrees(model, p, ids, n_ids, ok, err));
-    bool plain = *ok;
+    const bool plain = *ok, bare = p->bare;
     RT_TRY(without_default(model, p, ids, n_ids, ok, err));
+    p->bare = *ok ? p->bare : bare;
     *ok |= plain;
 out:
     return st;

@@ -14,10 +14,14 @@ struct rt_prompt_read {
     size_t n;
     const char *forced;         /* what stands between the opening of the assistant's turn and the completion: "<think>\n" or nothing */
     size_t forced_len;
+    bool bare;                  /* nothing is forced where the template forces a thought on a sampler: an answer without one, out of a conversation */
     struct rt_buf messages;     /* owned: of struct rt_message */
     struct rt_rendered rendered;/* owned: scratch */
 };
 void rt_prompt_read_free(struct rt_prompt_read *p); /* zeroed is fine */
+/* Renders p's messages and this answer behind them, as a conversation. p is as it was. What rt_template_render says, NOMEM. */
+enum rt_status rt_prompt_read_answer(struct rt_prompt_read *p, const struct rt_template *tmpl, const char *answer, size_t len, const char *where,
+                                     struct rt_rendered *out, struct rt_err *err);
 
 /* text [len]: what ids [n_ids] decode to, special tokens as text; must outlive p's use. *ok false where the template does not explain them. */
 enum rt_status rt_prompt_read(const struct rt_model_dir *model, const char *text, size_t len, const uint32_t *ids, size_t n_ids,

@@ -187,13 +187,14 @@ out:
 
 /* ---- conversations ---- */
 
-/* What the student's completion begins with that the teacher's prompt had forced. An empty thought is one only to templates that know it. */
+/* What the student's completion begins with that the teacher's prompt had forced. An empty thought is one only to templates that know it, and they
+ * have it in front of an answer without a thought, too. */
 static const char *forced_for(const struct rt_model_dir *student, const struct rt_prompt_read *prompt, size_t *len)
 {
     static const char close[] = "</think>", empty[] = "<think>\n\n</think>\n\n";
     const char *family = rt_template_name(student->tmpl);
     *len = prompt->forced_len;
-    if (*len == 0 || memmem(prompt->forced, *len, close, sizeof close - 1) == NULL)
+    if (!prompt->bare && (*len == 0 || memmem(prompt->forced, *len, close, sizeof close - 1) == NULL))
         return prompt->forced;
     const char *text = strcmp(family, "qwen3") == 0 ? empty : strcmp(family, "deepseek_v3_1") == 0 ? close : "";
     *len = strlen(text);
@@ -253,7 +254,10 @@ static enum rt_status make_turn(const struct rt_retarget_pair *p, const struct r
     RT_TRY(rt_buf_append(&t->whole, r->text + from, to - from, err));
     RT_TRY(rt_buf_reserve(&t->whole, 1, err));
     snprintf(where, sizeof where, "line %ld", (long)r->source_line);
-    st = rt_template_completion(p->student->tmpl, t->prompt.m, t->prompt.n, t->whole.data, t->whole.len, where, &t->rendered, &bad);
+    if (t->prompt.bare && forced == 0 && rt_template_forced(p->student->tmpl, RT_THINKING_AUTO)[0] != '\0') /* a sampler's prompt would open a thought */
+        st = rt_prompt_read_answer(&t->prompt, p->student->tmpl, t->whole.data, t->whole.len, where, &t->rendered, &bad);
+    else
+        st = rt_template_completion(p->student->tmpl, t->prompt.m, t->prompt.n, t->whole.data, t->whole.len, where, &t->rendered, &bad);
     RT_TRY(of_one_sequence(st, &bad, reject, err));
     if (*reject != RT_REJECT_NONE)
         goto out;

@@ -2,8 +2,8 @@
  *
  * A conversation (targets behind a prompt): the messages of the prompt are rendered by the student's own template, and the
  * completion is encoded behind it, apart; only the completion's bytes are aligned, and the ends of the turn with each other. What the
- * teacher's prompt forced ("<think>\n") and the student's does not is part of the student's completion, without rows. Of several target turns
- * the last one is kept. A plain text (all targets): BOS as the student's tokenizer adds it, text encoded between special tokens of a role.
+ * teacher's prompt forced ("<think>\n") and the student's does not is part of the student's completion, without rows; an answer without a
+ * thought, out of a conversation, has none on the student's side. Of several target turns the last one is kept. A plain text (all targets): BOS as the student's tokenizer adds it, text encoded between special tokens of a role.
  */
 #ifndef RT_DISTILL_RETARGET_TEXT_H
 #define RT_DISTILL_RETARGET_TEXT_H

@@ -11,6 +11,7 @@
 #define DEEPSEEK "tests/data/tokenizers/deepseek"
 #define QWEN "tests/data/tokenizers/qwen"
 #define LLAMA "tests/data/tokenizers/llama3"
+#define SMOLLM "tests/data/tokenizers/smollm2"
 
 /* ---- alignment ---- */
 static void places_by_units(void **state)
@@ -524,6 +525,35 @@ static void prompts_are_read_back(void **state)
     read_back("tests/data/tokenizers/smollm2", two, 4, "y", 4, "");
 }
 
+/* An answer without a thought, out of a conversation, where a sampler's prompt would open one: the student's has none either, whether its template knows
+ * empty thoughts (qwen3), forces them (the teacher's own), or neither. */
+static void an_answer_without_a_thought(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    static const char *const students[] = {QWEN, LLAMA, SMOLLM, DEEPSEEK};
+    const struct rt_message m[] = {M("system", "Be brief.\n\nPlease."), M("user", "A"), M("assistant", "the answer"), M("user", "C"), M("assistant", "So x = 42")};
+    for (size_t i = 0; i < sizeof students / sizeof students[0]; i++) {
+        struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(students[i]))};
+        struct rt_rendered r = {0}, own = {0};
+        char text[256];
+        assert_ok(rt_template_render(b.t.tmpl, m, 5, "test", &r, &err));
+        b.r = rf_rows(&b.t, r.enc.ids, r.loss_mask, (int64_t)r.enc.n, 8, rf_hash_logit, NULL);
+        b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
+        assert_int_equal(b.m.reject, RT_REJECT_NONE);
+        targets_of(&b.m, text, sizeof text);
+        assert_string_equal(text, "So x = 42");
+        assert_int_equal(b.m.counts.masked[RT_MASK_FORCED], 0);
+        assert_ok(rt_template_render(b.s.tmpl, m, 5, "test", &own, &err));
+        const int64_t n = b.m.rows.n_tokens;
+        assert_int_equal(n, own.target_start + own.n_targets);
+        assert_memory_equal(b.m.rows.ids, own.enc.ids, (size_t)n * sizeof(uint32_t));
+        rt_rendered_free(&r);
+        rt_rendered_free(&own);
+        done(&b);
+    }
+}
+
 /* Only the last turn of several targets is kept. */
 static void earlier_turns_are_left(void **state)
 {
@@ -593,6 +623,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(an_end_inside_a_text),
     cmocka_unit_test(ends_that_are_not_eos),
     cmocka_unit_test(prompts_are_read_back),
+    cmocka_unit_test(an_answer_without_a_thought),
     cmocka_unit_test(earlier_turns_are_left),
     cmocka_unit_test(states_where_bytes_end_together),
 };
