@@ -151,6 +151,22 @@ static enum rt_status check_input(const struct rt_retarget_run *r, struct rt_err
     return RT_OK;
 }
 
+/* A template that is missing is said before anything is written: reads the input only where one is. */
+static enum rt_status check_templates(const struct rt_retarget_run *r, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_rows rows;
+    struct rt_err bad = {0};
+    const bool all = r->same || (r->o.teacher->tmpl != NULL && r->o.student->tmpl != NULL);
+    for (int64_t i = 0; !all && i < rt_retarget_run_input(r)->sequences; i++) {
+        if (rt_shard_set_get(r->set[0], i, &rows, &bad) == RT_OK) /* else it will be said where it is left out */
+            RT_TRY(rt_retarget_text_templates(&r->pair, &rows, err));
+        rt_err_clear(&bad);
+    }
+out:
+    return st;
+}
+
 enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct rt_retarget_run **out, struct rt_err *err)
 {
     enum rt_status st;
@@ -174,6 +190,7 @@ enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct 
     rt_retarget_identity(id, s, o->student_vocab, o->mode, r->same, &r->id);
     RT_TRY(rt_vocab_map_create(t, o->student, &r->map, err));
     r->pair = (struct rt_retarget_pair){t, o->student, &r->map};
+    RT_TRY(check_templates(r, err));
     RT_TRY(rt_retarget_counts_init(&r->counts, r->map.n_student, err));
     RT_TRY(rt_retarget_plan(r->set[0], &r->id, o->out, o->rows_per_shard, o->memory > 0 ? o->memory : INT64_MAX / 2, r->threads, &r->plan, err));
     *out = r;

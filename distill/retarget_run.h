@@ -31,7 +31,7 @@ struct rt_retarget_options {
 
 struct rt_retarget_run;
 /* Opens the input, and checks that it can be retargeted: REFUSED where the teacher's tokenizer or template is another than the
- * shards', where they hold no logits, or are retargeted already. NOMEM where memory is too small. Makes the map of the vocabularies. */
+ * shards', where they hold no logits, or are retargeted already. UNSUPPORTED: conversations, and a model without a template. NOMEM where memory is too small. Makes the map of the vocabularies. */
 enum rt_status rt_retarget_run_open(const struct rt_retarget_options *o, struct rt_retarget_run **out, struct rt_err *err);
 void rt_retarget_run_close(struct rt_retarget_run *r); /* NULL is fine */
 const struct rt_shard_info *rt_retarget_run_input(const struct rt_retarget_run *r);

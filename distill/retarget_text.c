@@ -281,19 +281,33 @@ static void reset(struct rt_retarget_text *t)
     t->teacher = t->student = (struct rt_side){0};
 }
 
+static bool is_plain(const struct rt_rows *rows)
+{
+    bool plain = true;
+    for (int64_t i = 1; i < rows->n_tokens; i++)
+        plain &= rows->loss_mask[i] == 1;
+    return plain;
+}
+
+enum rt_status rt_retarget_text_templates(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_err *err)
+{
+    if ((pair->teacher->tmpl != NULL && pair->student->tmpl != NULL) || is_plain(rows))
+        return RT_OK;
+    return rt_fail(err, RT_UNSUPPORTED, "line %ld is a conversation, and the %s (%s) has no chat template that is known: %s NAME says which one to take",
+                   (long)rows->source_line, pair->teacher->tmpl == NULL ? "teacher" : "student",
+                   pair->teacher->tmpl == NULL ? pair->teacher->path : pair->student->path, pair->teacher->tmpl == NULL ? "--teacher-template" : "--template");
+}
+
 enum rt_status rt_retarget_text_make(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_retarget_text *t, enum rt_reject *reject,
                                      struct rt_err *err)
 {
     enum rt_status st;
     int64_t last = rows->n_tokens - 1, first;
-    bool plain = true;
     reset(t);
     RT_TRY(check_text(pair, rows, reject, err));
     if (*reject != RT_REJECT_NONE)
         goto out;
-    for (int64_t i = 1; i < rows->n_tokens; i++)
-        plain &= rows->loss_mask[i] == 1;
-    if (plain) {
+    if (is_plain(rows)) {
         RT_TRY(make_plain(pair, rows, t, reject, err));
         goto out;
     }
@@ -307,10 +321,7 @@ enum rt_status rt_retarget_text_make(const struct rt_retarget_pair *pair, const 
         *reject = RT_REJECT_EMPTY;
         goto out;
     }
-    if (pair->teacher->tmpl == NULL || pair->student->tmpl == NULL)
-        RT_FAIL(err, UNSUPPORTED, "line %ld is a conversation, and the %s (%s) has no chat template that is known: %s NAME says which one to take",
-                (long)rows->source_line, pair->teacher->tmpl == NULL ? "teacher" : "student",
-                pair->teacher->tmpl == NULL ? pair->teacher->path : pair->student->path, pair->teacher->tmpl == NULL ? "--teacher-template" : "--template");
+    RT_TRY(rt_retarget_text_templates(pair, rows, err));
     RT_TRY(make_turn(pair, rows, first, last, t, reject, err));
 out:
     return st;

@@ -34,8 +34,9 @@ struct rt_retarget_text {
 };
 void rt_retarget_text_free(struct rt_retarget_text *t);
 
-/* = *t. *reject: why the sequence cannot be taken, RT_REJECT_NONE where it can. UNSUPPORTED: a conversation, and one of the models has no
- * template. */
+/* UNSUPPORTED: a conversation, and one of the models has no template. */
+enum rt_status rt_retarget_text_templates(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_err *err);
+/* = *t. *reject: why the sequence cannot be taken, RT_REJECT_NONE where it can. UNSUPPORTED: as rt_retarget_text_templates says. */
 enum rt_status rt_retarget_text_make(const struct rt_retarget_pair *pair, const struct rt_rows *rows, struct rt_retarget_text *t, enum rt_reject *reject,
                                      struct rt_err *err);
 /* The same for a student whose tokenizer and template are the teacher's: its tokens and targets are those of rows, whatever its text's normal form. */

@@ -96,6 +96,15 @@ cp "$d/out" "$d/first"
 run retarget --shards "$d/shards" --student $student --out "$d/killed" --rows-per-shard 20
 cmp -s "$d/out" "$d/first" || bad "the report of a finished set differs"
 
+# a student without a template: said before anything is written, so that the way out takes the same --out
+mkdir "$d/bare-student"
+cp $student/config.json $student/model.safetensors $student/tokenizer.json "$d/bare-student"
+sed '/"chat_template"/d; s/"Qwen2Tokenizer",/"Qwen2Tokenizer"/' $student/tokenizer_config.json >"$d/bare-student/tokenizer_config.json"
+grep -q chat_template "$d/bare-student/tokenizer_config.json" && bad "the template is still there"
+refuse 3 'line 1 is a conversation.*--template NAME' retarget --shards "$d/shards" --student "$d/bare-student" --out "$d/named"
+[ -e "$d/named" ] && bad "refused after something was written"
+run retarget --shards "$d/shards" --student "$d/bare-student" --template qwen3 --out "$d/named"
+
 # refused
 refuse 1 'another command.*mode' retarget --shards "$d/shards" --student $student --out "$d/exact" --mode strict
 refuse 1 'retargeted already' retarget --shards "$d/exact" --teacher $student --student $student --out "$d/twice"
