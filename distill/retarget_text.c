@@ -201,13 +201,20 @@ static const char *forced_for(const struct rt_model_dir *student, const struct r
     return text;
 }
 
+/* A sampler's prompt opens a thought, so that an answer without one is no completion of it. */
+static bool opens_thought(const struct rt_template *t)
+{
+    const char *forced = rt_template_forced(t, RT_THINKING_AUTO);
+    return strstr(forced, "<think>") != NULL && strstr(forced, "</think>") == NULL;
+}
+
 /* The student's rendered tokens into t, with units from the end of `whole` backwards. */
 static enum rt_status take_rendered(const struct rt_retarget_pair *p, bool ended, struct rt_retarget_text *t, uint32_t *begin, enum rt_reject *reject,
                                     struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_rendered *r = &t->rendered;
-    size_t n = r->enc.n;
+    size_t n = r->target_start + r->n_targets; /* without what the template prints behind the turn */
     const size_t first = r->target_start;
     const bool has_end = n > first && r->enc.ids[n - 1] == p->map->student_end;
     if (has_end && !ended)
@@ -236,7 +243,7 @@ static enum rt_status make_turn(const struct rt_retarget_pair *p, const struct r
 {
     enum rt_status st;
     bool ok;
-    size_t forced;
+    size_t forced = 0;
     uint32_t begin = 0;
     uint8_t *structural = NULL;
     char where[64];
@@ -248,13 +255,14 @@ static enum rt_status make_turn(const struct rt_retarget_pair *p, const struct r
         *reject = RT_REJECT_PROMPT;
         goto out;
     }
-    const char *prefix = forced_for(p->student, &t->prompt, &forced);
+    const bool answer = t->prompt.bare && opens_thought(p->student->tmpl);
+    const char *prefix = answer ? "" : forced_for(p->student, &t->prompt, &forced);
     t->whole.len = 0;
     RT_TRY(rt_buf_append(&t->whole, prefix, forced, err));
     RT_TRY(rt_buf_append(&t->whole, r->text + from, to - from, err));
     RT_TRY(rt_buf_reserve(&t->whole, 1, err));
     snprintf(where, sizeof where, "line %ld", (long)r->source_line);
-    if (t->prompt.bare && forced == 0 && rt_template_forced(p->student->tmpl, RT_THINKING_AUTO)[0] != '\0') /* a sampler's prompt would open a thought */
+    if (answer)
         st = rt_prompt_read_answer(&t->prompt, p->student->tmpl, t->whole.data, t->whole.len, where, &t->rendered, &bad);
     else
         st = rt_template_completion(p->student->tmpl, t->prompt.m, t->prompt.n, t->whole.data, t->whole.len, where, &t->rendered, &bad);

@@ -526,12 +526,12 @@ static void prompts_are_read_back(void **state)
 }
 
 /* An answer without a thought, out of a conversation, where a sampler's prompt would open one: the student's has none either, whether its template knows
- * empty thoughts (qwen3), forces them (the teacher's own), or neither. */
+ * empty thoughts (qwen3), opens one itself (the teacher's, the example's), or neither. */
 static void an_answer_without_a_thought(void **state)
 {
     (void)state;
     struct rt_err err = {0};
-    static const char *const students[] = {QWEN, LLAMA, SMOLLM, DEEPSEEK};
+    static const char *const students[] = {QWEN, LLAMA, SMOLLM, DEEPSEEK, "examples/crossing_student"};
     const struct rt_message m[] = {M("system", "Be brief.\n\nPlease."), M("user", "A"), M("assistant", "the answer"), M("user", "C"), M("assistant", "So x = 42")};
     for (size_t i = 0; i < sizeof students / sizeof students[0]; i++) {
         struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(students[i]))};
