@@ -151,6 +151,13 @@ static enum rt_status check_input(const struct rt_retarget_run *r, struct rt_err
     return RT_OK;
 }
 
+static enum rt_status check_stop(const struct rt_retarget_run *r, struct rt_err *err)
+{
+    if (r->o.stop == NULL || !r->o.stop(r->o.stop_self))
+        return RT_OK;
+    return rt_fail(err, RT_INTERRUPTED, "interrupted: the same command goes on behind the last whole shard");
+}
+
 /* A template that is missing is said before anything is written: reads the input only where one is. */
 static enum rt_status check_templates(const struct rt_retarget_run *r, struct rt_err *err)
 {
@@ -159,6 +166,7 @@ static enum rt_status check_templates(const struct rt_retarget_run *r, struct rt
     struct rt_err bad = {0};
     const bool all = r->same || (r->o.teacher->tmpl != NULL && r->o.student->tmpl != NULL);
     for (int64_t i = 0; !all && i < rt_retarget_run_input(r)->sequences; i++) {
+        RT_TRY(check_stop(r, err));
         if (rt_shard_set_get(r->set[0], i, &rows, &bad) == RT_OK) /* else it will be said where it is left out */
             RT_TRY(rt_retarget_text_templates(&r->pair, &rows, err));
         rt_err_clear(&bad);
@@ -463,13 +471,6 @@ static void count_crossing(struct rt_retarget_run *r, const struct slot *s)
     for (int64_t i = s->text.student.first; i < s->text.student.n; i++)
         if (place[i].kind == RT_PLACE_CROSSING)
             r->counts.crossing[s->text.student.ids[i]]++;
-}
-
-static enum rt_status check_stop(const struct rt_retarget_run *r, struct rt_err *err)
-{
-    if (r->o.stop == NULL || !r->o.stop(r->o.stop_self))
-        return RT_OK;
-    return rt_fail(err, RT_INTERRUPTED, "interrupted: the same command goes on behind the last whole shard");
 }
 
 /* The window's sequences in order: kept ones into the batch, which becomes a shard as soon as one more comes. */
