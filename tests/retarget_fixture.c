@@ -285,3 +285,25 @@ int64_t rf_find(const struct rf_made *m, const char *text, int64_t from)
     fail_msg("no student token '%s'", text);
     return -1;
 }
+
+int64_t rf_targets_of(const struct rf_made *m, char *out, size_t cap)
+{
+    int64_t n = 0;
+    out[0] = '\0';
+    for (int64_t i = 1; i < m->rows.n_tokens; i++) {
+        if (m->rows.loss_mask[i] == 0)
+            continue;
+        n++;
+        if (m->rows.ids[i] != m->map.student_end)
+            strncat(out, rf_token(m, i), cap - strlen(out) - 1);
+    }
+    return n;
+}
+
+void rf_done(struct rf_both *b)
+{
+    rf_made_free(&b->m);
+    rf_rows_free(&b->r);
+    rt_model_dir_close(&b->t);
+    rt_model_dir_close(&b->s);
+}

@@ -6,6 +6,11 @@
 #include "distill/retarget_text.h"
 #include "tests/suite.h"
 
+#define DEEPSEEK "tests/data/tokenizers/deepseek"
+#define QWEN "tests/data/tokenizers/qwen"
+#define LLAMA "tests/data/tokenizers/llama3"
+#define SMOLLM "tests/data/tokenizers/smollm2"
+
 /* A directory of test_tmp with a byte-level tokenizer of 256 bytes, these merges ("left right", in order of rank) and the
  * special token <end>; no template. nfc: it normalises. */
 const char *rf_tokenizer(const char *name, const char *const *merges, int n_merges, bool nfc);
@@ -49,5 +54,16 @@ double rf_prob(const struct rf_made *m, int64_t row, uint32_t id);
 const char *rf_token(const struct rf_made *m, int64_t i);
 /* First student token from `from` on whose text this is; fails without one. */
 int64_t rf_find(const struct rf_made *m, const char *text, int64_t from);
+
+/* Bytes of the student's targets, the end of the turn left out, and how many targets there are. */
+int64_t rf_targets_of(const struct rf_made *m, char *out, size_t cap);
+/* Both sides of a sequence. */
+struct rf_both {
+    struct rt_model_dir t, s;
+    struct rf_rows r;
+    struct rf_made m;
+};
+/* Frees what is in it. */
+void rf_done(struct rf_both *b);
 
 #endif

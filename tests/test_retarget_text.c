@@ -1,17 +1,11 @@
-/* The student's side of a text: prompts, special tokens, bytes that tokens split, and what is rejected. */
+/* The student's side of a text: alignment, special tokens, bytes that tokens split, and what is rejected. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "core/io.h"
-#include "distill/retarget_prompt.h"
 #include "tests/retarget_fixture.h"
-
-#define DEEPSEEK "tests/data/tokenizers/deepseek"
-#define QWEN "tests/data/tokenizers/qwen"
-#define LLAMA "tests/data/tokenizers/llama3"
-#define SMOLLM "tests/data/tokenizers/smollm2"
 
 /* ---- alignment ---- */
 static void places_by_units(void **state)
@@ -52,28 +46,7 @@ static void places_with_offsets_and_masks(void **state)
 
 /* ---- conversations ---- */
 
-/* Bytes of the student's targets, the end of the turn left out, and how many targets there are. */
-static int64_t targets_of(const struct rf_made *m, char *out, size_t cap)
-{
-    int64_t n = 0;
-    out[0] = '\0';
-    for (int64_t i = 1; i < m->rows.n_tokens; i++) {
-        if (m->rows.loss_mask[i] == 0)
-            continue;
-        n++;
-        if (m->rows.ids[i] != m->map.student_end)
-            strncat(out, rf_token(m, i), cap - strlen(out) - 1);
-    }
-    return n;
-}
-
-struct both {
-    struct rt_model_dir t, s;
-    struct rf_rows r;
-    struct rf_made m;
-};
-
-static void retarget(struct both *b, const char *teacher, const char *student, const char *prompt, const char *completion)
+static void retarget(struct rf_both *b, const char *teacher, const char *student, const char *prompt, const char *completion)
 {
     b->t = rf_model(test_data(teacher));
     b->s = rf_model(test_data(student));
@@ -81,24 +54,16 @@ static void retarget(struct both *b, const char *teacher, const char *student, c
     b->m = rf_make(&b->t, &b->s, &b->r, RT_RETARGET_EXACT);
 }
 
-static void done(struct both *b)
-{
-    rf_made_free(&b->m);
-    rf_rows_free(&b->r);
-    rt_model_dir_close(&b->t);
-    rt_model_dir_close(&b->s);
-}
-
 /* The student's own prompt; its completion begins with what the teacher's prompt forced, without rows. */
 static void a_thought_in_another_template(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     char text[512];
     retarget(&b, DEEPSEEK, LLAMA, "What is x?", "So x = 42.</think>\n\nThe answer is 42");
     assert_int_equal(b.m.reject, RT_REJECT_NONE);
     assert_non_null(strstr(b.m.rows.text, "<|start_header_id|>user<|end_header_id|>\n\nWhat is x?<|eot_id|>"));
-    targets_of(&b.m, text, sizeof text);
+    rf_targets_of(&b.m, text, sizeof text);
     assert_string_equal(text, "<think>\nSo x = 42.</think>\n\nThe answer is 42");
     int64_t forced = 0;
     for (int64_t i = b.m.text.student.first; i < b.m.text.student.n && b.m.text.student.end[i] <= 8; i++, forced++)
@@ -111,19 +76,19 @@ static void a_thought_in_another_template(void **state)
     const int64_t row = rf_row_of(&b.m, end);
     assert_true(row >= 0);
     assert_true(rf_prob(&b.m, row, b.m.rows.ids[end]) > 0.05); /* the toy teacher gives e^5 times more to what comes than to each of 383 others */
-    done(&b);
+    rf_done(&b);
 }
 
 /* Both have think tags: one token on either side, with a row. A student without spells them out of ordinary ones. */
 static void think_tags(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     retarget(&b, DEEPSEEK, QWEN, "Q", "So</think>\n\nThe answer");
     int64_t i = rf_find(&b.m, "</think>", b.m.text.student.first);
     assert_int_equal(b.m.place[i].kind, RT_PLACE_WHOLE);
     assert_true(rf_prob(&b.m, rf_row_of(&b.m, i), b.m.rows.ids[i]) > 0.05);
-    done(&b);
+    rf_done(&b);
     retarget(&b, DEEPSEEK, LLAMA, "Q", "So</think>\n\nThe answer");
     for (i = b.m.text.student.first; b.m.place[i].kind != RT_PLACE_HEAD || strncmp(rf_token(&b.m, i), "<", 1) != 0;)
         i++;
@@ -133,22 +98,22 @@ static void think_tags(void **state)
     assert_int_equal(b.m.map.first[b.m.map.at[tag]], b.m.rows.ids[i]);
     assert_true(rf_prob(&b.m, rf_row_of(&b.m, i), b.m.rows.ids[i]) > 0.05);
     assert_int_equal(b.m.place[i + 1].kind, RT_PLACE_INSIDE);
-    done(&b);
+    rf_done(&b);
 }
 
 static void an_empty_completion(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     char text[64];
     retarget(&b, DEEPSEEK, QWEN, "Q", "");
     assert_int_equal(b.m.reject, RT_REJECT_NONE);
     const int64_t row = rf_row_of(&b.m, b.m.rows.n_tokens - 1);
     assert_int_equal(b.m.rows.ids[b.m.rows.n_tokens - 1], b.m.map.student_end);
     assert_true(row >= 0);
-    assert_true(targets_of(&b.m, text, sizeof text) >= 1);
+    assert_true(rf_targets_of(&b.m, text, sizeof text) >= 1);
     assert_int_equal(b.m.rows.n_rows, 1);
-    done(&b);
+    rf_done(&b);
 }
 
 /* Bytes that tokens split, in other ways on both sides: every target but the masked ones has a row, and the bytes are the text's. */
@@ -161,11 +126,11 @@ static void split_characters_and_spaces(void **state)
     static const char *const students[] = {QWEN, LLAMA, "tests/data/tokenizers/smollm2"};
     for (size_t s = 0; s < sizeof students / sizeof students[0]; s++)
         for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
-            struct both b;
+            struct rf_both b;
             char text[512], want[512];
             retarget(&b, DEEPSEEK, students[s], "Q", texts[i]);
             assert_int_equal(b.m.reject, RT_REJECT_NONE);
-            targets_of(&b.m, text, sizeof text);
+            rf_targets_of(&b.m, text, sizeof text);
             snprintf(want, sizeof want, "<think>\n%s", texts[i]);
             assert_int_equal(b.m.rows.text_len, b.m.rows.byte_end[b.m.rows.n_tokens - 1]);
             if (strcmp(text, want) != 0)
@@ -180,12 +145,12 @@ static void split_characters_and_spaces(void **state)
             for (int64_t k = b.m.text.student.first; k < b.m.text.student.n; k++)
                 if (b.m.map.blank[b.m.rows.ids[k]])
                     assert_int_equal(rf_row_of(&b.m, k), -1);
-            done(&b);
+            rf_done(&b);
         }
 }
 
 /* ---- toy vocabularies: digits, and a token that crosses ---- */
-static void toy(struct both *b, const char *const *teacher, int nt, const char *const *student, int ns, const char *text)
+static void toy(struct rf_both *b, const char *const *teacher, int nt, const char *const *student, int ns, const char *text)
 {
     struct rt_err err = {0};
     struct rt_encoding e = {0};
@@ -203,7 +168,7 @@ static void digits_inside_a_number(void **state)
 {
     (void)state;
     static const char *const merges[] = {"2 0", "20 1", "2 1", "20 3", "1 7"};
-    struct both b;
+    struct rf_both b;
     toy(&b, merges, 5, NULL, 0, "x=201");
     assert_int_equal(b.m.counts.digits, 3);
     assert_int_equal(b.m.counts.digits_rows, 3);
@@ -222,14 +187,14 @@ static void digits_inside_a_number(void **state)
     assert_true(fabs(rf_prob(&b.m, three, '1') - q[1] / (q[1] + q[3])) < 1e-6);
     assert_true(fabs(rf_prob(&b.m, three, '3') - q[3] / (q[1] + q[3])) < 1e-6);
     assert_true(b.m.counts.evidence > 0 && b.m.counts.evidence < 2);
-    done(&b);
+    rf_done(&b);
 }
 
 static void a_crossing_token_keeps_its_label(void **state)
 {
     (void)state;
     static const char *const t[] = {"b o", "bo x", "e d"}, *const s[] = {"b o", "bo x", "e d", "box ed"};
-    struct both b;
+    struct rf_both b;
     toy(&b, t, 3, s, 4, "a\\boxed{7}");
     const int64_t i = rf_find(&b.m, "boxed", 0);
     assert_int_equal(b.m.place[i].kind, RT_PLACE_CROSSING);
@@ -239,7 +204,7 @@ static void a_crossing_token_keeps_its_label(void **state)
     assert_int_equal(b.m.counts.crossing[b.m.rows.ids[i]], 1);
     assert_true(rf_row_of(&b.m, i + 1) >= 0); /* and the next one is back on a boundary */
     assert_int_equal(b.m.place[i + 1].kind, RT_PLACE_WHOLE);
-    done(&b);
+    rf_done(&b);
 }
 
 /* What follows may change how the student cuts a token: the one that it says there wins what the teacher said, whatever it would say alone. */
@@ -247,7 +212,7 @@ static void the_realised_token_wins(void **state)
 {
     (void)state;
     static const char *const t[] = {"a b"}, *const s[] = {"b c", "a b"};
-    struct both b;
+    struct rf_both b;
     toy(&b, t, 1, s, 2, "xabc"); /* teacher x ab c, student x a bc; alone, ab is one token of both */
     assert_int_equal(b.m.map.first[b.m.map.at[256]], 257);
     assert_string_equal(rf_token(&b.m, 1), "a");
@@ -259,26 +224,26 @@ static void the_realised_token_wins(void **state)
     const double said = exp(rf_hash_logit(NULL, 0, 'x', 256, 256)), a = exp(rf_hash_logit(NULL, 0, 'x', 'a', 256));
     assert_true(fabs(rf_prob(&b.m, rf_row_of(&b.m, 1), 'a') - (said + a) / sum) < 1e-6);
     assert_true(rf_prob(&b.m, rf_row_of(&b.m, 1), 257) == 0);
-    done(&b);
+    rf_done(&b);
 }
 
 /* ---- rejected ---- */
 static void not_nfc(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     retarget(&b, DEEPSEEK, QWEN, "Q", "caf\x65\xcc\x81 is good"); /* e and a combining accent */
     assert_int_equal(b.m.reject, RT_REJECT_NFC);
-    done(&b);
+    rf_done(&b);
     retarget(&b, DEEPSEEK, LLAMA, "Q", "caf\x65\xcc\x81 is good");
     assert_int_equal(b.m.reject, RT_REJECT_NFC);
-    done(&b);
+    rf_done(&b);
     retarget(&b, DEEPSEEK, QWEN, "Q", "caf\xc3\xa9 is good");
     assert_int_equal(b.m.reject, RT_REJECT_NONE);
-    done(&b);
+    rf_done(&b);
 }
 
-static enum rt_reject make_again(struct both *b)
+static enum rt_reject make_again(struct rf_both *b)
 {
     struct rt_err err = {0};
     enum rt_reject reject;
@@ -290,7 +255,7 @@ static enum rt_reject make_again(struct both *b)
 static void bytes_that_do_not_agree(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     retarget(&b, DEEPSEEK, QWEN, "Q", "So x = 42");
     char *text = (char *)(uintptr_t)b.r.rows.text;
     text[b.r.rows.text_len - 60] ^= 1; /* the end token alone is shorter than that */
@@ -306,14 +271,14 @@ static void bytes_that_do_not_agree(void **state)
     b.r.rows.text = was;
     ((uint32_t *)(uintptr_t)b.r.rows.ids)[3] = 100000; /* no such token */
     assert_int_equal(make_again(&b), RT_REJECT_BYTES);
-    done(&b);
+    rf_done(&b);
 }
 
 /* A piece of a split text may begin inside a character. */
 static void not_utf8(void **state)
 {
     (void)state;
-    struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(LLAMA))};
+    struct rf_both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(LLAMA))};
     const uint32_t ids[] = {0x98, 0x80, 'a', 'b'};
     uint32_t real[4];
     const uint8_t mask[] = {1, 1, 1, 1};
@@ -324,7 +289,7 @@ static void not_utf8(void **state)
     b.r = rf_rows(&b.t, real, mask, 4, 8, rf_hash_logit, NULL);
     b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
     assert_int_equal(b.m.reject, RT_REJECT_UTF8);
-    done(&b);
+    rf_done(&b);
 }
 
 /* A masked text whose beginning no template renders. */
@@ -332,7 +297,7 @@ static void an_unknown_prompt(void **state)
 {
     (void)state;
     struct rt_err err = {0};
-    struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(QWEN))};
+    struct rf_both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(QWEN))};
     struct rt_encoding e = {0};
     uint8_t mask[64] = {0};
     assert_ok(rt_tokenizer_encode(b.t.tok, "User says hello the answer", 26, &e, &err));
@@ -342,38 +307,38 @@ static void an_unknown_prompt(void **state)
     b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
     assert_int_equal(b.m.reject, RT_REJECT_PROMPT);
     rt_encoding_free(&e);
-    done(&b);
+    rf_done(&b);
 }
 
 /* ---- plain text ---- */
 static void text_with_and_without_bos(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     retarget(&b, DEEPSEEK, QWEN, " the answer is 42", NULL); /* BOS on the teacher's side alone: the student's first token has no row */
     assert_int_equal(b.m.text.student.first, 0);
     assert_int_equal(b.m.place[0].teacher, 1);
     assert_int_equal(b.m.rows.n_tokens - 1, b.m.counts.targets);
     assert_int_equal(b.m.rows.position[0], 0);
-    done(&b);
+    rf_done(&b);
     retarget(&b, DEEPSEEK, LLAMA, " the answer is 42", NULL); /* on both */
     assert_int_equal(b.m.text.student.first, 1);
     assert_int_equal(b.m.place[1].teacher, 1);
     assert_true(rf_row_of(&b.m, 1) >= 0);
-    done(&b);
+    rf_done(&b);
     retarget(&b, QWEN, LLAMA, " the answer is 42", NULL); /* on the student's alone: nothing predicted its first token */
     assert_int_equal(b.m.text.student.first, 1);
     assert_int_equal(rf_row_of(&b.m, 1), -1);
     assert_int_equal(b.m.counts.masked[RT_MASK_UNSTORED], 1);
     assert_true(rf_row_of(&b.m, 2) >= 0);
-    done(&b);
+    rf_done(&b);
 }
 
 /* An end of text inside: the student's, one unit, and what follows stays in place. */
 static void an_end_inside_a_text(void **state)
 {
     (void)state;
-    struct both b;
+    struct rf_both b;
     retarget(&b, DEEPSEEK, QWEN, "the answer<\xef\xbd\x9c" "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>So x", NULL);
     int64_t i = 0;
     while (i < b.m.rows.n_tokens && b.m.rows.ids[i] != b.m.map.student_end)
@@ -383,7 +348,7 @@ static void an_end_inside_a_text(void **state)
     assert_true(rf_prob(&b.m, rf_row_of(&b.m, i), b.m.map.student_end) > 0.05);
     assert_string_equal(rf_token(&b.m, i + 1), "So");
     assert_true(b.m.place[i + 1].teacher > b.m.place[i].teacher);
-    done(&b);
+    rf_done(&b);
 }
 
 /* ---- the end of a turn is not always EOS ---- */
@@ -424,7 +389,7 @@ static double may_stop(const void *ctx, int64_t i, uint32_t prev, uint32_t w, ui
     return w == stops[0] ? 4 : w == stops[1] ? 3.5 : rf_hash_logit(NULL, i, prev, w, next);
 }
 
-static double said_of(const struct both *b, int64_t i, uint32_t id)
+static double said_of(const struct rf_both *b, int64_t i, uint32_t id)
 {
     const struct rt_rows *r = &b->r.rows;
     for (int64_t row = 0; row < r->n_rows; row++)
@@ -436,7 +401,7 @@ static double said_of(const struct both *b, int64_t i, uint32_t id)
 
 /* Wherever a row begins with a teacher token, the teacher's end of a turn is the student's end of a turn and its EOS the student's EOS; where that is one
  * token, it takes both. */
-static void stops(struct both *b)
+static void stops(struct rf_both *b)
 {
     struct rt_err err = {0};
     const uint32_t end = rt_template_end_id(b->t.tmpl), eos = (uint32_t)rt_tokenizer_eos(b->t.tok), own = rt_template_end_id(b->s.tmpl),
@@ -462,118 +427,19 @@ static void stops(struct both *b)
     }
     assert_true(rows > 3);
     rt_rendered_free(&r);
-    done(b);
+    rf_done(b);
 }
 
 static void ends_that_are_not_eos(void **state)
 {
     (void)state;
-    struct both student = {.t = rf_model(test_data(DEEPSEEK)), .s = with_eos("base-a", QWEN, "<|im_end|>", "<|endoftext|>")};
+    struct rf_both student = {.t = rf_model(test_data(DEEPSEEK)), .s = with_eos("base-a", QWEN, "<|im_end|>", "<|endoftext|>")};
     assert_true(rt_template_end_id(student.s.tmpl) != (uint32_t)rt_tokenizer_eos(student.s.tok));
     stops(&student);
-    struct both two = {.t = with_eos("base-b", QWEN, "<|im_end|>", "<|endoftext|>"), .s = with_eos("base-c", LLAMA, "<|eot_id|>", "<|end_of_text|>")};
+    struct rf_both two = {.t = with_eos("base-b", QWEN, "<|im_end|>", "<|endoftext|>"), .s = with_eos("base-c", LLAMA, "<|eot_id|>", "<|end_of_text|>")};
     stops(&two);
-    struct both teacher = {.t = with_eos("base-d", QWEN, "<|im_end|>", "<|endoftext|>"), .s = rf_model(test_data(DEEPSEEK))};
+    struct rf_both teacher = {.t = with_eos("base-d", QWEN, "<|im_end|>", "<|endoftext|>"), .s = rf_model(test_data(DEEPSEEK))};
     stops(&teacher);
-}
-
-/* ---- prompts ---- */
-static void read_back(const char *dir, const struct rt_message *m, size_t n, const char *completion, size_t expected, const char *forced)
-{
-    struct rt_err err = {0};
-    struct rt_model_dir model = rf_model(test_data(dir));
-    struct rt_rendered r = {0};
-    struct rt_prompt_read p = {0};
-    struct rt_buf text = {0};
-    bool ok;
-    assert_ok(rt_template_completion(model.tmpl, m, n, completion, strlen(completion), "test", &r, &err));
-    assert_ok(rt_tokenizer_decode(model.tok, r.enc.ids, r.target_start, false, &text, &err));
-    assert_ok(rt_prompt_read(&model, text.data, text.len, r.enc.ids, r.target_start, &p, &ok, &err));
-    if (!ok)
-        fail_msg("%s: %.*s is not read back", dir, (int)text.len, text.data);
-    assert_int_equal(p.n, expected);
-    assert_int_equal(p.forced_len, strlen(forced));
-    assert_memory_equal(p.forced, forced, p.forced_len);
-    for (size_t i = 0; i < expected; i++) {
-        const struct rt_message *a = &p.m[i], *b = &m[n - expected + i];
-        assert_string_equal(a->role, b->role);
-        assert_int_equal(a->content_len, b->content_len);
-        assert_memory_equal(a->content, b->content, b->content_len);
-    }
-    /* one token less is another prompt */
-    assert_ok(rt_prompt_read(&model, text.data, text.len, r.enc.ids, r.target_start - 1, &p, &ok, &err));
-    assert_false(ok);
-    rt_prompt_read_free(&p);
-    rt_rendered_free(&r);
-    rt_buf_free(&text);
-    rt_model_dir_close(&model);
-}
-
-#define M(r, c) {.role = r, .content = c, .content_len = sizeof(c) - 1, .loss = -1}
-static void prompts_are_read_back(void **state)
-{
-    (void)state;
-    static const struct rt_message one[] = {M("user", "What is 2+2?\n\nThink.")}, two[] = {M("system", "Be brief."), M("user", "A"), M("assistant", "B"), M("user", "C")};
-    read_back(DEEPSEEK, one, 1, "x</think>y", 1, "<think>\n");
-    read_back(DEEPSEEK, two, 4, "x</think>y", 4, "<think>\n");
-    read_back(QWEN, one, 1, "y", 1, "");
-    read_back(QWEN, two, 4, "y", 4, "");
-    read_back(QWEN, one, 1, "<think>\n\n</think>\n\ny", 1, "<think>\n\n</think>\n\n");
-    read_back(LLAMA, one, 1, "y", 1, "");
-    read_back(LLAMA, two, 4, "y", 4, "");
-    read_back("tests/data/tokenizers/smollm2", one, 1, "y", 1, ""); /* a default system message is the template's */
-    read_back("tests/data/tokenizers/smollm2", two, 4, "y", 4, "");
-}
-
-/* An answer without a thought, out of a conversation, where a sampler's prompt would open one: the student's has none either, whether its template knows
- * empty thoughts (qwen3), opens one itself (the teacher's, the example's), or neither. */
-static void an_answer_without_a_thought(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    static const char *const students[] = {QWEN, LLAMA, SMOLLM, DEEPSEEK, "examples/crossing_student"};
-    const struct rt_message m[] = {M("system", "Be brief.\n\nPlease."), M("user", "A"), M("assistant", "the answer"), M("user", "C"), M("assistant", "So x = 42")};
-    for (size_t i = 0; i < sizeof students / sizeof students[0]; i++) {
-        struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(students[i]))};
-        struct rt_rendered r = {0}, own = {0};
-        char text[256];
-        assert_ok(rt_template_render(b.t.tmpl, m, 5, "test", &r, &err));
-        b.r = rf_rows(&b.t, r.enc.ids, r.loss_mask, (int64_t)r.enc.n, 8, rf_hash_logit, NULL);
-        b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
-        assert_int_equal(b.m.reject, RT_REJECT_NONE);
-        targets_of(&b.m, text, sizeof text);
-        assert_string_equal(text, "So x = 42");
-        assert_int_equal(b.m.counts.masked[RT_MASK_FORCED], 0);
-        assert_ok(rt_template_render(b.s.tmpl, m, 5, "test", &own, &err));
-        const int64_t n = b.m.rows.n_tokens;
-        assert_int_equal(n, own.target_start + own.n_targets);
-        assert_memory_equal(b.m.rows.ids, own.enc.ids, (size_t)n * sizeof(uint32_t));
-        rt_rendered_free(&r);
-        rt_rendered_free(&own);
-        done(&b);
-    }
-}
-
-/* Only the last turn of several targets is kept. */
-static void earlier_turns_are_left(void **state)
-{
-    (void)state;
-    struct rt_err err = {0};
-    struct both b = {.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(QWEN))};
-    struct rt_message m[] = {M("user", "A"), M("assistant", "the answer"), M("user", "C"), M("assistant", "So x</think>then")};
-    struct rt_rendered r = {0};
-    char text[256];
-    m[1].loss = 1;
-    assert_ok(rt_template_render(b.t.tmpl, m, 4, "test", &r, &err));
-    b.r = rf_rows(&b.t, r.enc.ids, r.loss_mask, (int64_t)r.enc.n, 8, rf_hash_logit, NULL);
-    b.m = rf_make(&b.t, &b.s, &b.r, RT_RETARGET_EXACT);
-    assert_int_equal(b.m.reject, RT_REJECT_NONE);
-    assert_true(b.m.text.earlier);
-    targets_of(&b.m, text, sizeof text);
-    assert_non_null(strstr(text, "So x</think>"));
-    assert_null(strstr(text, "the answer"));
-    rt_rendered_free(&r);
-    done(&b);
 }
 
 /* ---- states ---- */
@@ -581,7 +447,7 @@ static void states_where_bytes_end_together(void **state)
 {
     (void)state;
     static const char *const t[] = {"2 0", "20 1"}, *const s[] = {"x ="};
-    struct both b;
+    struct rf_both b;
     toy(&b, t, 2, s, 1, "x=201y");
     /* teacher x = 201 y, student x= 2 0 1 y */
     uint16_t states[6 * 2];
@@ -602,7 +468,7 @@ static void states_where_bytes_end_together(void **state)
     }
     assert_int_equal(b.m.counts.states, 5);
     assert_int_equal(b.m.counts.states_paired, 3);
-    done(&b);
+    rf_done(&b);
 }
 
 static const struct CMUnitTest tests[] = {
@@ -622,9 +488,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(text_with_and_without_bos),
     cmocka_unit_test(an_end_inside_a_text),
     cmocka_unit_test(ends_that_are_not_eos),
-    cmocka_unit_test(prompts_are_read_back),
-    cmocka_unit_test(an_answer_without_a_thought),
-    cmocka_unit_test(earlier_turns_are_left),
     cmocka_unit_test(states_where_bytes_end_together),
 };
 RT_SUITE(retarget_text, tests)
