@@ -21,6 +21,12 @@ enum rt_verify_mode rt_verify_mode_of(const char *name)
 
 /* ---- where the answer stands ---- */
 
+/* RT_SET_OPEN and its kind are no white space. */
+static bool white(char c)
+{
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
 static bool at(const char *s, size_t n, size_t i, const char *what)
 {
     const size_t k = strlen(what);
@@ -38,6 +44,10 @@ void rt_verify_conclusion(const char *text, size_t len, const char **out, size_t
             *out_len = len - from;
             return;
         }
+    while (len > 0 && white(*text))
+        text++, len--;
+    if (at(text, len, 0, "<think>")) /* a thought without end concludes nothing */
+        *out_len = 0;
 }
 
 /* What a box at `i` (behind \boxed) holds. */
@@ -87,9 +97,9 @@ bool rt_verify_boxed(const char *text, size_t len, const char **out, size_t *out
 
 static void strip(const char **s, size_t *n)
 {
-    while (*n > 0 && (unsigned char)(*s)[*n - 1] <= ' ')
+    while (*n > 0 && white((*s)[*n - 1]))
         --*n;
-    while (*n > 0 && (unsigned char)**s <= ' ')
+    while (*n > 0 && white(**s))
         ++*s, --*n;
 }
 
@@ -105,14 +115,32 @@ static char lower(char c)
     return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c;
 }
 
+static bool digit(char c)
+{
+    return c >= '0' && c <= '9';
+}
+
+/* Moves *i over spaces and text marks; whether they part two numbers: "2 34" is not "23 4", "1 000" is one number. */
+static bool skip_marks(const char *s, size_t n, size_t *i)
+{
+    const size_t from = *i;
+    while (*i < n && (s[*i] == ' ' || s[*i] == RT_TEXT_OPEN || s[*i] == RT_TEXT_CLOSE))
+        ++*i;
+    if (*i == from || from == 0 || *i == n || !digit(s[from - 1]) || !digit(s[*i]))
+        return false;
+    size_t k = 0;
+    while (*i + k < n && digit(s[*i + k]))
+        k++;
+    return k != 3;
+}
+
 /* Equal but for spaces and text marks, and, with fold, for case. */
 static bool same_text(const char *a, size_t n, const char *b, size_t m, bool fold)
 {
     for (size_t i = 0, j = 0;; i++, j++) {
-        while (i < n && (a[i] == ' ' || a[i] == RT_TEXT_OPEN || a[i] == RT_TEXT_CLOSE))
-            i++;
-        while (j < m && (b[j] == ' ' || b[j] == RT_TEXT_OPEN || b[j] == RT_TEXT_CLOSE))
-            j++;
+        const bool gap = skip_marks(a, n, &i);
+        if (skip_marks(b, m, &j) != gap)
+            return false;
         if (i == n || j == m)
             return i == n && j == m;
         if (fold ? lower(a[i]) != lower(b[j]) : a[i] != b[j])
@@ -136,9 +164,9 @@ static enum shape shape(const char *s, size_t n)
         if (letter(s[i])) {
             letters++;
             run++;
-        } else if (strchr(" -'.&_,", s[i]) != NULL || (s[i] >= '0' && s[i] <= '9') || s[i] == RT_TEXT_OPEN || s[i] == RT_TEXT_CLOSE) {
+        } else if (strchr(" -'.&_,", s[i]) != NULL || digit(s[i]) || s[i] == RT_TEXT_OPEN || s[i] == RT_TEXT_CLOSE) {
             run = 0;
-            digits += s[i] >= '0' && s[i] <= '9';
+            digits += digit(s[i]);
             text |= s[i] == RT_TEXT_OPEN;
         } else {
             return SHAPE_TEXT;
@@ -150,8 +178,20 @@ static enum shape shape(const char *s, size_t n)
     return letters > 0 && (longest >= 3 || text || is_no(s, n)) ? SHAPE_WORD : SHAPE_TEXT;
 }
 
-/* "(B)", "B.", "B) 12", "\text{(B)} five": the letter of a choice; 0 where it is none. */
-static char choice(const char *s, size_t n)
+/* Whether a second choice is named in s: "B) or C)", "A. B. C", "A: yes, B: no". */
+static bool names_choice(const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (!letter(s[i]) || (i > 0 && (letter(s[i - 1]) || digit(s[i - 1]))) || (i + 1 < n && (letter(s[i + 1]) || digit(s[i + 1]))))
+            continue;
+        if (i + 1 == n || strchr(").:,", s[i + 1]) != NULL || (s[i + 1] == RT_TEXT_CLOSE && s[i] >= 'A' && s[i] <= 'Z'))
+            return true;
+    }
+    return false;
+}
+
+/* "(B)", "B.", "B) 12", "\text{(B)} five": the letter of a choice; 0 where it is none, or not the only one. *bare: nothing follows. */
+static char choice(const char *s, size_t n, bool *bare)
 {
     while (n > 0 && (*s == ' ' || *s == RT_TEXT_OPEN))
         s++, n--;
@@ -162,21 +202,35 @@ static char choice(const char *s, size_t n)
         s++, n--;
     if (n == 0 || !((*s >= 'A' && *s <= 'Z') || (*s >= 'a' && *s <= 'z')))
         return 0;
-    if (n == 1)
-        return lower(*s);
-    const char c = s[1];
-    return (open && c == ')') || (!open && (c == ')' || c == '.' || c == ':')) || (c == RT_TEXT_CLOSE && n == 2) ? lower(*s) : 0;
+    const char c = *s++;
+    n--;
+    if (n > 0) {
+        if (open ? *s != ')' : strchr(").:", *s) == NULL && !(*s == RT_TEXT_CLOSE && n == 1))
+            return 0;
+        s++;
+        n--;
+    }
+    if (n > 0 && *s != ' ' && *s != RT_TEXT_OPEN && *s != RT_TEXT_CLOSE) /* "(x)(y)", "x.y" */
+        return 0;
+    while (n > 0 && (*s == ' ' || *s == RT_TEXT_OPEN || *s == RT_TEXT_CLOSE))
+        s++, n--;
+    *bare = n == 0;
+    if (n > 0 && (strchr("+*/^=<>!", *s) != NULL || (*s == '-' && c >= 'a') || names_choice(s, n)))
+        return 0;
+    return lower(c);
 }
 
-/* Removes "x = " and "x \in " in front: x a letter, or a name with a subscript or an argument. */
-static void unwrap(const char **s, size_t *n)
+/* Removes "x = " and "x \in " in front: x a letter, or a name with a subscript or an argument. The length of the name, 0 without one. */
+static size_t unwrap(const char **s, size_t *n)
 {
+    size_t name = 0;
     strip(s, n);
     size_t i = 0;
     while (i < *n && (letter((*s)[i]) || (*s)[i] == '_' || (*s)[i] == '(' || (*s)[i] == ')' || (*s)[i] == ' '))
         i++;
     if (i > 0 && i <= 12 && letter(**s)) {
         if (i < *n && (*s)[i] == '=' && (i + 1 == *n || (*s)[i + 1] != '=')) {
+            name = i;
             *s += i + 1;
             *n -= i + 1;
         } else if (at(*s, *n, i, "\\in ") || at(*s, *n, i, "\\in\3") || at(*s, *n, i, "\\in(") || at(*s, *n, i, "\\in[")) {
@@ -185,11 +239,12 @@ static void unwrap(const char **s, size_t *n)
         }
         strip(s, n);
     }
+    return name;
 }
 
 struct item {
-    const char *s;
-    size_t n;
+    const char *s, *name; /* name: of "name = s" */
+    size_t n, n_name;
     bool is_value;
     struct rt_value value;
 };
@@ -228,12 +283,13 @@ static bool bracketed(const char *s, size_t n)
 static void put_item(struct list *l, const char *s, size_t n)
 {
     strip(&s, &n);
-    unwrap(&s, &n);
+    const char *const name = s;
+    const size_t n_name = unwrap(&s, &n);
     if (n == 0) /* "1, 2, and 3" has one comma more */
         return;
     if (l->n < MAX_ITEMS) {
         struct item *it = &l->items[l->n];
-        *it = (struct item){.s = s, .n = n};
+        *it = (struct item){.s = s, .n = n, .name = name, .n_name = n_name};
         it->is_value = rt_value_read(s, n, &it->value);
     }
     l->n++;
@@ -288,6 +344,40 @@ static bool ordered(const struct list *l)
     return l->open == '(' || l->open == '[';
 }
 
+static bool same_name(const struct item *a, const struct item *b)
+{
+    return same_text(a->name, a->n_name, b->name, b->n_name, false);
+}
+
+/* "x = 1, y = 2": values of several unknowns; "x = 1, x = 2" are those of one. */
+static bool assigns(const struct list *l)
+{
+    bool several = false;
+    for (int i = 0; i < l->n; i++) {
+        if (l->items[i].n_name == 0)
+            return false;
+        several |= !same_name(&l->items[0], &l->items[i]);
+    }
+    return several;
+}
+
+static enum rt_verdict compare_in_order(const struct list *a, const struct list *b, int nesting)
+{
+    bool unsure = false;
+    for (int i = 0; i < a->n; i++) {
+        const enum rt_verdict v = compare(&a->items[i], &b->items[i], nesting + 1);
+        if (v == RT_VERDICT_WRONG)
+            return v;
+        unsure |= v == RT_VERDICT_UNPARSED;
+    }
+    return unsure ? RT_VERDICT_UNPARSED : RT_VERDICT_CORRECT;
+}
+
+static bool named_apart(const struct item *a, const struct item *b)
+{
+    return a->n_name > 0 && b->n_name > 0 && !same_name(a, b);
+}
+
 static enum rt_verdict compare_lists(const struct list *a, const struct list *b, int nesting)
 {
     bool used[MAX_ITEMS] = {false}, unsure = false;
@@ -299,28 +389,35 @@ static enum rt_verdict compare_lists(const struct list *a, const struct list *b,
     /* (1,2) is not [1,2]; a list without brackets may stand for either */
     if (!plain_a && !plain_b && (a->open != b->open || a->close != b->close))
         return RT_VERDICT_WRONG;
-    if (ordered(a) || ordered(b)) {
-        for (int i = 0; i < a->n; i++) {
-            const enum rt_verdict v = compare(&a->items[i], &b->items[i], nesting + 1);
-            if (v == RT_VERDICT_WRONG)
-                return v;
-            unsure |= v == RT_VERDICT_UNPARSED;
-        }
-        return unsure ? RT_VERDICT_UNPARSED : RT_VERDICT_CORRECT;
-    }
+    if (ordered(a) || ordered(b))
+        return compare_in_order(a, b, nesting);
+    const bool assigned = assigns(a), both = assigned && assigns(b);
+    if (assigned != assigns(b)) /* values without their names: in the same order, or unknown */
+        return compare_in_order(a, b, nesting) == RT_VERDICT_CORRECT ? RT_VERDICT_CORRECT : RT_VERDICT_UNPARSED;
     for (int i = 0; i < a->n; i++) {
-        bool found = false, maybe = false;
+        bool found = false, maybe = false, namesake = !both;
         for (int j = 0; j < b->n && !found; j++) {
-            const enum rt_verdict v = used[j] ? RT_VERDICT_WRONG : compare(&a->items[i], &b->items[j], nesting + 1);
+            const bool apart = used[j] || (both && named_apart(&a->items[i], &b->items[j]));
+            const enum rt_verdict v = apart ? RT_VERDICT_WRONG : compare(&a->items[i], &b->items[j], nesting + 1);
             found = v == RT_VERDICT_CORRECT;
             maybe |= v == RT_VERDICT_UNPARSED;
+            namesake |= both && same_name(&a->items[i], &b->items[j]);
             used[j] |= found;
         }
+        maybe |= !namesake; /* other unknowns */
         if (!found && !maybe)
             return RT_VERDICT_WRONG;
         unsure |= !found;
     }
     return unsure ? RT_VERDICT_UNPARSED : RT_VERDICT_CORRECT;
+}
+
+static bool has_digit(const struct item *it)
+{
+    for (size_t i = 0; i < it->n; i++)
+        if (digit(it->s[i]))
+            return true;
+    return false;
 }
 
 static enum rt_verdict compare_words(const struct item *a, const struct item *b)
@@ -329,10 +426,14 @@ static enum rt_verdict compare_words(const struct item *a, const struct item *b)
     const bool words = x != SHAPE_TEXT && y != SHAPE_TEXT;
     if (words && same_text(a->s, a->n, b->s, b->n, true))
         return RT_VERDICT_CORRECT;
-    const char p = choice(a->s, a->n), q = choice(b->s, b->n);
+    bool bare_a = false, bare_b = false;
+    const char p = choice(a->s, a->n, &bare_a), q = choice(b->s, b->n, &bare_b);
+    if (p != 0 && q != 0 && p != q)
+        return RT_VERDICT_WRONG;
     if (p != 0 && q != 0)
-        return p == q ? RT_VERDICT_CORRECT : RT_VERDICT_WRONG;
-    if (words || (a->is_value && y != SHAPE_TEXT) || (b->is_value && x != SHAPE_TEXT))
+        return bare_a || bare_b ? RT_VERDICT_CORRECT : RT_VERDICT_UNPARSED;
+    /* a number and a word that has one may be the same: "2.5 hours", "2 hours 30 minutes" */
+    if (a->is_value ? y != SHAPE_TEXT && !has_digit(b) : b->is_value ? x != SHAPE_TEXT && !has_digit(a) : words)
         return RT_VERDICT_WRONG;
     return RT_VERDICT_UNPARSED;
 }
@@ -342,19 +443,24 @@ static enum rt_verdict compare(const struct item *a, const struct item *b, int n
     struct list la, lb;
     if (a->n == 0 || b->n == 0)
         return RT_VERDICT_UNPARSED;
+    if (a->is_value && b->is_value) { /* before the texts: "2 3/4" is not "23/4" */
+        const enum rt_value_relation r = rt_value_compare(&a->value, &b->value);
+        if (r != RT_VALUE_UNSURE)
+            return r == RT_VALUE_EQUAL ? RT_VERDICT_CORRECT : RT_VERDICT_WRONG;
+    }
     if (same_text(a->s, a->n, b->s, b->n, false))
         return RT_VERDICT_CORRECT;
-    if (a->is_value && b->is_value) {
-        const enum rt_value_relation r = rt_value_compare(&a->value, &b->value);
-        return r == RT_VALUE_EQUAL ? RT_VERDICT_CORRECT : r == RT_VALUE_DIFFER ? RT_VERDICT_WRONG : RT_VERDICT_UNPARSED;
-    }
+    if (a->is_value && b->is_value)
+        return RT_VERDICT_UNPARSED;
     if (nesting >= MAX_NESTING)
         return RT_VERDICT_UNPARSED;
     const bool list_a = !a->is_value && read_list(a->s, a->n, &la), list_b = !b->is_value && read_list(b->s, b->n, &lb);
     if (list_a && list_b)
         return compare_lists(&la, &lb, nesting);
-    if ((list_a && b->is_value) || (list_b && a->is_value))
-        return RT_VERDICT_WRONG;
+    if (list_a && b->is_value) /* "\{5\}" is 5 */
+        return la.n == 1 ? compare(&la.items[0], b, nesting + 1) : RT_VERDICT_WRONG;
+    if (list_b && a->is_value)
+        return lb.n == 1 ? compare(a, &lb.items[0], nesting + 1) : RT_VERDICT_WRONG;
     return compare_words(a, b);
 }
 
@@ -362,6 +468,10 @@ static struct item item_of(const struct rt_answer_text *t)
 {
     struct item it = {.s = t->s, .n = t->n};
     unwrap(&it.s, &it.n);
+    if (memchr(it.s, '=', it.n) != NULL) { /* "x = 1, y = 2": the name is the first item's */
+        it.s = t->s;
+        it.n = t->n;
+    }
     it.is_value = rt_value_read(it.s, it.n, &it.value);
     return it;
 }

@@ -23,10 +23,11 @@ enum rt_verify_mode { RT_VERIFY_NONE, RT_VERIFY_BOXED, RT_VERIFY_EXACT };
 enum rt_verify_mode rt_verify_mode_of(const char *name);
 const char *rt_verdict_name(enum rt_verdict v); /* "correct", "wrong", "unparsed" */
 
-/* Relative tolerance between decimals: |a-b| <= tol * max(|a|,|b|). Rationals and integers are compared exactly. */
+/* Relative tolerance between decimals: |a-b| <= tol * max(|a|,|b|), and no more than one in the last place of the coarser one. Rationals and
+ * integers are compared exactly. */
 #define RT_VERIFY_TOLERANCE 1e-6
 
-/* The text behind the last </think> (all of it without one). */
+/* The text behind the last </think>; without one all of it, or nothing of what begins with <think>: a thought that was cut off. */
 void rt_verify_conclusion(const char *text, size_t len, const char **out, size_t *out_len);
 /* What the last box of text holds; false where there is none that is closed. */
 bool rt_verify_boxed(const char *text, size_t len, const char **out, size_t *out_len);

@@ -118,7 +118,9 @@ static void command(struct rewriting *w)
     w->i++;
     if (c == '{' || c == '}')
         put(w->out, (const char[]){c == '{' ? RT_SET_OPEN : RT_SET_CLOSE, 0});
-    else if (c == ' ' || c == '\\' || c == '\n')
+    else if (c == '\\') /* a row of a matrix ends */
+        put(w->out, ";");
+    else if (c == ' ' || c == '\n')
         put(w->out, " ");
     else if (strchr(",;:!()[]$", c) == NULL)
         put(w->out, (const char[]){c, 0});

@@ -12,6 +12,7 @@ struct number {
     bool exact, decimal, rounded;
     __int128 num, den;
     double approx;
+    double step; /* one in the last place of the decimals that it is made of */
 };
 
 struct reader {
@@ -24,7 +25,8 @@ struct reader {
 
 static struct number inexact(double v, const struct number *a, const struct number *b)
 {
-    return (struct number){.decimal = a->decimal || b->decimal, .rounded = a->rounded || b->rounded, .approx = v};
+    const bool decimal = a->decimal || b->decimal;
+    return (struct number){.decimal = decimal, .rounded = a->rounded || b->rounded, .approx = v, .step = decimal ? INFINITY : 0};
 }
 
 static struct number ratio(__int128 num, __int128 den, bool decimal)
@@ -57,7 +59,7 @@ static struct number overflowed(double v, const struct number *a, const struct n
     return r;
 }
 
-static struct number multiply(const struct number *a, const struct number *b)
+static struct number product(const struct number *a, const struct number *b)
 {
     __int128 num, den;
     if (!a->exact || !b->exact)
@@ -67,7 +69,14 @@ static struct number multiply(const struct number *a, const struct number *b)
     return ratio(num, den, a->decimal || b->decimal);
 }
 
-static struct number add(const struct number *a, const struct number *b, bool minus)
+static struct number multiply(const struct number *a, const struct number *b)
+{
+    struct number r = product(a, b);
+    r.step = a->step * fabs(b->approx) + b->step * fabs(a->approx);
+    return r;
+}
+
+static struct number sum(const struct number *a, const struct number *b, bool minus)
 {
     __int128 x, y, num, den;
     const double v = minus ? a->approx - b->approx : a->approx + b->approx;
@@ -80,9 +89,17 @@ static struct number add(const struct number *a, const struct number *b, bool mi
     return ratio(num, den, a->decimal || b->decimal);
 }
 
+static struct number add(const struct number *a, const struct number *b, bool minus)
+{
+    struct number r = sum(a, b, minus);
+    r.step = a->step + b->step;
+    return r;
+}
+
 static bool divide(struct number *a, const struct number *b)
 {
-    struct number inverse = {.exact = b->exact, .decimal = b->decimal, .rounded = b->rounded, .num = b->den, .den = b->num, .approx = 1 / b->approx};
+    struct number inverse = {.exact = b->exact, .decimal = b->decimal, .rounded = b->rounded, .num = b->den, .den = b->num, .approx = 1 / b->approx,
+                             .step = b->step / (b->approx * b->approx)};
     if (b->exact ? b->num == 0 : b->approx == 0)
         return false;
     if (inverse.exact && inverse.den < 0) {
@@ -134,6 +151,7 @@ static bool root(struct number *a, const struct number *order)
         const __int128 p = whole_root(a->num), q = whole_root(a->den);
         if (p >= 0 && q > 0) {
             *a = ratio(p, q, a->decimal);
+            a->step = a->decimal ? INFINITY : 0;
             return true;
         }
     }
@@ -156,6 +174,11 @@ static bool digit(char c)
     return c >= '0' && c <= '9';
 }
 
+static bool is_letter(char c)
+{
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 0x80;
+}
+
 static void spaces(struct reader *r)
 {
     while (r->i < r->n && r->s[r->i] == ' ')
@@ -175,13 +198,13 @@ static bool command_ahead(const struct reader *r, const char *what)
     return ahead(r, what) && !((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'));
 }
 
-/* 1,234,567: groups of three behind one to three digits. */
+/* 1,234,567: groups of three behind one to three digits. "(1,234)", all of a text, is a pair. */
 static bool thousands(const struct reader *r)
 {
     size_t i = r->i, lead = 0;
     while (i < r->n && digit(r->s[i]))
         i++, lead++;
-    if (lead < 1 || lead > 3 || i == r->n || r->s[i] != ',')
+    if (lead < 1 || lead > 3 || r->s[r->i] == '0' || i == r->n || r->s[i] != ',')
         return false;
     while (i < r->n && r->s[i] == ',') {
         for (int k = 1; k <= 3; k++)
@@ -189,6 +212,8 @@ static bool thousands(const struct reader *r)
                 return false;
         i += 4;
     }
+    if (r->i == 1 && r->s[0] == '(' && i + 1 == r->n && r->s[i] == ')')
+        return false;
     return i == r->n || !digit(r->s[i]);
 }
 
@@ -201,6 +226,34 @@ static void take_digit(struct number *v, char c)
     else
         v->exact = false;
     v->approx = v->approx * 10 + d;
+}
+
+/* "e-5" behind a literal; `step` is one in its last place. */
+static void scientific(struct reader *r, struct number *v, double step)
+{
+    size_t i = r->i;
+    int e = 0;
+    if (i == r->n || (r->s[i] != 'e' && r->s[i] != 'E'))
+        return;
+    const bool down = ++i < r->n && r->s[i] == '-';
+    i += i < r->n && (r->s[i] == '-' || r->s[i] == '+');
+    const size_t from = i;
+    for (; i < r->n && digit(r->s[i]) && i - from < 4; i++)
+        e = 10 * e + (r->s[i] - '0');
+    if (i == from || (i < r->n && (digit(r->s[i]) || is_letter(r->s[i]))))
+        return;
+    const struct number ten = {.exact = true, .num = 10, .den = 1, .approx = 10};
+    const bool decimal = v->decimal || down;
+    struct number scale = {.exact = true, .num = 1, .den = 1, .approx = 1};
+    for (int k = 0; k < e; k++)
+        scale = multiply(&scale, &ten);
+    if (down)
+        divide(v, &scale);
+    else
+        *v = multiply(v, &scale);
+    v->decimal = decimal;
+    v->step = decimal ? step * pow(10, down ? -e : e) : 0;
+    r->i = i;
 }
 
 static bool literal(struct reader *r, struct number *v)
@@ -228,6 +281,8 @@ static bool literal(struct reader *r, struct number *v)
         *v = ratio(v->num, v->den, v->decimal);
     else
         v->approx /= scale;
+    v->step = v->decimal ? 1 / scale : 0;
+    scientific(r, v, 1 / scale);
     return !isnan(v->approx);
 }
 
@@ -411,49 +466,7 @@ static bool expression(struct reader *r, struct number *v)
     return true;
 }
 
-/* ---- units ---- */
-
-static bool is_letter(char c)
-{
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 0x80;
-}
-
-static bool known_unit(const char *s, size_t n)
-{
-    static const char *const known[] = {"cm", "mm", "km", "nm", "dm", "kg", "mg", "ml", "mL", "mi", "ft", "in", "yd", "hr", "min", "sec", "ms", "lb",
-                                        "lbs", "oz", "mph", "kmh", "rpm", "Hz", "kHz", "kW", "kJ", "Pa", "am", "pm", "deg", "rad", "mol", "usd", "USD"};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strlen(known[i]) == n && memcmp(known[i], s, n) == 0)
-            return true;
-    return false;
-}
-
-/* Is s a unit in words? In \text{} anything is; else words of three letters or more, or known ones (so that 2xy stays a product), and
- * single letters around a slash (m/s). glued: no space stands before it. */
-static bool unit(const char *s, size_t n, bool glued)
-{
-    if (n > 0 && s[0] == RT_TEXT_OPEN)
-        return true;
-    for (size_t i = 0; i < n;) {
-        if (is_letter(s[i])) {
-            const size_t from = i;
-            while (i < n && is_letter(s[i]))
-                i++;
-            const bool below = from > 0 && s[from - 1] == '/', above = i < n && s[i] == '/' && i - from == 1 && strchr("msghJNL", s[from]) != NULL;
-            if (!known_unit(s + from, i - from) && !below && !above && (i - from < 3 || (glued && from == 0)))
-                return false;
-        } else if (s[i] == '^') {
-            i++;
-            while (i < n && (digit(s[i]) || s[i] == '{' || s[i] == '}'))
-                i++;
-        } else if (s[i] == ' ' || s[i] == '/' || s[i] == '.' || s[i] == RT_TEXT_OPEN || s[i] == RT_TEXT_CLOSE) {
-            i++;
-        } else {
-            return false;
-        }
-    }
-    return true;
-}
+/* ---- values ---- */
 
 bool rt_value_read(const char *s, size_t n, struct rt_value *v)
 {
@@ -475,29 +488,15 @@ bool rt_value_read(const char *s, size_t n, struct rt_value *v)
     v->num = x.num;
     v->den = x.den;
     v->approx = x.approx;
+    v->step = x.step;
     v->unit = s + r.i;
     v->n_unit = n - r.i;
-    return unit(v->unit, v->n_unit, glued);
-}
-
-static bool same_unit(const struct rt_value *a, const struct rt_value *b)
-{
-    size_t i = 0, j = 0;
-    for (;; i++, j++) {
-        while (i < a->n_unit && !is_letter(a->unit[i]) && !digit(a->unit[i]) && a->unit[i] != '/')
-            i++;
-        while (j < b->n_unit && !is_letter(b->unit[j]) && !digit(b->unit[j]) && b->unit[j] != '/')
-            j++;
-        if (i == a->n_unit || j == b->n_unit)
-            return i == a->n_unit && j == b->n_unit;
-        if ((a->unit[i] | 32) != (b->unit[j] | 32))
-            return false;
-    }
+    return rt_unit_read(v->unit, v->n_unit, glued);
 }
 
 static bool near(double a, double b, double tolerance)
 {
-    return a == b || (isfinite(a) && isfinite(b) && fabs(a - b) <= tolerance * fmax(fabs(a), fabs(b)));
+    return a == b || (isfinite(a) && isfinite(b) && fabs(a - b) <= tolerance);
 }
 
 /* a * scale_a against b * scale_b, scales 1 or 100. */
@@ -511,7 +510,10 @@ static bool equal(const struct rt_value *a, const struct rt_value *b, int scale_
         if (!a->decimal && !b->decimal)
             return false;
     }
-    return near(a->approx * scale_a, b->approx * scale_b, a->decimal || b->decimal ? RT_VERIFY_TOLERANCE : 1e-12);
+    const double u = a->approx * scale_a, v = b->approx * scale_b, larger = fmax(fabs(u), fabs(v));
+    if (!a->decimal && !b->decimal)
+        return near(u, v, 1e-12 * larger);
+    return near(u, v, fmin(RT_VERIFY_TOLERANCE * larger, 1.01 * fmax(a->step * scale_a, b->step * scale_b)));
 }
 
 enum rt_value_relation rt_value_compare(const struct rt_value *a, const struct rt_value *b)
@@ -519,7 +521,9 @@ enum rt_value_relation rt_value_compare(const struct rt_value *a, const struct r
     bool same = equal(a, b, 1, 1);
     if (a->percent != b->percent) /* 50% is 0.5, and 50 where the reference leaves the sign out */
         same = same || equal(a, b, b->percent ? 100 : 1, a->percent ? 100 : 1);
-    if ((same && (a->rounded || b->rounded)) || (a->n_unit > 0 && b->n_unit > 0 && !same_unit(a, b)))
+    if ((same && (a->rounded || b->rounded)) || (a->n_unit > 0 && b->n_unit > 0 && !rt_unit_same(a, b)))
+        return RT_VALUE_UNSURE;
+    if ((rt_unit_doubtful(a) || rt_unit_doubtful(b)) && !(a->n_unit > 0 && b->n_unit > 0))
         return RT_VALUE_UNSURE;
     return same ? RT_VALUE_EQUAL : RT_VALUE_DIFFER;
 }

@@ -28,16 +28,24 @@ struct rt_value {
     bool percent;         /* followed by %, which num/den and approx do not count */
     __int128 num, den;
     double approx;
+    double step;          /* one in the last place of its decimals: no two numbers further apart are the same */
     const char *unit;     /* what follows the number: "cm", "square units"; inside the text */
     size_t n_unit;
 };
 
-/* Reads all of s[0 .. n) (normalised) as one number: literals with thousands commas, + - * / ^, parentheses, \frac, \sqrt, pi, mixed
+/* Reads all of s[0 .. n) (normalised) as one number: literals with thousands commas or an exponent (1e-5), + - * / ^, parentheses, \frac, \sqrt, pi, mixed
  * numbers, a percent sign, a unit in words behind it. false where it is none. Depth at most 64. */
 bool rt_value_read(const char *s, size_t n, struct rt_value *v);
 
+/* Is s[0 .. n) a unit in words? In \text{} they are any words. glued: no space stands before it. */
+bool rt_unit_read(const char *s, size_t n, bool glued);
+/* Whether what follows the number is no unit, but says more than the number or another: "5 million", "6 or more". */
+bool rt_unit_doubtful(const struct rt_value *v);
+/* The same unit, but for case and marks. */
+bool rt_unit_same(const struct rt_value *a, const struct rt_value *b);
+
 enum rt_value_relation { RT_VALUE_EQUAL, RT_VALUE_DIFFER, RT_VALUE_UNSURE };
-/* UNSURE: units differ, or numbers too large for exactness are near each other. */
+/* UNSURE: units differ, one says more than a unit does ("5 million"), or numbers too large for exactness are near each other. */
 enum rt_value_relation rt_value_compare(const struct rt_value *a, const struct rt_value *b);
 
 #endif
