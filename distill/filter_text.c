@@ -33,7 +33,7 @@ static size_t next_word(const char *s, size_t n, size_t *i, bool folded)
     while (*i < n && (is_blank((unsigned char)s[*i]) || !counts((unsigned char)s[*i], folded)))
         ++*i;
     const size_t from = *i;
-    while (*i < n && !is_blank((unsigned char)s[*i]) && counts((unsigned char)s[*i], folded)) {
+    while (*i < n && *i - from <= LONG_WORD && !is_blank((unsigned char)s[*i]) && counts((unsigned char)s[*i], folded)) {
         size_t k = 1;
         if ((unsigned char)s[*i] >= 0x80) {
             const size_t len = rt_utf8_char(s + *i, n - *i);

@@ -164,6 +164,10 @@ static void loops_are_found(void **state)
     for (int i = 0; i < 400; i++)
         assert_ok(rt_buf_printf(&b, &err, "\xE6\x88\x91\xE4\xBB\xAC")); /* no spaces at all */
     assert_true(repeated(b.data, b.len) >= RT_LOOP_TIMES);
+    b.len = 0;
+    for (int i = 0; i < 1 << 20; i++) /* longer still: it is read once, not once a piece */
+        assert_ok(rt_buf_append(&b, "x", 1, &err));
+    assert_true(repeated(b.data, b.len) >= RT_LOOP_TIMES);
     assert_int_equal(repeated("", 0), 0);
     assert_int_equal(repeated("\xE6\x88\xFF\x80", 4), 0);
     rt_buf_free(&b);
