@@ -118,7 +118,29 @@ static enum rt_status room_for_jansson(const struct scan *scan, size_t len, cons
     return RT_OK;
 }
 
-static enum rt_status convert(struct rt_json_doc *doc, json_t *j, struct rt_json **out, struct rt_err *err)
+/* Numbers of a text, in the order in which values are converted. */
+struct numbers {
+    const char *at, *end;
+};
+
+static const char *next_number(struct numbers *from, size_t *n)
+{
+    const char *s = from->at;
+    while (s < from->end && *s != '-' && !(*s >= '0' && *s <= '9')) {
+        if (*s++ != '"')
+            continue;
+        while (s < from->end && *s != '"')
+            s += *s == '\\' ? 2 : 1;
+        s++;
+    }
+    *n = 0;
+    while (s < from->end && (size_t)(from->end - s) > *n && number_char(s[*n]))
+        ++*n;
+    from->at = s + *n;
+    return s;
+}
+
+static enum rt_status convert(struct rt_json_doc *doc, struct numbers *numbers, json_t *j, struct rt_json **out, struct rt_err *err)
 {
     static const enum rt_json_type types[] = {
         [JSON_OBJECT] = RT_JSON_OBJECT, [JSON_ARRAY] = RT_JSON_ARRAY, [JSON_STRING] = RT_JSON_STRING,
@@ -127,12 +149,23 @@ static enum rt_status convert(struct rt_json_doc *doc, json_t *j, struct rt_json
     };
     enum rt_status st;
     struct rt_json *v, *item;
+    const char *number;
+    char *copy;
+    size_t n;
     RT_TRY(rt_json_node_new(doc, types[json_typeof(j)], &v, err));
     switch (v->type) {
     case RT_JSON_NULL: break;
     case RT_JSON_BOOL: v->u.b = json_is_true(j); break;
-    case RT_JSON_INT: v->u.i = json_integer_value(j); break;
-    case RT_JSON_REAL: v->u.d = json_real_value(j); break;
+    case RT_JSON_INT:
+        v->u.i = json_integer_value(j);
+        next_number(numbers, &n);
+        break;
+    case RT_JSON_REAL:
+        v->u.real.d = json_real_value(j);
+        number = next_number(numbers, &n);
+        RT_TRY(rt_json_doc_string(doc, number, n, &copy, err));
+        v->u.real.text = copy;
+        break;
     case RT_JSON_STRING:
         v->u.str.n = json_string_length(j);
         RT_TRY(rt_json_doc_string(doc, json_string_value(j), v->u.str.n, &v->u.str.s, err));
@@ -140,7 +173,7 @@ static enum rt_status convert(struct rt_json_doc *doc, json_t *j, struct rt_json
     case RT_JSON_ARRAY:
         RT_TRY(rt_json_box_reserve(v, json_array_size(j), err));
         for (size_t i = 0; i < json_array_size(j); i++) {
-            RT_TRY(convert(doc, json_array_get(j, i), &item, err));
+            RT_TRY(convert(doc, numbers, json_array_get(j, i), &item, err));
             rt_json_box_push(v, NULL, item);
         }
         break;
@@ -148,9 +181,8 @@ static enum rt_status convert(struct rt_json_doc *doc, json_t *j, struct rt_json
         RT_TRY(rt_json_box_reserve(v, json_object_size(j), err));
         for (void *it = json_object_iter(j); it != NULL; it = json_object_iter_next(j, it)) {
             const char *key = json_object_iter_key(it);
-            char *copy;
             RT_TRY(rt_json_doc_string(doc, key, strlen(key), &copy, err));
-            RT_TRY(convert(doc, json_object_iter_value(it), &item, err));
+            RT_TRY(convert(doc, numbers, json_object_iter_value(it), &item, err));
             rt_json_box_push(v, copy, item);
         }
         break;
@@ -167,6 +199,8 @@ static enum rt_status syntax_error(const char *text, size_t len, const char *sou
     char at[40];
     const size_t n = strlen(je->text), tail = sizeof file_end - 1;
     const char *where = in_line(text, len, (size_t)je->line, ", ", at);
+    if (len >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
+        return rt_fail(err, RT_FORMAT, "%s: begins with a byte order mark (the bytes EF BB BF): take it away", source);
     const bool ends = n >= tail && strcmp(je->text + n - tail, file_end) == 0;
     for (char *p = je->text; *p != '\0'; p++)
         if ((unsigned char)*p < 32 || *p == 127)
@@ -183,6 +217,7 @@ enum rt_status rt_json_parse(const char *text, size_t len, const char *source, s
     json_t *j = NULL;
     json_error_t je;
     struct scan scan = {0};
+    struct numbers numbers = {text, text + len};
 
     RT_TRY(scan_text(text, len, source, &scan, err));
     if (scan.big > 0) {
@@ -199,7 +234,7 @@ enum rt_status rt_json_parse(const char *text, size_t len, const char *source, s
         goto out;
     }
     RT_TRY(rt_json_doc_new(source, &doc, err));
-    RT_TRY(convert(doc, j, &doc->root, err));
+    RT_TRY(convert(doc, &numbers, j, &doc->root, err));
     *out = doc->root;
     doc = NULL;
 out:
@@ -276,8 +311,8 @@ bool rt_json_as_int(const struct rt_json *v, int64_t *out)
         *out = v->u.i;
         return true;
     }
-    if (v != NULL && v->type == RT_JSON_REAL && v->u.d >= -0x1p63 && v->u.d < 0x1p63 && v->u.d == floor(v->u.d)) {
-        *out = (int64_t)v->u.d;
+    if (v != NULL && v->type == RT_JSON_REAL && v->u.real.d >= -0x1p63 && v->u.real.d < 0x1p63 && v->u.real.d == floor(v->u.real.d)) {
+        *out = (int64_t)v->u.real.d;
         return true;
     }
     return false;
@@ -287,7 +322,7 @@ bool rt_json_as_double(const struct rt_json *v, double *out)
 {
     if (v == NULL || (v->type != RT_JSON_INT && v->type != RT_JSON_REAL))
         return false;
-    *out = v->type == RT_JSON_INT ? (double)v->u.i : v->u.d;
+    *out = v->type == RT_JSON_INT ? (double)v->u.i : v->u.real.d;
     return true;
 }
 
@@ -322,7 +357,7 @@ static enum rt_status mismatch(const struct rt_json *obj, const char *key, const
         case RT_JSON_NULL: snprintf(found, sizeof found, "null"); break;
         case RT_JSON_BOOL: snprintf(found, sizeof found, "%s", v->u.b ? "true" : "false"); break;
         case RT_JSON_INT: snprintf(found, sizeof found, "%" PRId64, v->u.i); break;
-        case RT_JSON_REAL: snprintf(found, sizeof found, "%.17g", v->u.d); break;
+        case RT_JSON_REAL: snprintf(found, sizeof found, "%.17g", v->u.real.d); break;
         case RT_JSON_STRING: snprintf(found, sizeof found, "the string \"%.40s\"", v->u.str.s); break;
         case RT_JSON_ARRAY: snprintf(found, sizeof found, "an array of %u", v->u.box.n); break;
         case RT_JSON_OBJECT: snprintf(found, sizeof found, "an object of %u", v->u.box.n); break;

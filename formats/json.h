@@ -67,8 +67,8 @@ enum rt_status rt_json_set_copy(struct rt_json *v, const char *key, const struct
 enum rt_status rt_json_set_object(struct rt_json *v, const char *key, struct rt_json **child, struct rt_err *err);
 enum rt_status rt_json_set_array(struct rt_json *v, const char *key, struct rt_json **child, struct rt_err *err);
 
-/* Appends the text. indent 0: one line, no spaces after separators; else pretty. Member order is kept; reals are printed with
- * the fewest digits (up to 17) that read back equal. */
+/* Appends the text. indent 0: one line, no spaces after separators; else pretty. Member order is kept; reals that were parsed are
+ * printed as they were written (integers outside int64 with all their digits), others with the fewest digits (up to 17) that read back equal. */
 enum rt_status rt_json_dump(const struct rt_json *v, int indent, struct rt_buf *out, struct rt_err *err);
 
 #ifdef __cplusplus

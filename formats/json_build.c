@@ -67,8 +67,10 @@ enum rt_status rt_json_set_double(struct rt_json *v, const char *key, double val
 {
     struct rt_json *node;
     const enum rt_status st = add(v, key, RT_JSON_REAL, &node, err);
-    if (st == RT_OK)
-        node->u.d = value;
+    if (st == RT_OK) {
+        node->u.real.d = value;
+        node->u.real.text = NULL;
+    }
     return st;
 }
 
@@ -115,6 +117,20 @@ enum rt_status rt_json_set_array(struct rt_json *v, const char *key, struct rt_j
     return add(v, key, RT_JSON_ARRAY, child, err);
 }
 
+static enum rt_status copy_real(struct rt_json *v, const char *key, const struct rt_json *value, struct rt_err *err)
+{
+    struct rt_json *node;
+    char *text = NULL;
+    enum rt_status st;
+    if (value->u.real.text != NULL)
+        RT_TRY(rt_json_doc_string(v->doc, value->u.real.text, strlen(value->u.real.text), &text, err));
+    RT_TRY(add(v, key, RT_JSON_REAL, &node, err));
+    node->u.real.d = value->u.real.d;
+    node->u.real.text = text;
+out:
+    return st;
+}
+
 enum rt_status rt_json_set_copy(struct rt_json *v, const char *key, const struct rt_json *value, struct rt_err *err)
 {
     struct rt_json *child;
@@ -123,7 +139,7 @@ enum rt_status rt_json_set_copy(struct rt_json *v, const char *key, const struct
     case RT_JSON_NULL: return rt_json_set_null(v, key, err);
     case RT_JSON_BOOL: return rt_json_set_bool(v, key, value->u.b, err);
     case RT_JSON_INT: return rt_json_set_int(v, key, value->u.i, err);
-    case RT_JSON_REAL: return rt_json_set_double(v, key, value->u.d, err);
+    case RT_JSON_REAL: return copy_real(v, key, value, err);
     case RT_JSON_STRING: return rt_json_set_string_n(v, key, value->u.str.s, value->u.str.n, err);
     case RT_JSON_ARRAY:
     case RT_JSON_OBJECT: break;
@@ -192,7 +208,8 @@ static enum rt_status dump(const struct rt_json *v, int indent, int depth, struc
     case RT_JSON_NULL: return rt_buf_append(out, "null", 4, err);
     case RT_JSON_BOOL: return rt_buf_append(out, v->u.b ? "true" : "false", v->u.b ? 4 : 5, err);
     case RT_JSON_INT: return rt_buf_printf(out, err, "%" PRId64, v->u.i);
-    case RT_JSON_REAL: return dump_real(v->u.d, out, err);
+    case RT_JSON_REAL:
+        return v->u.real.text != NULL ? rt_buf_append(out, v->u.real.text, strlen(v->u.real.text), err) : dump_real(v->u.real.d, out, err);
     case RT_JSON_STRING: return dump_string(v->u.str.s, v->u.str.n, out, err);
     case RT_JSON_ARRAY:
     case RT_JSON_OBJECT: break;

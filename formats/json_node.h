@@ -25,7 +25,10 @@ struct rt_json {
     union {
         bool b;
         int64_t i;
-        double d;
+        struct {
+            double d;
+            const char *text; /* as its source writes it, terminated; NULL for one that was set */
+        } real;
         struct {
             char *s; /* terminated */
             size_t n;

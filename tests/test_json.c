@@ -63,6 +63,35 @@ static void values(void **state)
     rt_json_free(NULL);
 }
 
+/* Numbers come out with the digits that they went in with, wherever they stand, and through a copy. */
+static void numbers_as_they_were_written(void **state)
+{
+    (void)state;
+    static const char text[] = "{\"a1\":[1,-2.50,true,1E5,\"7\\\"8.0\\\\\",18446744073709551616],\"2.0\":{\"e\":false,\"f\":123456789012345678901.0e-3,\"g\":[]},"
+                               "\"x\":-99999999999999999999,\"s\":\"-1\",\"n\":null,\"y\":3.14159265358979323846,\"z\":1e-05}";
+    struct rt_err err = {0};
+    struct rt_buf out = {0};
+    struct rt_json *v = parse(text), *to = NULL;
+    const char *key;
+    const struct rt_json *m;
+    double d;
+    assert_ok(rt_json_new_object(&to, &err));
+    for (size_t i = 0; rt_json_member(v, i, &key, &m); i++)
+        assert_ok(rt_json_set_copy(to, key, m, &err));
+    assert_true(rt_json_as_double(rt_json_get(v, "z"), &d) && d == 1e-5);
+    rt_json_free(v);
+    assert_ok(rt_json_dump(to, 0, &out, &err));
+    assert_int_equal(out.len, sizeof text - 1);
+    assert_memory_equal(out.data, text, out.len);
+    out.len = 0;
+    assert_ok(rt_json_set_double(to, "y", 0.5, &err)); /* one that is set is printed anew */
+    assert_ok(rt_json_dump(to, 0, &out, &err));
+    assert_non_null(memmem(out.data, out.len, "\"y\":0.5,", 8));
+    rt_json_free(to);
+    rt_buf_free(&out);
+    assert_status(rt_json_parse("\xEF\xBB\xBF{}", 5, "here.json", &v, &err), FORMAT);
+}
+
 static void refusals(void **state)
 {
     (void)state;
@@ -200,7 +229,7 @@ static void many(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(values),
+    cmocka_unit_test(values), cmocka_unit_test(numbers_as_they_were_written),
     cmocka_unit_test(refusals),
     cmocka_unit_test(building),
     cmocka_unit_test(many),
