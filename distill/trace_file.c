@@ -68,8 +68,10 @@ static enum rt_status recover(struct rt_trace_file *f, struct rt_err *err)
     RT_TRY(rt_lines_open(f->path, &in, err));
     for (;;) {
         RT_TRY(rt_lines_next(&in, &s, &n, &end, err));
-        if (end || in.torn || s[0] != '{' || s[n - 1] != '}')
+        if (end || in.torn || memchr(s, '\0', n) != NULL) /* a crash leaves half a line, or zeros */
             break;
+        if (s[0] != '{' || s[n - 1] != '}')
+            RT_FAIL(err, FORMAT, "%s: not the line of a trace, as it was written: the file was changed; put it back, or use another --out", in.where);
         if (++lines % f->samples == 0) {
             keep = in.end_offset;
             f->done = lines / f->samples;

@@ -16,7 +16,7 @@
 struct rt_trace_file;
 
 /* window: prompts that may be open at a time (memory). Reads what an earlier run left: cuts a torn tail off traces.jsonl, takes what
- * pending.jsonl holds. FORMAT where traces.jsonl is not what such a run writes. */
+ * pending.jsonl holds. FORMAT where traces.jsonl is not what such a run writes; it is left as it is. */
 enum rt_status rt_trace_file_open(const char *dir, int samples, int64_t window, struct rt_trace_file **out, struct rt_err *err);
 void rt_trace_file_close(struct rt_trace_file *f); /* NULL is fine */
 

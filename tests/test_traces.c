@@ -103,6 +103,20 @@ static void a_foreign_trace_file_is_refused(void **state)
         assert_ok(rt_publish_bytes(path, texts[i], strlen(texts[i]), &err));
         assert_status(rt_trace_file_open(dir, 1, 4, &f, &err), FORMAT);
     }
+    /* saved with other ends of lines: refused, and nothing of it is cut */
+    static const char changed[] = "{\"index\":0,\"sample\":0}\r\n{\"index\":1,\"sample\":0}\r\n";
+    struct rt_buf text = {0};
+    assert_ok(rt_publish_bytes(path, changed, strlen(changed), &err));
+    assert_status(rt_trace_file_open(dir, 1, 4, &f, &err), FORMAT);
+    read_file(path, &text);
+    assert_int_equal(text.len, strlen(changed));
+    /* zeros behind whole lines are what a crash leaves */
+    static const char zeros[] = "{\"index\":0,\"sample\":0}\n\0\0\0\0{\"index\":1}\n";
+    assert_ok(rt_publish_bytes(path, zeros, sizeof zeros - 1, &err));
+    assert_ok(rt_trace_file_open(dir, 1, 4, &f, &err));
+    assert_int_equal(rt_trace_file_done(f), 1);
+    rt_trace_file_close(f);
+    rt_buf_free(&text);
 }
 
 /* ---- the commands ---- */
