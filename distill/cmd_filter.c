@@ -36,6 +36,7 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     struct rt_filter_options o = {.data = v->data, .out = v->out, .verify = rt_verify_mode_of(v->verify), .min_length = v->min_tokens, .max_length = v->max_tokens,
                                   .against = v->against, .log = ctx->log, .dry_run = v->common.dry_run, .stop = ctx->stop, .stop_self = ctx->stop_self};
     RT_TRY(rt_filter_parse_drop(v->drop, &o.drop, err));
+    RT_TRY(rt_filter_check(&o, v->drop, err));
     if (v->max_tokens > 0 && v->max_tokens < v->min_tokens)
         RT_FAIL(err, USAGE, "--min-tokens %ld is more than --max-tokens %ld", (long)v->min_tokens, (long)v->max_tokens);
     if (v->tokenizer != NULL)
@@ -71,6 +72,7 @@ const struct rt_command rt_cmd_filter = {
             "  unparsed      no conclusion found, or none that can be compared: worth another judge\n"
             "  duplicate     prompt and completion are those of an earlier accepted line\n"
             "  contaminated  13 words in a row of a prompt in --against, or 95 % of a shorter one\n"
+            "A reason named in --drop must be one that can be found: wrong and unparsed need --verify, length a bound, contaminated --against.\n"
             "Lines without \"answer\" are not verified. With --dry-run only the counts are made.\n\n"
             "    retort filter --data traces/ --out clean/ --verify boxed --against eval.jsonl --tokenizer DeepSeek-R1 --max-tokens 16384",
     .options = options,

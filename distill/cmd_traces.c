@@ -80,12 +80,13 @@ static enum rt_status open_data(struct job *j, struct rt_dataset **out, struct r
     return rt_dataset_open(j->v->prompts, &o, out, err);
 }
 
-/* One reading: how many prompts, how long, and a hash over their ids. */
+/* One reading: how many prompts, how long, and a hash over their ids and lines: all of a line comes out again. */
 static enum rt_status survey(struct job *j, struct rt_err *err)
 {
     struct rt_sha256 sha;
     struct rt_prompt p;
     uint8_t digest[32];
+    struct rt_buf text = {0};
     bool end = false;
     enum rt_status st;
     rt_sha256_init(&sha);
@@ -94,9 +95,12 @@ static enum rt_status survey(struct job *j, struct rt_err *err)
         RT_TRY(rt_dataset_next_prompt(j->data, &p, &end, err));
         if (end)
             break;
-        const uint64_t head[2] = {(uint64_t)p.line, (uint64_t)p.n};
+        text.len = 0;
+        RT_TRY(rt_json_dump(p.json, 0, &text, err));
+        const uint64_t head[3] = {(uint64_t)p.line, (uint64_t)p.n, text.len};
         rt_sha256_update(&sha, head, sizeof head);
         rt_sha256_update(&sha, p.ids, (size_t)p.n * sizeof *p.ids);
+        rt_sha256_update(&sha, text.data, text.len);
         j->n_prompts++;
         j->prompt_tokens += p.n;
         j->longest = p.n > j->longest ? p.n : j->longest;
@@ -110,6 +114,7 @@ static enum rt_status survey(struct job *j, struct rt_err *err)
         RT_FAIL(err, FORMAT, "%s: no prompt that the teacher could hold (%ld tokens)", j->v->prompts, (long)j->config.max_position);
     RT_TRY(rt_dataset_rewind(j->data, err));
 out:
+    rt_buf_free(&text);
     return st;
 }
 
@@ -304,10 +309,11 @@ static enum rt_status report(struct job *j, int64_t before, struct rt_err *err)
     struct rt_json *m = NULL;
     struct rt_buf text = {0};
     enum rt_status st = RT_OK;
-    if (n == 0)
+    if (n == 0 && !j->v->common.json)
         return RT_OK;
-    rt_info(j->ctx->log, "%s/traces.jsonl: %ld traces, %.1f tokens each, %.1f%% ended by themselves, %.0f tokens/s", j->v->out, (long)n, (double)j->tokens / (double)n,
-            100.0 * (double)j->finished / (double)n, seconds > 0 ? (double)j->tokens / seconds : 0);
+    if (n > 0)
+        rt_info(j->ctx->log, "%s/traces.jsonl: %ld traces, %.1f tokens each, %.1f%% ended by themselves, %.0f tokens/s", j->v->out, (long)n, (double)j->tokens / (double)n,
+                100.0 * (double)j->finished / (double)n, seconds > 0 ? (double)j->tokens / seconds : 0);
     const int64_t judged = j->verdict[0] + j->verdict[1] + j->verdict[2];
     if (judged > 0)
         rt_info(j->ctx->log, "answers: %.1f%% correct, %.1f%% wrong, %.1f%% unparsed", 100.0 * (double)j->verdict[RT_VERDICT_CORRECT] / (double)judged,
@@ -321,7 +327,8 @@ static enum rt_status report(struct job *j, int64_t before, struct rt_err *err)
         RT_TRY(rt_json_set_int(m, rt_verdict_name((enum rt_verdict)i), j->verdict[i], err));
     RT_TRY(rt_json_set_double(m, "seconds", seconds, err));
     RT_TRY(rt_json_set_double(m, "tokens_per_second", seconds > 0 ? (double)j->tokens / seconds : 0, err));
-    RT_TRY(rt_rundir_metric(&j->dir, m, err));
+    if (n > 0)
+        RT_TRY(rt_rundir_metric(&j->dir, m, err));
     if (j->v->common.json) {
         RT_TRY(rt_json_dump(m, 0, &text, err));
         printf("%.*s\n", (int)text.len, text.data);
@@ -387,6 +394,8 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     int n_ops;
     (void)pos;
     RT_TRY(rt_filter_parse_drop(v->drop, &drop, err));
+    if (v->drop != NULL)
+        RT_TRY(rt_filter_check(&(struct rt_filter_options){.drop = drop, .verify = rt_verify_mode_of(v->verify)}, v->drop, err));
     RT_TRY(rt_teacher_config_load(v->teacher, &j.config, err));
     j.thinking = strcmp(v->thinking, "on") == 0 ? RT_THINKING_ON : strcmp(v->thinking, "off") == 0 ? RT_THINKING_OFF : RT_THINKING_AUTO;
     const enum rt_op *ops = rt_teacher_decode_ops(&n_ops);

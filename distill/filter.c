@@ -40,6 +40,30 @@ enum rt_status rt_filter_parse_drop(const char *list, unsigned *drop, struct rt_
     }
 }
 
+enum rt_status rt_filter_check(const struct rt_filter_options *o, const char *list, struct rt_err *err)
+{
+    const struct {
+        enum rt_filter_reason reason;
+        bool given;
+        const char *options;
+    } needs[] = {
+        {RT_REJECT_LENGTH, o->min_length > 0 || o->max_length > 0, "--min-tokens or --max-tokens (retort filter has them)"},
+        {RT_REJECT_WRONG, o->verify != RT_VERIFY_NONE, "--verify boxed or exact"},
+        {RT_REJECT_UNPARSED, o->verify != RT_VERIFY_NONE, "--verify boxed or exact"},
+        {RT_REJECT_CONTAMINATED, o->against != NULL, "--against FILE (retort filter has it)"},
+    };
+    const bool named = list != NULL && strcmp(list, "all") != 0;
+    for (size_t i = 0; i < sizeof needs / sizeof *needs; i++) {
+        const bool asked = o->drop >> needs[i].reason & 1, verdict = needs[i].reason == RT_REJECT_WRONG || needs[i].reason == RT_REJECT_UNPARSED;
+        if (named && asked && !needs[i].given)
+            return rt_fail(err, RT_USAGE, "--drop %s finds nothing without %s", reason_name[needs[i].reason], needs[i].options);
+        if (!asked && needs[i].given && !verdict) /* a verdict is noted even so */
+            return rt_fail(err, RT_USAGE, "%s is given, but --drop %s does not name the reason %s: nothing would be rejected for it",
+                           needs[i].reason == RT_REJECT_LENGTH ? "a length" : "--against", list, reason_name[needs[i].reason]);
+    }
+    return RT_OK;
+}
+
 /* ---- one line ---- */
 
 struct piece {

@@ -61,6 +61,9 @@ struct rt_filter_options {
     void *stop_self;
 };
 
+/* Whether each reason that `list` names can be found, and what was given for one is used. "all" names none. USAGE says what to add. */
+enum rt_status rt_filter_check(const struct rt_filter_options *o, const char *list, struct rt_err *err);
+
 struct rt_filter_counts {
     int64_t lines, by_reason[RT_REJECT_COUNT + 1]; /* the last: accepted */
     int64_t verdict[3], unverified;                /* of lines that got as far as verification */

@@ -239,7 +239,8 @@ out:
 
 enum rt_status rt_dataset_copy_extra(const struct rt_json *line, struct rt_json *to, struct rt_err *err)
 {
-    static const char *const own[] = {"prompt", "completion", "messages", "text", "input_ids", "loss_mask", "answer"};
+    static const char *const own[] = {"prompt", "completion", "messages", "text", "input_ids", "loss_mask", "answer",
+                                      "reasoning_content", "verdict", "filter"}; /* the last three: of an earlier completion */
     const char *key;
     const struct rt_json *value;
     for (size_t i = 0; rt_json_member(line, i, &key, &value); i++) {

@@ -96,7 +96,8 @@ enum rt_status rt_dataset_rewind(struct rt_dataset *d, struct rt_err *err); /* c
 struct rt_dataset_counts rt_dataset_counts(const struct rt_dataset *d);
 
 /* Copies into the object `to` the members of `line` that are none of the forms' own (prompt, completion, messages, text,
- * input_ids, loss_mask, answer) and that `to` does not hold yet: pass-through. */
+ * input_ids, loss_mask, answer), none that speak of an earlier completion (reasoning_content, verdict, filter), and that `to` does not
+ * hold yet: pass-through. */
 enum rt_status rt_dataset_copy_extra(const struct rt_json *line, struct rt_json *to, struct rt_err *err);
 
 #ifdef __cplusplus

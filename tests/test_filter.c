@@ -125,6 +125,28 @@ static void drop_lists(void **state)
     assert_int_equal(drop, (1u << RT_REJECT_COUNT) - 1);
     assert_status(rt_filter_parse_drop("wrong,", &drop, &err), USAGE);
     assert_status(rt_filter_parse_drop("wrongs", &drop, &err), USAGE);
+    /* a reason that nothing can be found for, and a bound that no reason stands for */
+    static const struct {
+        const char *list;
+        struct rt_filter_options o;
+        enum rt_status st;
+    } checks[] = {
+        {"all", {0}, RT_OK},
+        {NULL, {.against = "f", .max_length = 5}, RT_OK},
+        {"wrong", {.verify = RT_VERIFY_BOXED}, RT_OK},
+        {"format", {.verify = RT_VERIFY_BOXED}, RT_OK},
+        {"format,unparsed", {0}, RT_USAGE},
+        {"contaminated", {0}, RT_USAGE},
+        {"length", {.verify = RT_VERIFY_BOXED}, RT_USAGE},
+        {"wrong", {.verify = RT_VERIFY_BOXED, .against = "f"}, RT_USAGE},
+        {"none", {.min_length = 3}, RT_USAGE},
+    };
+    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++) {
+        struct rt_filter_options with = checks[i].o;
+        assert_ok(rt_filter_parse_drop(checks[i].list, &with.drop, &err));
+        assert_int_equal(rt_filter_check(&with, checks[i].list, &err), checks[i].st);
+        rt_err_clear(&err);
+    }
     /* what is not asked for is not a reason */
     struct rt_filter_options o = options(NULL, NULL);
     assert_ok(rt_filter_parse_drop("format,unparsed", &o.drop, &err));

@@ -329,6 +329,35 @@ static void traces_filter_in_the_same_run(void **state)
     rt_buf_free(&b);
 }
 
+/* What a prompt's line says of an earlier completion stays behind; another answer is another run. */
+static void a_line_speaks_of_its_own_completion(void **state)
+{
+    (void)state;
+    static const char *const answers[] = {"75", "76"};
+    static const char *const gone[] = {"verdict", "filter", "reasoning_content"};
+    struct rt_err err = {0};
+    struct rt_lines in = {0};
+    struct rt_json *v = NULL;
+    char line[512], args[9000], path[4096];
+    bool end;
+    const char *out = test_tmp("traces-again");
+    for (int i = 0; i < 2; i++) {
+        snprintf(line, sizeof line, "{\"prompt\":\"How much is 25 times 3?\",\"completion\":\"x\",\"reasoning_content\":\"y\",\"answer\":\"%s\",\"verdict\":\"correct\","
+                 "\"filter\":{\"reason\":null},\"kept\":18446744073709551615}\n", answers[i]);
+        snprintf(args, sizeof args, "--teacher %s --prompts %s --out %s --max-tokens 4", test_data(TEACHER), write_tmp("again.jsonl", line), out);
+        assert_int_equal(command(&rt_cmd_traces, args, -1, NULL, NULL, &err), i == 0 ? RT_OK : RT_REFUSED);
+    }
+    rt_err_clear(&err);
+    snprintf(path, sizeof path, "%s/traces.jsonl", out);
+    assert_ok(rt_lines_open(path, &in, &err));
+    assert_ok(rt_lines_next_json(&in, &v, &end, &err));
+    for (size_t i = 0; i < sizeof gone / sizeof *gone; i++)
+        assert_null(rt_json_get(v, gone[i]));
+    assert_non_null(rt_json_get(v, "kept"));
+    rt_json_free(v);
+    rt_lines_close(&in);
+}
+
 static void bad_arguments_are_told(void **state)
 {
     (void)state;
@@ -336,6 +365,7 @@ static void bad_arguments_are_told(void **state)
     char args[9000];
     const char *out = test_tmp("traces-bad");
     traces(out, "--drop wrong,foo", -1, RT_USAGE);
+    traces(out, "--drop contaminated", -1, RT_USAGE);
     traces(out, "--template nothing", -1, RT_USAGE);
     traces(out, "--memory 1M", -1, RT_NOMEM);
     traces(out, "--dry-run", -1, RT_OK);
@@ -505,6 +535,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(traces_are_whole_and_in_order),
     cmocka_unit_test(interrupted_traces_end_with_the_same_bytes),
     cmocka_unit_test(traces_filter_in_the_same_run),
+    cmocka_unit_test(a_line_speaks_of_its_own_completion),
     cmocka_unit_test(bad_arguments_are_told),
     cmocka_unit_test(tokenize_goes_both_ways),
     cmocka_unit_test(cat_prints_rows),
