@@ -32,7 +32,7 @@ static const struct rt_opt options[] = {
     {"verify", RT_OPT_CHOICE, V(verify), "none", 0, 0, RT_VERIFY_CHOICES, NULL, "compare each conclusion with \"answer\": its last \\boxed{}, or all of it", false, false},
     {"drop", RT_OPT_STRING, V(drop), NULL, 0, 0, NULL, "REASON,...", "filter at the end into accepted.jsonl and rejected.jsonl, for these reasons (all, or as in retort filter --help)", false, false},
     {"template", RT_OPT_STRING, V(template_name), NULL, 0, 0, NULL, "NAME", "chat template to use instead of the teacher's own", false, false},
-    {"thinking", RT_OPT_CHOICE, V(thinking), "auto", 0, 0, "auto|on|off", NULL, "whether prompts open a thought, for templates that can do both", false, false},
+    {"thinking", RT_OPT_CHOICE, V(thinking), "auto", 0, 0, "auto|on|off", NULL, "whether prompts open a thought; on and off where the template can do that", false, false},
     {"numerics", RT_OPT_CHOICE, V(numerics), "w8a16", 0, 0, "w8a16|w8a8", NULL, "w8a8 quantises activations to FP8 as the published FP8 model runs", false, false},
     {"slots", RT_OPT_INT, V(slots), "0", 0, 65536, NULL, "N", "sequences at a time; 0 plans it from memory", false, true},
     {0},
@@ -401,6 +401,9 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     const enum rt_op *ops = rt_teacher_decode_ops(&n_ops);
     RT_TRY(rt_command_device(ctx, &v->common, ops, n_ops, &j.device, err));
     RT_TRY(rt_model_dir_open(v->teacher, v->template_name, ctx->log, &j.model, err));
+    if (j.thinking != RT_THINKING_AUTO && (j.model.tmpl == NULL || !rt_template_can(j.model.tmpl, j.thinking)))
+        RT_FAIL(err, USAGE, "--thinking %s: %s%s cannot be asked for that; leave it at auto", v->thinking, j.model.tmpl != NULL ? "the template " : "no template",
+                j.model.tmpl != NULL ? rt_template_name(j.model.tmpl) : "");
     RT_TRY(rt_model_dir_n_ids(&j.model, j.config.vocab_size, &j.n_ids, err));
     RT_TRY(survey(&j, err));
     RT_TRY(open_engine(&j, err));

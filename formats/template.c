@@ -51,6 +51,12 @@ uint32_t rt_template_end_id(const struct rt_template *t)
     return t->end_id;
 }
 
+bool rt_template_can(const struct rt_template *t, enum rt_thinking thinking)
+{
+    const bool always = t->forced[0] != '\0', either = t->family == RT_DEEPSEEK_V3_1 || (t->family == RT_QWEN3 && !always);
+    return thinking == RT_THINKING_AUTO || either || (thinking == RT_THINKING_ON && always);
+}
+
 const char *rt_template_forced(const struct rt_template *t, enum rt_thinking thinking)
 {
     if (t->family == RT_DEEPSEEK_V3_1)

@@ -53,6 +53,8 @@ const char *rt_template_names(void);                         /* "deepseek_v3|...
 /* Whether a prompt opens a thought, in the families that can do both (deepseek_v3_1, qwen3): AUTO is what the template does
  * when it is not told. The other families ignore it. */
 enum rt_thinking { RT_THINKING_AUTO, RT_THINKING_ON, RT_THINKING_OFF };
+/* Whether prompts can be as asked: AUTO always; ON and OFF in those families, and where the template forces a thought ON alone. */
+bool rt_template_can(const struct rt_template *t, enum rt_thinking thinking);
 /* What the prompt puts between the opening of the assistant's turn and the completion: "<think>\n" for deepseek_r1, "" for
  * most. A trace is whole only with it, and rt_template_completion takes it with it or without. */
 const char *rt_template_forced(const struct rt_template *t, enum rt_thinking thinking);

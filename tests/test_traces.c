@@ -366,6 +366,7 @@ static void bad_arguments_are_told(void **state)
     const char *out = test_tmp("traces-bad");
     traces(out, "--drop wrong,foo", -1, RT_USAGE);
     traces(out, "--drop contaminated", -1, RT_USAGE);
+    traces(out, "--thinking off", -1, RT_USAGE); /* its template always opens one */
     traces(out, "--template nothing", -1, RT_USAGE);
     traces(out, "--memory 1M", -1, RT_NOMEM);
     traces(out, "--dry-run", -1, RT_OK);
