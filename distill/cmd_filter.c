@@ -71,7 +71,7 @@ const struct rt_command rt_cmd_filter = {
             "  wrong         the conclusion differs from \"answer\"\n"
             "  unparsed      no conclusion found, or none that can be compared: worth another judge\n"
             "  duplicate     prompt and completion are those of an earlier accepted line\n"
-            "  contaminated  13 words in a row of a prompt in --against, or 95 % of a shorter one\n"
+            "  contaminated  13 words in a row of a prompt in --against, or 95 % of a shorter one, in the prompt (without one, in the text)\n"
             "A reason named in --drop must be one that can be found: wrong and unparsed need --verify, length a bound, contaminated --against.\n"
             "Lines without \"answer\" are not verified. With --dry-run only the counts are made.\n\n"
             "    retort filter --data traces/ --out clean/ --verify boxed --against eval.jsonl --tokenizer DeepSeek-R1 --max-tokens 16384",

@@ -142,6 +142,8 @@ static enum rt_status read_trace(struct filter *f, const struct rt_json *v, stru
         RT_TRY(read_messages(f, messages, t, err));
     } else {
         t->prompt = text_of(rt_json_get(v, "prompt"));
+        if (t->prompt.s == NULL && rt_json_get(v, "prompt") != NULL)
+            RT_FAIL(err, FORMAT, "%s: \"prompt\" is no text: conversations are read from \"messages\"", f->in.where);
         t->content = text_of(rt_json_get(v, "completion"));
         t->reasoning = text_of(rt_json_get(v, "reasoning_content"));
         if (t->content.s == NULL && t->prompt.s == NULL)
@@ -262,11 +264,12 @@ static enum rt_status contaminated(struct filter *f, const struct trace *t, bool
     enum rt_status st = RT_OK;
     if (f->o->against == NULL)
         return RT_OK;
+    const struct piece p = t->prompt.n > 0 ? t->prompt : t->whole;
     /* samples of one prompt stand behind each other */
-    if (!f->have_last || f->last_prompt.len != t->prompt.n || memcmp(f->last_prompt.data, t->prompt.s, t->prompt.n) != 0) {
-        RT_TRY(rt_against_check(&f->against, t->prompt.s, t->prompt.n, &f->scratch, &f->last_hit, err));
+    if (!f->have_last || f->last_prompt.len != p.n || memcmp(f->last_prompt.data, p.s, p.n) != 0) {
+        RT_TRY(rt_against_check(&f->against, p.s, p.n, &f->scratch, &f->last_hit, err));
         f->last_prompt.len = 0;
-        RT_TRY(rt_buf_append(&f->last_prompt, t->prompt.s, t->prompt.n, err));
+        RT_TRY(rt_buf_append(&f->last_prompt, p.s, p.n, err));
         f->have_last = true;
     }
     *bad = f->last_hit != NULL;

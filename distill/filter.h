@@ -13,7 +13,7 @@
  *   wrong         the answer was understood and is not the reference's (verify.h)
  *   unparsed      no answer found, or one that could not be compared
  *   duplicate     prompt and completion, but for case and white space, are those of an earlier accepted line
- *   contaminated  the prompt shares 13 words in a row with a prompt of the file `against`; one shorter than that: 95 % similar (twice
+ *   contaminated  the prompt (without one, the text) shares 13 words in a row with a prompt of the file `against`; one shorter than that: 95 % similar (twice
  *                 the longest common subsequence over both lengths), with the same numbers
  * A line without "answer" is not verified, and counted. Orders and bounds: what open recipes use.
  */

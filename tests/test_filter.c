@@ -262,6 +262,9 @@ static void contaminated_prompts(void **state)
         const char *r = reason_of(line, &o);
         if (strcmp(r, cases[i][0]) != 0)
             fail_msg("%s: %s, expected %s", cases[i][1], r, cases[i][0]);
+        snprintf(line, sizeof line, "{\"text\":\"%s \"}", cases[i][1]);
+        if (cases[i][1][0] != '\0' && strcmp(reason_of(line, &o), cases[i][0]) != 0)
+            fail_msg("as text: %s, expected %s", cases[i][1], cases[i][0]);
     }
 }
 
@@ -279,7 +282,8 @@ static void nothing_shows_before_the_end(void **state)
     struct rt_buf text = {0};
     char out[600], path[700];
     static const char good[] = "{\"prompt\":\"p\",\"completion\":\"x\"}\n";
-    static const char *const bad[] = {"x\n", "[]\n", "{\"prompt\":\"p\"}\n", "{\"messages\":[]}\n", "{\"messages\":[{\"role\":\"user\",\"content\":\"p\"}]}\n",
+    static const char *const bad[] = {"x\n", "[]\n", "{\"prompt\":\"p\"}\n", 
+                                      "{\"prompt\":[],\"completion\":\"x\"}\n", "{\"messages\":[]}\n", "{\"messages\":[{\"role\":\"user\",\"content\":\"p\"}]}\n",
                                       "{\"messages\":[{\"role\":1},{\"role\":\"assistant\",\"content\":\"p\"}]}\n", "{\"messages\":[{\"role\":\"assistant\",\"content\":1}]}\n"};
     snprintf(out, sizeof out, "%s", test_tmp("filter-bad"));
     snprintf(path, sizeof path, "%s/accepted.jsonl", out);
