@@ -124,7 +124,7 @@ static bool digit(char c)
 static bool skip_marks(const char *s, size_t n, size_t *i)
 {
     const size_t from = *i;
-    while (*i < n && (s[*i] == ' ' || s[*i] == RT_TEXT_OPEN || s[*i] == RT_TEXT_CLOSE))
+    while (*i < n && (s[*i] == ' ' || s[*i] == RT_TEXT_OPEN || s[*i] == RT_TEXT_CLOSE || s[*i] == RT_DOLLAR))
         ++*i;
     if (*i == from || from == 0 || *i == n || !digit(s[from - 1]) || !digit(s[*i]))
         return false;

@@ -122,7 +122,9 @@ static void command(struct rewriting *w)
         put(w->out, ";");
     else if (c == ' ' || c == '\n')
         put(w->out, " ");
-    else if (strchr(",;:!()[]$", c) == NULL)
+    else if (c == '$')
+        put(w->out, (const char[]){RT_DOLLAR, 0});
+    else if (strchr(",;:!()[]", c) == NULL)
         put(w->out, (const char[]){c, 0});
 }
 

@@ -81,6 +81,15 @@ bool rt_unit_doubtful(const struct rt_value *v)
     return false;
 }
 
+bool rt_unit_no_dollars(const struct rt_value *v)
+{
+    static const char *const dollars[] = {"dollar", "dollars", "usd"};
+    for (size_t k = 0; k < sizeof dollars / sizeof *dollars; k++)
+        if (rt_unit_same(v, &(struct rt_value){.unit = dollars[k], .n_unit = strlen(dollars[k])}))
+            return false;
+    return v->percent || (v->n_unit > 0 && !v->dollars);
+}
+
 bool rt_unit_same(const struct rt_value *a, const struct rt_value *b)
 {
     size_t i = 0, j = 0;

@@ -181,7 +181,7 @@ static bool is_letter(char c)
 
 static void spaces(struct reader *r)
 {
-    while (r->i < r->n && r->s[r->i] == ' ')
+    while (r->i < r->n && (r->s[r->i] == ' ' || r->s[r->i] == RT_DOLLAR))
         r->i++;
 }
 
@@ -482,6 +482,7 @@ bool rt_value_read(const char *s, size_t n, struct rt_value *v)
         r.i++;
         spaces(&r);
     }
+    v->dollars = memchr(s, RT_DOLLAR, n) != NULL;
     v->exact = x.exact;
     v->decimal = x.decimal;
     v->rounded = x.rounded || (isinf(x.approx) && memmem(s, n, "inf", 3) == NULL);
@@ -524,6 +525,8 @@ enum rt_value_relation rt_value_compare(const struct rt_value *a, const struct r
     if ((same && (a->rounded || b->rounded)) || (a->n_unit > 0 && b->n_unit > 0 && !rt_unit_same(a, b)))
         return RT_VALUE_UNSURE;
     if ((rt_unit_doubtful(a) || rt_unit_doubtful(b)) && !(a->n_unit > 0 && b->n_unit > 0))
+        return RT_VALUE_UNSURE;
+    if ((a->dollars && rt_unit_no_dollars(b)) || (b->dollars && rt_unit_no_dollars(a)))
         return RT_VALUE_UNSURE;
     return same ? RT_VALUE_EQUAL : RT_VALUE_DIFFER;
 }

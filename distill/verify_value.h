@@ -1,6 +1,6 @@
 /* Answers as values: LaTeX normalised to plain text, and numbers read exactly. Internal to verify.
  *
- * Normalised text: spaces single, math delimiters, spacing commands, \left, \right, degrees and currency gone; \frac{a}{b} stays, its other
+ * Normalised text: spaces single, math delimiters, spacing commands, \left, \right, degrees and currency gone but for \$ (RT_DOLLAR); \frac{a}{b} stays, its other
  * spellings become it; \text{...} is put between RT_TEXT_OPEN and RT_TEXT_CLOSE; \{ \} become RT_SET_OPEN, RT_SET_CLOSE; \cdot and \times
  * become *, \div /, \pi pi, \infty inf, \cup RT_UNION; trailing . , ; go.
  */
@@ -11,7 +11,7 @@
 #include <stddef.h>
 
 enum { RT_ANSWER_MAX = 4096 };
-enum { RT_TEXT_OPEN = 1, RT_TEXT_CLOSE = 2, RT_SET_OPEN = 3, RT_SET_CLOSE = 4, RT_UNION = 5 };
+enum { RT_TEXT_OPEN = 1, RT_TEXT_CLOSE = 2, RT_SET_OPEN = 3, RT_SET_CLOSE = 4, RT_UNION = 5, RT_DOLLAR = 6 };
 
 struct rt_answer_text {
     char s[RT_ANSWER_MAX + 64];
@@ -25,6 +25,7 @@ struct rt_value {
     bool exact;           /* num/den, den > 0, lowest terms; else only approx is known */
     bool decimal;         /* written with a decimal point: compared with the tolerance */
     bool rounded;         /* an integer too large for exactness is in it: near is not equal */
+    bool dollars;         /* a dollar sign is in it */
     bool percent;         /* followed by %, which num/den and approx do not count */
     __int128 num, den;
     double approx;
@@ -41,6 +42,8 @@ bool rt_value_read(const char *s, size_t n, struct rt_value *v);
 bool rt_unit_read(const char *s, size_t n, bool glued);
 /* Whether what follows the number is no unit, but says more than the number or another: "5 million", "6 or more". */
 bool rt_unit_doubtful(const struct rt_value *v);
+/* Not what a dollar sign can stand beside: another unit than dollars. */
+bool rt_unit_no_dollars(const struct rt_value *v);
 /* The same unit, but for case and marks. */
 bool rt_unit_same(const struct rt_value *a, const struct rt_value *b);
 
