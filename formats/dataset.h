@@ -5,6 +5,7 @@
  *   {"messages"}              targets: the last assistant turn, kept whole; a message may carry "loss": false (or true)
  *   {"text"}                  BOS if the tokenizer adds it, no EOS; everything is a target
  *   {"input_ids"}             as they are, with an optional "loss_mask"; needs no tokenizer
+ * With "finish_reason": "length" (also in "sampling") the end token behind the last turn is no target: the completion was cut off.
  * A line that has several of them is read as the first of input_ids, messages, prompt, text. A message: "role" (system, user,
  * assistant), "content", and as may be "reasoning_content" and "loss". "answer" is what to check against. Other members are
  * kept (json). Lines of white space are skipped; a line is at most 16 MiB.

@@ -191,6 +191,22 @@ static enum rt_status no_form(const struct rt_dataset *d, struct rt_err *err)
                    d->where);
 }
 
+/* A completion that was cut off has not ended: the end that the template puts behind it is nothing to learn. */
+static void spare_false_end(struct rt_dataset *d)
+{
+    struct rt_rendered *r = &d->rendered;
+    const char *finish = rt_json_as_string(rt_json_get(d->json, "finish_reason"), NULL);
+    if (finish == NULL)
+        finish = rt_json_as_string(rt_json_get(rt_json_get(d->json, "sampling"), "finish_reason"), NULL);
+    if (finish == NULL || strcmp(finish, "length") != 0)
+        return;
+    for (size_t i = r->enc.n; i-- > 0;)
+        if (r->loss_mask[i]) {
+            r->loss_mask[i] = r->enc.ids[i] != rt_template_end_id(d->opt.tmpl);
+            return;
+        }
+}
+
 enum rt_status rt_dataset_sample(struct rt_dataset *d, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -209,6 +225,8 @@ enum rt_status rt_dataset_sample(struct rt_dataset *d, struct rt_err *err)
         if (strcmp(d->message[n - 1].role, "assistant") != 0)
             RT_FAIL(err, FORMAT, "%s: the last of \"messages\" is not the assistant's: there is nothing to learn from it", d->where);
         RT_TRY(rt_template_render(d->opt.tmpl, d->message, n, d->where, r, err));
+        if (d->message[n - 1].loss != 0)
+            spare_false_end(d);
         s->prompt = last_user(d->message, n);
         s->completion = d->message[n - 1].content;
         s->has_completion = true;
@@ -218,6 +236,7 @@ enum rt_status rt_dataset_sample(struct rt_dataset *d, struct rt_err *err)
         RT_TRY(text_member(d, d->json, "prompt", &m.content, &m.content_len, &s->not_nfc, err));
         RT_TRY(text_member(d, d->json, "completion", &s->completion, &len, &s->not_nfc, err));
         RT_TRY(rt_template_completion(d->opt.tmpl, &m, 1, s->completion, len, d->where, r, err));
+        spare_false_end(d);
         s->prompt = m.content;
         s->has_completion = true;
     } else if (has(d, "text")) {

@@ -231,6 +231,37 @@ static void flags(void **state)
     shut(&f);
 }
 
+/* Where a completion was cut off its end is there, and no target. */
+static void cut_completions(void **state)
+{
+    (void)state;
+    static const char *const lines[] = {
+        "{\"prompt\":\"a\",\"completion\":\"b\"%s}\n",
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]%s}\n",
+    };
+    static const char *const more[] = {"", ",\"finish_reason\":\"stop\"", ",\"finish_reason\":\"length\"", ",\"sampling\":{\"finish_reason\":\"length\"}"};
+    struct fixture f;
+    open_kind(&f, "deepseek");
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        int64_t n = 0, targets = 0;
+        for (size_t k = 0; k < sizeof more / sizeof *more; k++) {
+            struct rt_err err = {0};
+            struct rt_sample s;
+            bool end;
+            char line[300];
+            snprintf(line, sizeof line, lines[i], more[k]);
+            open_text(&f, line);
+            assert_ok(rt_dataset_next(f.d, &s, &end, &err));
+            n = k == 0 ? s.n : n;
+            targets = k == 0 ? s.n_targets : targets;
+            assert_int_equal(s.n, n);
+            assert_int_equal(s.n_targets, targets - (k >= 2));
+            assert_int_equal(s.loss_mask[s.n - 1], k < 2);
+        }
+    }
+    shut(&f);
+}
+
 static void bad_lines(void **state)
 {
     (void)state;
@@ -375,6 +406,7 @@ static void pass_through(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(forms), cmocka_unit_test(bos_rules), cmocka_unit_test(prompts), cmocka_unit_test(overlong), cmocka_unit_test(flags),
+    cmocka_unit_test(cut_completions),
     cmocka_unit_test(bad_lines), cmocka_unit_test(bad_files), cmocka_unit_test(without_tokenizer), cmocka_unit_test(pass_through),
 };
 RT_SUITE(dataset, tests)
