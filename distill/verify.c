@@ -21,6 +21,11 @@ enum rt_verify_mode rt_verify_mode_of(const char *name)
 
 /* ---- where the answer stands ---- */
 
+static bool digit(char c)
+{
+    return c >= '0' && c <= '9';
+}
+
 /* RT_SET_OPEN and its kind are no white space. */
 static bool white(char c)
 {
@@ -53,7 +58,7 @@ void rt_verify_conclusion(const char *text, size_t len, const char **out, size_t
 /* What a box at `i` (behind \boxed) holds. */
 static bool box(const char *s, size_t n, size_t i, const char **out, size_t *out_len)
 {
-    while (i < n && s[i] == ' ')
+    while (i < n && white(s[i]))
         i++;
     const size_t from = i;
     if (i < n && s[i] == '{') {
@@ -80,6 +85,17 @@ static bool box(const char *s, size_t n, size_t i, const char **out, size_t *out
     return true;
 }
 
+/* Whether \boxed that ends at `end` holds something: a group, also on the next line, or what TeX takes without braces. */
+static bool holds(const char *text, size_t len, size_t end)
+{
+    size_t i = end;
+    if (i == len || strchr(" {\\-+", text[i]) != NULL || digit(text[i]))
+        return true;
+    while (i < len && white(text[i]))
+        i++;
+    return i > end && i < len && text[i] == '{';
+}
+
 bool rt_verify_boxed(const char *text, size_t len, const char **out, size_t *out_len)
 {
     for (size_t i = len; i-- > 0;) {
@@ -88,7 +104,7 @@ bool rt_verify_boxed(const char *text, size_t len, const char **out, size_t *out
         const char *const names[] = {"\\boxed", "\\fbox"};
         for (int k = 0; k < 2; k++) {
             const size_t end = i + strlen(names[k]);
-            if (at(text, len, i, names[k]) && (end == len || text[end] == '{' || text[end] == ' ' || (text[end] >= '0' && text[end] <= '9')))
+            if (at(text, len, i, names[k]) && holds(text, len, end))
                 return box(text, len, end, out, out_len);
         }
     }
@@ -113,11 +129,6 @@ static bool letter(char c)
 static char lower(char c)
 {
     return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c;
-}
-
-static bool digit(char c)
-{
-    return c >= '0' && c <= '9';
 }
 
 /* Moves *i over spaces and text marks; whether they part two numbers: "2 34" is not "23 4", "1 000" is one number. */

@@ -111,6 +111,10 @@ static void where_the_answer_stands(void **state)
     expect(RT_VERIFY_BOXED, "\\boxed{\\{1, 2\\}}", "\\{2,1\\}", "correct", "\\{1, 2\\}");
     expect(RT_VERIFY_BOXED, "\\boxed{1} then \\boxed{2", "1", "unparsed", NULL);
     expect(RT_VERIFY_BOXED, "\\boxedness{1}", "1", "unparsed", NULL);
+    expect(RT_VERIFY_BOXED, "\\boxed{1}, no: \\boxed\\frac{1}{2}", "0.5", "correct", "\\frac{1}{2}");
+    expect(RT_VERIFY_BOXED, "\\boxed{1}, no: \\boxed\n{2}", "1", "wrong", "2");
+    expect(RT_VERIFY_BOXED, "\\boxed{1}, no: \\boxed-2", "1", "wrong", "-2");
+    expect(RT_VERIFY_BOXED, "\\boxed{1}, in `\\boxed`", "1", "correct", "1");
     expect(RT_VERIFY_BOXED, "\\boxed{}", "1", "unparsed", "");
     expect(RT_VERIFY_BOXED, "\\boxed", "1", "unparsed", NULL);
     expect(RT_VERIFY_BOXED, "\\boxed{5\\", "5", "unparsed", NULL);
