@@ -1,4 +1,6 @@
 /* The cpu backend's teacher operations against the reference (see tests/ops_cpu.h): router, experts, head, latent attention. */
+#include <sys/mman.h>
+
 #include "core/cpu/cpu.h"
 #include "tests/ops_cpu.h"
 
@@ -468,6 +470,34 @@ static void latent_row_exact(void **state)
     free(cache), free(q), free(pe), free(o);
 }
 
+/* A window whose last states lie behind 2^31 elements: one token there is worked on as the first one is. Of the 9 GB, pages that are touched alone exist. */
+static void experts_of_a_great_window(void **state)
+{
+    struct devices *all = *state;
+    struct rt_err err = {0};
+    enum { H = 1 << 15, I = 16, AT = (1 << 16) + 3 };
+    const size_t bytes = (size_t)(AT + 1) * H * sizeof(float);
+    float *x = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    float *y = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (x == MAP_FAILED || y == MAP_FAILED)
+        skip();
+    struct ffn t = make_ffn(RT_BF16, 1, 2, 1, H, I);
+    float *first = calloc(H, sizeof *first);
+    assert_ok(run_ffn(&all->cpu[1], &t, &first, &err));
+    memcpy(x + (size_t)AT * H, t.x.data, H * sizeof *x);
+    float *const small = t.x.data, weight = t.weight[0], *weights = calloc(AT + 1, sizeof *weights), *const one = t.weight;
+    t.n = AT + 1;
+    t.x.data = x;
+    t.perm[0] = AT;
+    t.weight = weights;
+    weights[AT] = weight;
+    assert_ok(run_ffn(&all->cpu[1], &t, &y, &err));
+    assert_memory_equal(y + (size_t)AT * H, first, H * sizeof *y);
+    t.x.data = small, t.weight = one;
+    free_ffn(&t), free(first), free(weights);
+    munmap(x, bytes), munmap(y, bytes);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup_teardown(routing, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(routing_ties, cpu_open_all, cpu_close_all),
@@ -475,6 +505,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup_teardown(experts_in_groups, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts_e4m3_activations, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts_row_exact, cpu_open_all, cpu_close_all),
+    cmocka_unit_test_setup_teardown(experts_of_a_great_window, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(head, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(head_optional, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(latent, cpu_open_all, cpu_close_all),

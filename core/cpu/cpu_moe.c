@@ -271,7 +271,7 @@ static void add_item(void *ctx, int64_t item, UNUSED int worker)
     for (const struct segment *s = job->segment; s < job->segment + job->n_segments; s++)
         for (int64_t r = 0; r < s->rows; r++) {
             const int32_t at = a->perm[s->first + r];
-            add_weighted((float *)a->y + at / a->k * a->H + col, job->gathered + (s->row + r) * a->H + col, a->weight[at], cols);
+            add_weighted((float *)a->y + (int64_t)(at / a->k) * a->H + col, job->gathered + (s->row + r) * a->H + col, a->weight[at], cols);
         }
 }
 
