@@ -138,7 +138,8 @@ struct rt_swiglu_fwd_args { const void *gate, *up; int64_t ld; void *h; struct r
  * n_group > 1: the topk_group groups of the greatest group score stay (sum of the two best choices with group_top2, else the
  * best), others get -inf; ties to the smaller group; the kept groups hold at least k experts. ids = the k greatest choices, ties
  * to the smaller id, in descending order; weight = score[id], divided by (their sum + 1e-20) with norm, times scale. (DeepSeek-V3
- * report 2.1.2; V2: softmax, group maximum.) */
+ * report 2.1.2; V2: softmax, group maximum.) Where any choice of a token is not finite, its ids are some experts and its weights
+ * NaN: an expert that a damaged router never chooses would leave no trace. */
 struct rt_route_args {
     const void *x; const struct rt_weight *w, *bias; int32_t *ids; float *weight; int64_t n; int H, E, k, n_group, topk_group;
     bool sigmoid, group_top2, norm; float scale;

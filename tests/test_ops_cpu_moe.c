@@ -109,6 +109,35 @@ static void routing_ties(void **state)
     d->be->weight_free(d->dev, h);
 }
 
+/* One bad number in the router or its bias: the weights of the tokens that it is about are NaN, and of no others. */
+static void routing_of_what_is_not_finite(void **state)
+{
+    struct devices *all = *state;
+    struct rt_err err = {0};
+    enum { N = 3, H = 8, E = 16, K = 2 };
+    for (int i = 0; i < 3 * E; i++) {
+        float *x = randoms(N * H, 34, 1), *w = randoms(E * H, 35, 1), *bias = randoms(E, 36, 0.1), weight[N * K];
+        int32_t ids[N * K];
+        struct rt_device *d = &all->cpu[i % CPUS];
+        struct rt_weight *p = ops_param(d, w, E, H), *b = ops_param(d, bias, 1, E);
+        if (i < E)
+            bias[i] = NAN;
+        else if (i < 2 * E)
+            w[(i - E) * H] = -NAN;
+        else
+            x[H + i % H] = NAN; /* of the second token */
+        assert_ok(RT_OP(d, route, &err, .x = x, .w = p, .bias = b, .ids = ids, .weight = weight, .n = N, .H = H, .E = E, .k = K, .n_group = 4,
+                        .topk_group = 2, .sigmoid = true, .group_top2 = true, .norm = true, .scale = 1));
+        for (int j = 0; j < N * K; j++) {
+            assert_true(ids[j] >= 0 && ids[j] < E);
+            assert_true((isnan(weight[j]) != 0) == (i < 2 * E || j / K == 1));
+        }
+        d->be->weight_free(d->dev, p);
+        d->be->weight_free(d->dev, b);
+        free(x), free(w), free(bias);
+    }
+}
+
 /* ---- experts ---- */
 struct ffn {
     enum rt_dtype dtype;
@@ -501,6 +530,7 @@ static void experts_of_a_great_window(void **state)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test_setup_teardown(routing, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(routing_ties, cpu_open_all, cpu_close_all),
+    cmocka_unit_test_setup_teardown(routing_of_what_is_not_finite, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts_in_groups, cpu_open_all, cpu_close_all),
     cmocka_unit_test_setup_teardown(experts_e4m3_activations, cpu_open_all, cpu_close_all),

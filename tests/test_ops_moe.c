@@ -56,6 +56,7 @@ static void route_by_hand(void **state)
     w[0] = w[1] = w[2] = w[3] = NAN; /* no order, but valid ids */
     assert_ok(RT_OP(&d, route, &err, .x = x, .w = p, .ids = ids, .weight = weight, .n = 1, .H = 1, .E = 4, .k = 2, .n_group = 2,
                     .topk_group = 1, .sigmoid = true, .group_top2 = true, .scale = 1));
+    assert_true(isnan(weight[0]) && isnan(weight[1]));
     assert_true(ids[0] >= 0 && ids[0] < 4 && ids[1] >= 0 && ids[1] < 4 && ids[0] != ids[1]);
     assert_status(RT_OP(&d, route, &err, .x = x, .w = p, .ids = ids, .weight = weight, .n = 1, .H = 1, .E = 4, .k = 3, .n_group = 2,
                         .topk_group = 1, .sigmoid = true, .scale = 1), SHAPE);
@@ -110,6 +111,36 @@ static void route_takes_the_best(void **state)
             sum += weight[t * K + j];
         }
         assert_near(sum, 2.5, 1e-5);
+    }
+    d.be->weight_free(d.dev, p);
+    d.be->weight_free(d.dev, b);
+    rt_device_close(&d);
+}
+
+/* A router that is damaged in one place shows it, although the expert there is not chosen. */
+static void route_shows_what_is_not_finite(void **state)
+{
+    (void)state;
+    static const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    struct rt_err err = {0};
+    struct rt_device d = ops_open(&rt_backend_ref);
+    float x[1] = {1}, w[4], bias[4], weight[2];
+    int32_t ids[2];
+    struct rt_weight *p = ops_param(&d, w, 4, 1), *b = ops_param(&d, bias, 1, 4);
+    for (int i = 0; i < 4 * 4 * 2; i++) {
+        const int at = i / 4 % 4;
+        for (int e = 0; e < 4; e++) {
+            w[e] = 1 - (float)e;
+            bias[e] = 0;
+        }
+        if (i < 16)
+            bias[at] = bad[i % 4];
+        else
+            w[at] = bad[i % 2];
+        assert_ok(RT_OP(&d, route, &err, .x = x, .w = p, .bias = b, .ids = ids, .weight = weight, .n = 1, .H = 1, .E = 4, .k = 2, .n_group = 2,
+                        .topk_group = 1, .sigmoid = true, .group_top2 = true, .norm = true, .scale = 2.5f));
+        assert_true(isnan(weight[0]) && isnan(weight[1]));
+        assert_true(ids[0] >= 0 && ids[0] < 4 && ids[1] >= 0 && ids[1] < 4 && ids[0] != ids[1]);
     }
     d.be->weight_free(d.dev, p);
     d.be->weight_free(d.dev, b);
@@ -242,7 +273,7 @@ static void experts_are_products_and_gates(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(route_by_hand),
-    cmocka_unit_test(route_takes_the_best),
+    cmocka_unit_test(route_takes_the_best), cmocka_unit_test(route_shows_what_is_not_finite),
     cmocka_unit_test(sort_is_by_expert_then_token),
     cmocka_unit_test(experts_are_products_and_gates),
 };

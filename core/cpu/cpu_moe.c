@@ -93,8 +93,11 @@ static void route_rows(void *ctx, int64_t row0, int64_t row1, int worker)
             sigmoid_row(s, a->E);
         else
             softmax_row(s, a->E);
-        for (int e = 0; e < a->E; e++)
+        bool sound = true;
+        for (int e = 0; e < a->E; e++) {
             choice[e] = a->bias != NULL ? s[e] + a->bias->f32[e] : s[e];
+            sound = sound && isfinite(choice[e]);
+        }
         if (a->n_group > 1)
             keep_groups(a, choice, group, kept);
         greatest(choice, a->E, a->k, ids);
@@ -102,7 +105,7 @@ static void route_rows(void *ctx, int64_t row0, int64_t row1, int worker)
         for (int j = 0; j < a->k; j++)
             sum += s[ids[j]];
         for (int j = 0; j < a->k; j++)
-            weight[j] = (a->norm ? s[ids[j]] / (sum + 1e-20f) : s[ids[j]]) * a->scale;
+            weight[j] = !sound ? NAN : (a->norm ? s[ids[j]] / (sum + 1e-20f) : s[ids[j]]) * a->scale;
     }
 }
 

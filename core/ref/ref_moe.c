@@ -91,8 +91,11 @@ REF_OP(route)
     for (int64_t t = 0; t < a->n; t++) {
         int32_t *ids = a->ids + t * a->k;
         scores(a, (const real *)a->x + t * a->H, w, score);
-        for (int e = 0; e < a->E; e++)
+        bool sound = true;
+        for (int e = 0; e < a->E; e++) {
             choice[e] = bias != NULL ? score[e] + (float)bias[e] : score[e];
+            sound = sound && isfinite(choice[e]);
+        }
         if (a->n_group > 1)
             keep_groups(a, choice, group_score, kept, taken);
         greatest(choice, a->E, a->k, ids, taken);
@@ -100,7 +103,7 @@ REF_OP(route)
         for (int j = 0; j < a->k; j++)
             sum += score[ids[j]];
         for (int j = 0; j < a->k; j++)
-            a->weight[t * a->k + j] = (a->norm ? score[ids[j]] / (sum + 1e-20f) : score[ids[j]]) * a->scale;
+            a->weight[t * a->k + j] = !sound ? NAN : (a->norm ? score[ids[j]] / (sum + 1e-20f) : score[ids[j]]) * a->scale;
     }
 out:
     rt_free(bias_own);
