@@ -157,6 +157,63 @@ static void test_route_errors(void **state)
     cuda_pair_close(&p);
 }
 
+/* One choice that is not finite: the weights of the tokens that it is about are NaN, and of no others. */
+static void not_finite_case(struct cuda_pair *p, const struct route *c, float bad, int at, bool in_bias)
+{
+    struct rt_err err = {0};
+    struct rt_weight *b = NULL;
+    struct cuda_weight w = cuda_weight_bf16(p, c->E, c->H, 2, 0.1f);
+    const int64_t size = c->n * c->k;
+    float *x = cuda_floats(c->n * c->H), *bias = cuda_floats(c->E), *weight = cuda_floats(size);
+    int32_t *ids = ints(size);
+    cuda_random(x, c->n * c->H, 1, 1.0f);
+    cuda_random(bias, c->E, 4, 0.1f);
+    *(in_bias ? &bias[at] : &x[c->H]) = bad; /* x: of the second token */
+    const struct rt_weight_src src = {.name = "bias", .dtype = RT_F32, .rows = 1, .cols = c->E, .data = bias};
+    assert_ok(p->gpu.be->weight_load(p->gpu.dev, p->gpu.q, &src, &b, &err));
+    void *dx = cuda_act(p, x, c->n * c->H);
+    int32_t *di = cuda_bytes(p, NULL, (size_t)size * sizeof *di);
+    float *dw = cuda_bytes(p, NULL, (size_t)size * sizeof *dw);
+    assert_ok(RT_OP(&p->gpu, route, &err, .x = dx, .w = w.gpu, .bias = b, .ids = di, .weight = dw, .n = c->n, .H = c->H, .E = c->E, .k = c->k,
+                    .n_group = c->n_group, .topk_group = c->topk_group, .sigmoid = c->sigmoid, .group_top2 = c->group_top2, .norm = c->norm, .scale = 2.5f));
+    cuda_get(p, ids, di, (size_t)size * sizeof *ids);
+    cuda_get(p, weight, dw, (size_t)size * sizeof *weight);
+    for (int64_t i = 0; i < size; i++) {
+        assert_in_range(ids[i], 0, c->E - 1);
+        if ((isnan(weight[i]) != 0) != (in_bias || i / c->k == 1))
+            fail_msg("%g in %s %d of %d: weight %d of token %d is %g", (double)bad, in_bias ? "bias" : "x", at, c->E, (int)(i % c->k), (int)(i / c->k),
+                     (double)weight[i]);
+    }
+    p->gpu.be->weight_free(p->gpu.dev, b);
+    cuda_weight_free(p, &w);
+    cuda_free(p, dx);
+    cuda_free(p, di);
+    cuda_free(p, dw);
+    rt_free(x);
+    rt_free(bias);
+    rt_free(weight);
+    rt_free(ids);
+}
+
+static void test_route_not_finite(void **state)
+{
+    static const struct route cases[] = {
+        {5, 512, 256, 8, 8, 4, true, true, true, true, false}, {5, 128, 12, 3, 3, 2, true, true, true, true, false},
+        {5, 512, 160, 6, 8, 3, false, false, false, true, false}, {5, 64, 8, 2, 1, 1, true, false, true, true, false},
+    };
+    static const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        for (int j = 0; j < 8; j++)
+            not_finite_case(&p, &cases[i], bad[j % 4], j < 4 ? 0 : cases[i].E - 1 - j, true);
+        not_finite_case(&p, &cases[i], bad[i % 2], 0, false);
+    }
+    cuda_pair_close(&p);
+}
+
 /* ---- moe_sort ---- */
 /* ids [n,k]: distinct within a row, as a router chooses; skewed: many of the same. */
 static void choices(int32_t *ids, int64_t n, int k, int E, bool skewed)
@@ -430,6 +487,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_route),
 #ifdef RT_CUDA
     cmocka_unit_test(test_route_errors),
+    cmocka_unit_test(test_route_not_finite),
     cmocka_unit_test(test_sort),
     cmocka_unit_test(test_group),
 #endif

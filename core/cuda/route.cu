@@ -158,9 +158,13 @@ __global__ void __launch_bounds__(32 * WARPS) choose_kernel(const __grid_constan
     load_lane(p, p.bias, 0.0f, bias);
     if (!p.sigmoid)
         softmax_terms(x, top, share);
+    bool sound = true; /* places without an expert hold 0 */
 #pragma unroll
-    for (int i = 0; i < PER; i++)
+    for (int i = 0; i < PER; i++) {
         x[i] = score_of(p, x[i], top, share) + bias[i];
+        sound = sound && isfinite(x[i]);
+    }
+    sound = __all_sync(0xffffffffu, sound);
     const unsigned kept = p.n_group > 1 ? kept_groups(p, x, rows[threadIdx.y]) : 1;
     const int size = p.n_group > 1 ? p.E / p.n_group : p.E;
     int group = lane * p.per / size, left = (group + 1) * size - lane * p.per; /* experts up to the next group */
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(32 * WARPS) choose_kernel(const __grid_constan
         sum += __shfl_sync(0xffffffffu, score, j);
     if (lane < p.k) {
         p.ids[t * p.k + lane] = id;
-        p.weight[t * p.k + lane] = (p.norm ? score / (sum + 1e-20f) : score) * p.scale;
+        p.weight[t * p.k + lane] = !sound ? NAN : (p.norm ? score / (sum + 1e-20f) : score) * p.scale;
     }
 }
 
