@@ -66,12 +66,27 @@ static struct rt_weight_src source_of(const struct rt_weights *w, const struct r
     return src;
 }
 
+/* Each part has a tensor at least: a configuration that needs more than there are is not for this checkpoint, whose size then bounds the table. */
+static enum rt_status check_count(const struct rt_weights *w, int all, struct rt_err *err)
+{
+    const struct rt_teacher_config *c = &w->c;
+    const int64_t there = rt_tensors_count(w->ts);
+    int64_t n = 1 + all - c->layers; /* the head, MTP matrices */
+    for (int l = 0; l < all && n <= there; l++)
+        n += rt_weights_layer_parts(c, l, NULL);
+    if (n > there)
+        return rt_fail(err, RT_FORMAT, "%s: config.json says %d layers (%d of MTP) with %d experts each, far more than the %ld tensors there are", w->o.dir, all,
+                       all - c->layers, c->experts, (long)there);
+    return RT_OK;
+}
+
 static enum rt_status plan_entries(struct rt_weights *w, struct rt_err *err)
 {
     const struct rt_teacher_config *c = &w->c;
     const int all = c->layers + (w->o.mtp ? c->mtp_layers : 0);
     enum rt_status st;
     int64_t n = 0;
+    RT_TRY(check_count(w, all, err));
     RT_TRY(rt_alloc((size_t)all + 1, sizeof *w->layer_base, "layer table", &w->layer_base, err));
     for (int l = 0; l < all; l++) {
         w->layer_base[l] = n;

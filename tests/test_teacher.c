@@ -370,6 +370,8 @@ static void bad_configurations(void **state)
         {"\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 9", "fit together", RT_FORMAT},
         {"\"n_group\": 4", "\"n_group\": 3", "fit together", RT_FORMAT},
         {"\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "model.layers.2", RT_FORMAT},
+        {"\"num_hidden_layers\": 2", "\"num_hidden_layers\": 16777216", "16777216 layers", RT_FORMAT},
+        {"\"n_routed_experts\": 8", "\"n_routed_experts\": 16777216", "16777216 experts", RT_FORMAT},
         {"\"qk_rope_head_dim\": 16", "\"qk_rope_head_dim\": 15", "even", RT_FORMAT},
         {"\"type\": \"yarn\"", "\"type\": \"ntk\"", "ntk", RT_UNSUPPORTED},
         {"\"fmt\": \"e4m3\"", "\"fmt\": \"int4\"", "int4", RT_UNSUPPORTED},
