@@ -13,7 +13,7 @@ enum { DIM_MAX = 1 << 24 };
 static enum rt_status refuse_unknown(const struct rt_json *j, struct rt_err *err)
 {
     const char *src = rt_json_source(j), *act, *type;
-    bool bias;
+    bool bias, interleave;
     enum rt_status st;
     RT_TRY(rt_json_string_or(j, "hidden_act", "silu", &act, err));
     if (strcmp(act, "silu") != 0)
@@ -21,6 +21,9 @@ static enum rt_status refuse_unknown(const struct rt_json *j, struct rt_err *err
     RT_TRY(rt_json_bool_or(j, "attention_bias", false, &bias, err));
     if (bias)
         RT_FAIL(err, UNSUPPORTED, "%s: attention_bias is true, expected false", src);
+    RT_TRY(rt_json_bool_or(j, "rope_interleave", true, &interleave, err));
+    if (!interleave)
+        RT_FAIL(err, UNSUPPORTED, "%s: rope_interleave is false, expected true", src);
     if (rt_json_get(j, "index_topk") != NULL)
         RT_FAIL(err, UNSUPPORTED, "%s: index_topk: sparse-attention models (V3.2 and later) are not supported", src);
     RT_TRY(rt_json_string_or(j, "model_type", "", &type, err));
@@ -51,13 +54,60 @@ static enum rt_status read_int_or(const struct rt_json *j, const char *key, int6
     return st;
 }
 
+static double yarn_mscale(double factor, double m)
+{
+    return factor <= 1 || m == 0 ? 1.0 : 0.1 * m * log(factor) + 1.0;
+}
+
+/* What cosines and sines are multiplied by. */
+static double rope_amplitude(const struct rt_teacher_config *c)
+{
+    return c->yarn ? yarn_mscale(c->yarn_factor, c->mscale) / yarn_mscale(c->yarn_factor, c->mscale_all_dim) : 1.0;
+}
+
+/* The first of the three that says rope_theta: newer files have it beside the scaling, older ones outside. */
+static enum rt_status read_theta(const struct rt_json *const at[3], double *out, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    *out = 10000;
+    for (int i = 0; i < 3; i++) {
+        const struct rt_json *v = rt_json_get(at[i], "rope_theta");
+        if (v == NULL || rt_json_typeof(v) == RT_JSON_NULL)
+            continue;
+        RT_TRY(rt_json_double(at[i], "rope_theta", out, err));
+        if (!(*out > 1))
+            RT_FAIL(err, FORMAT, "%s: rope_theta is %g, expected more than 1", rt_json_source(at[i]), *out);
+        break;
+    }
+out:
+    return st;
+}
+
+/* What transformers reads beside the published keys, where it would change the table. */
+static enum rt_status refuse_rope(const struct rt_json *r, const struct rt_teacher_config *c, struct rt_err *err)
+{
+    const char *src = rt_json_source(r);
+    const double ours = rope_amplitude(c);
+    double factor;
+    bool truncate;
+    enum rt_status st;
+    RT_TRY(rt_json_double_or(r, "attention_factor", ours, &factor, err));
+    if (!(fabs(factor - ours) <= 1e-6 * ours))
+        RT_FAIL(err, UNSUPPORTED, "%s: rope_scaling: attention_factor is %g, expected none, or the %g of factor, mscale and mscale_all_dim", src, factor, ours);
+    RT_TRY(rt_json_bool_or(r, "truncate", true, &truncate, err));
+    if (!truncate)
+        RT_FAIL(err, UNSUPPORTED, "%s: rope_scaling: truncate is false, expected true", src);
+out:
+    return st;
+}
+
 static enum rt_status read_rope(const struct rt_json *j, struct rt_teacher_config *c, struct rt_err *err)
 {
     enum rt_status st;
     const char *src = rt_json_source(j), *type;
     const struct rt_json *r = rt_json_get(j, "rope_scaling");
     const struct rt_json *params = rt_json_get(j, "rope_parameters");
-    RT_TRY(rt_json_double_or(params != NULL ? params : j, "rope_theta", 10000.0, &c->rope_theta, err));
+    RT_TRY(read_theta((const struct rt_json *const[]){params, r, j}, &c->rope_theta, err));
     if (r == NULL || rt_json_typeof(r) == RT_JSON_NULL)
         r = params;
     if (r == NULL || rt_json_typeof(r) == RT_JSON_NULL)
@@ -76,8 +126,9 @@ static enum rt_status read_rope(const struct rt_json *j, struct rt_teacher_confi
     RT_TRY(rt_json_double_or(r, "beta_slow", 1, &c->beta_slow, err));
     RT_TRY(rt_json_double_or(r, "mscale", 1, &c->mscale, err));
     RT_TRY(rt_json_double_or(r, "mscale_all_dim", 0, &c->mscale_all_dim, err));
-    if (!(c->yarn_factor >= 1) || !(c->rope_theta > 1) || !(c->beta_fast > 0) || !(c->beta_slow > 0))
-        RT_FAIL(err, FORMAT, "%s: rope_scaling: factor must be at least 1, beta_fast and beta_slow positive, rope_theta above 1", src);
+    if (!(c->yarn_factor >= 1) || !(c->beta_fast > 0) || !(c->beta_slow > 0))
+        RT_FAIL(err, FORMAT, "%s: rope_scaling: factor must be at least 1, beta_fast and beta_slow positive", src);
+    RT_TRY(refuse_rope(r, c, err));
 out:
     return st;
 }
@@ -169,6 +220,8 @@ static enum rt_status parse(const struct rt_json *j, struct rt_teacher_config *c
     RT_TRY(read_int_or(j, "intermediate_size", 1, 1, &c->inter, err));
     RT_TRY(read_int_or(j, "num_nextn_predict_layers", 0, 0, &c->mtp_layers, err));
     RT_TRY(rt_json_double_or(j, "rms_norm_eps", 1e-6, &c->eps, err));
+    if (!(c->eps >= 0 && c->eps < 1))
+        RT_FAIL(err, FORMAT, "%s: rms_norm_eps is %g, expected a number in [0, 1)", rt_json_source(j), c->eps);
     RT_TRY(rt_json_int_or(j, "bos_token_id", -1, DIM_MAX, -1, &c->bos, err));
     const struct rt_json *eos = rt_json_get(j, "eos_token_id");
     c->eos = -1;
@@ -197,11 +250,6 @@ out:
     return st;
 }
 
-static double yarn_mscale(double factor, double m)
-{
-    return factor <= 1 || m == 0 ? 1.0 : 0.1 * m * log(factor) + 1.0;
-}
-
 double rt_teacher_attn_scale(const struct rt_teacher_config *c)
 {
     const double m = c->yarn ? yarn_mscale(c->yarn_factor, c->mscale_all_dim) : 1.0;
@@ -211,14 +259,14 @@ double rt_teacher_attn_scale(const struct rt_teacher_config *c)
 void rt_teacher_rope_table(const struct rt_teacher_config *c, int64_t n_pos, float *cos_out, float *sin_out)
 {
     const int half = c->dr / 2;
-    double low = 0, high = 1, amp = 1;
+    const double amp = rope_amplitude(c);
+    double low = 0, high = 1;
     if (c->yarn) {
         const double orig = (double)c->yarn_original, ln = 2 * log(c->rope_theta);
         low = fmax(floor(c->dr * log(orig / (c->beta_fast * 2 * M_PI)) / ln), 0);
         high = fmin(ceil(c->dr * log(orig / (c->beta_slow * 2 * M_PI)) / ln), c->dr - 1);
         if (low == high)
             high += 0.001;
-        amp = yarn_mscale(c->yarn_factor, c->mscale) / yarn_mscale(c->yarn_factor, c->mscale_all_dim);
     }
     for (int i = 0; i < half; i++) {
         double f = pow(c->rope_theta, -2.0 * i / c->dr);

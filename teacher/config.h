@@ -1,7 +1,8 @@
 /* What config.json says of a DeepSeek-class teacher: one struct for the whole family, no presets.
  *
  * Read: DeepSeek-V2/V2-Lite (deepseek_v2), V3/R1/V3.1 (deepseek_v3), Moonlight and Kimi-K2 (their releases use model_type deepseek_v3 or
- * kimi_k2). Refused by name: other model types, other activations, rope scaling other than YaRN, attention bias, sparse indexers.
+ * kimi_k2). Refused by name: other model types, other activations, rope scaling other than YaRN, halves rotated as pairs (rope_interleave false),
+ * attention bias, sparse indexers.
  */
 #ifndef RT_TEACHER_CONFIG_H
 #define RT_TEACHER_CONFIG_H

@@ -75,8 +75,8 @@ static enum rt_status check_count(const struct rt_weights *w, int all, struct rt
     for (int l = 0; l < all && n <= there; l++)
         n += rt_weights_layer_parts(c, l, NULL);
     if (n > there)
-        return rt_fail(err, RT_FORMAT, "%s: config.json says %d layers (%d of MTP) with %d experts each, far more than the %ld tensors there are", w->o.dir, all,
-                       all - c->layers, c->experts, (long)there);
+        return rt_fail(err, RT_FORMAT, "%s: config.json says %d layers (%d of MTP) with %d experts each, far more than the %ld tensors there are",
+                       w->o.dir, all, all - c->layers, c->experts, (long)there);
     return RT_OK;
 }
 

@@ -374,6 +374,11 @@ static void bad_configurations(void **state)
         {"\"n_routed_experts\": 8", "\"n_routed_experts\": 16777216", "16777216 experts", RT_FORMAT},
         {"\"qk_rope_head_dim\": 16", "\"qk_rope_head_dim\": 15", "even", RT_FORMAT},
         {"\"type\": \"yarn\"", "\"type\": \"ntk\"", "ntk", RT_UNSUPPORTED},
+        {"\"type\": \"yarn\"", "\"attention_factor\": 1.5, \"type\": \"yarn\"", "attention_factor is 1.5", RT_UNSUPPORTED},
+        {"\"type\": \"yarn\"", "\"truncate\": false, \"type\": \"yarn\"", "truncate", RT_UNSUPPORTED},
+        {"\"rope_theta\": 10000.0,", "\"rope_theta\": 10000.0, \"rope_interleave\": false,", "rope_interleave", RT_UNSUPPORTED},
+        {"\"rope_scaling\": {", "\"rope_parameters\": {\"rope_theta\": 0}, \"rope_scaling\": {", "rope_theta is 0", RT_FORMAT},
+        {"\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": -1", "rms_norm_eps", RT_FORMAT},
         {"\"fmt\": \"e4m3\"", "\"fmt\": \"int4\"", "int4", RT_UNSUPPORTED},
         {"\"topk_method\": \"noaux_tc\"", "\"topk_method\": \"dice\"", "dice", RT_UNSUPPORTED},
         {"\"vocab_size\": 160", "\"vocab_size\": 160, \"index_topk\": 2048", "index_topk", RT_UNSUPPORTED},
@@ -390,6 +395,28 @@ static void bad_configurations(void **state)
         /* a wrong hidden size may show first in whichever tensor is looked at first */
         if (table[i].status == RT_SHAPE ? st != RT_SHAPE : st != table[i].status || strstr(err.msg, table[i].in_message) == NULL)
             fail_msg("%s: status %d, '%s'", table[i].now, (int)st, err.msg);
+    }
+}
+
+/* rope_theta is found wherever a release of transformers wrote it. */
+static void theta_is_found(void **state)
+{
+    (void)state;
+    static const struct { const char *was, *now; double theta; } table[] = { /* 50000 outside, 10000 in rope_scaling */
+        {"\"rope_scaling\": {", "\"rope_parameters\": {\"rope_theta\": 70000}, \"rope_scaling\": {", 70000},
+        {"\"rope_scaling\": {", "\"rope_parameters\": null, \"rope_scaling\": {", 10000},
+        {"\"rope_scaling\": {", "\"rope_parameters\": {\"rope_type\": \"default\"}, \"rope_scaling\": null, \"x\": {", 50000},
+        {"\"rope_scaling\": {", "\"rope_parameters\": null, \"rope_scaling\": null, \"x\": {", 50000},
+    };
+    const char *from = test_data("tests/data/cases/v3_fp8"), *once = test_tmp("teacher-theta"), *dir = test_tmp("teacher-theta-2");
+    write_config(once, from, "\"rope_theta\": 10000.0", "\"rope_theta\": 50000.0");
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        struct rt_err err = {0};
+        struct rt_teacher_config c;
+        write_config(dir, once, table[i].was, table[i].now);
+        assert_ok(rt_teacher_config_load(dir, &c, &err));
+        if (c.rope_theta != table[i].theta)
+            fail_msg("%s: rope_theta %g", table[i].now, c.rope_theta);
     }
 }
 
@@ -491,7 +518,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(sequences_do_not_see_each_other),
     cmocka_unit_test(completion_rows_alone), cmocka_unit_test(features_leave_in_the_same_pass), cmocka_unit_test(expert_load_adds_up),
     cmocka_unit_test(generation_agrees_with_scoring), cmocka_unit_test(generation_streams_what_does_not_fit),
-    cmocka_unit_test(mtp_predicts_the_token_after_next), cmocka_unit_test(bad_configurations), cmocka_unit_test(refusals_name_the_numbers),
-    cmocka_unit_test(nan_in_a_tensor), cmocka_unit_test(file_vanishes_under_the_reader), cmocka_unit_test(interruption),
+    cmocka_unit_test(mtp_predicts_the_token_after_next), cmocka_unit_test(bad_configurations), cmocka_unit_test(theta_is_found),
+    cmocka_unit_test(refusals_name_the_numbers), cmocka_unit_test(nan_in_a_tensor), cmocka_unit_test(file_vanishes_under_the_reader),
+    cmocka_unit_test(interruption),
 };
 RT_SUITE(teacher, tests)
