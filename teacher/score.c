@@ -369,7 +369,7 @@ static enum rt_status finish_window(struct rt_teacher *t, const struct rt_score_
     RT_TRY(RT_OP(t->o.device, norm_fwd, err, .x = t->hidden, .w = p->w[RT_W_NORM], .y = t->ctx.fx, .n = n, .cols = t->c.hidden,
                  .eps = (float)t->c.eps));
     RT_TRY(visit(t, o, RT_LAYER_FINAL, t->ctx.fx, n, f, err));
-    if (o->top_k > 0 || o->boundary != NULL) {
+    if (o->n_lse > 0 || o->top_k > 0 || o->boundary != NULL) { /* else a caller looks at states alone */
         RT_TRY(head(t, o, p, t->ctx.fx, r, err));
         RT_TRY(check_logits(t, o, r, err));
     }

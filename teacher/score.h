@@ -23,7 +23,7 @@ struct rt_score_keep {
 };
 
 struct rt_score_options {
-    int top_k;                   /* 0: no entries; without boundary no rows are computed at all (features alone) */
+    int top_k;                   /* 0: no entries; without boundary and temperatures the head is not computed either (a tap alone) */
     const uint8_t *boundary;     /* NULL, or [n_ids] 1: rows say the mass of these ids (boundary_logp) */
     int64_t n_ids;               /* ids that exist */
     int n_lse;

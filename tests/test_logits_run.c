@@ -158,6 +158,35 @@ static void an_error_on_one_device_stops_all(void **state)
     assert_int_equal(system(cmd), 0);
 }
 
+/* Rows without entries say of the realised token, and of the sums, what rows with entries do. */
+static void features_alone_have_whole_rows(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_shard_set *set[2];
+    struct rt_rows a, b;
+    char with[512], without[512];
+    snprintf(with, sizeof with, "%s", test_tmp("alone-with"));
+    snprintf(without, sizeof without, "%s", test_tmp("alone-without"));
+    assert_ok(logits(with, (const char *const[]){"--lse", "0.5,1", NULL}, &err));
+    assert_ok(logits(without, (const char *const[]){"--lse", "0.5,1", "--cache", "topk=0", NULL}, &err));
+    assert_ok(rt_shard_set_open(with, &set[0], &err));
+    assert_ok(rt_shard_set_open(without, &set[1], &err));
+    assert_int_equal(rt_shard_set_info(set[1])->sequences, LINES);
+    assert_true(rt_shard_set_info(set[1])->nll > 1);
+    for (int64_t i = 0; i < LINES; i++) {
+        assert_ok(rt_shard_set_get(set[0], i, &a, &err));
+        assert_ok(rt_shard_set_get(set[1], i, &b, &err));
+        assert_int_equal(b.k, 0);
+        assert_int_equal(a.n_rows, b.n_rows);
+        assert_memory_equal(a.lse, b.lse, (size_t)(2 * a.n_rows) * sizeof *a.lse);
+        assert_memory_equal(a.next_logprob, b.next_logprob, (size_t)a.n_rows * sizeof *a.next_logprob);
+        assert_memory_equal(a.next_rank, b.next_rank, (size_t)a.n_rows * sizeof *a.next_rank);
+    }
+    rt_shard_set_free(set[0]);
+    rt_shard_set_free(set[1]);
+}
+
 /* ---- parts ---- */
 
 static void parts_merge_and_a_missing_one_is_named(void **state)
@@ -199,5 +228,6 @@ static void parts_merge_and_a_missing_one_is_named(void **state)
 }
 
 static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(devices_share_windows),
-                                          cmocka_unit_test(an_error_on_one_device_stops_all), cmocka_unit_test(parts_merge_and_a_missing_one_is_named)};
+                                          cmocka_unit_test(an_error_on_one_device_stops_all),
+                                          cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(parts_merge_and_a_missing_one_is_named)};
 RT_SUITE(logits_run, tests)
