@@ -189,10 +189,11 @@ static enum rt_status prepare(struct rt_logits_job *j, struct rt_json **config, 
     RT_TRY(rt_logits_open_devices(j, err));
     RT_TRY(read_data(j, err));
     RT_TRY(rt_command_config(j->ctx->command, j->v, config, err));
-    RT_TRY(rt_json_set_string(*config, "data_sha256", j->survey.sha256, err));
-    snprintf(name, sizeof name, j->n_parts > 1 ? "logits-%d-of-%d.json" : "logits.json", j->part, j->n_parts);
+    RT_TRY(rt_json_set_string(*config, "input_sha256", j->survey.sha256, err));
+    rt_logits_plan_name(j->part, j->n_parts, name);
     RT_TRY(rt_path_join(j->plan_file, sizeof j->plan_file, j->v->out, name, err));
     RT_TRY(load_plan(j, *config, resumed, err));
+    RT_TRY(rt_logits_parts_agree(j->v->out, j->n_parts, j->survey.sha256, err));
     RT_TRY(rt_logits_make_plan(j, err));
 out:
     return st;

@@ -27,6 +27,7 @@ struct rt_corpus {
     uint8_t held_key[RT_KEY_BYTES];
     uint32_t held_occurrence;
     struct rt_buf text, lengths; /* lengths: of the share's sequences, uint32_t, after a survey */
+    struct rt_sha256 *whole;     /* of a survey under way: over all sequences, whatever the share */
 };
 
 enum rt_status rt_corpus_open(const struct rt_corpus_options *o, struct rt_corpus **out, struct rt_err *err)
@@ -105,6 +106,10 @@ static enum rt_status next_sample(struct rt_corpus *c, struct rt_sample *s, uint
             return RT_OK;
         rt_rows_key(s->ids, s->n, key);
         RT_TRY(count_key(c, key, occurrence, err));
+        if (c->whole != NULL) {
+            rt_sha256_update(c->whole, key, RT_KEY_BYTES);
+            rt_sha256_update(c->whole, s->loss_mask, (size_t)s->n); /* says which rows are stored */
+        }
         if (c->ordinal++ % c->o.n_parts == c->o.part)
             return RT_OK;
     }
@@ -133,6 +138,7 @@ enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *ou
     *out = (struct rt_corpus_survey){0};
     c->lengths.len = 0;
     rt_sha256_init(&sha);
+    c->whole = &sha;
     for (;;) {
         RT_TRY(next_sample(c, &s, key, &occurrence, &end, err));
         if (end)
@@ -141,7 +147,6 @@ enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *ou
         out->tokens += s.n;
         out->targets += s.n_targets;
         out->longest = s.n > out->longest ? s.n : out->longest;
-        rt_sha256_update(&sha, key, sizeof key);
         const uint32_t length = (uint32_t)s.n;
         RT_TRY(rt_buf_append(&c->lengths, &length, sizeof length, err));
     }
@@ -150,6 +155,7 @@ enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *ou
     out->counts = rt_dataset_counts(c->data);
     RT_TRY(rewind_corpus(c, err));
 out:
+    c->whole = NULL;
     return st;
 }
 

@@ -28,7 +28,7 @@ struct rt_corpus_options {
 struct rt_corpus_survey {
     struct rt_dataset_counts counts; /* of the whole input */
     int64_t sequences, tokens, targets, longest; /* of this share */
-    char sha256[65];                 /* over the keys of the share in order: the identity of the data */
+    char sha256[65];                 /* over keys and masks of the whole input in order: the identity of the data, which shares agree on */
 };
 
 struct rt_corpus;

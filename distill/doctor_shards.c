@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "distill/doctor.h"
+#include "distill/logits.h"
 
 enum { LOOKED_AT = 64 }; /* sequences whose rows are looked at one by one */
 
@@ -221,6 +222,11 @@ enum rt_status rt_doctor_shards(struct rt_doctor *d, struct rt_err *err)
     else
         RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_WARN, "shards.parts", "%d of %d parts are there (%s): the same `retort logits` goes on, or copy the other parts here",
                             info->parts_present, info->n_parts, info->missing[0] != '\0' ? info->missing : "none was begun"));
+    st = rt_logits_parts_agree(d->shards, info->n_parts, NULL, &bad);
+    if (st == RT_NOMEM)
+        return rt_fail(err, st, "%s", bad.msg);
+    if (st != RT_OK)
+        RT_TRY(rt_check_add(&d->checks, err, RT_CHECK_FAIL, "shards.input", "%s", bad.msg));
     RT_TRY(identity(d, id, err));
     RT_TRY(contents(d, id, info, err));
     RT_TRY(canaries(d, id, err));

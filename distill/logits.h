@@ -112,6 +112,10 @@ struct rt_logits_job {
 
 /* distill/logits_options.c: the options as numbers. USAGE. */
 enum rt_status rt_logits_options(struct rt_logits_job *j, struct rt_err *err);
+/* distill/logits_parts.c: the file beside the shards that holds a part's arguments and plan. */
+void rt_logits_plan_name(int part, int n_parts, char out[64]);
+/* REFUSED where the parts whose files are in dir were not cut from one input: the one with sha256, or where that is NULL the first part's. */
+enum rt_status rt_logits_parts_agree(const char *dir, int n_parts, const char *sha256, struct rt_err *err);
 /* distill/logits_rate.c: measures, in about a second, a product on the device in the types that the numerics use (fp8: w8a8), and reading the
  * checkpoint's files past the page cache by 1, 2, 4 .. `readers` threads (exact: by that many alone; else the best count is used). What cannot be measured stays 0. */
 void rt_logits_measure(const struct rt_device *d, bool fp8, const char *teacher, int readers, bool exact, struct rt_logits_rates *out);

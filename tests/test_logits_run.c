@@ -6,6 +6,7 @@
 #include "core/io.h"
 #include "core/mem.h"
 #include "distill/corpus.h"
+#include "distill/logits.h"
 #include "formats/safetensors.h"
 #include "formats/shard.h"
 #include "tests/run_command.h"
@@ -227,7 +228,53 @@ static void parts_merge_and_a_missing_one_is_named(void **state)
     rt_shard_set_free(whole);
 }
 
+/* Two inputs of the same ids: what is a target is a part of what the data are. */
+static void other_targets_are_other_data(void **state)
+{
+    (void)state;
+    static const char *const mask[] = {"0, 0, 1, 1", "0, 1, 1, 1"};
+    struct rt_err err = {0};
+    char data[512], out[512], text[200];
+    snprintf(data, sizeof data, "%s", test_tmp("masked.jsonl"));
+    snprintf(out, sizeof out, "%s", test_tmp("masked"));
+    for (int i = 0; i < 2; i++) {
+        const char *args[] = {"--teacher", CASES "v3_fp8", "--data", data, "--out", out, "--cache", "topk=4", "--memory", "400M", "--device", "cpu", NULL};
+        snprintf(text, sizeof text, "{\"input_ids\": [1, 2, 3, 4], \"loss_mask\": [%s]}\n", mask[i]);
+        assert_ok(rt_publish_bytes(data, text, strlen(text), &err));
+        if (i == 0)
+            assert_ok(test_command(&rt_cmd_logits, args, &err));
+        else
+            assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_REFUSED);
+    }
+    assert_non_null(strstr(err.msg, "input_sha256"));
+}
+
+/* Parts that were cut from different inputs are no set. */
+static void parts_are_of_one_input(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    char out[512], other[512], cmd[2200];
+    snprintf(out, sizeof out, "%s", test_tmp("parts-mixed"));
+    snprintf(other, sizeof other, "%s", test_tmp("parts-other"));
+    assert_ok(logits(out, (const char *const[]){"--part", "0/2", NULL}, &err));
+    assert_int_equal(logits(out, (const char *const[]){"--part", "1/2", "--max-length", "9", "--overlong", "split", NULL}, &err), RT_REFUSED);
+    assert_non_null(strstr(err.msg, "logits-0-of-2.json: made of other data"));
+    rt_err_clear(&err);
+    assert_ok(logits(other, (const char *const[]){"--part", "1/2", NULL}, &err));
+    snprintf(cmd, sizeof cmd, "cp '%s'/*1-of-2* '%s'/*1-of-0002* '%s'/", other, other, out);
+    assert_int_equal(system(cmd), 0);
+    assert_ok(rt_logits_parts_agree(out, 2, NULL, &err));
+    snprintf(cmd, sizeof cmd, "sed -i 's/\"input_sha256\": \"..../\"input_sha256\": \"aaaa/' '%s/logits-1-of-2.json'", out);
+    assert_int_equal(system(cmd), 0);
+    const char *args[] = {"--shards", out, "--device", "cpu", NULL};
+    assert_int_equal(test_command(&rt_cmd_doctor, args, &err), RT_REFUSED);
+    rt_err_clear(&err);
+    assert_status(rt_logits_parts_agree(out, 2, NULL, &err), REFUSED);
+}
+
 static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(devices_share_windows),
                                           cmocka_unit_test(an_error_on_one_device_stops_all),
-                                          cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(parts_merge_and_a_missing_one_is_named)};
+                                          cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
+                                          cmocka_unit_test(other_targets_are_other_data), cmocka_unit_test(parts_are_of_one_input)};
 RT_SUITE(logits_run, tests)
