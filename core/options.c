@@ -252,6 +252,10 @@ static enum rt_status set_list(const struct rt_opt *o, const char *text, void *v
 /* source: "" or "config.json: ". */
 static enum rt_status set(const struct rt_opt *o, const char *text, const char *source, void *values, struct rt_err *err)
 {
+    /* nothing is a value only where there is no default: readers of others count on a text */
+    if (text[0] == '\0' && o->def != NULL && (o->type == RT_OPT_CHOICE || o->type == RT_OPT_STRING))
+        return rt_fail(err, RT_USAGE, "%soption --%s: expected %s, found nothing; without the option it is %s", source, o->name,
+                       o->type == RT_OPT_CHOICE ? o->choices : o->arg, o->def);
     switch (o->type) {
     case RT_OPT_FLAG: return set_flag(o, text, source, values, err);
     case RT_OPT_INT:

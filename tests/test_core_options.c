@@ -103,6 +103,21 @@ static void every_spelling(void **state)
     rt_options_free(tables, 2, &v, &pos);
 }
 
+/* Nothing in place of a text: a value where there is no default, else refused with what is expected. */
+static void nothing(void **state)
+{
+    struct rt_err err = {0};
+    struct rt_positionals pos;
+    struct values v;
+    (void)state;
+    assert_ok(parse("--out _", &v, &pos, NULL, &err));
+    assert_null(v.out);
+    rt_options_free(tables, 2, &v, &pos);
+    assert_int_equal(parse("--device _", &v, &pos, NULL, &err), RT_USAGE);
+    assert_string_equal(err.msg, "option --device: expected auto|cpu|cuda|ref, found nothing; without the option it is auto");
+    rt_options_free(tables, 2, &v, NULL);
+}
+
 static void numbers(void **state)
 {
     static const struct {
@@ -288,7 +303,7 @@ static void nearest_words(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(defaults),        cmocka_unit_test(every_spelling),    cmocka_unit_test(numbers),
+    cmocka_unit_test(defaults),        cmocka_unit_test(every_spelling),    cmocka_unit_test(nothing), cmocka_unit_test(numbers),
     cmocka_unit_test(messages_help),   cmocka_unit_test(set_from_a_file),   cmocka_unit_test(values_round_trip),
     cmocka_unit_test(help_lists_and_wraps), cmocka_unit_test(nearest_words),
 };
