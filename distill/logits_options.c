@@ -1,4 +1,6 @@
 /* The options of `retort logits` as numbers. */
+#include <errno.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,28 +8,42 @@
 
 #include "distill/logits.h"
 
+/* A whole number from 0 to most; false where text does not begin with one. */
+static bool whole(const char *text, long most, long *out, char **end)
+{
+    if (*text < '0' || *text > '9')
+        return false;
+    errno = 0;
+    *out = strtol(text, end, 10);
+    return errno == 0 && *out <= most;
+}
+
 static enum rt_status parse_features(const char *text, struct rt_score_options *o, int hidden, int layers, struct rt_err *err)
 {
     long dim[RT_MAX_FEATURES];
     while (text != NULL && *text != '\0') {
-        char *end;
+        char *end = (char *)(uintptr_t)text;
+        long layer = RT_LAYER_FINAL;
         if (o->n_features == RT_MAX_FEATURES)
             return rt_fail(err, RT_USAGE, "--features: more than %d layers", RT_MAX_FEATURES);
         struct rt_feature_spec *s = &o->feature[o->n_features];
-        if (strncmp(text, "final", 5) == 0) {
-            s->layer = RT_LAYER_FINAL;
-            end = (char *)(uintptr_t)text + 5;
-        } else {
-            s->layer = (int)strtol(text, &end, 10);
-        }
+        bool good = strncmp(text, "final", 5) == 0;
+        if (good)
+            end += 5;
+        else
+            good = whole(text, INT_MAX, &layer, &end);
         dim[o->n_features] = 0;
-        if (end != text && *end == ':')
-            dim[o->n_features] = strtol(end + 1, &end, 10);
-        if (end == text || (*end != ',' && *end != '\0') || s->layer < RT_LAYER_FINAL || dim[o->n_features] < 0)
+        if (good && *end == ':')
+            good = whole(end + 1, INT_MAX, &dim[o->n_features], &end) && dim[o->n_features] > 0;
+        if (!good || (*end != ',' && *end != '\0'))
             return rt_fail(err, RT_USAGE, "--features: expected layers as in 20,40,final or 20,40:512, found '%s'", text);
-        o->n_features++;
+        s->layer = (int)layer;
         if (s->layer > layers)
             return rt_fail(err, RT_USAGE, "--features: layer %d does not exist; the teacher has states 0 (embeddings) to %d, and final", s->layer, layers);
+        for (int i = 0; i < o->n_features; i++)
+            if (o->feature[i].layer == s->layer)
+                return rt_fail(err, RT_USAGE, "--features: '%s' names a layer again: its states would be stored twice, and only the first found", text);
+        o->n_features++;
         text = *end == ',' ? end + 1 : end;
     }
     /* a dimension at the end is that of every layer that names none */
@@ -73,9 +89,11 @@ enum rt_status rt_logits_options(struct rt_logits_job *j, struct rt_err *err)
     const struct rt_logits_values *v = j->v;
     struct rt_score_options *o = &j->so;
     enum rt_status st;
-    char tail;
-    if (sscanf(v->cache, "topk=%d%c", &o->top_k, &tail) != 1 || o->top_k < 0 || o->top_k > 65536)
+    char tail, *end = NULL;
+    long k = 0;
+    if (strncmp(v->cache, "topk=", 5) != 0 || !whole(v->cache + 5, 65536, &k, &end) || *end != '\0')
         RT_FAIL(err, USAGE, "--cache %s: expected topk=K with K from 0 to 65536", v->cache);
+    o->top_k = (int)k;
     if (sscanf(v->part, "%d/%d%c", &j->part, &j->n_parts, &tail) != 2 || j->n_parts < 1 || j->part < 0 || j->part >= j->n_parts)
         RT_FAIL(err, USAGE, "--part %s: expected I/N with 0 <= I < N", v->part);
     RT_TRY(rt_parse_doubles("lse", v->lse, o->lse_temperature, RT_MAX_LSE, &o->n_lse, err));

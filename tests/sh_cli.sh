@@ -55,6 +55,13 @@ want 2 "option --numerics: .*w8a16\|w8a8" "$retort" logits --numerics fp4
 want 2 "option --memory" "$retort" logits --memory 8X
 want 2 "--save-state often: expected auto, layer, stop, never, or a number of minutes" "$retort" logits --teacher "$teacher" --data x --out y --save-state often
 want 2 "--features: layer 9 does not exist; .* 0 \(embeddings\) to 4, and final" "$retort" logits --teacher "$teacher" --data x --out y --features 2,9
+want 2 "--features: '2:32' names a layer again" "$retort" logits --teacher "$teacher" --data x --out y --features 2,2:32
+for o in features=4294967298 features=-1 features=2: features=2:0 cache=topk=4294967360 cache=topk=65537; do
+    want 2 "--${o%%=*}.*: expected " "$retort" logits --teacher "$teacher" --data x --out y "--$o"
+done
+for o in cache lse part save-state numerics overlong rows device; do
+    want 2 "option --$o: expected .*, found nothing; without the option it is " "$retort" logits --teacher "$teacher" --data x --out y "--$o="
+done
 want 2 "option --teacher is required" "$retort" logits
 want 2 "option --threads" "$retort" logits --threads
 want 2 "found 0 arguments; usage: retort inspect" "$retort" inspect
