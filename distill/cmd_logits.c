@@ -6,6 +6,7 @@
 #include "core/mem.h"
 #include "distill/logits.h"
 #include "distill/spans.h"
+#include "formats/row_identity.h"
 #include "formats/rundir.h"
 
 #define V(field) offsetof(struct rt_logits_values, field)
@@ -148,6 +149,25 @@ out:
     return st;
 }
 
+/* Whole final states are logits with the head beside them alone. */
+static enum rt_status keep_head(const struct rt_logits_job *j, struct rt_err *err)
+{
+    struct rt_tensors *model = NULL;
+    struct rt_err why = {0};
+    enum rt_status st;
+    RT_TRY(rt_tensors_open(j->v->teacher, &model, err));
+    st = rt_shard_keep_head(j->v->out, model, &why);
+    if (st == RT_SHAPE) { /* scales of its own, say: the states are worth having without */
+        rt_warn(j->ctx->log, "%s/head.safetensors is not written: %s", j->v->out, why.msg);
+        st = RT_OK;
+    }
+    if (st != RT_OK)
+        RT_TRY(rt_fail(err, st, "%s", why.msg));
+out:
+    rt_tensors_free(model);
+    return st;
+}
+
 static enum rt_status open_out(struct rt_logits_job *j, const struct rt_json *config, bool resumed, struct rt_err *err)
 {
     const struct rt_shard_options so = {.rows_per_shard = j->v->rows_per_shard, .part = j->part, .n_parts = j->n_parts};
@@ -158,6 +178,8 @@ static enum rt_status open_out(struct rt_logits_job *j, const struct rt_json *co
     RT_TRY(rt_path_join(kept, sizeof kept, j->v->out, "teacher", err));
     if (j->part == 0)
         RT_TRY(rt_model_dir_keep(&j->model, kept, err)); /* `retarget` needs the bytes of the ids */
+    if (j->part == 0 && rt_row_identity_dense(&j->id))
+        RT_TRY(keep_head(j, err));
     if (!resumed)
         RT_TRY(save_plan(j, config, err));
     RT_TRY(rt_expert_load_open(&j->load, j->v->out, j->part, j->n_parts, j->config.layers, j->config.experts, err));

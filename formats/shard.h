@@ -16,6 +16,7 @@
 #include "core/status.h"
 #include "formats/json.h"
 #include "formats/rows.h"
+#include "formats/safetensors.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -63,10 +64,9 @@ enum rt_status rt_shard_sink_cut(struct rt_shard_sink *s, struct rt_err *err);
 /* Bytes published by this sink so far (all shards of the part). */
 uint64_t rt_shard_sink_bytes(const struct rt_shard_sink *s);
 
-/* Dense sets (top_k 0, a whole final state a token): the teacher's head [vocab, dim], once, as DIR/head.safetensors, tensor
- * "lm_head.weight". logits of row i = head * final state of token i. */
-enum rt_status rt_shard_put_head(const char *dir, enum rt_dtype dtype, int64_t vocab, int64_t dim, const void *data,
-                                 struct rt_err *err);
+/* Dense sets (top_k 0, a whole final state a token): the head of the teacher's checkpoint [vocab, dim], as it is stored, once as DIR/head.safetensors,
+ * tensor "lm_head.weight". logits of row i = head * final state of token i. FORMAT where the model has none, SHAPE where it is not BF16, F16 or F32. */
+enum rt_status rt_shard_keep_head(const char *dir, const struct rt_tensors *model, struct rt_err *err);
 
 /* What the index knows of a sequence without decoding it. */
 struct rt_seq_info {

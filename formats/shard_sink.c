@@ -560,18 +560,29 @@ out:
     return st;
 }
 
-enum rt_status rt_shard_put_head(const char *dir, enum rt_dtype dtype, int64_t vocab, int64_t dim, const void *data, struct rt_err *err)
+enum rt_status rt_shard_keep_head(const char *dir, const struct rt_tensors *model, struct rt_err *err)
 {
     enum rt_status st;
-    char path[4096];
+    char path[4096], *piece = NULL;
     struct rt_tensor_writer *w = NULL;
-    const struct rt_tensor_decl decl = {"lm_head.weight", dtype, 2, {vocab, dim}};
-    RT_TRY(rt_mkdirs(dir, err));
+    const struct rt_tensor *t;
+    const uint64_t most = 4 << 20;
     RT_TRY(rt_path_join(path, sizeof path, dir, "head.safetensors", err));
+    if (rt_path_exists(path))
+        return RT_OK;
+    RT_TRY(rt_tensors_get(model, "lm_head.weight", RT_DT(RT_BF16) | RT_DT(RT_F16) | RT_DT(RT_F32), 2, NULL, &t, err));
+    const struct rt_tensor_decl decl = {"lm_head.weight", t->dtype, 2, {t->ne[0], t->ne[1]}};
+    RT_TRY(rt_mkdirs(dir, err));
+    RT_TRY(rt_alloc(most, 1, "a piece of the head", &piece, err));
     RT_TRY(rt_tensor_writer_file(path, &decl, 1, &w, err));
-    RT_TRY(rt_tensor_writer_put(w, data, (uint64_t)vocab * (uint64_t)dim * rt_dtype_size(dtype), err));
+    for (uint64_t at = 0; at < t->bytes; at += most) {
+        const uint64_t n = t->bytes - at < most ? t->bytes - at : most;
+        RT_TRY(rt_tensors_read_range(model, t, at, n, piece, err));
+        RT_TRY(rt_tensor_writer_put(w, piece, n, err));
+    }
     RT_TRY(rt_tensor_writer_finish(w, err));
 out:
+    rt_free(piece);
     rt_tensor_writer_free(w);
     return st;
 }

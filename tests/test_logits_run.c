@@ -1,8 +1,10 @@
 /* `retort logits` over windows: how the input is cut into them, several devices, parts and their manifests. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/dtype.h"
 #include "core/io.h"
 #include "core/mem.h"
 #include "distill/corpus.h"
@@ -188,6 +190,38 @@ static void features_alone_have_whole_rows(void **state)
     rt_shard_set_free(set[1]);
 }
 
+/* Whole final states without entries are a dense set: the teacher's head lies beside them, and gives the realised logits. */
+static void dense_sets_have_their_head(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_shard_set *set;
+    struct rt_tensors *t;
+    struct rt_rows r;
+    char out[512], path[600];
+    snprintf(out, sizeof out, "%s", test_tmp("dense"));
+    const char *args[] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=0", "--features", "final", "--memory", "400M", "--device", "cpu", NULL};
+    assert_ok(test_command(&rt_cmd_logits, args, &err));
+    snprintf(path, sizeof path, "%s/head.safetensors", out);
+    assert_ok(rt_tensors_open(path, &t, &err));
+    assert_ok(rt_shard_set_open(out, &set, &err));
+    assert_ok(rt_shard_set_get(set, 0, &r, &err));
+    const struct rt_tensor *head = rt_tensors_find(t, "lm_head.weight");
+    const int64_t H = head->ne[1];
+    float w[1024], x[1024];
+    assert_true(H <= 1024 && head->ne[0] == rt_shard_set_identity(set)->vocab_size);
+    for (int64_t i = 0; i < r.n_rows; i++) {
+        double z = 0;
+        assert_ok(rt_tensors_read_f32(t, head, r.next_id[i] * H, H, w, &err));
+        assert_true(rt_to_f32(x, (const uint16_t *)r.feature[0] + r.position[i] * H, RT_BF16, H));
+        for (int64_t c = 0; c < H; c++)
+            z += (double)w[c] * x[c];
+        assert_true(fabs(z - r.lse[i] - r.next_logprob[i]) < 0.05); /* states are rounded to BF16 */
+    }
+    rt_shard_set_free(set);
+    rt_tensors_free(t);
+}
+
 /* ---- parts ---- */
 
 static void parts_merge_and_a_missing_one_is_named(void **state)
@@ -275,6 +309,6 @@ static void parts_are_of_one_input(void **state)
 
 static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(devices_share_windows),
                                           cmocka_unit_test(an_error_on_one_device_stops_all),
-                                          cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
+                                          cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(dense_sets_have_their_head), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
                                           cmocka_unit_test(other_targets_are_other_data), cmocka_unit_test(parts_are_of_one_input)};
 RT_SUITE(logits_run, tests)

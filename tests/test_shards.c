@@ -272,8 +272,18 @@ static void dense(void **state)
     id.feature[0] = (struct rt_feature_spec){RT_LAYER_FINAL, 8, RT_BF16, false};
     const char *dir = test_tmp("sh-dense");
     static const float head[100 * 8] = {1, 2};
+    const struct rt_tensor_decl decl = {"lm_head.weight", RT_F32, 2, {100, 8}};
+    struct rt_tensor_writer *w = NULL;
+    float kept[2];
     assert_ok(sf_write_set(dir, &id, &sf_small, 10, -1, &err));
-    assert_ok(rt_shard_put_head(dir, RT_F32, 100, 8, head, &err));
+    snprintf(path, sizeof path, "%s", test_tmp("sh-dense-head.safetensors"));
+    assert_ok(rt_tensor_writer_file(path, &decl, 1, &w, &err));
+    assert_ok(rt_tensor_writer_put(w, head, sizeof head, &err));
+    assert_ok(rt_tensor_writer_finish(w, &err));
+    rt_tensor_writer_free(w);
+    assert_ok(rt_tensors_open(path, &t, &err));
+    assert_ok(rt_shard_keep_head(dir, t, &err));
+    rt_tensors_free(t);
     check_set(dir, &id, 10);
     snprintf(path, sizeof path, "%s/rows-000000.msgpack", dir);
     assert_ok(rt_file_read_all(path, 1 << 20, &bytes, &err));
@@ -281,7 +291,8 @@ static void dense(void **state)
     rt_buf_free(&bytes);
     snprintf(path, sizeof path, "%s/head.safetensors", dir);
     assert_ok(rt_tensors_open(path, &t, &err));
-    assert_non_null(rt_tensors_find(t, "lm_head.weight"));
+    assert_ok(rt_tensors_read_f32(t, rt_tensors_find(t, "lm_head.weight"), 0, 2, kept, &err));
+    assert_memory_equal(kept, head, sizeof kept);
     rt_tensors_free(t);
 }
 
