@@ -14,7 +14,7 @@ static const struct rt_opt options[] = {
     {"teacher", RT_OPT_STRING, V(teacher), NULL, 0, 0, NULL, "DIR", "checkpoint directory of the teacher", true, false},
     {"data", RT_OPT_STRING, V(data), NULL, 0, 0, NULL, "FILE|DIR", "JSON lines, or a directory of traces (accepted.jsonl is preferred to traces.jsonl)", true, false},
     {"out", RT_OPT_STRING, V(out), NULL, 0, 0, NULL, "DIR", "where the shards go; the same command resumes", true, true},
-    {"cache", RT_OPT_STRING, V(cache), "topk=64", 0, 0, NULL, "topk=K", "ids and logits kept a row; topk=0 keeps none (features or boundaries alone)", false, false},
+    {"cache", RT_OPT_STRING, V(cache), "topk=64", 0, 0, NULL, "topk=K", "ids and logits kept a row (up to 8192 on the CPU, 2048 on a GPU); topk=0 keeps none, sums and realised tokens alone (with features or boundaries)", false, false},
     {"lse", RT_OPT_STRING, V(lse), "1", 0, 0, NULL, "T,T,...", "temperatures whose log-sum-exp is stored; a student can train with exact tails at these; 1 always is", false, false},
     {"features", RT_OPT_STRING, V(features), NULL, 0, 0, NULL, "L,L,final[:DIM]", "hidden states to store: 0 embeddings, L after layer L, final after the last norm; with :DIM a seeded orthogonal projection in FP8, else whole states in BF16", false, false},
     {"boundary", RT_OPT_FLAG, V(boundary), NULL, 0, 0, NULL, NULL, "store how likely each next token begins at a boundary: what `retarget --mode alm` cuts its spans by", false, false},
@@ -40,6 +40,7 @@ static enum rt_status read_data(struct rt_logits_job *j, struct rt_err *err)
     RT_TRY(rt_model_dir_n_ids(&j->model, j->config.vocab_size, &j->so.n_ids, err));
     if (j->so.top_k > j->so.n_ids)
         j->so.top_k = (int)j->so.n_ids;
+    RT_TRY(rt_logits_check_head(j, err));
     if (v->boundary) {
         if (j->model.tok == NULL)
             RT_FAIL(err, USAGE, "--boundary: %s has no tokenizer.json to tell boundaries by", v->teacher);

@@ -136,6 +136,8 @@ enum rt_status rt_logits_put_wait(struct rt_logits_job *j, struct rt_logits_wind
 enum rt_status rt_logits_put_end(struct rt_logits_job *j, struct rt_err *err);
 /* distill/logits_run.c: opens a device a lane (--gpus); scores every window that is not there yet. */
 enum rt_status rt_logits_open_devices(struct rt_logits_job *j, struct rt_err *err);
+/* USAGE where the first lane's head operation does not take what the options ask for: it is the last of a window, and would say so after all layers. */
+enum rt_status rt_logits_check_head(const struct rt_logits_job *j, struct rt_err *err);
 enum rt_status rt_logits_open_teachers(struct rt_logits_job *j, struct rt_err *err);
 enum rt_status rt_logits_score(struct rt_logits_job *j, struct rt_err *err);
 void rt_logits_close(struct rt_logits_job *j); /* lanes, teachers, devices */

@@ -41,6 +41,32 @@ out:
     return st;
 }
 
+enum rt_status rt_logits_check_head(const struct rt_logits_job *j, struct rt_err *err)
+{
+    const struct rt_device *d = &j->lane[0].device;
+    const struct rt_score_options *o = &j->so;
+    struct rt_err why = {0};
+    struct rt_weight *w = NULL;
+    void *none = NULL; /* no row is asked for, so nothing is read */
+    float inv[RT_MAX_LSE];
+    enum rt_status st;
+    for (int i = 0; i < o->n_lse; i++)
+        inv[i] = (float)(1.0 / o->lse_temperature[i]);
+    RT_TRY(d->be->alloc(d->dev, 64, &none, err));
+    RT_TRY(d->be->weight_param(d->dev, none, o->n_ids, j->config.hidden, &w, err));
+    st = RT_OP(d, head_topk, &why, .x = none, .w = w, .n = 0, .H = j->config.hidden, .n_ids = o->n_ids, .k = o->top_k, .n_lse = o->n_lse, .inv_temp = inv,
+               .topk_ids = none, .topk_logits = none, .lse = none);
+    if (st == RT_NOMEM || st == RT_DEVICE)
+        RT_TRY(rt_fail(err, st, "%s", why.msg));
+    if (st != RT_OK)
+        RT_FAIL(err, USAGE, "--cache topk=%d: %s cannot keep so many ids a row: %s", o->top_k, d->be->name, why.msg);
+out:
+    d->be->weight_free(d->dev, w);
+    if (none != NULL)
+        d->be->free(d->dev, none);
+    return st;
+}
+
 enum rt_status rt_logits_open_teachers(struct rt_logits_job *j, struct rt_err *err)
 {
     const size_t loads = (size_t)j->config.layers * (size_t)j->config.experts;

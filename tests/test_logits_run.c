@@ -161,6 +161,25 @@ static void an_error_on_one_device_stops_all(void **state)
     assert_int_equal(system(cmd), 0);
 }
 
+/* What the device's head cannot do is said before the layers, not behind them. */
+static void the_head_is_asked_first(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_logits_lane lane = {0};
+    struct rt_logits_job j = {.lane = &lane, .lanes = 1, .config = {.hidden = 64}, .so = {.n_ids = 20000, .n_lse = 1, .lse_temperature = {1}}};
+    const struct rt_dev_options o = {.threads = 1};
+    assert_ok(rt_backend_select("cpu", NULL, 0, &lane.device.be, &err));
+    assert_ok(rt_device_open(lane.device.be, &o, &lane.device, &err));
+    j.so.top_k = 8192;
+    assert_ok(rt_logits_check_head(&j, &err));
+    j.so.top_k = 8193;
+    assert_int_equal(rt_logits_check_head(&j, &err), RT_USAGE);
+    assert_non_null(strstr(err.msg, "--cache topk=8193: cpu cannot keep so many"));
+    assert_non_null(strstr(err.msg, "at most 8192"));
+    rt_device_close(&lane.device);
+}
+
 /* Rows without entries say of the realised token, and of the sums, what rows with entries do. */
 static void features_alone_have_whole_rows(void **state)
 {
@@ -309,6 +328,6 @@ static void parts_are_of_one_input(void **state)
 
 static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(devices_share_windows),
                                           cmocka_unit_test(an_error_on_one_device_stops_all),
-                                          cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(dense_sets_have_their_head), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
+                                          cmocka_unit_test(the_head_is_asked_first), cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(dense_sets_have_their_head), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
                                           cmocka_unit_test(other_targets_are_other_data), cmocka_unit_test(parts_are_of_one_input)};
 RT_SUITE(logits_run, tests)
