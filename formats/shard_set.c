@@ -120,6 +120,8 @@ static enum rt_status add_shard(struct rt_shard_set *s, const char *path, const 
     int64_t tokens = 0, rows = 0;
     RT_TRY(rt_alloc(strlen(path) + 1, 1, "a path", &sh.path, err));
     strcpy(sh.path, path);
+    if (line != NULL && !rt_path_exists(path))
+        RT_FAIL(err, IO, "%s: not there, and the manifest names it: restore the file, or score again into another directory", path);
     RT_TRY(rt_file_open(path, &fd, &sh.size, err));
     if (line != NULL && sh.size != line->bytes)
         RT_FAIL(err, FORMAT, "%s: %" PRIu64 " bytes, the manifest says %" PRIu64, path, sh.size, line->bytes);

@@ -129,7 +129,7 @@ static enum rt_status close_shard(struct rt_shard_sink *s, struct rt_err *err)
     s->manifest.bytes += line.bytes;
     if (s->held > 0) {
         RT_TRY(hold_path(s, s->manifest.n - 1, path, err));
-        unlink(path); /* a leftover would not be taken: it names a shard that is published */
+        unlink(path); /* a leftover would not be taken, and the next writer removes it */
     }
     s->held = 0;
 out:
@@ -370,6 +370,8 @@ static enum rt_status check_published(const struct rt_shard_sink *s, struct rt_e
         uint64_t size;
         int fd = -1;
         RT_TRY(rt_path_join(path, sizeof path, s->dir, l->file, err));
+        if (!rt_path_exists(path))
+            RT_FAIL(err, IO, "%s: not there, and the manifest names it: restore the file, or remove the set", path);
         RT_TRY(rt_file_open(path, &fd, &size, err));
         rt_file_close(fd);
         if (size != l->bytes)
@@ -491,6 +493,10 @@ static enum rt_status restore_held(struct rt_shard_sink *s, struct rt_err *err)
     enum rt_status st;
     struct rt_err why = {0};
     char name[RT_NAME_CAP], path[4096], hold[4096];
+    if (s->manifest.n > 0) { /* of a writer that ended between the shard's line and this */
+        RT_TRY(hold_path(s, s->manifest.n - 1, hold, err));
+        unlink(hold);
+    }
     rt_shard_name(s->opt.part, s->opt.n_parts, s->manifest.n, name);
     RT_TRY(rt_path_join(path, sizeof path, s->dir, name, err));
     RT_TRY(hold_path(s, s->manifest.n, hold, err));

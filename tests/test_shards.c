@@ -500,6 +500,14 @@ static void parts(void **state)
     snprintf(cmd, sizeof cmd, "cp %s/manifest-0000-of-0002.jsonl %s/manifest.jsonl", a, a);
     assert_int_equal(system(cmd), 0);
     assert_status(rt_shard_set_open(a, &s, &err), REFUSED);
+    snprintf(cmd, sizeof cmd, "rm %s/manifest.jsonl %s/rows-0001-of-0002-000000.msgpack", a, a);
+    assert_int_equal(system(cmd), 0);
+    assert_int_equal(rt_shard_set_open(a, &s, &err), RT_IO);
+    assert_non_null(strstr(err.msg, "rows-0001-of-0002-000000.msgpack: not there, and the manifest names it: restore"));
+    rt_err_clear(&err);
+    assert_int_equal(rt_shard_sink_open(a, &id, &half[1], &x, &sink, &resume, &err), RT_IO);
+    assert_non_null(strstr(err.msg, "not there, and the manifest names it: restore"));
+    rt_err_clear(&err);
     assert_status(rt_shard_sink_open(a, &id, &(struct rt_shard_options){.part = 2, .n_parts = 2}, &x, &sink, &resume, &err), USAGE);
 }
 
