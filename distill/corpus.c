@@ -27,7 +27,8 @@ struct rt_corpus {
     uint8_t held_key[RT_KEY_BYTES];
     uint32_t held_occurrence;
     struct rt_buf text, lengths; /* lengths: of the share's sequences, uint32_t, after a survey */
-    struct rt_sha256 *whole;     /* of a survey under way: over all sequences, whatever the share */
+    struct rt_sha256 whole;      /* over all sequences so far, whatever the share */
+    char surveyed[65];           /* what a survey found that to be at the end; "": none was made */
 };
 
 enum rt_status rt_corpus_open(const struct rt_corpus_options *o, struct rt_corpus **out, struct rt_err *err)
@@ -39,6 +40,7 @@ enum rt_status rt_corpus_open(const struct rt_corpus_options *o, struct rt_corpu
     RT_TRY(rt_alloc(1, sizeof *c, "corpus", &c, err));
     c->o = *o;
     c->o.n_parts = o->n_parts > 0 ? o->n_parts : 1;
+    rt_sha256_init(&c->whole);
     RT_TRY(rt_dataset_open(o->data, &d, &c->data, err));
     *out = c;
     c = NULL;
@@ -106,10 +108,8 @@ static enum rt_status next_sample(struct rt_corpus *c, struct rt_sample *s, uint
             return RT_OK;
         rt_rows_key(s->ids, s->n, key);
         RT_TRY(count_key(c, key, occurrence, err));
-        if (c->whole != NULL) {
-            rt_sha256_update(c->whole, key, RT_KEY_BYTES);
-            rt_sha256_update(c->whole, s->loss_mask, (size_t)s->n); /* says which rows are stored */
-        }
+        rt_sha256_update(&c->whole, key, RT_KEY_BYTES);
+        rt_sha256_update(&c->whole, s->loss_mask, (size_t)s->n); /* says which rows are stored */
         if (c->ordinal++ % c->o.n_parts == c->o.part)
             return RT_OK;
     }
@@ -124,21 +124,27 @@ static enum rt_status rewind_corpus(struct rt_corpus *c, struct rt_err *err)
     c->seen_n = 0;
     c->ordinal = 0;
     c->have = false;
+    rt_sha256_init(&c->whole);
     return rt_dataset_rewind(c->data, err);
+}
+
+static void digest_so_far(const struct rt_corpus *c, char hex[65])
+{
+    struct rt_sha256 sha = c->whole;
+    uint8_t digest[32];
+    rt_sha256_final(&sha, digest);
+    rt_hex(hex, digest, sizeof digest);
 }
 
 enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *out, struct rt_err *err)
 {
-    struct rt_sha256 sha;
-    uint8_t key[RT_KEY_BYTES], digest[32];
+    uint8_t key[RT_KEY_BYTES];
     uint32_t occurrence;
     struct rt_sample s;
     bool end;
     enum rt_status st;
     *out = (struct rt_corpus_survey){0};
     c->lengths.len = 0;
-    rt_sha256_init(&sha);
-    c->whole = &sha;
     for (;;) {
         RT_TRY(next_sample(c, &s, key, &occurrence, &end, err));
         if (end)
@@ -150,12 +156,11 @@ enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *ou
         const uint32_t length = (uint32_t)s.n;
         RT_TRY(rt_buf_append(&c->lengths, &length, sizeof length, err));
     }
-    rt_sha256_final(&sha, digest);
-    rt_hex(out->sha256, digest, sizeof digest);
+    digest_so_far(c, out->sha256);
+    memcpy(c->surveyed, out->sha256, sizeof c->surveyed);
     out->counts = rt_dataset_counts(c->data);
     RT_TRY(rewind_corpus(c, err));
 out:
-    c->whole = NULL;
     return st;
 }
 
@@ -210,6 +215,17 @@ static void point(const struct rt_corpus *c, struct rt_corpus_window *w)
     }
 }
 
+/* At the end: what was read is what the survey saw, and what the plan and a resume count on. */
+static enum rt_status check_unchanged(const struct rt_corpus *c, struct rt_err *err)
+{
+    char found[65];
+    digest_so_far(c, found);
+    if (c->surveyed[0] == '\0' || strcmp(found, c->surveyed) == 0)
+        return RT_OK;
+    return rt_fail(err, RT_REFUSED, "%s: changed while it was read: its sequences have sha256 %.12s, those that the run began with %.12s; put the file back, or "
+                   "score into another --out", rt_dataset_path(c->data), found, c->surveyed);
+}
+
 enum rt_status rt_corpus_next(struct rt_corpus *c, int64_t tokens, struct rt_corpus_window *w, struct rt_err *err)
 {
     uint8_t key[RT_KEY_BYTES];
@@ -228,8 +244,10 @@ enum rt_status rt_corpus_next(struct rt_corpus *c, int64_t tokens, struct rt_cor
         } else {
             RT_TRY(next_sample(c, &s, key, &occurrence, &end, err));
         }
-        if (end)
+        if (end) {
+            RT_TRY(check_unchanged(c, err));
             break;
+        }
         if (s.n > tokens)
             RT_FAIL(err, USAGE, "%s: line %ld has %ld tokens, a window holds %ld", rt_dataset_path(c->data), (long)s.line, (long)s.n, (long)tokens);
         if (w->tokens + s.n > tokens) {

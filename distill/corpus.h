@@ -47,7 +47,8 @@ struct rt_corpus_window {
     int64_t n, tokens;
     struct rt_buf bytes, rows, places; /* where it lies: the corpus's business */
 };
-/* The next window replaces what w held; n 0 after the last. USAGE where one sequence alone exceeds it. */
+/* The next window replaces what w held; n 0 after the last. USAGE where one sequence alone exceeds it; REFUSED, with the last window, where a survey saw
+ * other sequences than were read since. */
 enum rt_status rt_corpus_next(struct rt_corpus *c, int64_t tokens, struct rt_corpus_window *w, struct rt_err *err);
 void rt_corpus_window_free(struct rt_corpus_window *w);
 

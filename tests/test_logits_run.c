@@ -91,6 +91,41 @@ static void windows_are_as_few_as_can_be_and_even(void **state)
     rt_corpus_close(c);
 }
 
+/* The file is written over between the survey and the windows. */
+static void a_corpus_that_changes_is_noticed(void **state)
+{
+    (void)state;
+    struct rt_err err = {0};
+    struct rt_corpus *c;
+    struct rt_corpus_survey survey;
+    struct rt_corpus_window w = {0};
+    const struct rt_model_dir model = {0};
+    const char *path = test_tmp("written-over.jsonl");
+    const struct rt_corpus_options o = {.data = path, .model = &model, .n_ids = 96, .max_length = 64, .n_parts = 2};
+    static const char *const text[] = {"{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4, 5, 6]}\n", "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4, 5, 7]}\n"};
+    assert_ok(rt_publish_bytes(path, text[0], strlen(text[0]), &err));
+    assert_ok(rt_corpus_open(&o, &c, &err));
+    assert_ok(rt_corpus_survey(c, &survey, &err));
+    FILE *f = fopen(path, "r+");
+    fputs(text[1], f);
+    fclose(f);
+    assert_int_equal(rt_corpus_next(c, 20, &w, &err), RT_REFUSED);
+    assert_non_null(strstr(err.msg, "changed while it was read"));
+    rt_err_clear(&err);
+    f = fopen(path, "r+");
+    fputs(text[0], f);
+    fclose(f);
+    rt_corpus_close(c);
+    assert_ok(rt_corpus_open(&o, &c, &err));
+    assert_ok(rt_corpus_survey(c, &survey, &err));
+    for (int i = 0; i < 3; i++) { /* and again behind the end */
+        assert_ok(rt_corpus_next(c, 20, &w, &err));
+        assert_int_equal(w.n, i == 0);
+    }
+    rt_corpus_window_free(&w);
+    rt_corpus_close(c);
+}
+
 /* ---- devices ---- */
 
 static enum rt_status logits(const char *out, const char *const *more, struct rt_err *err)
@@ -287,7 +322,7 @@ static void other_targets_are_other_data(void **state)
     (void)state;
     static const char *const mask[] = {"0, 0, 1, 1", "0, 1, 1, 1"};
     struct rt_err err = {0};
-    char data[512], out[512], text[200];
+    char data[512], out[512], text[600];
     snprintf(data, sizeof data, "%s", test_tmp("masked.jsonl"));
     snprintf(out, sizeof out, "%s", test_tmp("masked"));
     for (int i = 0; i < 2; i++) {
@@ -300,6 +335,13 @@ static void other_targets_are_other_data(void **state)
             assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_REFUSED);
     }
     assert_non_null(strstr(err.msg, "input_sha256"));
+    rt_err_clear(&err);
+    /* nor without the file that tells */
+    const char *args[] = {"--teacher", CASES "v3_fp8", "--data", data, "--out", out, "--cache", "topk=4", "--memory", "400M", "--device", "cpu", NULL};
+    snprintf(text, sizeof text, "%s/logits.json", out);
+    assert_int_equal(remove(text), 0);
+    assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_REFUSED);
+    assert_non_null(strstr(err.msg, "logits.json, which says"));
 }
 
 /* Parts that were cut from different inputs are no set. */
@@ -326,7 +368,8 @@ static void parts_are_of_one_input(void **state)
     assert_status(rt_logits_parts_agree(out, 2, NULL, &err), REFUSED);
 }
 
-static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(devices_share_windows),
+static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(a_corpus_that_changes_is_noticed),
+                                          cmocka_unit_test(devices_share_windows),
                                           cmocka_unit_test(an_error_on_one_device_stops_all),
                                           cmocka_unit_test(the_head_is_asked_first), cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(dense_sets_have_their_head), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
                                           cmocka_unit_test(other_targets_are_other_data), cmocka_unit_test(parts_are_of_one_input)};
