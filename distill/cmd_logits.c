@@ -176,8 +176,8 @@ static enum rt_status open_out(struct rt_logits_job *j, const struct rt_json *co
     identify(j);
     RT_TRY(rt_shard_sink_open(j->v->out, &j->id, &so, &j->shards, &j->sink, &j->resume, err));
     if (!resumed && (j->resume.sequences > 0 || j->resume.finished))
-        RT_FAIL(err, REFUSED, "%s holds rows, but %s, which says of which data and options, was not there when this command began: restore it, or use another --out",
-                j->v->out, j->plan_file);
+        RT_FAIL(err, REFUSED, "%s holds rows, but %s, which says of which data and options, was not there when this command began: "
+                "restore it, or use another --out", j->v->out, j->plan_file);
     char kept[4096];
     RT_TRY(rt_path_join(kept, sizeof kept, j->v->out, "teacher", err));
     if (j->part == 0)

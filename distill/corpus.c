@@ -222,8 +222,8 @@ static enum rt_status check_unchanged(const struct rt_corpus *c, struct rt_err *
     digest_so_far(c, found);
     if (c->surveyed[0] == '\0' || strcmp(found, c->surveyed) == 0)
         return RT_OK;
-    return rt_fail(err, RT_REFUSED, "%s: changed while it was read: its sequences have sha256 %.12s, those that the run began with %.12s; put the file back, or "
-                   "score into another --out", rt_dataset_path(c->data), found, c->surveyed);
+    return rt_fail(err, RT_REFUSED, "%s: changed while it was read: its sequences have sha256 %.12s, those that the run began with %.12s; "
+                   "put the file back, or score into another --out", rt_dataset_path(c->data), found, c->surveyed);
 }
 
 enum rt_status rt_corpus_next(struct rt_corpus *c, int64_t tokens, struct rt_corpus_window *w, struct rt_err *err)

@@ -33,8 +33,8 @@ enum rt_status rt_logits_parts_agree(const char *dir, int n_parts, const char *s
             memcpy(first_name, name, sizeof name);
         }
         if (data[0] != '\0' && strcmp(first, data) != 0)
-            RT_FAIL(err, REFUSED, "%s: made of other data than %s (sha256 %.12s, not %.12s): together they would repeat sequences and lack others; score all parts "
-                    "of the same input, with the same --max-length and --overlong", path, first_name, data, first);
+            RT_FAIL(err, REFUSED, "%s: made of other data than %s (sha256 %.12s, not %.12s): together they would repeat sequences and lack others; "
+                    "score all parts of the same input, with the same --max-length and --overlong", path, first_name, data, first);
         rt_json_free(plan);
         plan = NULL;
     }

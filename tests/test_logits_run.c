@@ -254,7 +254,8 @@ static void dense_sets_have_their_head(void **state)
     struct rt_rows r;
     char out[512], path[600];
     snprintf(out, sizeof out, "%s", test_tmp("dense"));
-    const char *args[] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=0", "--features", "final", "--memory", "400M", "--device", "cpu", NULL};
+    const char *args[] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=0", "--features", "final",
+                          "--memory", "400M", "--device", "cpu", NULL};
     assert_ok(test_command(&rt_cmd_logits, args, &err));
     snprintf(path, sizeof path, "%s/head.safetensors", out);
     assert_ok(rt_tensors_open(path, &t, &err));
@@ -371,6 +372,7 @@ static void parts_are_of_one_input(void **state)
 static const struct CMUnitTest tests[] = {cmocka_unit_test(windows_are_as_few_as_can_be_and_even), cmocka_unit_test(a_corpus_that_changes_is_noticed),
                                           cmocka_unit_test(devices_share_windows),
                                           cmocka_unit_test(an_error_on_one_device_stops_all),
-                                          cmocka_unit_test(the_head_is_asked_first), cmocka_unit_test(features_alone_have_whole_rows), cmocka_unit_test(dense_sets_have_their_head), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
+                                          cmocka_unit_test(the_head_is_asked_first), cmocka_unit_test(features_alone_have_whole_rows),
+                                          cmocka_unit_test(dense_sets_have_their_head), cmocka_unit_test(parts_merge_and_a_missing_one_is_named),
                                           cmocka_unit_test(other_targets_are_other_data), cmocka_unit_test(parts_are_of_one_input)};
 RT_SUITE(logits_run, tests)
