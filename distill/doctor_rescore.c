@@ -297,6 +297,12 @@ out:
     return st;
 }
 
+/* Bytes of logits: of a block where the device is the host, and of all that are kept. */
+static int64_t held_bytes(const struct rt_doctor *d, const struct picked *p)
+{
+    return ((p->n < LOGIT_ROWS ? p->n : LOGIT_ROWS) + 2 * p->n) * d->tc.vocab_size * (int64_t)sizeof(float);
+}
+
 /* Logits of the picked rows, [n, vocab_size], into z; takes a pass over the weights. */
 static enum rt_status compute(struct rt_doctor *d, struct picked *p, bool w8a8, float *z, struct rt_err *err)
 {
@@ -305,9 +311,7 @@ static enum rt_status compute(struct rt_doctor *d, struct picked *p, bool w8a8, 
     const int64_t V = d->tc.vocab_size;
     const size_t row = (size_t)x.H * rt_device_act_size(&d->device);
     enum rt_status st;
-    /* logits of a block where the device is the host, and all that are kept */
-    const int64_t logits = ((p->n < LOGIT_ROWS ? p->n : LOGIT_ROWS) + 2 * p->n) * V * (int64_t)sizeof *z;
-    const struct rt_teacher_options o = {.dir = d->teacher, .device = &d->device, .w8a8 = w8a8, .memory = d->memory - logits, .max_length = p->longest,
+    const struct rt_teacher_options o = {.dir = d->teacher, .device = &d->device, .w8a8 = w8a8, .memory = d->memory - held_bytes(d, p), .max_length = p->longest,
                                          .window = p->tokens, .data_tokens = p->tokens};
     RT_TRY(rt_teacher_open(&o, &t, err));
     RT_TRY(states(d, t, p, &x, err));
@@ -329,7 +333,11 @@ static enum rt_status rescore(struct rt_doctor *d, struct picked *p, bool w8a8, 
     const struct rt_row_identity *id = rt_shard_set_identity(d->set);
     const int64_t V = d->tc.vocab_size;
     float *z = NULL, *other = NULL;
+    char need[32], have[32];
     enum rt_status st;
+    if (held_bytes(d, p) >= d->memory)
+        RT_FAIL(err, NOMEM, "logits of %" PRId64 " rows take %s of memory, --memory gives %s: ask for fewer rows with --rescore", p->n,
+                rt_human_bytes(need, (uint64_t)held_bytes(d, p)), rt_human_bytes(have, (uint64_t)d->memory));
     RT_TRY(rt_alloc((size_t)(p->n * V), sizeof *z, "logits", &z, err));
     RT_TRY(compute(d, p, w8a8, z, err));
     for (int64_t i = 0; i < p->n; i++)

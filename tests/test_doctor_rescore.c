@@ -251,6 +251,10 @@ static void what_is_left_out_is_said(void **state)
     doctor(&d, "cpu");
     expect(&d, "shards.rescored", RT_CHECK_FAIL, "memory");
     close_doctor(&d);
+    d = (struct rt_doctor){.shards = dir, .memory = 100000, .rescore = 150};
+    doctor(&d, "cpu");
+    expect(&d, "shards.rescored", RT_CHECK_FAIL, "--memory gives 100 KB: ask for fewer rows with --rescore");
+    close_doctor(&d);
     d = (struct rt_doctor){.shards = dir, .max_length = 5, .rescore = 20};
     doctor(&d, "cpu");
     expect(&d, "shards.rescored.kl", RT_CHECK_PASS, "15 rows of 3 sequences");
