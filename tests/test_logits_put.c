@@ -236,22 +236,32 @@ static void the_next_window_goes_on_meanwhile(void **state)
     }
 }
 
-/* Where the host has no room for a second window's rows, or there is no second window, one comes after the other. */
+/* The least --memory, in MiB, with which a run is planned, or planned with two windows under way. */
+static int64_t least_memory(bool overlap)
+{
+    int64_t no = 64, yes = 400;
+    while (yes - no > 1) {
+        struct rt_err err = {0};
+        struct run r;
+        const int64_t mid = (no + yes) / 2;
+        const enum rt_status st = plan(&r, test_tmp("put-plan"), 1, mid << 20, &err);
+        assert_true(st == RT_OK || st == RT_NOMEM);
+        *(st == RT_OK && (!overlap || r.j.overlap) ? &yes : &no) = mid;
+        rt_err_clear(&err);
+        close_run(&r);
+    }
+    assert_in_range(yes, 65, 399);
+    return yes;
+}
+
+/* Where the host has no room for a second window's rows (8 MiB and more: what spilling and saving hold), or there is no second window, one comes after
+ * the other. */
 static void the_plan_needs_room_for_two(void **state)
 {
     (void)state;
     struct rt_err err = {0};
     struct run r;
-    int64_t fits = 0, overlaps = 0;
-    for (int64_t memory = 64 << 20; overlaps == 0 && memory < 400 << 20; memory += 1 << 20) { /* a second window costs what spilling and saving hold: 8 MiB and more */
-        const enum rt_status st = plan(&r, test_tmp("put-plan"), 1, memory, &err);
-        assert_true(st == RT_OK || st == RT_NOMEM);
-        rt_err_clear(&err);
-        fits = st == RT_OK && fits == 0 ? memory : fits;
-        overlaps = st == RT_OK && r.j.overlap ? memory : 0;
-        close_run(&r);
-    }
-    assert_true(fits > 0 && overlaps > fits);
+    assert_true(least_memory(true) > least_memory(false));
     assert_ok(plan(&r, test_tmp("put-plan"), 6, PLENTY, &err)); /* a window a device */
     assert_false(r.j.overlap);
     close_run(&r);
