@@ -16,16 +16,17 @@ __global__ void code_kernel(int *out)
 
 }
 
-enum rt_status rt_cuda_code(int *out, bool *none, struct rt_err *err)
+enum rt_status rt_cuda_code(int *out, struct rt_err *err)
 {
     int *dev = NULL;
     cudaError_t e;
     enum rt_status st;
-    *none = false;
+    *out = 0;
     RT_CUDA_TRY(cudaMalloc((void **)&dev, sizeof *dev));
     code_kernel<<<1, 1>>>(dev);
     e = cudaGetLastError();
-    *none = e == cudaErrorNoKernelImageForDevice || e == cudaErrorUnsupportedPtxVersion;
+    if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorUnsupportedPtxVersion)
+        goto out;
     RT_TRY(rt_cuda_check(e, "a first kernel", err));
     RT_CUDA_TRY(cudaMemcpy(out, dev, sizeof *dev, cudaMemcpyDeviceToHost));
 out:

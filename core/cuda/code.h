@@ -2,8 +2,6 @@
 #ifndef RT_CORE_CUDA_CODE_H
 #define RT_CORE_CUDA_CODE_H
 
-#include <stdbool.h>
-
 #include "core/status.h"
 
 #ifdef __cplusplus
@@ -11,9 +9,9 @@ extern "C" {
 #endif
 
 /* Of the code that the current device runs, *out: 90 with all that compute capability 9.0 has (CUDA_ARCH 90a), else the compute capability it was
- * compiled for, 89 at most. A newer GPU runs what was made for an older one, so this is what chooses kernels, not the GPU's own number. DEVICE; *none: the
- * program holds nothing that this GPU runs. */
-enum rt_status rt_cuda_code(int *out, bool *none, struct rt_err *err);
+ * compiled for, 89 at most; 0: the program holds nothing that this GPU runs. A newer GPU runs what was made for an older one, so this is what chooses
+ * kernels, not the GPU's own number. DEVICE. */
+enum rt_status rt_cuda_code(int *out, struct rt_err *err);
 
 #ifdef __cplusplus
 }

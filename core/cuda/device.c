@@ -60,17 +60,15 @@ static enum rt_status open_device(struct rt_dev *dev, struct rt_err *err)
 {
     struct cudaDeviceProp prop;
     uint64_t keep = UINT64_MAX;
-    bool none;
     enum rt_status st;
     RT_CUDA_TRY(cudaSetDevice(dev->index));
     RT_CUDA_TRY(cudaGetDeviceProperties(&prop, dev->index));
     if (prop.major < 8)
         RT_FAIL(err, DEVICE, "GPU %d (%s) has compute capability %d.%d; 8.0 or later is needed", dev->index, prop.name, prop.major, prop.minor);
-    st = rt_cuda_code(&dev->cc, &none, err);
-    if (none)
+    RT_TRY(rt_cuda_code(&dev->cc, err));
+    if (dev->cc == 0)
         RT_FAIL(err, DEVICE, "GPU %d (%s) has compute capability %d.%d, for which this program holds no code: build it with CUDA_ARCH=\"80 90a\"", dev->index,
                 prop.name, prop.major, prop.minor);
-    RT_TRY(st);
     dev->sm_count = prop.multiProcessorCount;
     dev->block_shared = (int)prop.sharedMemPerBlockOptin;
     dev->l2_bytes = (size_t)prop.l2CacheSize;
