@@ -124,6 +124,12 @@ void rt_sha256_update(struct rt_sha256 *s, const void *data, size_t n)
         memcpy(s->block, p + (n - n % 64), n % 64);
 }
 
+void rt_sha256_update_u32(struct rt_sha256 *s, uint32_t x)
+{
+    const uint8_t le[4] = {(uint8_t)x, (uint8_t)(x >> 8), (uint8_t)(x >> 16), (uint8_t)(x >> 24)};
+    rt_sha256_update(s, le, sizeof le);
+}
+
 void rt_sha256_final(struct rt_sha256 *s, uint8_t out[32])
 {
     uint8_t pad[72] = {0x80};

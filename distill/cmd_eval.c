@@ -92,18 +92,11 @@ static void print_table(const struct rt_json *line)
 
 static enum rt_status print_line(const struct rt_json *line, bool json, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
-    struct rt_buf text = {0};
-    if (json) {
-        RT_TRY(rt_json_dump(line, 0, &text, err));
-        printf("%.*s\n", (int)text.len, text.data);
-    } else {
-        print_table(line);
-    }
+    if (json)
+        return rt_command_print_json(line, err);
+    print_table(line);
     fflush(stdout);
-out:
-    rt_buf_free(&text);
-    return st;
+    return RT_OK;
 }
 
 static struct rt_eval_run_options run_options(const struct rt_context *ctx, const struct values *v, const char *data, int64_t memory)
@@ -211,7 +204,7 @@ static enum rt_status plan(const struct rt_context *ctx, const struct values *v,
             print_plan(v, o.data, &p);
     }
     if (v->common.json)
-        RT_TRY(print_line(root, true, err));
+        RT_TRY(rt_command_print_json(root, err));
 out:
     rt_json_free(root);
     return st;

@@ -53,7 +53,6 @@ static enum rt_status report(const struct values *v, const struct rt_loaded_stud
 {
     enum rt_status st;
     struct rt_json *o = NULL;
-    struct rt_buf text = {0};
     const int64_t bytes = l->p.count * (int64_t)rt_dtype_size(dtype);
     if (!v->common.json) {
         if (v->common.dry_run)
@@ -69,10 +68,8 @@ static enum rt_status report(const struct values *v, const struct rt_loaded_stud
     RT_TRY(rt_json_set_string(o, "dtype", rt_dtype_name(dtype), err));
     RT_TRY(rt_json_set_int(o, "bytes", bytes, err));
     RT_TRY(l->model.tok != NULL ? rt_json_set_string(o, "tokenizer", l->model.path, err) : rt_json_set_null(o, "tokenizer", err));
-    RT_TRY(rt_json_dump(o, 0, &text, err));
-    printf("%.*s\n", (int)text.len, text.data);
+    RT_TRY(rt_command_print_json(o, err));
 out:
-    rt_buf_free(&text);
     rt_json_free(o);
     return st;
 }
@@ -112,8 +109,8 @@ const struct rt_command rt_cmd_export = {
     .name = "export",
     .synopsis = "RUN|CHECKPOINT --out DIR [OPTIONS]",
     .summary = "the student of a run as a Hugging Face directory",
-    .help = "Projectors and optimiser moments stay behind. Of a checkpoint (RUN/ckpt-N) every file is held against its\n"
-            "hash first, and the tokenizer is that of the run. A run's model is rounded to --dtype of `train`; what training kept is in the checkpoints,\n"
+    .help = "Projectors and optimiser moments stay behind. Of a checkpoint (RUN/ckpt-N) the student's files are held\n"
+            "against their hashes first, and the tokenizer is that of the run. A run's model is rounded to --dtype of `train`; what training kept is in the checkpoints,\n"
             "in float32 unless it ran without masters (`train --master none`).\n\n"
             "    retort export runs/soft --out student --dtype bf16",
     .options = options,

@@ -30,7 +30,6 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     struct rt_tokenizer *tok = NULL;
     struct rt_filter_counts counts;
     struct rt_json *answer = NULL;
-    struct rt_buf text = {0};
     enum rt_status st;
     (void)pos;
     struct rt_filter_options o = {.data = v->data, .out = v->out, .verify = rt_verify_mode_of(v->verify), .min_length = v->min_tokens, .max_length = v->max_tokens,
@@ -47,12 +46,10 @@ static enum rt_status run(struct rt_context *ctx, const void *values, const stru
     if (v->common.json) {
         RT_TRY(rt_json_new_object(&answer, err));
         RT_TRY(rt_filter_counts_json(&counts, answer, err));
-        RT_TRY(rt_json_dump(answer, 0, &text, err));
-        printf("%.*s\n", (int)text.len, text.data);
+        RT_TRY(rt_command_print_json(answer, err));
     }
 out:
     rt_json_free(answer);
-    rt_buf_free(&text);
     rt_tokenizer_free(tok);
     return st;
 }

@@ -136,8 +136,7 @@ static enum rt_status report(struct job *j, struct rt_err *err)
         RT_TRY(rt_json_set_int(v, "stored_rows", info->rows, err));
         RT_TRY(rt_json_set_int(v, "bytes", (int64_t)info->bytes, err));
         RT_TRY(rt_retarget_report_json(&j->counts, j->student.tok, v, err));
-        RT_TRY(rt_json_dump(v, 0, &text, err));
-        printf("%.*s\n", (int)text.len, text.data);
+        RT_TRY(rt_command_print_json(v, err));
     } else {
         RT_TRY(rt_retarget_report_print(&j->counts, j->student.tok, &text, err));
         printf("%.*s", (int)text.len, text.data);

@@ -307,7 +307,6 @@ static enum rt_status report(struct job *j, int64_t before, struct rt_err *err)
     const double seconds = rt_now() - j->t_start;
     const int64_t n = rt_trace_file_kept(j->file) - before;
     struct rt_json *m = NULL;
-    struct rt_buf text = {0};
     enum rt_status st = RT_OK;
     if (n == 0 && !j->v->common.json)
         return RT_OK;
@@ -329,13 +328,10 @@ static enum rt_status report(struct job *j, int64_t before, struct rt_err *err)
     RT_TRY(rt_json_set_double(m, "tokens_per_second", seconds > 0 ? (double)j->tokens / seconds : 0, err));
     if (n > 0)
         RT_TRY(rt_rundir_metric(&j->dir, m, err));
-    if (j->v->common.json) {
-        RT_TRY(rt_json_dump(m, 0, &text, err));
-        printf("%.*s\n", (int)text.len, text.data);
-    }
+    if (j->v->common.json)
+        RT_TRY(rt_command_print_json(m, err));
 out:
     rt_json_free(m);
-    rt_buf_free(&text);
     return st;
 }
 

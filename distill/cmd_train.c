@@ -29,14 +29,11 @@ static enum rt_status print_run(const char *run, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *v = NULL;
-    struct rt_buf text = {0};
     char path[4096];
     RT_TRY(rt_path_join(path, sizeof path, run, RT_RUN_FILE, err));
     RT_TRY(rt_json_load(path, (size_t)64 << 20, &v, err));
-    RT_TRY(rt_json_dump(v, 0, &text, err));
-    printf("%.*s\n", (int)text.len, text.data);
+    RT_TRY(rt_command_print_json(v, err));
 out:
-    rt_buf_free(&text);
     rt_json_free(v);
     return st;
 }

@@ -138,3 +138,15 @@ enum rt_status rt_parse_doubles(const char *option, const char *text, double *ou
     }
     return RT_OK;
 }
+
+enum rt_status rt_command_print_json(const struct rt_json *v, struct rt_err *err)
+{
+    struct rt_buf text = {0};
+    const enum rt_status st = rt_json_dump(v, 0, &text, err);
+    if (st == RT_OK) {
+        printf("%.*s\n", (int)text.len, text.data);
+        fflush(stdout);
+    }
+    rt_buf_free(&text);
+    return st;
+}

@@ -83,6 +83,8 @@ enum rt_status rt_command_room(const struct rt_common *common, const struct rt_d
 /* rt_run_config over the command's own and the common options: what a run directory keeps and a resume is compared with. Free with
  * rt_json_free. */
 enum rt_status rt_command_config(const struct rt_command *cmd, const void *values, struct rt_json **out, struct rt_err *err);
+/* v as one line on stdout, at once. */
+enum rt_status rt_command_print_json(const struct rt_json *v, struct rt_err *err);
 
 /* Numbers of a comma-separated list ("0.6,1,2"), at most cap; USAGE names option and place. */
 enum rt_status rt_parse_doubles(const char *option, const char *text, double *out, int cap, int *n, struct rt_err *err);

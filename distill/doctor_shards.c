@@ -106,13 +106,12 @@ static enum rt_status contents(struct rt_doctor *d, const struct rt_row_identity
 {
     enum rt_status st;
     struct rt_checks *k = &d->checks;
-    char temperatures[128] = "";
+    char temperatures[128];
     int64_t longest = 0;
     int one = 0;
-    for (int i = 0; i < id->n_lse; i++) {
-        snprintf(temperatures + strlen(temperatures), sizeof temperatures - strlen(temperatures), "%s%g", i > 0 ? ", " : "", id->lse_temperature[i]);
+    rt_row_identity_temperatures(id, temperatures);
+    for (int i = 0; i < id->n_lse; i++)
         one = id->lse_temperature[i] == 1 ? i : one;
-    }
     if (id->top_k > 0) {
         RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.temperatures", "exact tails at T = %s: --kd-temperature (and --teacher-temperature) must be one of these", temperatures));
         RT_TRY(rt_check_add(k, err, info->mass[one] >= 0.9 ? RT_CHECK_PASS : RT_CHECK_WARN, "shards.mass", "the %d stored ids hold %.4f of the teacher's mass at T = 1 (least sequence %.4f)%s",

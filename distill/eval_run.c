@@ -18,9 +18,8 @@ static enum rt_status create(struct rt_loaded_student *l, const struct rt_device
 /* Why there is no KL, and at which temperatures there would be one. */
 static void warn_temperature(const struct rt_eval_run_options *o, const struct rt_row_identity *id)
 {
-    char stored[16 * RT_MAX_LSE + 1] = "";
-    for (int i = 0; i < id->n_lse && i < RT_MAX_LSE; i++)
-        snprintf(stored + strlen(stored), 16, "%s%g", i > 0 ? ", " : "", id->lse_temperature[i]);
+    char stored[128];
+    rt_row_identity_temperatures(id, stored);
     rt_warn(o->log, "%s: the log-sum-exp at T = %g is not stored (stored: %s): no KL; --kd-temperature takes one of these", o->data, o->T, stored);
 }
 

@@ -141,12 +141,6 @@ static enum rt_status check_identity(const struct rt_train_set *s, struct rt_err
     return RT_OK;
 }
 
-static void put_u32(struct rt_sha256 *h, uint32_t x)
-{
-    const uint8_t le[4] = {(uint8_t)x, (uint8_t)(x >> 8), (uint8_t)(x >> 16), (uint8_t)(x >> 24)};
-    rt_sha256_update(h, le, sizeof le);
-}
-
 static void end_hash(struct rt_sha256 *h, char hex[65])
 {
     uint8_t digest[32];
@@ -164,7 +158,7 @@ static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
     rt_sha256_init(&keys);
     for (int64_t i = 0; i < s->info.sequences; i++) {
         rt_sha256_update(&keys, s->item[i].key, RT_KEY_BYTES);
-        put_u32(&keys, s->item[i].occurrence);
+        rt_sha256_update_u32(&keys, s->item[i].occurrence);
     }
     content = keys;
     if (s->shards != NULL) {
@@ -178,7 +172,7 @@ static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
     for (int64_t i = 0; i < s->info.sequences; i++) {
         const struct item *it = &s->item[i];
         if (s->shards != NULL)
-            put_u32(&content, rt_shard_set_seq(s->shards, it->at)->crc);
+            rt_sha256_update_u32(&content, rt_shard_set_seq(s->shards, it->at)->crc);
         else if (it->kept != NULL)
             rt_sha256_update(&content, it->kept->loss_mask, (size_t)it->n_tokens);
     }

@@ -32,17 +32,12 @@ out:
 
 /* ---- the data ---- */
 
-static struct rt_train_set *set_at(const struct rt_train_run *r, int i)
-{
-    return i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets];
-}
-
 /* What the data take in any case. */
 static size_t data_held(const struct rt_train_run *r)
 {
     size_t n = 0;
     for (int i = 0; i < r->n_sets + r->n_eval; i++)
-        n += rt_train_set_info(set_at(r, i))->held;
+        n += rt_train_set_info(rt_train_set_at(r, i))->held;
     return n;
 }
 
@@ -53,8 +48,8 @@ static void plan_caches(struct rt_train_run *r, size_t need, size_t limit)
     const size_t quarter = (size_t)rt_command_memory(&r->v->common) / 4, left = limit > need ? limit - need : 0,
                  share = (r->device.be->own_memory || quarter < left ? quarter : left) / (size_t)n;
     for (int i = 0; i < n; i++) {
-        const size_t all = rt_train_set_info(set_at(r, i))->decoded;
-        rt_train_set_cache(set_at(r, i), share);
+        const size_t all = rt_train_set_info(rt_train_set_at(r, i))->decoded;
+        rt_train_set_cache(rt_train_set_at(r, i), share);
         r->memory.host += all < share ? all : share;
     }
 }

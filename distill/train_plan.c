@@ -87,10 +87,9 @@ enum rt_status rt_train_contents(const struct rt_train_run *r, struct rt_json *v
     RT_TRY(rt_json_set_object(v, "content_sha256", &of, err));
     for (int i = 0; i < r->n_sets + r->n_eval; i++) {
         const bool eval = i >= r->n_sets;
-        const int at = eval ? i - r->n_sets : i;
-        const struct rt_train_info *info = rt_train_set_info(eval ? r->eval_set[at] : r->set[at]);
+        const struct rt_train_info *info = rt_train_set_info(rt_train_set_at(r, i));
         char key[32], text[4200];
-        snprintf(key, sizeof key, "%s %d", eval ? "eval-data" : "data", at + 1);
+        snprintf(key, sizeof key, "%s %d", eval ? "eval-data" : "data", (eval ? i - r->n_sets : i) + 1);
         snprintf(text, sizeof text, "%s %s", info->content_sha256, info->path);
         RT_TRY(rt_json_set_string(of, key, text, err));
     }
@@ -98,25 +97,22 @@ out:
     return st;
 }
 
+struct rt_train_set *rt_train_set_at(const struct rt_train_run *r, int i)
+{
+    return i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets];
+}
+
 int64_t rt_train_longest(const struct rt_train_run *r)
 {
     int64_t n = 1;
     for (int i = 0; i < r->n_sets + r->n_eval; i++) {
-        const struct rt_train_info *info = rt_train_set_info(i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets]);
+        const struct rt_train_info *info = rt_train_set_info(rt_train_set_at(r, i));
         n = info->longest > n ? info->longest : n;
     }
     return n;
 }
 
 /* ---- the losses against what the data hold ---- */
-
-static void stored_temperatures(const struct rt_row_identity *id, char out[128])
-{
-    size_t at = 0;
-    out[0] = '\0';
-    for (int i = 0; i < id->n_lse && at + 16 < 128; i++)
-        at += (size_t)snprintf(out + at, 128 - at, "%s%g", i > 0 ? ", " : "", id->lse_temperature[i]);
-}
 
 static void warn_tail(const struct rt_train_run *r, const struct rt_train_info *info, int lse)
 {
@@ -205,7 +201,7 @@ static enum rt_status check_rows(const struct rt_train_run *r, int i, struct rt_
     if (st != RT_OK)
         return st;
     if (lse < 0 && r->o.w.tail == RT_TAIL_BUCKET) {
-        stored_temperatures(info->identity, stored);
+        rt_row_identity_temperatures(info->identity, stored);
         return rt_fail(err, RT_REFUSED, "%s: the log-sum-exp at T = %g is not stored (stored: %s), so the mass of the ids that are not stored cannot be known: "
                        "take one of these, --tail renorm, or `retort logits --lse %g`", info->path, r->o.teacher_T, stored, r->o.teacher_T);
     }
@@ -275,7 +271,7 @@ static enum rt_status check_losses(struct rt_train_run *r, struct rt_err *err)
     r->o.teacher_T = v->teacher_temperature > 0 ? v->teacher_temperature : v->kd_temperature;
     r->o.use_k = (int)v->top_k;
     for (int i = 0; i < r->n_sets + r->n_eval; i++) {
-        const struct rt_train_info *info = rt_train_set_info(i < r->n_sets ? r->set[i] : r->eval_set[i - r->n_sets]);
+        const struct rt_train_info *info = rt_train_set_info(rt_train_set_at(r, i));
         r->o.k = info->top_k > r->o.k ? info->top_k : r->o.k;
         if (i < r->n_sets)
             RT_TRY(check_rows(r, i, err));
@@ -297,9 +293,8 @@ static void hash_batch(struct rt_sha256 *h, const struct rt_train_run *r, const 
         uint32_t occurrence;
         int64_t line;
         rt_train_set_key(r->set[item[i].set], item[i].seq, key, &occurrence, &line);
-        const uint8_t le[4] = {(uint8_t)occurrence, (uint8_t)(occurrence >> 8), (uint8_t)(occurrence >> 16), (uint8_t)(occurrence >> 24)};
         rt_sha256_update(h, key, sizeof key);
-        rt_sha256_update(h, le, sizeof le);
+        rt_sha256_update_u32(h, occurrence);
     }
 }
 

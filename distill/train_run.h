@@ -67,6 +67,8 @@ enum rt_status rt_train_print_plan(const struct rt_train_run *r, struct rt_err *
 enum rt_status rt_train_contents(const struct rt_train_run *r, struct rt_json *v, struct rt_err *err);
 /* Sequences over the lengths that --max-length and the model allow: the longest to be met. */
 int64_t rt_train_longest(const struct rt_train_run *r);
+/* Data i: the n_sets of training, then those of evaluation. */
+struct rt_train_set *rt_train_set_at(const struct rt_train_run *r, int i);
 
 /* train_memory.c: decides r->o's micro-batches, level and loader, and r->memory. NOMEM: what would fit is said. */
 enum rt_status rt_train_plan_memory(struct rt_train_run *r, struct rt_err *err);

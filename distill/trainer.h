@@ -95,7 +95,7 @@ void rt_trainer_close(struct rt_trainer *t); /* zeroed is fine */
 enum rt_status rt_trainer_step(struct rt_trainer *t, double lr, bool term_norms, struct rt_step_result *r, struct rt_err *err);
 /* For measurements: the last micro-batch `times` times again, forward to backward, its gradients on top of what is there. *tokens = its tokens. */
 enum rt_status rt_trainer_repeat(struct rt_trainer *t, int times, int64_t *tokens, struct rt_err *err);
-/* Share of the optimiser's steps whose gradient was clipped; 0 before the first. */
+/* Share of the optimiser's steps whose gradient was clipped; NaN before the first. */
 double rt_trainer_clipped(const struct rt_trainer *t);
 /* Model, moments, projectors and state.json into a checkpoint of dir; and back from its directory. */
 enum rt_status rt_trainer_checkpoint(const struct rt_trainer *t, const char *dir, int keep, double seconds, struct rt_err *err);

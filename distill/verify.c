@@ -21,11 +21,6 @@ enum rt_verify_mode rt_verify_mode_of(const char *name)
 
 /* ---- where the answer stands ---- */
 
-static bool digit(char c)
-{
-    return c >= '0' && c <= '9';
-}
-
 /* RT_SET_OPEN and its kind are no white space. */
 static bool white(char c)
 {
@@ -89,7 +84,7 @@ static bool box(const char *s, size_t n, size_t i, const char **out, size_t *out
 static bool holds(const char *text, size_t len, size_t end)
 {
     size_t i = end;
-    if (i == len || strchr(" {\\-+", text[i]) != NULL || digit(text[i]))
+    if (i == len || strchr(" {\\-+", text[i]) != NULL || rt_answer_digit(text[i]))
         return true;
     while (i < len && white(text[i]))
         i++;
@@ -121,11 +116,6 @@ static void strip(const char **s, size_t *n)
 
 /* ---- comparison ---- */
 
-static bool letter(char c)
-{
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 0x80;
-}
-
 static char lower(char c)
 {
     return c >= 'A' && c <= 'Z' ? (char)(c + 32) : c;
@@ -137,10 +127,10 @@ static bool skip_marks(const char *s, size_t n, size_t *i)
     const size_t from = *i;
     while (*i < n && (s[*i] == ' ' || s[*i] == RT_TEXT_OPEN || s[*i] == RT_TEXT_CLOSE || s[*i] == RT_DOLLAR))
         ++*i;
-    if (*i == from || from == 0 || *i == n || !digit(s[from - 1]) || !digit(s[*i]))
+    if (*i == from || from == 0 || *i == n || !rt_answer_digit(s[from - 1]) || !rt_answer_digit(s[*i]))
         return false;
     size_t k = 0;
-    while (*i + k < n && digit(s[*i + k]))
+    while (*i + k < n && rt_answer_digit(s[*i + k]))
         k++;
     return k != 3;
 }
@@ -172,12 +162,12 @@ static enum shape shape(const char *s, size_t n)
     size_t letters = 0, run = 0, longest = 0, digits = 0;
     bool text = false;
     for (size_t i = 0; i < n; i++) {
-        if (letter(s[i])) {
+        if (rt_answer_letter(s[i])) {
             letters++;
             run++;
-        } else if (strchr(" -'.&_,", s[i]) != NULL || digit(s[i]) || s[i] == RT_TEXT_OPEN || s[i] == RT_TEXT_CLOSE) {
+        } else if (strchr(" -'.&_,", s[i]) != NULL || rt_answer_digit(s[i]) || s[i] == RT_TEXT_OPEN || s[i] == RT_TEXT_CLOSE) {
             run = 0;
-            digits += digit(s[i]);
+            digits += rt_answer_digit(s[i]);
             text |= s[i] == RT_TEXT_OPEN;
         } else {
             return SHAPE_TEXT;
@@ -193,7 +183,7 @@ static enum shape shape(const char *s, size_t n)
 static bool names_choice(const char *s, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        if (!letter(s[i]) || (i > 0 && (letter(s[i - 1]) || digit(s[i - 1]))) || (i + 1 < n && (letter(s[i + 1]) || digit(s[i + 1]))))
+        if (!rt_answer_letter(s[i]) || (i > 0 && (rt_answer_letter(s[i - 1]) || rt_answer_digit(s[i - 1]))) || (i + 1 < n && (rt_answer_letter(s[i + 1]) || rt_answer_digit(s[i + 1]))))
             continue;
         if (i + 1 == n || strchr(").:,", s[i + 1]) != NULL || (s[i + 1] == RT_TEXT_CLOSE && s[i] >= 'A' && s[i] <= 'Z'))
             return true;
@@ -237,9 +227,9 @@ static size_t unwrap(const char **s, size_t *n)
     size_t name = 0;
     strip(s, n);
     size_t i = 0;
-    while (i < *n && (letter((*s)[i]) || (*s)[i] == '_' || (*s)[i] == '(' || (*s)[i] == ')' || (*s)[i] == ' '))
+    while (i < *n && (rt_answer_letter((*s)[i]) || (*s)[i] == '_' || (*s)[i] == '(' || (*s)[i] == ')' || (*s)[i] == ' '))
         i++;
-    if (i > 0 && i <= 12 && letter(**s)) {
+    if (i > 0 && i <= 12 && rt_answer_letter(**s)) {
         if (i < *n && (*s)[i] == '=' && (i + 1 == *n || (*s)[i + 1] != '=')) {
             name = i;
             *s += i + 1;
@@ -426,7 +416,7 @@ static enum rt_verdict compare_lists(const struct list *a, const struct list *b,
 static bool has_digit(const struct item *it)
 {
     for (size_t i = 0; i < it->n; i++)
-        if (digit(it->s[i]))
+        if (rt_answer_digit(it->s[i]))
             return true;
     return false;
 }

@@ -4,16 +4,6 @@
 
 #include "distill/verify_value.h"
 
-static bool digit(char c)
-{
-    return c >= '0' && c <= '9';
-}
-
-static bool is_letter(char c)
-{
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 0x80;
-}
-
 static bool known_unit(const char *s, size_t n)
 {
     static const char *const known[] = {"cm", "mm", "km", "nm", "dm", "kg", "mg", "ml", "mL", "mi", "ft", "in", "yd", "hr", "min", "sec", "ms", "lb",
@@ -40,18 +30,18 @@ bool rt_unit_read(const char *s, size_t n, bool glued)
     bool text = false;
     for (size_t i = 0; i < n;) {
         const char c = s[i];
-        if (is_letter(c)) {
+        if (rt_answer_letter(c)) {
             const size_t from = i;
-            while (i < n && is_letter(s[i]))
+            while (i < n && rt_answer_letter(s[i]))
                 i++;
             if (!text && !unit_word(s, n, from, i, glued))
                 return false;
             letters += i - from;
-            while (text && i < n && digit(s[i])) /* m2 */
+            while (text && i < n && rt_answer_digit(s[i])) /* m2 */
                 i++;
         } else if (c == '^' && letters > 0) {
             i++;
-            while (i < n && (digit(s[i]) || s[i] == '{' || s[i] == '}' || s[i] == '-'))
+            while (i < n && (rt_answer_digit(s[i]) || s[i] == '{' || s[i] == '}' || s[i] == '-'))
                 i++;
         } else if (c == RT_TEXT_OPEN || c == RT_TEXT_CLOSE) {
             text = c == RT_TEXT_OPEN;
@@ -71,7 +61,7 @@ bool rt_unit_doubtful(const struct rt_value *v)
                                         "less", "more", "base", "mod", "remainder", "wrong", "incorrect"};
     for (size_t i = 0; i < v->n_unit;) {
         const size_t from = i;
-        while (i < v->n_unit && is_letter(v->unit[i]))
+        while (i < v->n_unit && rt_answer_letter(v->unit[i]))
             i++;
         for (size_t k = 0; k < sizeof words / sizeof *words; k++)
             if (strlen(words[k]) == i - from && strncasecmp(words[k], v->unit + from, i - from) == 0)
@@ -94,9 +84,9 @@ bool rt_unit_same(const struct rt_value *a, const struct rt_value *b)
 {
     size_t i = 0, j = 0;
     for (;; i++, j++) {
-        while (i < a->n_unit && !is_letter(a->unit[i]) && !digit(a->unit[i]) && a->unit[i] != '/')
+        while (i < a->n_unit && !rt_answer_letter(a->unit[i]) && !rt_answer_digit(a->unit[i]) && a->unit[i] != '/')
             i++;
-        while (j < b->n_unit && !is_letter(b->unit[j]) && !digit(b->unit[j]) && b->unit[j] != '/')
+        while (j < b->n_unit && !rt_answer_letter(b->unit[j]) && !rt_answer_digit(b->unit[j]) && b->unit[j] != '/')
             j++;
         if (i == a->n_unit || j == b->n_unit)
             return i == a->n_unit && j == b->n_unit;

@@ -169,16 +169,6 @@ static bool root(struct number *a, const struct number *order)
 
 static bool expression(struct reader *r, struct number *v);
 
-static bool digit(char c)
-{
-    return c >= '0' && c <= '9';
-}
-
-static bool is_letter(char c)
-{
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 0x80;
-}
-
 static void spaces(struct reader *r)
 {
     while (r->i < r->n && (r->s[r->i] == ' ' || r->s[r->i] == RT_DOLLAR))
@@ -202,19 +192,19 @@ static bool command_ahead(const struct reader *r, const char *what)
 static bool thousands(const struct reader *r)
 {
     size_t i = r->i, lead = 0;
-    while (i < r->n && digit(r->s[i]))
+    while (i < r->n && rt_answer_digit(r->s[i]))
         i++, lead++;
     if (lead < 1 || lead > 3 || r->s[r->i] == '0' || i == r->n || r->s[i] != ',')
         return false;
     while (i < r->n && r->s[i] == ',') {
         for (int k = 1; k <= 3; k++)
-            if (i + (size_t)k >= r->n || !digit(r->s[i + (size_t)k]))
+            if (i + (size_t)k >= r->n || !rt_answer_digit(r->s[i + (size_t)k]))
                 return false;
         i += 4;
     }
     if (r->i == 1 && r->s[0] == '(' && i + 1 == r->n && r->s[i] == ')')
         return false;
-    return i == r->n || !digit(r->s[i]);
+    return i == r->n || !rt_answer_digit(r->s[i]);
 }
 
 static void take_digit(struct number *v, char c)
@@ -238,9 +228,9 @@ static void scientific(struct reader *r, struct number *v, double step)
     const bool down = ++i < r->n && r->s[i] == '-';
     i += i < r->n && (r->s[i] == '-' || r->s[i] == '+');
     const size_t from = i;
-    for (; i < r->n && digit(r->s[i]) && i - from < 4; i++)
+    for (; i < r->n && rt_answer_digit(r->s[i]) && i - from < 4; i++)
         e = 10 * e + (r->s[i] - '0');
-    if (i == from || (i < r->n && (digit(r->s[i]) || is_letter(r->s[i]))))
+    if (i == from || (i < r->n && (rt_answer_digit(r->s[i]) || rt_answer_letter(r->s[i]))))
         return;
     const struct number ten = {.exact = true, .num = 10, .den = 1, .approx = 10};
     const bool decimal = v->decimal || down;
@@ -262,14 +252,14 @@ static bool literal(struct reader *r, struct number *v)
     double scale = 1;
     *v = (struct number){.exact = true, .den = 1};
     const size_t from = r->i;
-    for (; r->i < r->n && (digit(r->s[r->i]) || (commas && r->s[r->i] == ',')); r->i++)
+    for (; r->i < r->n && (rt_answer_digit(r->s[r->i]) || (commas && r->s[r->i] == ',')); r->i++)
         if (r->s[r->i] != ',')
             take_digit(v, r->s[r->i]);
     v->rounded = !v->exact;
     bool any = r->i > from;
-    if (r->i + 1 < r->n && r->s[r->i] == '.' && digit(r->s[r->i + 1])) {
+    if (r->i + 1 < r->n && r->s[r->i] == '.' && rt_answer_digit(r->s[r->i + 1])) {
         any = v->decimal = true;
-        for (r->i++; r->i < r->n && digit(r->s[r->i]); r->i++) {
+        for (r->i++; r->i < r->n && rt_answer_digit(r->s[r->i]); r->i++) {
             take_digit(v, r->s[r->i]);
             scale *= 10;
             v->exact = v->exact && !__builtin_mul_overflow(v->den, (__int128)10, &v->den) && in_range(v->den);
@@ -291,7 +281,7 @@ static bool primary(struct reader *r, struct number *v);
 static bool argument(struct reader *r, struct number *v)
 {
     spaces(r);
-    if (r->i < r->n && digit(r->s[r->i])) {
+    if (r->i < r->n && rt_answer_digit(r->s[r->i])) {
         *v = (struct number){.exact = true, .den = 1};
         take_digit(v, r->s[r->i++]);
         return true;
@@ -330,9 +320,9 @@ static bool whole_argument(struct reader *r, struct number *v)
 {
     spaces(r);
     if (!ahead(r, "{"))
-        return r->i < r->n && digit(r->s[r->i]) && argument(r, v);
+        return r->i < r->n && rt_answer_digit(r->s[r->i]) && argument(r, v);
     r->i++;
-    return r->i < r->n && digit(r->s[r->i]) && literal(r, v) && !v->decimal && ahead(r, "}") && (r->i++, true);
+    return r->i < r->n && rt_answer_digit(r->s[r->i]) && literal(r, v) && !v->decimal && ahead(r, "}") && (r->i++, true);
 }
 
 /* What may follow a whole number to make a mixed one: \frac{a}{b} of whole numbers, or " a/b". Nothing nested is read here: it would
@@ -346,7 +336,7 @@ static bool mixed(struct reader *r, struct number *v)
         p.i += strlen("\\frac");
         if (!whole_argument(&p, &part) || !whole_argument(&p, &below) || !divide(&part, &below))
             return true;
-    } else if (p.i > r->i && p.i < p.n && digit(p.s[p.i])) {
+    } else if (p.i > r->i && p.i < p.n && rt_answer_digit(p.s[p.i])) {
         if (!literal(&p, &part) || !ahead(&p, "/"))
             return true;
         p.i++;
@@ -369,7 +359,7 @@ static bool primary(struct reader *r, struct number *v)
         return false;
     const char c = r->s[r->i];
     bool ok = false;
-    if (digit(c) || c == '.')
+    if (rt_answer_digit(c) || c == '.')
         ok = literal(r, v) && (v->decimal || mixed(r, v));
     else if (c == '(')
         ok = enclosed(r, ')', v);

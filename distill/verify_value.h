@@ -13,6 +13,16 @@
 enum { RT_ANSWER_MAX = 4096 };
 enum { RT_TEXT_OPEN = 1, RT_TEXT_CLOSE = 2, RT_SET_OPEN = 3, RT_SET_CLOSE = 4, RT_UNION = 5, RT_DOLLAR = 6 };
 
+static inline bool rt_answer_digit(char c)
+{
+    return c >= '0' && c <= '9';
+}
+/* A letter, or a byte of a character beyond ASCII. */
+static inline bool rt_answer_letter(char c)
+{
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 0x80;
+}
+
 struct rt_answer_text {
     char s[RT_ANSWER_MAX + 64];
     size_t n;

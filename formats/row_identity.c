@@ -111,6 +111,14 @@ bool rt_row_identity_spans(const struct rt_row_identity *id)
     return strcmp(id->origin.mode, "alm") == 0;
 }
 
+void rt_row_identity_temperatures(const struct rt_row_identity *id, char out[128])
+{
+    size_t at = 0;
+    out[0] = '\0';
+    for (int i = 0; i < id->n_lse && at + 16 < 128; i++)
+        at += (size_t)snprintf(out + at, 128 - at, "%s%g", i > 0 ? ", " : "", id->lse_temperature[i]);
+}
+
 bool rt_row_identity_dense(const struct rt_row_identity *id)
 {
     if (rt_row_identity_spans(id))

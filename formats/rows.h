@@ -110,6 +110,8 @@ static inline int rt_row_entries(const struct rt_rows *r, int64_t i)
 
 /* Rows of spans in place of distributions: origin.mode is "alm". They have no entries (k 0). */
 bool rt_row_identity_spans(const struct rt_row_identity *id);
+/* Its temperatures, as people read them: "1, 2". */
+void rt_row_identity_temperatures(const struct rt_row_identity *id, char out[128]);
 /* Fills key from ids. */
 void rt_rows_key(const uint32_t *ids, int64_t n, uint8_t key[RT_KEY_BYTES]);
 /* FORMAT where a block breaks a rule above (order of ids, ranges, positions, finite numbers, n_ids); `where` is for messages. */

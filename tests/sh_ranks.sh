@@ -14,6 +14,18 @@ recipe() { # what to put in front, directory, options ...
 train() {
     recipe "" "$@"
 }
+soon() { # a command: until it holds, a minute at most
+    tries=0
+    while ! "$@" && [ $tries -lt 600 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+}
+interrupt() { # a process: $code is its exit code
+    kill -INT "$1"
+    code=0
+    wait "$1" || code=$?
+}
 # losses of two runs, step by step, within 1e-5 of each other
 same() {
     for run in "$1" "$2"; do
@@ -36,29 +48,17 @@ train plan --steps 12 --gpus 3 --dry-run --json --quiet | grep -q '"ranks":3'
 # an interrupt of the one process ends all ranks, which save; the same command goes on, with another number of ranks, too
 (recipe exec cut --steps 5000 --epochs 5000 --gpus 2 --quiet 2>"$tmp/cut.err") &
 pid=$!
-tries=0
-while [ ! -s "$tmp/cut/metrics.jsonl" ] && [ $tries -lt 600 ]; do
-    sleep 0.1
-    tries=$((tries + 1))
-done
-kill -INT $pid
-code=0
-wait $pid || code=$?
+soon test -s "$tmp/cut/metrics.jsonl"
+interrupt $pid
 [ $code = 130 ] || { echo "interrupted: exit code $code"; cat "$tmp/cut.err"; exit 1; }
 ls "$tmp"/cut/ckpt-* >/dev/null
 
 # a checkpoint that rank 0 cannot put in place is lost for all: nobody says that it was saved
 (recipe exec lost --steps 5000 --epochs 5000 --gpus 2 --quiet 2>"$tmp/lost.err") &
 pid=$!
-tries=0
-while [ ! -s "$tmp/lost/metrics.jsonl" ] && [ $tries -lt 600 ]; do
-    sleep 0.1
-    tries=$((tries + 1))
-done
+soon test -s "$tmp/lost/metrics.jsonl"
 (cd "$tmp/lost" && seq -f 'ckpt-%08.0f' 1 2000 | xargs touch)
-kill -INT $pid
-code=0
-wait $pid || code=$?
+interrupt $pid
 [ $code = 1 ] || { echo "a lost checkpoint: exit code $code"; cat "$tmp/lost.err"; exit 1; }
 if grep -q 'saved' "$tmp/lost.err"; then
     echo "a lost checkpoint is said to be saved"
@@ -68,14 +68,8 @@ fi
 # an interrupt while ranks meet ends the wait
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29973 recipe exec met --steps 12 2>"$tmp/met.err" &
 pid=$!
-tries=0
-while ! grep -q 'meeting at' "$tmp/met.err" && [ $tries -lt 600 ]; do
-    sleep 0.1
-    tries=$((tries + 1))
-done
-kill -INT $pid
-code=0
-wait $pid || code=$?
+soon grep -q 'meeting at' "$tmp/met.err"
+interrupt $pid
 [ $code = 130 ] || { echo "interrupted while ranks meet: exit code $code"; cat "$tmp/met.err"; exit 1; }
 [ ! -e "$tmp/met" ]
 

@@ -294,15 +294,25 @@ static void one_tokenizer_keeps_the_set(void **state)
     close_world(&w);
 }
 
+static void put_set(const char *dir, const struct rf_rows *r, int n)
+{
+    struct rt_err err = {0};
+    struct rt_shard_sink *shards = NULL;
+    struct rt_row_sink sink;
+    struct rt_shard_resume resume;
+    assert_ok(rt_shard_sink_open(dir, &r[0].id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
+    for (int i = 0; i < n; i++)
+        assert_ok(sink.put(sink.self, &r[i].rows, &err));
+    assert_ok(sink.finish(sink.self, &err));
+    rt_shard_sink_free(shards);
+}
+
 /* Text that is not there, or is not what the tokens' bytes spell, is left out and counted, with one tokenizer on both sides too. */
 static void text_that_is_not_the_tokens(void **state)
 {
     (void)state;
     struct rt_err err = {0};
     struct world w;
-    struct rt_shard_sink *shards = NULL;
-    struct rt_row_sink sink;
-    struct rt_shard_resume resume;
     static const char *const students[] = {DEEPSEEK, QWEN};
     struct rf_rows r[3];
     open_world(&w, "source-g", DEEPSEEK);
@@ -312,11 +322,7 @@ static void text_that_is_not_the_tokens(void **state)
     r[1].rows.byte_end = NULL;
     r[1].rows.text_len = 0;
     ((char *)(uintptr_t)r[2].rows.text)[r[2].rows.text_len - 1] ^= 1;
-    assert_ok(rt_shard_sink_open(test_tmp("no-text"), &r[0].id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
-    for (int i = 0; i < 3; i++)
-        assert_ok(sink.put(sink.self, &r[i].rows, &err));
-    assert_ok(sink.finish(sink.self, &err));
-    rt_shard_sink_free(shards);
+    put_set(test_tmp("no-text"), r, 3);
     for (int i = 0; i < 2; i++) {
         struct rt_model_dir s = rf_model(test_data(students[i]));
         assert_ok(run(test_tmp("no-text"), &w.t, &s, test_tmp(i == 0 ? "no-text-a" : "no-text-b"), (struct run_options){0}, &w.counts, &err));
@@ -335,9 +341,6 @@ static void ids_beyond_the_tokenizer(void **state)
     (void)state;
     struct rt_err err = {0};
     struct world w;
-    struct rt_shard_sink *shards = NULL;
-    struct rt_row_sink sink;
-    struct rt_shard_resume resume;
     open_world(&w, "source-h", DEEPSEEK);
     struct rf_rows r = rf_render(&w.t, "One?", "So x = 42", K);
     r.id.n_ids = r.id.vocab_size = 1 << 20;
@@ -348,10 +351,7 @@ static void ids_beyond_the_tokenizer(void **state)
         if (j == (int)r.rows.next_rank[last])
             ((uint32_t *)(uintptr_t)r.rows.topk_ids)[last * K + j] = far;
     rt_rows_key(r.rows.ids, r.rows.n_tokens, r.rows.key);
-    assert_ok(rt_shard_sink_open(test_tmp("far"), &r.id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
-    assert_ok(sink.put(sink.self, &r.rows, &err));
-    assert_ok(sink.finish(sink.self, &err));
-    rt_shard_sink_free(shards);
+    put_set(test_tmp("far"), &r, 1);
     assert_status(run(test_tmp("far"), &w.t, &w.s, test_tmp("far-out"), (struct run_options){0}, &w.counts, &err), REFUSED);
     rf_rows_free(&r);
     close_world(&w);
