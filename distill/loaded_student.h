@@ -23,8 +23,8 @@ struct rt_student_source {
     const char *template_name; /* NULL: the directory's own */
 };
 
-/* Reads configuration, headers and tokenizer; nothing is allocated for the weights. Of a checkpoint (a MANIFEST is there) every file is
- * held against its hash first, FORMAT names the damaged one, and the tokenizer is that of the run it lies in, where that can be found.
+/* Reads configuration, headers and tokenizer; nothing is allocated for the weights. Of a checkpoint (a MANIFEST is there) the student's files
+ * are held against their hashes first, FORMAT names a damaged one, and the tokenizer is that of the run it lies in, where that can be found.
  * USAGE: neither or both of student, init_config. */
 enum rt_status rt_loaded_student_open(struct rt_loaded_student *l, const struct rt_student_source *source, struct rt_log *log,
                                       struct rt_err *err);
