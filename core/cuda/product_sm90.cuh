@@ -32,12 +32,12 @@ enum {
     BLOCK = BM * 128,       /* one of them */
     CONSUMERS = 2,          /* warpgroups */
     TILE_AT = STAGES * STAGE, BARS_AT = TILE_AT + TILE, PRODUCT_SHARED = BARS_AT + (2 * STAGES + 2) * 8,
-    BAND = 16,              /* pairs of row blocks that run side by side over all columns: fastest of 4, 8, 16 at the students' sizes */
 };
 
 /* The tiles of one product. */
 struct walk {
     int rows, k_blocks, columns, pairs, tiles; /* rows that exist; blocks of columns; pairs of row blocks */
+    int band;            /* pairs that run side by side over all columns */
     int b_step, b_apart; /* b^T in rows: block c of columns begins at row c b_step, and its second half b_apart behind that */
     int whole, parts, items; /* tiles that are made whole; parts of each other one; items of work in all */
     float4 *partial;     /* [tiles - whole][parts - 1][CLUSTER] sums of a tile, as the threads hold them */
@@ -79,8 +79,8 @@ __device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
 __device__ __forceinline__ int tile_step() { return gridDim.x / CLUSTER; }
 __device__ __forceinline__ place place_of(const walk &w, int t, uint32_t rank)
 {
-    const int of_band = BAND * w.columns, band = t / of_band, within = t - band * of_band, high = min(+BAND, w.pairs - band * BAND);
-    return {((band * BAND + within % high) * CLUSTER + (int)rank) * BM, within / high};
+    const int of_band = w.band * w.columns, band = t / of_band, within = t - band * of_band, high = min(w.band, w.pairs - band * w.band);
+    return {((band * w.band + within % high) * CLUSTER + (int)rank) * BM, within / high};
 }
 
 /* Item t of the work: a tile's blocks of k from k0 to k1, part `part` of it. */
@@ -388,6 +388,14 @@ inline int product_parts(int r, int clusters, int k_blocks)
     return best;
 }
 
+/* Pairs in a band. Where the rows of sixteen stay in the L2, sixteen: columns are then read least often. Else a band's rows come from memory again for each
+ * turn of the clusters that it lasts: as many as make one turn of all columns, or, where those are many, eight, about as many as a turn then has columns. */
+inline int product_band(const walk *w, int clusters, int64_t l2_bytes)
+{
+    const int64_t sixteen = (int64_t)16 * CLUSTER * BM * BK * 2 * w->k_blocks;
+    return sixteen <= l2_bytes / 3 ? 16 : w->columns * 8 <= clusters ? clusters / w->columns : 8;
+}
+
 /* w->rows, k_blocks, columns, b_step and b_apart are set. */
 template <class TAKER, bool F16, bool TA, bool TB>
 enum rt_status product_launch(struct rt_queue *q, const maps *m, walk *w, const TAKER *taker, const char *name, struct rt_err *err)
@@ -398,6 +406,7 @@ enum rt_status product_launch(struct rt_queue *q, const maps *m, walk *w, const 
     w->pairs = (w->rows + CLUSTER * BM - 1) / (CLUSTER * BM);
     w->tiles = w->pairs * w->columns;
     const int most = q->dev->sm_count / CLUSTER, rest = w->tiles % most;
+    w->band = product_band(w, most, (int64_t)q->dev->l2_bytes);
     w->parts = TAKER::SPLIT ? product_parts(rest, most, w->k_blocks) : 1;
     w->whole = w->parts > 1 ? w->tiles - rest : w->tiles;
     w->items = w->whole + (w->tiles - w->whole) * w->parts;
