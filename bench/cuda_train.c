@@ -302,7 +302,7 @@ static void one_step(struct bench *b, bool kl, double t[4])
                   .V = head.V, .label = b->label, .k = kl ? K : 0, .top_ids = b->top, .top_logp = b->logp, .kl_mask = kl ? b->mask : NULL, .tail = RT_TAIL_BUCKET,
                   .w_ce = 1.0 / STEP_TOKENS, .w_kl = kl ? 1.0 / STEP_TOKENS : 0, .T = kl ? b->v.temperature : 1, .ce = b->row[0], .kl = b->row[1]));
     mark(b, 2);
-    need(b, rt_student_backward(b->s, b->d_final, NULL, 0, &b->err));
+    need(b, rt_student_backward(b->s, b->d_final, NULL, 0, false, &b->err));
     mark(b, 3);
     need(b, rt_optimizer_step(&b->opt, 1e-6, 1, &report, &b->err));
     mark(b, 4);

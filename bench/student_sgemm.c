@@ -99,7 +99,7 @@ static enum rt_status step(void *self, struct rt_err *err)
                  .H = h.H, .V = h.V, .label = r->label, .k = k, .top_ids = k > 0 ? r->top_ids : NULL, .top_logp = k > 0 ? r->logp : NULL,
                  .kl_mask = k > 0 ? r->mask : NULL, .tail = RT_TAIL_BUCKET, .w_ce = 0.5 / (double)n, .w_kl = k > 0 ? 0.5 / (double)n : 0,
                  .T = 2, .ce = r->ce, .kl = r->kl));
-    RT_TRY(rt_student_backward(r->s, r->d_final, NULL, 0, err));
+    RT_TRY(rt_student_backward(r->s, r->d_final, NULL, 0, false, err));
     RT_TRY(rt_optimizer_step(&r->opt, 1e-4, 1.0, &report, err));
     for (int64_t i = 0; i < n; i++)
         loss += r->ce[i] + r->kl[i];

@@ -219,6 +219,7 @@ struct rt_sample_args {
 };
 
 /* ---- student, forward and backward ---- */
+/* `first`, of a backward over n > 0 rows: it is the first to write to dw (and db), which are = instead of +=, whatever lay there. */
 /* y[t,h,:] = rope(norm(x[t,h,:]; w)), norm over d with eps; w NULL: no norm. rstd [n, heads] float = or NULL (unspecified without
  * w). May be in place (y == x) only where w is NULL. Half-split rope. */
 struct rt_headnorm_rope_fwd_args {
@@ -228,17 +229,17 @@ struct rt_headnorm_rope_fwd_args {
 /* dx = gradient at x from dy (dx may alias dy); dw += (act [d]; NULL where w is). x is the forward's input. */
 struct rt_headnorm_rope_bwd_args {
     const void *dy, *x; int64_t lddy, ldx; const struct rt_weight *w; const float *rstd; void *dx; int64_t lddx; void *dw;
-    const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps;
+    const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps; bool first;
 };
 /* dx += (or = without accumulate) gradient of norm_fwd at s, dw += (NULL where w is). x is s, the normalised sum. rstd is what
  * norm_fwd wrote, as in every backward. All dense. */
 struct rt_norm_bwd_args {
-    const void *dy, *x; const struct rt_weight *w; const float *rstd; void *dx, *dw; int64_t n, cols; float eps; bool accumulate;
+    const void *dy, *x; const struct rt_weight *w; const float *rstd; void *dx, *dw; int64_t n, cols; float eps; bool accumulate, first;
 };
 /* dx = dy w, or += . dy [n, N] with lddy, dx [n, K] dense. */
 struct rt_linear_dgrad_args { const void *dy; int64_t lddy; const struct rt_weight *w; void *dx; int64_t n, K, N; bool accumulate; };
 /* dw += dy^T x, db += column sums of dy (db NULL: none). dw [N, K] dense. */
-struct rt_linear_wgrad_args { const void *dy, *x; int64_t lddy, ldx; void *dw, *db; int64_t n, K, N; };
+struct rt_linear_wgrad_args { const void *dy, *x; int64_t lddy, ldx; void *dw, *db; int64_t n, K, N; bool first; };
 /* dq, dk, dv = (same strides as q, k, v). delta [nh, n] float is scratch. */
 struct rt_attn_bwd_args {
     struct rt_attn_shape s;

@@ -335,9 +335,10 @@ bool rt_losses_constant(const struct rt_losses *l, int slot, const struct rt_los
 }
 
 enum rt_status rt_losses_enqueue(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
-                                 bool backward, struct rt_loss_sums *sums, struct rt_err *err)
+                                 enum rt_losses_grads grads, struct rt_loss_sums *sums, struct rt_err *err)
 {
     enum rt_status st;
+    const bool backward = grads != RT_GRADS_NONE;
     const struct rt_loss_slot *at = &l->slot[slot];
     struct rt_student_extra extra[RT_MAX_FEATURES];
     int n_extra = 0;
@@ -350,7 +351,7 @@ enum rt_status rt_losses_enqueue(struct rt_losses *l, int slot, struct rt_studen
             extra[n_extra++] = (struct rt_student_extra){proj->map.pair[i].student, l->extra[i]};
     }
     if (backward)
-        RT_TRY(rt_student_backward(s, l->d_final, extra, n_extra, err));
+        RT_TRY(rt_student_backward(s, l->d_final, extra, n_extra, grads == RT_GRADS_FIRST, err));
 out:
     return st;
 }
@@ -367,7 +368,7 @@ enum rt_status rt_losses_run(struct rt_losses *l, struct rt_student *s, struct r
 {
     enum rt_status st;
     RT_TRY(rt_losses_send(l, 0, p, err));
-    RT_TRY(rt_losses_enqueue(l, 0, s, proj, w, items, backward, sums, err));
+    RT_TRY(rt_losses_enqueue(l, 0, s, proj, w, items, backward ? RT_GRADS_ADD : RT_GRADS_NONE, sums, err));
     RT_TRY(rt_losses_fetch(l, 0, err));
     RT_TRY(rt_losses_collect(l, 0, sums, err));
 out:

@@ -75,16 +75,19 @@ enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, 
 /* Waits for what is under way. A zeroed one is fine. */
 void rt_losses_free(struct rt_losses *l);
 
+/* What becomes of gradients: nothing; the micro-batch is a step's first, and those of the student's layers are = (rt_student_backward); all are +=. */
+enum rt_losses_grads { RT_GRADS_NONE, RT_GRADS_FIRST, RT_GRADS_ADD };
+
 /* A micro-batch goes through a slot in four steps, none of which waits for the device but the last (and states of spans, which take two passes):
  *   send     its rows and ids, on a queue of their own; what is enqueued on the device behind it finds them there. p stays as it is until collect.
- *   enqueue  behind the forward of rt_losses_batch(p), with rt_losses_sent: losses, and with `backward` gradients of student, head and projectors += (then the
- *            forward must have kept everything). items: N. Sums of spans are added here.
+ *   enqueue  behind the forward of rt_losses_batch(p), with rt_losses_sent: losses, and the gradients of student, head and projectors as `grads` says (but for
+ *            NONE the forward must have kept everything). items: N. Sums of spans are added here.
  *   fetch    the rows' results, on their way to the host.
  *   collect  waits for the results; sums += this micro-batch's. Of a slot that was not fetched: nothing. */
 enum rt_status rt_losses_send(struct rt_losses *l, int slot, const struct rt_micro *p, struct rt_err *err);
 struct rt_student_sent rt_losses_sent(const struct rt_losses *l, int slot);
 enum rt_status rt_losses_enqueue(struct rt_losses *l, int slot, struct rt_student *s, struct rt_projectors *proj, const struct rt_loss_weights *w, int64_t items,
-                                 bool backward, struct rt_loss_sums *sums, struct rt_err *err);
+                                 enum rt_losses_grads grads, struct rt_loss_sums *sums, struct rt_err *err);
 enum rt_status rt_losses_fetch(struct rt_losses *l, int slot, struct rt_err *err);
 /* Does enqueue only enqueue what the slot's sizes, weights and items say? Not with states, which it uploads, nor with spans, which it waits for. */
 bool rt_losses_constant(const struct rt_losses *l, int slot, const struct rt_loss_weights *w);

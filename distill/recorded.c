@@ -2,9 +2,10 @@
 
 #include <string.h>
 
-_Static_assert(sizeof(struct rt_recorded_key) == 64, "a key is compared as bytes: no padding");
+_Static_assert(sizeof(struct rt_recorded_key) == 72, "a key is compared as bytes: no padding");
 
-struct rt_recorded_key rt_recorded_key(const struct rt_losses *l, int slot, const struct rt_loss_weights *w, int64_t items)
+struct rt_recorded_key rt_recorded_key(const struct rt_losses *l, int slot, const struct rt_loss_weights *w, int64_t items,
+                                       enum rt_losses_grads grads)
 {
     const struct rt_micro *p = l->slot[slot].p;
     struct rt_recorded_key k;
@@ -19,6 +20,7 @@ struct rt_recorded_key rt_recorded_key(const struct rt_losses *l, int slot, cons
     k.T = w->T;
     k.tail = w->tail;
     k.teacher = p->kl_rows > 0;
+    k.grads = grads;
     return k;
 }
 

@@ -11,7 +11,7 @@
 #include "distill/losses.h"
 
 enum {
-    RT_RECORDED = 8,        /* recordings kept, of 3 to 10 MB of launches each: the usual micro-batch and the last one of a batch, for both slots, twice */
+    RT_RECORDED = 10,       /* recordings kept, of 3 to 10 MB of launches each: the first micro-batch of a step, and for both slots the usual and the last one, twice */
     RT_RECORDED_MET = 16,   /* shapes remembered that came once */
     RT_RECORDED_SEQS = 256, /* sequences of a micro-batch that may be recorded: as many as the launch of a GPU's attention carries (core/cuda/attn.h) */
     RT_RECORDED_IDLE = 512, /* micro-steps without a use after which a recording makes room for another: making one takes as long as some ten of them gain */
@@ -22,9 +22,11 @@ struct rt_recorded_key {
     int64_t n, rows, items;
     double ce, kl, T;
     int32_t tail, teacher; /* teacher: there are rows that take KL */
+    int64_t grads;         /* enum rt_losses_grads */
 };
 /* Of the micro-batch in the slot. Compared as bytes: made from zeroed memory, without padding. */
-struct rt_recorded_key rt_recorded_key(const struct rt_losses *l, int slot, const struct rt_loss_weights *w, int64_t items);
+struct rt_recorded_key rt_recorded_key(const struct rt_losses *l, int slot, const struct rt_loss_weights *w, int64_t items,
+                                       enum rt_losses_grads grads);
 
 struct rt_recorded_shape {
     struct rt_recorded_key key;

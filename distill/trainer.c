@@ -105,9 +105,10 @@ void rt_trainer_close(struct rt_trainer *t)
     *t = (struct rt_trainer){0};
 }
 
+/* Before a step: a rank that has something of the batch writes those of the layers with its first micro-batch. */
 static enum rt_status zero_grads(struct rt_trainer *t, struct rt_err *err)
 {
-    const enum rt_status st = rt_student_zero_grads(t->s, err);
+    const enum rt_status st = t->own > 0 ? rt_student_zero_outer_grads(t->s, err) : rt_student_zero_grads(t->s, err);
     return st != RT_OK ? st : rt_projectors_zero_grads(&t->proj, err);
 }
 
@@ -145,6 +146,7 @@ struct micro_step {
     int slot;
     const struct rt_loss_weights *w;
     int64_t items;
+    enum rt_losses_grads grads;
     bool last;
     struct rt_loss_sums *sums;
 };
@@ -160,19 +162,19 @@ static enum rt_status enqueue_step(void *self, struct rt_err *err)
     RT_TRY(rt_student_forward_sent(t->s, &b, &sent, &k, &t->acts, err));
     if (m->last)
         rt_optimizer_reduce_begin(&t->opt);
-    RT_TRY(rt_losses_enqueue(&t->losses, m->slot, t->s, &t->proj, m->w, m->items, true, m->sums, err));
+    RT_TRY(rt_losses_enqueue(&t->losses, m->slot, t->s, &t->proj, m->w, m->items, m->grads, m->sums, err));
 out:
     return st;
 }
 
-static enum rt_status run_slot(struct rt_trainer *t, int slot, const struct rt_loss_weights *w, int64_t items, bool last, struct rt_loss_sums *sums,
-                               struct rt_err *err)
+static enum rt_status run_slot(struct rt_trainer *t, int slot, const struct rt_loss_weights *w, int64_t items, enum rt_losses_grads grads, bool last,
+                               struct rt_loss_sums *sums, struct rt_err *err)
 {
     enum rt_status st;
-    struct micro_step m = {t, slot, w, items, last, sums};
+    struct micro_step m = {t, slot, w, items, grads, last, sums};
     const bool exchanges = last && t->o.comm != NULL; /* sums over ranks begin with its backward, at the latest with its end */
     if (t->recorded.d != NULL && !exchanges && rt_losses_constant(&t->losses, slot, w)) {
-        const struct rt_recorded_key k = rt_recorded_key(&t->losses, slot, w, items);
+        const struct rt_recorded_key k = rt_recorded_key(&t->losses, slot, w, items, grads);
         RT_TRY(rt_recorded_run(&t->recorded, &k, t->losses.slot[slot].p->cu, enqueue_step, &m, err));
     } else {
         RT_TRY(enqueue_step(&m, err));
@@ -190,6 +192,7 @@ static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_resu
     enum rt_status st;
     int64_t at = 0;
     int slot = 0;
+    enum rt_losses_grads grads = RT_GRADS_FIRST;
     *sums = (struct rt_loss_sums){0};
     RT_TRY(zero_grads(t, err));
     for (;; slot = (slot + 1) % RT_LOSS_SLOTS) {
@@ -198,8 +201,9 @@ static enum rt_status accumulate(struct rt_trainer *t, const struct rt_step_resu
         if (t->micro[slot].n == 0)
             break;
         RT_TRY(rt_losses_send(&t->losses, slot, &t->micro[slot], err));
-        RT_TRY(run_slot(t, slot, w, r->items, at == t->own, sums, err));
+        RT_TRY(run_slot(t, slot, w, r->items, grads, at == t->own, sums, err));
         t->last = slot;
+        grads = RT_GRADS_ADD;
     }
     for (int i = 1; i < RT_LOSS_SLOTS; i++)
         RT_TRY(rt_losses_collect(&t->losses, (slot + i) % RT_LOSS_SLOTS, sums, err));
@@ -213,7 +217,7 @@ enum rt_status rt_trainer_repeat(struct rt_trainer *t, int times, int64_t *token
     enum rt_status st = RT_OK;
     struct rt_loss_sums sums = {0};
     for (int i = 0; i < times; i++)
-        RT_TRY(run_slot(t, t->last, &t->o.w, t->losses.slot[t->last].p->n, false, &sums, err));
+        RT_TRY(run_slot(t, t->last, &t->o.w, t->losses.slot[t->last].p->n, RT_GRADS_ADD, false, &sums, err));
     RT_TRY(rt_losses_collect(&t->losses, t->last, &sums, err));
     *tokens = t->losses.slot[t->last].p->n;
 out:

@@ -43,7 +43,7 @@ out:
 }
 
 /* dx (gradient at the layer's output, and at mid through the residual) += the path through the MLP. */
-static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *err)
+static enum rt_status mlp_backward(struct rt_student *s, int i, bool first, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_student_layer *l = &s->layer[i];
@@ -55,18 +55,18 @@ static enum rt_status mlp_backward(struct rt_student *s, int i, struct rt_err *e
     RT_TRY(RT_OP(s->d, gated_bwd, err, .dy = a->dx, .w = l->down, .gate_up = v->gate_up, .dh = a->h, .d_gate_up = v->gate_up,
                  .h = v->h == NULL ? a->h : NULL, .n = n, .N = H, .I = I));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = rt_student_own(v->h, a->h), .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
-                 .N = H));
+                 .N = H, .first = first));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = v->gate_up, .x = rt_student_own(v->normed2, a->normed), .dw = grad_at(s, p->gate_up),
-                 .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I));
+                 .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I, .first = first));
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = v->gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
     RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = v->mid, .w = l->norm2, .rstd = v->rstd2, .dx = a->dx,
-                 .dw = grad_at(s, p->norm2), .n = n, .cols = H, .eps = eps, .accumulate = true));
+                 .dw = grad_at(s, p->norm2), .n = n, .cols = H, .eps = eps, .accumulate = true, .first = first));
 out:
     return st;
 }
 
 /* d_qkv = gradient at the projection's output from d_o. */
-static enum rt_status qkv_backward(struct rt_student *s, int i, struct rt_err *err)
+static enum rt_status qkv_backward(struct rt_student *s, int i, bool first, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_student_config *c = s->c;
@@ -91,17 +91,17 @@ static enum rt_status qkv_backward(struct rt_student *s, int i, struct rt_err *e
                      .sin = s->sin, .position = a->pos, .n = n, .heads = c->heads + c->kv_heads, .d = hd, .eps = eps);
     RT_TRY(RT_OP(s->d, headnorm_rope_bwd, err, .dy = d_qk, .lddy = ld_qk, .x = v->qkv, .ldx = ld, .w = l->q_norm, .rstd = v->rstd_q,
                  .dx = a->d_qkv, .lddx = ld, .dw = grad_at(s, p->q_norm), .cos = s->cos, .sin = s->sin, .position = a->pos, .n = n,
-                 .heads = c->heads, .d = c->head_dim, .eps = eps));
+                 .heads = c->heads, .d = c->head_dim, .eps = eps, .first = first));
     RT_TRY(RT_OP(s->d, headnorm_rope_bwd, err, .dy = rt_student_at(s, d_qk, q), .lddy = ld_qk, .x = rt_student_at(s, v->qkv, q),
                  .ldx = ld, .w = l->k_norm, .rstd = v->rstd_k, .dx = rt_student_at(s, a->d_qkv, q), .lddx = ld,
                  .dw = grad_at(s, p->k_norm), .cos = s->cos, .sin = s->sin, .position = a->pos, .n = n, .heads = c->kv_heads,
-                 .d = c->head_dim, .eps = eps));
+                 .d = c->head_dim, .eps = eps, .first = first));
 out:
     return st;
 }
 
 /* dx (gradient at mid, and at the layer's input through the residual) += the path through attention. */
-static enum rt_status attention_backward(struct rt_student *s, int i, struct rt_err *err)
+static enum rt_status attention_backward(struct rt_student *s, int i, bool first, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     const struct rt_student_config *c = s->c;
@@ -113,15 +113,15 @@ static enum rt_status attention_backward(struct rt_student *s, int i, struct rt_
     const float eps = (float)c->eps;
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->dx, .w = l->o, .dx = a->d_o, .n = n, .K = q, .N = H));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = v->o, .dw = grad_at(s, p->o), .db = grad_at(s, p->o_bias), .n = n, .K = q,
-                 .N = H));
-    RT_TRY(qkv_backward(s, i, err));
+                 .N = H, .first = first));
+    RT_TRY(qkv_backward(s, i, first, err));
     if (v->normed1 == NULL)
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .n = n, .cols = H, .eps = eps));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = rt_student_own(v->normed1, a->normed), .dw = grad_at(s, p->qkv), .db = grad_at(s, p->qkv_bias), .n = n,
-                 .K = H, .N = qkv));
+                 .K = H, .N = qkv, .first = first));
     RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_qkv, .w = l->qkv, .dx = a->branch, .n = n, .K = H, .N = qkv));
     RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = a->hidden[i], .w = l->norm1, .rstd = v->rstd1, .dx = a->dx,
-                 .dw = grad_at(s, p->norm1), .n = n, .cols = H, .eps = eps, .accumulate = true));
+                 .dw = grad_at(s, p->norm1), .n = n, .cols = H, .eps = eps, .accumulate = true, .first = first));
 out:
     return st;
 }
@@ -137,7 +137,7 @@ static enum rt_status tell(const struct rt_student *s, int64_t from, struct rt_e
     return s->watch != NULL ? s->watch(s->watcher, from, err) : RT_OK;
 }
 
-enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
+enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra, bool first,
                                    struct rt_err *err)
 {
     enum rt_status st = RT_OK;
@@ -159,8 +159,8 @@ enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, co
     for (int i = last - 1; i >= 0; i--) {
         RT_TRY(add_extra(s, i + 1, extra, n_extra, err));
         RT_TRY(compute_again(s, i, err));
-        RT_TRY(mlp_backward(s, i, err));
-        RT_TRY(attention_backward(s, i, err));
+        RT_TRY(mlp_backward(s, i, first, err));
+        RT_TRY(attention_backward(s, i, first, err));
         RT_TRY(tell(s, s->p->layer[i].norm1, err));
     }
     RT_TRY(add_extra(s, 0, extra, n_extra, err));

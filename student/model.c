@@ -147,6 +147,16 @@ enum rt_status rt_student_zero_grads(struct rt_student *s, struct rt_err *err)
     return rt_device_zero(s->d, s->grads, (size_t)s->p->elements * rt_device_act_size(s->d), err);
 }
 
+enum rt_status rt_student_zero_outer_grads(struct rt_student *s, struct rt_err *err)
+{
+    const size_t act = rt_device_act_size(s->d), layers = (size_t)s->p->layer[0].norm1 * act, behind = (size_t)s->p->final_norm * act;
+    enum rt_status st;
+    RT_TRY(rt_device_zero(s->d, s->grads, layers, err));
+    RT_TRY(rt_device_zero(s->d, s->grads + behind, (size_t)s->p->elements * act - behind, err));
+out:
+    return st;
+}
+
 const struct rt_device *rt_student_device(const struct rt_student *s)
 {
     return s->d;

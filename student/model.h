@@ -4,7 +4,8 @@
  *   1. Everything on the device lies in arenas of the caller: weights (parameters, rope tables), gradients, activations.
  *      A forward cuts the activation arena anew; what it left there is valid until the next forward on this student.
  *   2. A batch is n tokens of n_seq documents behind each other; positions begin at 0 in each, attention stays inside.
- *   3. Backward accumulates (+=) into the gradients: zero them once, then run as many batches as the step has.
+ *   3. Backward accumulates (+=) into the gradients: zero them once, then run as many batches as the step has. Or zero only the outer ones, and let the
+ *      first batch's backward write (=) those of the layers.
  *   4. The loss is the caller's: op head_loss takes rt_student_head's weight and gradient over rows of the final states, and
  *      its dx comes back to rt_student_backward. Run it before backward; a tied head's gradient is the embedding's buffer.
  *   5. Same inputs, same bytes, whatever the number of threads.
@@ -45,6 +46,8 @@ void rt_student_free(struct rt_student *s); /* NULL is fine; arenas stay the cal
 /* Cuts and zeroes a block of gradients. */
 enum rt_status rt_student_attach_grads(struct rt_student *s, struct rt_arena *grads, struct rt_err *err);
 enum rt_status rt_student_zero_grads(struct rt_student *s, struct rt_err *err);
+/* Of embeddings, final norm and head alone. Those of the layers are undefined until a backward with `first` has written them. */
+enum rt_status rt_student_zero_outer_grads(struct rt_student *s, struct rt_err *err);
 
 const struct rt_device *rt_student_device(const struct rt_student *s);
 const struct rt_student_config *rt_student_config(const struct rt_student *s);
@@ -109,8 +112,8 @@ struct rt_student_extra {
     int layer;        /* 0 .. layers: as rt_student_hidden; for the final states add to d_final instead */
     const void *grad; /* [n, H] act, gradient of the loss at that hidden state; several for one layer add up */
 };
-/* Gradients += from d_final [n, H] act (NULL: zero). After a forward with RT_KEEP_LAYERS or more, once. USAGE otherwise. */
-enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra,
+/* Gradients += (with `first`, those of the layers =) from d_final [n, H] act (NULL: zero). After a forward with RT_KEEP_LAYERS or more, once. USAGE otherwise. */
+enum rt_status rt_student_backward(struct rt_student *s, const void *d_final, const struct rt_student_extra *extra, int n_extra, bool first,
                                    struct rt_err *err);
 
 /* fn(self, from): backward has enqueued all that it adds to gradients from element `from` of the block on; called with smaller and smaller `from`, at last

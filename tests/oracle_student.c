@@ -280,7 +280,7 @@ static void check_adamw(struct run *r)
         if (st == RT_OK)
             st = losses(r, RT_TAIL_BUCKET, 0.5, 0.5, true, &ce, &kl, &err);
         if (st == RT_OK)
-            st = rt_student_backward(r->s, r->d_final, NULL, 0, &err);
+            st = rt_student_backward(r->s, r->d_final, NULL, 0, false, &err);
         if (st == RT_OK)
             st = rt_optimizer_step(&opt, 1e-3, 1.0, &report, &err);
         worst = fmax(worst, fabs((ce + kl) / 2 - b[i]) / fabs(b[i]));
@@ -306,7 +306,7 @@ void oracle_student(struct oracle *o, const struct rt_device *d, const char *dir
         check_states(&r);
         check_logits(&r);
         if (losses(&r, RT_TAIL_BUCKET, 0.5, 0.5, true, &ce, &kl, &err) != RT_OK ||
-            rt_student_backward(r.s, r.d_final, NULL, 0, &err) != RT_OK) {
+            rt_student_backward(r.s, r.d_final, NULL, 0, false, &err) != RT_OK) {
             oracle_fail(o, "losses", err.msg);
         } else {
             check_scalar(&r, "ce", ce, BF16_LOSS);

@@ -182,8 +182,39 @@ double fx_loss(struct fx *f, const struct fx_docs *docs, bool backward)
         extra[i] = (struct rt_student_extra){layers[i], da};
     }
     if (backward)
-        assert_ok(rt_student_backward(f->s, f->dx, extra, 3, &err));
+        assert_ok(rt_student_backward(f->s, f->dx, extra, 3, f->first, &err));
     return loss;
+}
+
+void fx_first_backward(const struct rt_backend *be, const char *config, const int *lens, int n_seq)
+{
+    struct rt_err err = {0};
+    struct fx f;
+    struct fx_docs docs;
+    fx_open(&f, be, 2, config);
+    fx_docs(&docs, &f, 5, lens, n_seq);
+    const size_t bytes = (size_t)f.p.elements * rt_device_act_size(&f.d);
+    float **want = malloc((size_t)f.p.n * sizeof *want);
+    void *nans = malloc(bytes);
+    fx_loss(&f, &docs, true);
+    for (int i = 0; i < f.p.n; i++)
+        want[i] = fx_grad(&f, i);
+    memset(nans, 0xff, bytes);
+    assert_ok(rt_device_upload(&f.d, rt_student_grads(f.s), nans, bytes, &err));
+    assert_ok(rt_student_zero_outer_grads(f.s, &err));
+    f.first = true;
+    fx_loss(&f, &docs, true);
+    for (int i = 0; i < f.p.n; i++) {
+        float *got = fx_grad(&f, i);
+        for (int64_t j = 0; j < rt_param_elements(&f.p.at[i]); j++)
+            if (!(got[j] == want[i][j])) /* which -0 and 0 are */
+                fail_msg("%s %s: element %lld is %g, expected %g", be->name, f.p.at[i].name, (long long)j, (double)got[j], (double)want[i][j]);
+        free(got);
+        free(want[i]);
+    }
+    free(want);
+    free(nans);
+    fx_close(&f);
 }
 
 float *fx_grad(const struct fx *f, int i)

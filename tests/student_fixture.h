@@ -14,6 +14,7 @@ struct fx {
     struct rt_params p;
     struct rt_arena weights, grads, acts, moments, loss;
     struct rt_student *s;
+    bool first; /* the next backward of fx_loss is a step's first */
     /* device buffers of the loss, FX_TOKENS rows */
     void *dx, *dh;
     int32_t *label, *top;
@@ -42,6 +43,8 @@ struct rt_student_batch fx_batch(const struct fx_docs *docs);
 /* Sum over the rows of w_ce CE + w_kl KL (bucket, T 2) + a feature loss (mse) at hidden states 0, 1 and the last, with targets that
  * depend on a row's place in the whole; gradients += when asked. */
 double fx_loss(struct fx *f, const struct fx_docs *docs, bool backward);
+/* The gradients of a backward that writes those of the layers over NaN are those of one that adds to zeros. */
+void fx_first_backward(const struct rt_backend *be, const char *config, const int *lens, int n_seq);
 /* Gradient of entry i as float; freed with free. */
 float *fx_grad(const struct fx *f, int i);
 /* Logits [n, V] of whole documents through the forward, as float; freed with free. */

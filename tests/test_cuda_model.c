@@ -144,6 +144,15 @@ static void test_loss_and_gradients(void **state)
     }
 }
 
+static void test_first_backward(void **state)
+{
+    (void)state;
+    if (fx_backend("cuda") == NULL)
+        TEST_SKIP("no GPU");
+    for (int c = 0; c < N_CONFIGS; c++)
+        fx_first_backward(fx_backend("cuda"), configs[c], lens, 4);
+}
+
 /* What is kept instead of computed again changes no bit. */
 static void test_keep(void **state)
 {
@@ -169,7 +178,7 @@ static void test_keep(void **state)
             assert_ok(rt_student_forward(f.s, &b, keep, &acts, &err));
             assert_ok(RT_OP(&f.d, head_loss, &err, .x = rt_student_hidden(f.s, RT_LAYER_FINAL), .w = head.w, .dx = f.dx, .dw = head.dw, .n = docs.n,
                             .H = f.c.hidden, .V = head.V, .label = f.label, .w_ce = 1, .T = 1));
-            assert_ok(rt_student_backward(f.s, f.dx, NULL, 0, &err));
+            assert_ok(rt_student_backward(f.s, f.dx, NULL, 0, false, &err));
             got[i] = malloc(bytes);
             assert_ok(rt_device_download(&f.d, got[i], rt_student_grads(f.s), bytes, &err));
             rt_device_arena_free(&f.d, &acts);
@@ -364,7 +373,7 @@ static void test_generation(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(test_loss_and_gradients), cmocka_unit_test(test_keep),       cmocka_unit_test(test_packing),    cmocka_unit_test(test_optimizer),
+    cmocka_unit_test(test_loss_and_gradients), cmocka_unit_test(test_first_backward), cmocka_unit_test(test_keep),       cmocka_unit_test(test_packing),    cmocka_unit_test(test_optimizer),
     cmocka_unit_test(test_checkpoint),         cmocka_unit_test(test_generation),
 };
 RT_SUITE(cuda_model, tests)

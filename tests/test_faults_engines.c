@@ -223,7 +223,7 @@ static enum rt_status train_work(void *ctx, uint64_t *digest, struct rt_err *err
     const struct rt_student_head head = rt_student_head(x.s);
     RT_TRY(RT_OP(x.d, head_loss, err, .x = rt_student_hidden(x.s, RT_LAYER_FINAL), .w = head.w, .dx = dx, .dw = head.dw, .n = TOKENS, .H = head.H,
                  .V = head.V, .label = label, .w_ce = 1.0 / TOKENS, .T = 1));
-    RT_TRY(rt_student_backward(x.s, dx, NULL, 0, err));
+    RT_TRY(rt_student_backward(x.s, dx, NULL, 0, false, err));
     RT_TRY(rt_optimizer_step(&opt, 1e-3, 1, &report, err));
     fault_digest(digest, &report.grad_norm, sizeof report.grad_norm);
 out:

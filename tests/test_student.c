@@ -107,6 +107,15 @@ static void packing_and_accumulation(void **state)
     (void)state;
 }
 
+static void first_backward(void **state)
+{
+    const struct rt_backend *const all[] = {&rt_backend_ref, &rt_backend_ref64, fx_backend("cpu")};
+    (void)state;
+    for (int b = 0; b < 3 && all[b] != NULL; b++)
+        for (int kind = 0; kind < FX_N; kind++)
+            fx_first_backward(all[b], fx_config[kind], lens, N_DOCS);
+}
+
 /* cpu and ref from the same float32 weights; ref against its float64 self. */
 static void backends_agree(void **state)
 {
@@ -184,7 +193,7 @@ static void keep_modes(void **state)
             assert_memory_equal(all, few, (size_t)n * sizeof *all);
         }
     assert_null(rt_student_hidden(f.s, f.c.layers + 1));
-    assert_status(rt_student_backward(f.s, NULL, NULL, 0, &err), USAGE);
+    assert_status(rt_student_backward(f.s, NULL, NULL, 0, false, &err), USAGE);
     fx_close(&f);
     (void)state;
 }
@@ -224,7 +233,7 @@ static void recompute_levels(void **state)
             assert_ok(rt_student_zero_grads(f.s, &err));
             assert_ok(rt_student_forward_sent(f.s, &b, NULL, &kept, &acts, &err));
             assert_true(acts.used == acts.size);
-            assert_ok(rt_student_backward(f.s, f.dx, extra, 2, &err));
+            assert_ok(rt_student_backward(f.s, f.dx, extra, 2, false, &err));
             if (at == 0) {
                 assert_non_null(first = malloc(bytes));
                 memcpy(first, rt_student_grads(f.s), bytes);
@@ -387,6 +396,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(finite_differences), cmocka_unit_test(packing_and_accumulation), cmocka_unit_test(packed_states_exact),
     cmocka_unit_test(backends_agree),     cmocka_unit_test(keep_modes),               cmocka_unit_test(bad_batches),
     cmocka_unit_test(threads_same_bytes), cmocka_unit_test(adamw_step),               cmocka_unit_test(schedules),
-    cmocka_unit_test(recompute_levels),
+    cmocka_unit_test(recompute_levels),   cmocka_unit_test(first_backward),
 };
 RT_SUITE(student, tests)

@@ -59,17 +59,18 @@ RT_INLINE void norm_row_bwd(const float *dy, const float *x, const float *w, flo
 struct partial {
     float *part, *dw; /* [runs, cols], [cols] */
     int64_t rows, runs, cols;
+    bool first; /* dw = instead of += */
 };
 
 /* Runs for n rows; part NULL without dw. */
-static enum rt_status partial_begin(struct rt_dev *dev, struct partial *p, void *dw, int64_t n, int64_t cols, struct rt_err *err)
+static enum rt_status partial_begin(struct rt_dev *dev, struct partial *p, void *dw, bool first, int64_t n, int64_t cols, struct rt_err *err)
 {
-    *p = (struct partial){.dw = dw, .rows = rt_max64(DW_ROWS, rt_ceil_div(n, DW_RUNS)), .cols = cols};
+    *p = (struct partial){.dw = dw, .first = first, .rows = rt_max64(DW_ROWS, rt_ceil_div(n, DW_RUNS)), .cols = cols};
     p->runs = rt_ceil_div(n, p->rows);
     return dw != NULL ? rt_cpu_shared(dev, (size_t)p->runs * (size_t)cols * sizeof(float), &p->part, err) : RT_OK;
 }
 
-RT_SIMD static void add_runs(float *dw, const float *part, int64_t n, int64_t stride, int64_t runs)
+RT_SIMD static void add_runs(float *dw, const float *part, int64_t n, int64_t stride, int64_t runs, bool first)
 {
     float sum[64];
     for (int64_t i = 0; i < n; i += 64) {
@@ -80,7 +81,7 @@ RT_SIMD static void add_runs(float *dw, const float *part, int64_t n, int64_t st
             for (int64_t j = 0; j < len; j++)
                 sum[j] += part[r * stride + i + j];
         for (int64_t j = 0; j < len; j++)
-            dw[i + j] += sum[j];
+            dw[i + j] = (first ? 0 : dw[i + j]) + sum[j];
     }
 }
 
@@ -88,7 +89,7 @@ static void add_cols(void *ctx, int64_t c0, int64_t c1, int worker)
 {
     const struct partial *p = ctx;
     (void)worker;
-    add_runs(p->dw + c0, p->part + c0, c1 - c0, p->cols, p->runs);
+    add_runs(p->dw + c0, p->part + c0, c1 - c0, p->cols, p->runs, p->first);
 }
 
 static void partial_end(struct rt_dev *dev, struct partial *p)
@@ -128,7 +129,7 @@ enum rt_status rt_cpu_norm_bwd(struct rt_dev *dev, struct rt_queue *queue, const
     struct norm_bwd b = {.a = a};
     enum rt_status st = check_vec(a->w, a->cols, "norm_bwd", err);
     if (st == RT_OK)
-        st = partial_begin(dev, &b.p, a->dw, a->n, a->cols, err);
+        st = partial_begin(dev, &b.p, a->dw, a->first, a->n, a->cols, err);
     if (st != RT_OK)
         return st;
     (void)queue;
@@ -245,7 +246,7 @@ enum rt_status rt_cpu_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *que
     struct heads_bwd b = {.a = a, .dev = dev};
     enum rt_status st = check_heads(a->w, a->d, "headnorm_rope_bwd", err);
     if (st == RT_OK)
-        st = partial_begin(dev, &b.p, a->w != NULL ? a->dw : NULL, a->n, a->d, err);
+        st = partial_begin(dev, &b.p, a->w != NULL ? a->dw : NULL, a->first, a->n, a->d, err);
     if (st != RT_OK)
         return st;
     (void)queue;

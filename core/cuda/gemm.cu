@@ -205,7 +205,7 @@ enum rt_status rt_cuda_fill_bias(struct rt_queue *q, void *y, bool y_f32, int64_
     return rt_cuda_launched("fill_bias", err);
 }
 
-enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ldx, int64_t n, int64_t N, void *out, struct rt_err *err)
+enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ldx, int64_t n, int64_t N, void *out, bool first, struct rt_err *err)
 {
     const bool wide = N % SUM_WIDE == 0 && ldx % SUM_WIDE == 0 && (uintptr_t)x % 16 == 0;
     const int64_t width = SUM_COLS * (wide ? SUM_WIDE : 1), tiles = (N + width - 1) / width;
@@ -224,7 +224,7 @@ enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ld
     else
         chunk_sums<1><<<grid, block, 0, q->stream>>>((const __nv_bfloat16 *)x, ldx, n, N, chunk, part);
     RT_TRY(rt_cuda_launched("chunk_sums", err));
-    RT_TRY(rt_cuda_add_columns(q, part, (int)chunks, N, out, err));
+    RT_TRY(rt_cuda_add_columns(q, part, (int)chunks, N, out, first, err));
 out:
     rt_cuda_temp_free(q, part);
     return st;

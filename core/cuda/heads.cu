@@ -483,7 +483,7 @@ enum rt_status rt_cuda_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *q,
         RT_TRY(rt_cuda_temp(q, (size_t)blocks * (size_t)a->d * sizeof(float), &k.part, err));
     RT_CUDA_TRY(launch(q, kernel, blocks, 256, shared, 1, k));
     if (a->dw != NULL)
-        RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->d, a->dw, err));
+        RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->d, a->dw, a->first, err));
 out:
     rt_cuda_temp_free(q, k.part);
     return st;

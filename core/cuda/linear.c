@@ -87,13 +87,13 @@ out:
 enum rt_status rt_cuda_linear_wgrad(UNUSED struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_wgrad_args *a, struct rt_err *err)
 {
     const struct rt_cuda_gemm_args g = {.a = a->dy, .b = a->x, .d = a->dw, .m = a->N, .n = a->K, .k = a->n, .lda = a->lddy > 0 ? a->lddy : a->N,
-                                        .ldb = a->ldx, .a_t = true, .accumulate = true};
+                                        .ldb = a->ldx, .a_t = true, .accumulate = !a->first};
     enum rt_status st = RT_OK;
     if (a->n <= 0)
         return RT_OK;
     RT_TRY(rt_cuda_gemm(q, &g, err));
     if (a->db != NULL)
-        RT_TRY(rt_cuda_column_sums(q, a->dy, g.lda, a->n, a->N, a->db, err));
+        RT_TRY(rt_cuda_column_sums(q, a->dy, g.lda, a->n, a->N, a->db, a->first, err));
 out:
     return st;
 }

@@ -234,7 +234,8 @@ static struct rt_product_key key_of(const struct rt_lt_call *c, int64_t N, int64
     k.align_a = alignment(c->a, c->lda, k.a_stride, in);
     k.align_b = alignment(c->b, c->ldb, k.b_stride, in);
     k.align_d = alignment(c->d, c->ldd, k.d_stride, c->d_f32 ? 4 : 2);
-    k.flags = c->ta | c->tb << 1 | c->accumulate << 2 | (c->d_f32 ? FLAG_F32 : 0) | (c->bias != NULL) << 4 | (c->a_scale != NULL ? FLAG_E4M3 : 0) |
+    /* what a step adds to it begins with =: one choice for both */
+    k.flags = c->ta | c->tb << 1 | (c->accumulate && !c->bucket_k) << 2 | (c->d_f32 ? FLAG_F32 : 0) | (c->bias != NULL) << 4 | (c->a_scale != NULL ? FLAG_E4M3 : 0) |
               (c->f16 ? FLAG_F16 : 0);
     return k;
 }

@@ -29,16 +29,16 @@ __device__ inline float join_lanes(float sum, int half, int last)
     return sum;
 }
 
-/* dw[c] += sum over rows of part [rows, cols]: a block takes a sector of columns, in strands of rows that are joined pairwise, s with s + 64, s + 32, .. s + 1:
+/* dw[c] += (or =) sum over rows of part [rows, cols]: a block takes a sector of columns, in strands of rows that are joined pairwise, s with s + 64, s + 32, .. s + 1:
  * four strands in a warp, then the warps' sums of a column in another. */
-__global__ void __launch_bounds__(COLUMNS * STRANDS) add_columns_kernel(const float *part, int rows, int64_t cols, bf16 *dw)
+__global__ void __launch_bounds__(COLUMNS * STRANDS) add_columns_kernel(const float *part, int rows, int64_t cols, bf16 *dw, bool add)
 {
     __shared__ float joined[WARPS][COLUMNS + 1];
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int64_t first = (int64_t)blockIdx.x * COLUMNS, c = first + lane % COLUMNS;
     float sum = 0, old = 0;
     launch_after();
-    if (warp < COLUMNS && first + warp < cols)
+    if (warp < COLUMNS && first + warp < cols && add)
         old = __bfloat162float(dw[first + warp]);
 #pragma unroll 4
     for (int r = warp + lane / COLUMNS * WARPS; r < rows; r += STRANDS)
@@ -376,9 +376,9 @@ template <int N, class Index> __global__ void __launch_bounds__(256) swiglu_bwd_
 
 }
 
-enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, struct rt_err *err)
+enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, bool first, struct rt_err *err)
 {
-    return rt_cuda_check(launch(q, add_columns_kernel, (unsigned)((cols + COLUMNS - 1) / COLUMNS), COLUMNS * STRANDS, 0, 1, part, rows, cols, (bf16 *)dw),
+    return rt_cuda_check(launch(q, add_columns_kernel, (unsigned)((cols + COLUMNS - 1) / COLUMNS), COLUMNS * STRANDS, 0, 1, part, rows, cols, (bf16 *)dw, !first),
                          "add_columns", err);
 }
 
@@ -412,7 +412,7 @@ enum rt_status rt_cuda_norm_bwd(struct rt_dev *dev, struct rt_queue *q, const st
     }
     RT_CUDA_TRY(launch(q, l.kernel, blocks, l.block, l.shared, 1, k));
     if (a->dw != NULL)
-        RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->cols, a->dw, err));
+        RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->cols, a->dw, a->first, err));
 out:
     rt_cuda_temp_free(q, k.part);
     return st;

@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 
-/* dw [cols] BF16 += sum over the rows of part [rows, cols], in float32 and fixed order, rounded once. */
-enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, struct rt_err *err);
+/* dw [cols] BF16 +=, or = with `first`, sum over the rows of part [rows, cols], in float32 and fixed order, rounded once. */
+enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, bool first, struct rt_err *err);
 
 #ifdef __cplusplus
 }

@@ -94,7 +94,7 @@ REF_OP(linear_wgrad)
         real *dw = (real *)a->dw + o * a->K;
         double bias = 0;
         for (int64_t j = 0; j < a->K; j++)
-            sum[j] = dw[j];
+            sum[j] = a->first ? 0.0 : (double)dw[j];
         for (int64_t t = 0; t < a->n; t++) {
             const double dy = ((const real *)a->dy)[t * lddy + o];
             const real *x = (const real *)a->x + t * ldx;
@@ -105,7 +105,7 @@ REF_OP(linear_wgrad)
         for (int64_t j = 0; j < a->K; j++)
             dw[j] = (real)sum[j];
         if (a->db != NULL)
-            ((real *)a->db)[o] = (real)(((real *)a->db)[o] + bias);
+            ((real *)a->db)[o] = (real)((a->first ? 0.0 : (double)((real *)a->db)[o]) + bias);
     }
 out:
     rt_free(sum);

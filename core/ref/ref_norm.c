@@ -129,6 +129,12 @@ static double saved_rstd(const float *rstd, int64_t at, const real *x, int64_t c
     return rstd != NULL && !REF_IS64 ? rstd[at] : rstd_of(x, cols, eps);
 }
 
+static void begin_dw(real *dw, int64_t n, bool first)
+{
+    if (dw != NULL && first)
+        memset(dw, 0, (size_t)n * sizeof *dw);
+}
+
 REF_OP(norm_bwd)
 {
     const real *w;
@@ -136,6 +142,7 @@ REF_OP(norm_bwd)
     const enum rt_status st = REF(weight_vec)(a->w, a->cols, &w, &w_own, err);
     if (st != RT_OK)
         return st;
+    begin_dw(a->dw, a->cols, a->first);
     for (int64_t t = 0; t < a->n; t++) {
         const real *x = (const real *)a->x + t * a->cols;
         norm_row_bwd((const real *)a->dy + t * a->cols, x, w, saved_rstd(a->rstd, t, x, a->cols, a->eps),
@@ -209,6 +216,7 @@ REF_OP(headnorm_rope_bwd)
         return st;
     const int64_t dense = (int64_t)a->heads * a->d;
     const int64_t lddy = ref_ld(a->lddy, dense), ldx = ref_ld(a->ldx, dense), lddx = ref_ld(a->lddx, dense);
+    begin_dw(w != NULL ? a->dw : NULL, a->d, a->first);
     for (int64_t t = 0; t < a->n; t++) {
         const int64_t at = (int64_t)a->position[t] * (a->d / 2);
         for (int h = 0; h < a->heads; h++) {
