@@ -232,9 +232,9 @@ struct rt_headnorm_rope_bwd_args {
     const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps; bool first;
 };
 /* dx += (or = without accumulate) gradient of norm_fwd at s, dw += (NULL where w is). x is s, the normalised sum. rstd is what
- * norm_fwd wrote, as in every backward. All dense. */
+ * norm_fwd wrote, as in every backward. y = what norm_fwd made of x, again in its bits (then rstd is given), or NULL. All dense. */
 struct rt_norm_bwd_args {
-    const void *dy, *x; const struct rt_weight *w; const float *rstd; void *dx, *dw; int64_t n, cols; float eps; bool accumulate, first;
+    const void *dy, *x; const struct rt_weight *w; const float *rstd; void *dx, *dw, *y; int64_t n, cols; float eps; bool accumulate, first;
 };
 /* dx = dy w, or += . dy [n, N] with lddy, dx [n, K] dense. */
 struct rt_linear_dgrad_args { const void *dy; int64_t lddy; const struct rt_weight *w; void *dx; int64_t n, K, N; bool accumulate; };

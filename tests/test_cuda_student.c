@@ -198,10 +198,17 @@ static void one_norm_bwd(struct cuda_pair *p, int64_t n, int64_t cols, int weigh
     assert_ok(RT_OP(&p->ref, norm_fwd, &err, .x = x, .w = w.ref, .y = y, .rstd = rstd, .n = n, .cols = cols, .eps = 1e-6f));
     void *gx = cuda_act(p, x, n * cols), *gdy = cuda_act(p, dy, n * cols), *gdx = cuda_act(p, accumulate ? dx : NULL, n * cols), *gdw = cuda_act(p, dw, cols);
     float *grstd = cuda_bytes(p, rstd, (size_t)n * sizeof *rstd);
+    void *gy[2] = {cuda_act(p, NULL, n * cols), cuda_act(p, NULL, n * cols)};
+    assert_ok(RT_OP(&p->gpu, norm_fwd, &err, .x = gx, .w = w.gpu, .y = gy[0], .rstd = grstd, .n = n, .cols = cols, .eps = 1e-6f));
     assert_ok(RT_OP(&p->ref, norm_bwd, &err, .dy = dy, .x = x, .w = w.ref, .rstd = rstd, .dx = dx, .dw = weight > 0 ? dw : NULL, .n = n, .cols = cols,
                     .eps = 1e-6f, .accumulate = accumulate));
-    assert_ok(RT_OP(&p->gpu, norm_bwd, &err, .dy = gdy, .x = gx, .w = w.gpu, .rstd = saved ? grstd : NULL, .dx = gdx, .dw = weight > 0 ? gdw : NULL, .n = n,
-                    .cols = cols, .eps = 1e-6f, .accumulate = accumulate));
+    assert_ok(RT_OP(&p->gpu, norm_bwd, &err, .dy = gdy, .x = gx, .w = w.gpu, .rstd = saved ? grstd : NULL, .dx = gdx, .dw = weight > 0 ? gdw : NULL,
+                    .y = saved ? gy[1] : NULL, .n = n, .cols = cols, .eps = 1e-6f, .accumulate = accumulate));
+    if (saved) { /* y again, in the bits of the forward */
+        cuda_get_act(p, y, gy[0], n * cols);
+        cuda_get_act(p, got, gy[1], n * cols);
+        assert_memory_equal(got, y, (size_t)(n * cols) * sizeof *y);
+    }
     cuda_get_act(p, got, gdx, n * cols);
     snprintf(what, sizeof what, "norm backward %ld x %ld%s", (long)n, (long)cols, accumulate ? " +=" : "");
     cuda_close(what, got, dx, n, cols, cuda_once(n * cols), 0x1p-8);
@@ -214,6 +221,8 @@ static void one_norm_bwd(struct cuda_pair *p, int64_t n, int64_t cols, int weigh
     cuda_free(p, gdx);
     cuda_free(p, gdw);
     cuda_free(p, grstd);
+    cuda_free(p, gy[0]);
+    cuda_free(p, gy[1]);
     cuda_weight_free(p, &w);
     rt_free(x);
     rt_free(dy);

@@ -283,7 +283,7 @@ static enum rt_status run_norm_bwd(struct rt_device *d, const void *ctx, float *
     const struct rows *t = ctx;
     WITH_WEIGHT(d, t->w, 1, t->cols,
                 RT_OP(d, norm_bwd, err, .dy = t->dy, .x = t->x, .w = w, .rstd = t->rstd, .dx = out[0], .dw = t->w != NULL ? out[1] : NULL,
-                      .n = t->n, .cols = t->cols, .eps = 1e-6f, .accumulate = t->accumulate));
+                      .y = t->rstd != NULL ? out[2] : NULL, .n = t->n, .cols = t->cols, .eps = 1e-6f, .accumulate = t->accumulate));
 }
 
 static void norm_backward(void **state)
@@ -296,7 +296,7 @@ static void norm_backward(void **state)
             t.dy = randoms(t.n * t.cols, 2, 1);
             t.w = variant & 2 ? randoms(t.cols, 3, 1) : NULL;
             t.rstd = variant & 4 ? randoms(t.n, 4, 1) : NULL;
-            hold(*state, "norm_bwd", run_norm_bwd, &t, 2, (const int64_t[]){t.n * t.cols, t.cols}, 2e-6);
+            hold(*state, "norm_bwd", run_norm_bwd, &t, 3, (const int64_t[]){t.n * t.cols, t.cols, t.n * t.cols}, 2e-6);
             free(t.x), free(t.dy), free(t.w), free(t.rstd);
         }
 }

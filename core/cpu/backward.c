@@ -130,9 +130,10 @@ enum rt_status rt_cpu_norm_bwd(struct rt_dev *dev, struct rt_queue *queue, const
     enum rt_status st = check_vec(a->w, a->cols, "norm_bwd", err);
     if (st == RT_OK)
         st = partial_begin(dev, &b.p, a->dw, a->first, a->n, a->cols, err);
+    if (st == RT_OK && a->y != NULL)
+        st = rt_cpu_norm_fwd(dev, queue, &(struct rt_norm_fwd_args){.x = a->x, .w = a->w, .y = a->y, .n = a->n, .cols = a->cols, .eps = a->eps}, err);
     if (st != RT_OK)
         return st;
-    (void)queue;
     rt_pool_run(dev->pool, b.p.runs, norm_run, &b);
     partial_end(dev, &b.p);
     return RT_OK;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(COLUMNS * STRANDS) add_columns_kernel(const fl
 
 struct norm {
     const bf16 *dy, *x;
-    bf16 *dx;
+    bf16 *dx, *y;
     struct vec8::vector w;
     const float *rstd;
     float *part; /* [blocks, cols] or NULL */
@@ -172,7 +172,7 @@ __device__ float2 row_sums(const struct norm &a, const struct piece<K> &p, bool 
     return make_float2(sum_slots(slot[0] + first), SAVED ? 0 : sum_slots(slot[1] + first));
 }
 
-/* dx of the row; sum += dy x r. dy w is not rounded by itself here, as it is in row_sums. */
+/* dx and y of the row; sum += dy x r. dy w is not rounded by itself here, as it is in row_sums. */
 template <int K, bool F32>
 __device__ void finish_piece(const struct norm &a, uint32_t at, const struct piece<K> &p, bool last, const uint4 held[K], float r, float c, float sum[K][8])
 {
@@ -191,6 +191,12 @@ __device__ void finish_piece(const struct norm &a, uint32_t at, const struct pie
             dx[i] += r * fmaf(dy[i], w[i], -__fmul_rn(x[i], c));
         }
         ((uint4 *)(void *)a.dx)[at] = vec8::pack(dx);
+        if (a.y == NULL)
+            continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i] *= r * w[i]; /* as norm_fwd */
+        ((uint4 *)(void *)a.y)[at] = vec8::pack(x);
     }
 }
 
@@ -301,6 +307,9 @@ __global__ void __launch_bounds__(256) norm_bwd_any_kernel(const struct norm a)
                 a.part[blockIdx.x * a.cols + c] += dy[0] * r * x[0];
             dx[0] += r * (dy[0] * w[0] - x[0] * k);
             vec8::store<1>(a.dx + t * a.cols + c, dx);
+            x[0] *= r * w[0];
+            if (a.y != NULL)
+                vec8::store<1>(a.y + t * a.cols + c, x);
         }
     }
 }
@@ -326,7 +335,7 @@ struct norm_launch choose_norm(const struct norm *a)
     const int64_t vecs = a->cols / 8, each = vecs <= 64 * 16 ? 2 : 4;
     const unsigned warps = (unsigned)((vecs + 32 * each - 1) / (32 * each));
     struct norm_launch l = {norm_bwd_any_kernel, dim3(256), 0, false};
-    if (a->cols % 8 != 0 || warps > 16 || !aligned16(a->dy) || !aligned16(a->x) || !aligned16(a->dx) || !aligned16(a->w.data) ||
+    if (a->cols % 8 != 0 || warps > 16 || !aligned16(a->dy) || !aligned16(a->x) || !aligned16(a->dx) || !aligned16(a->y) || !aligned16(a->w.data) ||
         (a->n + ((int64_t)1 << 16)) * vecs >= (int64_t)1 << 32)
         return l;
     const unsigned rows = NORM_THREADS / (32 * warps);
@@ -396,6 +405,7 @@ enum rt_status rt_cuda_norm_bwd(struct rt_dev *dev, struct rt_queue *q, const st
     k.dy = (const bf16 *)a->dy;
     k.x = (const bf16 *)a->x;
     k.dx = (bf16 *)a->dx;
+    k.y = (bf16 *)a->y;
     k.w = vec8::vector_of(a->w);
     k.rstd = a->rstd;
     k.n = a->n;

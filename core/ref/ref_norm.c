@@ -139,9 +139,13 @@ REF_OP(norm_bwd)
 {
     const real *w;
     real *w_own;
-    const enum rt_status st = REF(weight_vec)(a->w, a->cols, &w, &w_own, err);
-    if (st != RT_OK)
+    enum rt_status st = REF(weight_vec)(a->w, a->cols, &w, &w_own, err);
+    if (st == RT_OK && a->y != NULL)
+        st = REF(norm_fwd)(dev, queue, &(struct rt_norm_fwd_args){.x = a->x, .w = a->w, .y = a->y, .n = a->n, .cols = a->cols, .eps = a->eps}, err);
+    if (st != RT_OK) {
+        rt_free(w_own);
         return st;
+    }
     begin_dw(a->dw, a->cols, a->first);
     for (int64_t t = 0; t < a->n; t++) {
         const real *x = (const real *)a->x + t * a->cols;
