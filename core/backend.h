@@ -94,14 +94,14 @@ struct rt_norm_fwd_args {
  * code = rne(x/s). cols % 128 == 0. */
 struct rt_quant_args { const void *x; struct rt_act q; int64_t n, cols, ldx; bool pow2; };
 
-/* y = x w^T (+ bias), or += with accumulate. x [n, K] dense, or ldx for act elements; w [N, K]; y [n, N] act, or float32 with y_f32.
+/* y = x w^T (+ bias) (+ add), or += with accumulate. x [n, K] dense, or ldx for act elements; w [N, K]; y [n, N] act, or float32 with y_f32.
  * x.scale given: the product of 128-column blocks is (code sum) * x scale * weight scale, summed in float32.
- * With accumulate the bias is added as well.
+ * With accumulate the bias is added as well. add [n, N] act, dense; not with accumulate, y_f32 or ldy.
  * row_exact: row i depends on row i of x alone, bit for bit, whatever n is (generation needs it). cuda keeps this where its kernels for few rows
  * take the call, and otherwise for equal n: there the same batch plan gives the same text. Such a weight may be read before what was enqueued just
  * before the call has ended: no operation writes to it shortly before. */
 struct rt_linear_fwd_args {
-    struct rt_act x; int64_t ldx; const struct rt_weight *w, *bias; void *y; int64_t ldy;
+    struct rt_act x; int64_t ldx; const struct rt_weight *w, *bias; const void *add; void *y; int64_t ldy;
     int64_t n, K, N; bool accumulate, y_f32, row_exact;
 };
 

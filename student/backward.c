@@ -32,8 +32,7 @@ static enum rt_status compute_again(struct rt_student *s, int i, struct rt_err *
     if (keep == RT_KEEP_LAYERS) {
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = l->norm1, .y = a->normed, .rstd = v->rstd1, .n = n, .cols = H, .eps = eps));
         RT_TRY(rt_student_attention(s, i, err));
-        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = l->norm2, .sum = v->mid, .y = a->normed, .rstd = v->rstd2, .n = n,
-                     .cols = H, .eps = eps));
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .rstd = v->rstd2, .n = n, .cols = H, .eps = eps));
     } else if (keep == RT_KEEP_ATTENTION) {
         RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = l->norm2, .y = a->normed, .n = n, .cols = H, .eps = eps));
     }
@@ -56,10 +55,10 @@ static enum rt_status mlp_backward(struct rt_student *s, int i, bool first, stru
     void *again = rt_student_layer_keep(&a->kept, i) == RT_KEEP_ALL ? a->normed : NULL;
     RT_TRY(RT_OP(s->d, gated_bwd, err, .dy = a->dx, .w = l->down, .gate_up = v->gate_up, .dh = a->h, .d_gate_up = v->gate_up,
                  .h = v->h == NULL ? a->h : NULL, .n = n, .N = H, .I = I));
-    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = rt_student_own(v->h, a->h), .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n, .K = I,
-                 .N = H, .first = first));
-    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = v->gate_up, .w = l->gate_up, .dx = a->branch, .n = n, .K = H, .N = 2 * I));
-    RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = v->mid, .w = l->norm2, .rstd = v->rstd2, .dx = a->dx,
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = rt_student_own(v->h, a->h), .dw = grad_at(s, p->down), .db = grad_at(s, p->down_bias), .n = n,
+                 .K = I, .N = H, .first = first));
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = v->gate_up, .w = l->gate_up, .dx = a->d_normed, .n = n, .K = H, .N = 2 * I));
+    RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->d_normed, .x = v->mid, .w = l->norm2, .rstd = v->rstd2, .dx = a->dx,
                  .dw = grad_at(s, p->norm2), .y = again, .n = n, .cols = H, .eps = eps, .accumulate = true, .first = first));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = v->gate_up, .x = rt_student_own(v->normed2, a->normed), .dw = grad_at(s, p->gate_up),
                  .db = grad_at(s, p->gate_up_bias), .n = n, .K = H, .N = 2 * I, .first = first));
@@ -117,11 +116,11 @@ static enum rt_status attention_backward(struct rt_student *s, int i, bool first
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->dx, .x = v->o, .dw = grad_at(s, p->o), .db = grad_at(s, p->o_bias), .n = n, .K = q,
                  .N = H, .first = first));
     RT_TRY(qkv_backward(s, i, first, err));
-    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_qkv, .w = l->qkv, .dx = a->branch, .n = n, .K = H, .N = qkv));
-    RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->branch, .x = a->hidden[i], .w = l->norm1, .rstd = v->rstd1, .dx = a->dx,
+    RT_TRY(RT_OP(s->d, linear_dgrad, err, .dy = a->d_qkv, .w = l->qkv, .dx = a->d_normed, .n = n, .K = H, .N = qkv));
+    RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->d_normed, .x = a->hidden[i], .w = l->norm1, .rstd = v->rstd1, .dx = a->dx,
                  .dw = grad_at(s, p->norm1), .y = v->normed1 == NULL ? a->normed : NULL, .n = n, .cols = H, .eps = eps, .accumulate = true, .first = first));
-    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = rt_student_own(v->normed1, a->normed), .dw = grad_at(s, p->qkv), .db = grad_at(s, p->qkv_bias), .n = n,
-                 .K = H, .N = qkv, .first = first));
+    RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = rt_student_own(v->normed1, a->normed), .dw = grad_at(s, p->qkv),
+                 .db = grad_at(s, p->qkv_bias), .n = n, .K = H, .N = qkv, .first = first));
 out:
     return st;
 }

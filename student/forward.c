@@ -82,11 +82,11 @@ static void take_all(struct cut *k, const struct rt_student_config *c, size_t n,
     take(k, n * H, k->act, &a->final);
     take(k, n, sizeof(float), &a->rstd_final);
     take(k, n * H, k->act, &a->normed);
-    take(k, n * H, k->act, &a->branch);
     take(k, n * I, k->act, &a->h);
     a->d_qk = NULL;
     if (kept->keep < RT_KEEP_LAYERS)
         return;
+    take(k, n * H, k->act, &a->d_normed);
     take(k, n * H, k->act, &a->dx);
     take(k, n * (q + 2 * kv), k->act, &a->d_qkv);
     if (c->qk_norm)
@@ -191,7 +191,7 @@ enum rt_status rt_student_attention(struct rt_student *s, int i, struct rt_err *
                        .dqk = c->head_dim, .dv = c->head_dim, .scale = (float)(1 / sqrt(c->head_dim))},
                  .q = qk, .q_ld = ld_qk, .q_head = c->head_dim, .k = rt_student_at(s, qk, q), .k_ld = ld_qk, .k_head = c->head_dim,
                  .v = rt_student_at(s, v->qkv, q + kv), .v_ld = ld, .v_head = c->head_dim, .o = v->o, .lse = v->lse));
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = v->o}, .w = l->o, .bias = l->o_bias, .y = a->branch, .n = n, .K = q,
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = v->o}, .w = l->o, .bias = l->o_bias, .add = a->hidden[i], .y = v->mid, .n = n, .K = q,
                  .N = c->hidden));
 out:
     return st;
@@ -212,9 +212,10 @@ static enum rt_status mlp(struct rt_student *s, int i, struct rt_err *err)
     const struct rt_student_layer *l = &s->layer[i];
     const struct rt_student_acts *a = &s->a;
     const int64_t n = a->batch.n, H = s->c->hidden, I = s->c->intermediate;
-    void *h = rt_student_own(a->saved[i].h, a->h);
+    const struct rt_student_saved *v = &a->saved[i];
+    void *h = rt_student_own(v->h, a->h);
     RT_TRY(rt_student_gate_up(s, i, h, rt_student_layer_keep(&a->kept, i) >= RT_KEEP_ALL, err));
-    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .y = a->branch, .n = n, .K = I, .N = H));
+    RT_TRY(RT_OP(s->d, linear_fwd, err, .x = {.data = h}, .w = l->down, .bias = l->down_bias, .add = v->mid, .y = a->hidden[i + 1], .n = n, .K = I, .N = H));
 out:
     return st;
 }
@@ -247,18 +248,15 @@ enum rt_status rt_student_forward_sent(struct rt_student *s, const struct rt_stu
     RT_TRY(RT_OP(s->d, embed_fwd, err, .ids = a->ids, .table = s->embed, .out = a->hidden[0], .n = b->n, .cols = H));
     for (int i = 0; i < s->c->layers; i++) {
         const struct rt_student_saved *v = &a->saved[i];
-        /* The residual of the layer before is added in its norm; sum = hidden state i. */
-        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = i == 0 ? a->hidden[0] : a->saved[i - 1].mid, .add = i == 0 ? NULL : a->branch,
-                     .w = s->layer[i].norm1, .sum = i == 0 ? NULL : a->hidden[i], .y = rt_student_own(v->normed1, a->normed), .rstd = v->rstd1, .n = b->n, .cols = H,
-                     .eps = eps));
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .w = s->layer[i].norm1, .y = rt_student_own(v->normed1, a->normed), .rstd = v->rstd1, .n = b->n,
+                     .cols = H, .eps = eps));
         RT_TRY(rt_student_attention(s, i, err));
-        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[i], .add = a->branch, .w = s->layer[i].norm2, .sum = v->mid,
-                     .y = rt_student_own(v->normed2, a->normed), .rstd = v->rstd2, .n = b->n, .cols = H, .eps = eps));
+        RT_TRY(RT_OP(s->d, norm_fwd, err, .x = v->mid, .w = s->layer[i].norm2, .y = rt_student_own(v->normed2, a->normed), .rstd = v->rstd2, .n = b->n,
+                     .cols = H, .eps = eps));
         RT_TRY(mlp(s, i, err));
     }
     const int last = s->c->layers;
-    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->saved[last - 1].mid, .add = a->branch, .w = s->final_norm, .sum = a->hidden[last],
-                 .y = a->final, .rstd = a->rstd_final, .n = b->n, .cols = H, .eps = eps));
+    RT_TRY(RT_OP(s->d, norm_fwd, err, .x = a->hidden[last], .w = s->final_norm, .y = a->final, .rstd = a->rstd_final, .n = b->n, .cols = H, .eps = eps));
     a->done = kept->keep >= RT_KEEP_LAYERS;
 out:
     return st;

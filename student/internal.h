@@ -30,8 +30,8 @@ struct rt_student_acts {
     void *final;
     float *rstd_final;
     void *gate_up;                      /* [n, 2I] of the layers that have none of their own */
-    void *normed, *branch, *h;          /* [n, H] [n, H] [n, I] shared by the layers; in backward h is that of dh, too */
-    void *dx, *d_qkv, *d_qk, *d_o;      /* backward; the gradient at gate and up takes their place */
+    void *normed, *h;                   /* [n, H] [n, I] shared by the layers; in backward h is that of dh, too */
+    void *d_normed, *dx, *d_qkv, *d_qk, *d_o;      /* backward; the gradient at gate and up takes their place */
     float *delta;
 };
 
@@ -74,7 +74,7 @@ static inline void *rt_student_at(const struct rt_student *s, const void *p, int
 enum rt_status rt_student_rotate(const struct rt_student *s, const struct rt_student_layer *l, void *qkv, void *qk,
                                  const int32_t *pos, int64_t n, float *rstd_q, float *rstd_k, struct rt_err *err);
 
-/* Of the last forward: attention of layer i from its normed input, into what the layer saves and a.branch; gate and up (and h, or NULL) from the normed mid. */
+/* Of the last forward: attention of layer i from its normed input, into what the layer saves, mid at last; gate and up (and h, or NULL) from the normed mid. */
 enum rt_status rt_student_attention(struct rt_student *s, int i, struct rt_err *err);
 enum rt_status rt_student_gate_up(struct rt_student *s, int i, void *h, bool kept, struct rt_err *err);
 

@@ -32,15 +32,16 @@ struct shape {
     bool a_t, b_t, accumulate, d_f32;
     int bias; /* 0 none, 1 BF16, 2 float32 */
     int64_t batch;
+    bool add;
 };
 
-static void naive(const struct shape *s, const struct rt_cuda_gemm_args *g, const float *a, const float *b, const float *bias, float *d)
+static void naive(const struct shape *s, const struct rt_cuda_gemm_args *g, const float *a, const float *b, const float *bias, const float *add, float *d)
 {
     for (int64_t z = 0; z < s->batch; z++)
         for (int64_t i = 0; i < s->m; i++)
             for (int64_t j = 0; j < s->n; j++) {
                 float *at = d + z * g->d_stride + i * g->ldd + j;
-                double sum = (s->bias ? (double)bias[j] : 0.0) + (s->accumulate ? (double)*at : 0.0);
+                double sum = (s->bias ? (double)bias[j] : 0.0) + (s->accumulate ? (double)*at : 0.0) + (s->add ? (double)add[i * g->ldd + j] : 0.0);
                 for (int64_t l = 0; l < s->k; l++)
                     sum += (double)a[z * g->a_stride + (s->a_t ? l * g->lda + i : i * g->lda + l)] *
                            (double)b[z * g->b_stride + (s->b_t ? j * g->ldb + l : l * g->ldb + j)];
@@ -64,7 +65,7 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, enum maker way
     g.b_stride = b_rows * g.ldb;
     g.d_stride = s->m * g.ldd;
     const int64_t na = s->batch * g.a_stride, nb = s->batch * g.b_stride, nd = s->batch * g.d_stride;
-    float *a = cuda_floats(na), *b = cuda_floats(nb), *d = cuda_floats(nd), *got = cuda_floats(nd), *bias = cuda_floats(s->n);
+    float *a = cuda_floats(na), *b = cuda_floats(nb), *d = cuda_floats(nd), *got = cuda_floats(nd), *bias = cuda_floats(s->n), *add = cuda_floats(nd);
     char what[96];
     cuda_random(a, na, 1, 1.0f);
     cuda_random(b, nb, 2, 1.0f);
@@ -72,8 +73,10 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, enum maker way
     if (!s->accumulate)
         cuda_poison(d, s->batch * s->m, s->n, g.ldd);
     cuda_random(bias, s->n, 4, 10.0f);
+    cuda_random(add, nd, 5, 10.0f);
     g.a = cuda_act(p, a, na);
     g.b = cuda_act(p, b, nb);
+    g.add = !s->add ? NULL : s->d_f32 ? cuda_bytes(p, add, (size_t)nd * 4) : cuda_act(p, add, nd);
     g.d = s->d_f32 ? cuda_bytes(p, d, (size_t)nd * 4) : cuda_act(p, d, nd);
     g.bias = s->bias == 0 ? NULL : s->bias == 1 ? cuda_act(p, bias, s->n) : cuda_bytes(p, bias, (size_t)s->n * 4);
     struct rt_queue *q = (struct rt_queue *)p->gpu.q;
@@ -84,9 +87,9 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, enum maker way
         cuda_get(p, got, g.d, (size_t)nd * 4);
     else
         cuda_get_act(p, got, g.d, nd);
-    naive(s, &g, a, b, bias, d); /* what lies between the rows stays as it was */
-    snprintf(what, sizeof what, "%s %lldx%lldx%lld%s%s%s%s%s", name[way], (long long)s->m, (long long)s->n, (long long)s->k,
-             s->a_t ? " a_t" : "", s->b_t ? " b_t" : "", s->accumulate ? " +=" : "", s->d_f32 ? " f32" : "", s->bias ? " bias" : "");
+    naive(s, &g, a, b, bias, add, d); /* what lies between the rows stays as it was */
+    snprintf(what, sizeof what, "%s %lldx%lldx%lld%s%s%s%s%s%s", name[way], (long long)s->m, (long long)s->n, (long long)s->k,
+             s->a_t ? " a_t" : "", s->b_t ? " b_t" : "", s->accumulate ? " +=" : "", s->d_f32 ? " f32" : "", s->bias ? " bias" : "", s->add ? " add" : "");
     cuda_close(what, got, d, s->batch * s->m, g.ldd, s->d_f32 ? F32_SUMS : s->m * s->n < 64 ? BF16_FEW : BF16_TWICE, 0);
     for (int64_t r = 0; r < s->batch * s->m; r++)
         for (int64_t j = s->n; j < g.ldd; j++)
@@ -95,12 +98,14 @@ static void gemm_case(struct cuda_pair *p, const struct shape *s, enum maker way
     cuda_free(p, (void *)(uintptr_t)g.a);
     cuda_free(p, (void *)(uintptr_t)g.b);
     cuda_free(p, (void *)(uintptr_t)g.bias);
+    cuda_free(p, (void *)(uintptr_t)g.add);
     cuda_free(p, g.d);
     rt_free(a);
     rt_free(b);
     rt_free(d);
     rt_free(got);
     rt_free(bias);
+    rt_free(add);
 }
 
 static void test_gemm(void **state)
@@ -115,14 +120,19 @@ static void test_gemm(void **state)
         for (int flags = 0; flags < 16; flags++)
             for (int own = 0; own < 2; own++) {
                 const struct shape s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags & 1, flags >> 1 & 1, flags >> 2 & 1, flags >> 3 & 1,
-                                        (int)((i + (size_t)flags) % 3), 1};
+                                        (int)((i + (size_t)flags) % 3), 1, false};
                 gemm_case(&p, &s, own ? BY_MMA : BY_CHOICE);
             }
     for (int own = 0; own < 2; own++) {
-        gemm_case(&p, &(struct shape){40, 72, 48, 0, false, true, false, false, 0, 5}, own ? BY_MMA : BY_CHOICE);
-        gemm_case(&p, &(struct shape){40, 71, 48, 1, true, false, true, true, 0, 3}, own ? BY_MMA : BY_CHOICE);
-        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, true, false, 1, 1}, own ? BY_MMA : BY_CHOICE);  /* k 0: the bias alone */
-        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, false, true, 0, 1}, own ? BY_MMA : BY_CHOICE);
+        gemm_case(&p, &(struct shape){40, 72, 48, 0, false, true, false, false, 0, 5, false}, own ? BY_MMA : BY_CHOICE);
+        gemm_case(&p, &(struct shape){40, 71, 48, 1, true, false, true, true, 0, 3, false}, own ? BY_MMA : BY_CHOICE);
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, true, false, 1, 1, false}, own ? BY_MMA : BY_CHOICE);  /* k 0: the bias alone */
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, false, true, 0, 1, false}, own ? BY_MMA : BY_CHOICE);
+    }
+    for (int f32 = 0; f32 < 2; f32++) { /* something to add, with and without a bias */
+        gemm_case(&p, &(struct shape){130, 264, 96, 8, false, true, false, f32, 1, 1, true}, BY_CHOICE);
+        gemm_case(&p, &(struct shape){33, 71, 48, 1, true, false, false, f32, 0, 1, true}, BY_CHOICE);
+        gemm_case(&p, &(struct shape){9, 40, 0, 0, false, true, false, f32, 0, 1, true}, BY_CHOICE);
     }
     cuda_pair_close(&p);
 }
@@ -139,15 +149,17 @@ static void test_sm90(void **state)
     const bool there = rt_cuda_product_sm90_fits(p.gpu.dev, &(struct rt_cuda_gemm_args){.m = 128, .n = 256, .k = 64});
     for (size_t i = 0; there && i < sizeof sizes / sizeof *sizes; i++)
         for (int flags = 0; flags < 8; flags++) {
-            const struct shape s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags & 1, flags >> 1 & 1, flags >> 2 & 1, false, 0, 1};
+            const struct shape s = {sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], flags & 1, flags >> 1 & 1, flags >> 2 & 1, false, 0, 1, false};
             if (!(s.a_t && s.b_t) && (!s.a_t || s.m % 8 == 0))
                 gemm_case(&p, &s, BY_SM90);
         }
     /* what it does not do */
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         struct rt_cuda_gemm_args g = {.m = 128, .n = 256, .k = 64, .a_t = i == 0, .b_t = i == 0, .d_f32 = i == 1, .batch = i == 2 ? 2 : 1, .lda = i == 3 ? 68 : 0};
         if (i == 4)
             g.d = (char *)8; /* never read: not 16-byte aligned */
+        if (i == 5)
+            g.add = (char *)16;
         assert_false(rt_cuda_product_sm90_fits(p.gpu.dev, &g));
     }
     cuda_pair_close(&p);

@@ -16,7 +16,7 @@
 
 struct linear {
     int64_t n, K, N, ldx, ldy;
-    bool accumulate, y_f32, bias, quantised, e4m3;
+    bool accumulate, y_f32, bias, quantised, e4m3, add;
 };
 
 static void linear_case(struct cuda_pair *p, const struct linear *l)
@@ -29,6 +29,9 @@ static void linear_case(struct cuda_pair *p, const struct linear *l)
     cuda_random(y, ny, 22, 30.0f);
     if (!l->accumulate)
         cuda_poison(y, l->n, l->N, ldy);
+    float *add = cuda_floats(ny);
+    cuda_random(add, ny, 25, 20.0f);
+    void *dadd = cuda_act(p, add, ny);
     struct cuda_weight w = l->e4m3 ? cuda_weight_e4m3(p, l->N, l->K, 23, 1.0f) : cuda_weight_bf16(p, l->N, l->K, 23, 1.0f);
     struct cuda_weight b = l->bias ? cuda_weight_bf16(p, 1, l->N, 24, 20.0f) : (struct cuda_weight){0};
     struct cuda_quantised q = {{NULL, NULL}, {NULL, NULL}};
@@ -40,16 +43,17 @@ static void linear_case(struct cuda_pair *p, const struct linear *l)
         dx.data = cuda_act(p, x, nx);
     }
     void *dy = l->y_f32 ? cuda_bytes(p, y, (size_t)ny * 4) : cuda_act(p, y, ny);
-    assert_ok(RT_OP(&p->gpu, linear_fwd, &err, .x = dx, .ldx = l->ldx, .w = w.gpu, .bias = b.gpu, .y = dy, .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N,
-                    .accumulate = l->accumulate, .y_f32 = l->y_f32));
-    assert_ok(RT_OP(&p->ref, linear_fwd, &err, .x = l->quantised ? q.ref : (struct rt_act){x, NULL}, .ldx = l->ldx, .w = w.ref, .bias = b.ref, .y = y,
-                    .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N, .accumulate = l->accumulate));
+    assert_ok(RT_OP(&p->gpu, linear_fwd, &err, .x = dx, .ldx = l->ldx, .w = w.gpu, .bias = b.gpu, .add = l->add ? dadd : NULL, .y = dy, .ldy = l->ldy, .n = l->n,
+                    .K = l->K, .N = l->N, .accumulate = l->accumulate, .y_f32 = l->y_f32));
+    assert_ok(RT_OP(&p->ref, linear_fwd, &err, .x = l->quantised ? q.ref : (struct rt_act){x, NULL}, .ldx = l->ldx, .w = w.ref, .bias = b.ref,
+                    .add = l->add ? add : NULL, .y = y, .ldy = l->ldy, .n = l->n, .K = l->K, .N = l->N, .accumulate = l->accumulate));
     if (l->y_f32)
         cuda_get(p, got, dy, (size_t)ny * 4);
     else
         cuda_get_act(p, got, dy, ny);
-    snprintf(what, sizeof what, "linear_fwd %lldx%lldx%lld%s%s%s%s", (long long)l->n, (long long)l->N, (long long)l->K,
-             l->quantised ? " w8a8" : l->e4m3 ? " w8a16" : "", l->accumulate ? " +=" : "", l->y_f32 ? " f32" : "", l->bias ? " bias" : "");
+    snprintf(what, sizeof what, "linear_fwd %lldx%lldx%lld%s%s%s%s%s", (long long)l->n, (long long)l->N, (long long)l->K,
+             l->quantised ? " w8a8" : l->e4m3 ? " w8a16" : "", l->accumulate ? " +=" : "", l->y_f32 ? " f32" : "", l->bias ? " bias" : "",
+             l->add ? " add" : "");
     cuda_close(what, got, y, l->n, ldy, l->y_f32 && !l->e4m3 ? F32_SUMS : BF16_TWICE, 0);
     cuda_free(p, dy);
     if (l->quantised)
@@ -59,6 +63,8 @@ static void linear_case(struct cuda_pair *p, const struct linear *l)
     if (l->bias)
         cuda_weight_free(p, &b);
     cuda_weight_free(p, &w);
+    cuda_free(p, dadd);
+    rt_free(add);
     rt_free(x);
     rt_free(y);
     rt_free(got);
@@ -67,12 +73,18 @@ static void linear_case(struct cuda_pair *p, const struct linear *l)
 static void test_linear_fwd(void **state)
 {
     static const struct linear cases[] = {
-        {1, 64, 48, 0, 0, false, false, true, false, false},      {77, 100, 131, 0, 0, false, false, true, false, false},
-        {130, 136, 200, 144, 208, true, false, true, false, false}, {130, 136, 200, 137, 201, false, true, false, false, false},
-        {200, 512, 96, 0, 0, true, true, true, false, false},     {33, 256, 576, 0, 0, false, false, false, false, true},
-        {300, 192, 130, 200, 0, true, false, false, false, true}, {300, 256, 256, 0, 264, false, true, false, false, true},
-        {1, 128, 128, 0, 0, false, false, false, true, true},     {66, 256, 576, 0, 0, true, false, false, true, true},
-        {131, 512, 200, 0, 208, false, false, true, true, true},  {132, 384, 256, 0, 0, true, true, true, true, true},
+        {1, 64, 48, 0, 0, false, false, true, false, false, false}, {77, 100, 131, 0, 0, false, false, true, false, false, false},
+        {130, 136, 200, 144, 208, true, false, true, false, false, false}, {130, 136, 200, 137, 201, false, true, false, false, false, false},
+        {200, 512, 96, 0, 0, true, true, true, false, false, false}, {33, 256, 576, 0, 0, false, false, false, false, true, false},
+        {300, 192, 130, 200, 0, true, false, false, false, true, false}, {300, 256, 256, 0, 264, false, true, false, false, true, false},
+        {1, 128, 128, 0, 0, false, false, false, true, true, false}, {66, 256, 576, 0, 0, true, false, false, true, true, false},
+        {131, 512, 200, 0, 208, false, false, true, true, true, false}, {132, 384, 256, 0, 0, true, true, true, true, true, false},
+    };
+    static const struct linear adding[] = {
+        /* by the library or our own, by products of few rows, of codes */
+        {300, 136, 200, 0, 0, false, false, true, false, false, true}, {257, 100, 131, 0, 0, false, false, false, false, false, true},
+        {5, 256, 128, 0, 0, false, false, true, false, false, true}, {131, 512, 200, 0, 0, false, false, true, true, true, true},
+        {300, 256, 256, 0, 0, false, false, false, false, true, true},
     };
     struct cuda_pair p;
     struct rt_err err = {0};
@@ -81,6 +93,8 @@ static void test_linear_fwd(void **state)
         TEST_SKIP("no GPU");
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         linear_case(&p, &cases[i]);
+    for (size_t i = 0; i < sizeof adding / sizeof *adding; i++)
+        linear_case(&p, &adding[i]);
     struct cuda_weight w = cuda_weight_bf16(&p, 8, 128, 1, 1.0f);
     struct rt_act x = {w.data, w.scale};
     float scale;

@@ -55,6 +55,7 @@ static struct rt_weight *load(struct rt_device *d, const struct source *s)
 struct linear {
     const struct source *w, *bias;
     struct rt_act x;
+    const float *add;
     int64_t n, K, N, ldx, ldy;
     bool accumulate, exact;
 };
@@ -64,7 +65,7 @@ static enum rt_status run_linear(struct rt_device *d, const void *ctx, float **o
     const struct linear *t = ctx;
     struct rt_weight *w = load(d, t->w), *bias = t->bias != NULL ? load(d, t->bias) : NULL;
     const enum rt_status st =
-        RT_OP(d, linear_fwd, err, .x = t->x, .ldx = t->ldx, .w = w, .bias = bias, .y = out[0], .ldy = t->ldy, .n = t->n, .K = t->K,
+        RT_OP(d, linear_fwd, err, .x = t->x, .ldx = t->ldx, .w = w, .bias = bias, .add = t->add, .y = out[0], .ldy = t->ldy, .n = t->n, .K = t->K,
               .N = t->N, .accumulate = t->accumulate, .row_exact = t->exact, .y_f32 = t->accumulate);
     d->be->weight_free(d->dev, w);
     d->be->weight_free(d->dev, bias);
@@ -81,11 +82,14 @@ static void hold_linear(struct devices *all, enum rt_dtype dtype, bool resident,
     t.accumulate = (variant & 2) != 0;
     t.exact = (variant & 4) != 0;
     t.x.data = randoms(n * (K + 5), 13, 1);
+    float *add = randoms(n * N, 19, 1);
+    t.add = !t.accumulate && t.ldy == 0 ? add : NULL;
     snprintf(what, sizeof what, "linear_fwd %s%s n=%d K=%d N=%d variant %d", rt_dtype_name(dtype), resident ? " resident" : "", (int)n,
              (int)K, (int)N, variant);
     const int64_t size = (n - 1) * (t.ldy != 0 ? t.ldy : N) + N;
     hold(all, what, run_linear, &t, 1, &size, BOUND);
     free(t.x.data);
+    free(add);
     free_source(&w);
     free_source(&bias);
 }

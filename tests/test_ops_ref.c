@@ -139,6 +139,9 @@ static void linear_by_hand(void **state)
     assert_true(y[0] == 8 && y[1] == 24 && y[2] == 0 && y[3] == 8 && y[4] == 33);
     assert_ok(RT_OP(&d, linear_fwd, &err, .x = {x, NULL}, .ldx = 4, .w = p, .y = y, .ldy = 3, .n = 2, .K = 3, .N = 2, .accumulate = true));
     assert_true(y[0] == 6 && y[1] == 28 && y[3] == 6 && y[4] == 46);
+    const float add[4] = {100, 200, 300, 400};
+    assert_ok(RT_OP(&d, linear_fwd, &err, .x = {x, NULL}, .ldx = 4, .w = p, .bias = pb, .add = add, .y = y, .n = 2, .K = 3, .N = 2));
+    assert_true(y[0] == 108 && y[1] == 224 && y[2] == 308 && y[3] == 433);
     assert_status(RT_OP(&d, linear_fwd, &err, .x = {x, NULL}, .w = p, .y = y, .n = 1, .K = 2, .N = 3), SHAPE);
     d.be->weight_free(d.dev, p);
     d.be->weight_free(d.dev, pb);

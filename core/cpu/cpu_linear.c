@@ -50,6 +50,13 @@ RT_SIMD static void add_bias(float *restrict y, int64_t ldy, int64_t m, int64_t 
             y[i * ldy + j] += bias[j];
 }
 
+RT_SIMD static void add_rows(float *restrict y, const float *restrict add, int64_t ld, int64_t m, int64_t n)
+{
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++)
+            y[i * ld + j] += add[i * ld + j];
+}
+
 struct fwd_job {
     struct rt_dev *dev;
     const struct rt_linear_fwd_args *a;
@@ -76,6 +83,8 @@ static void fwd_item(void *ctx, int64_t item, int worker)
                           rt_cpu_panel(job->dev, worker), y, job->ldy);
     if (a->bias != NULL)
         add_bias(y, job->ldy, t.m, t.n, a->bias->f32 + t.j);
+    if (a->add != NULL)
+        add_rows(y, (const float *)a->add + (y - (const float *)a->y), a->N, t.m, t.n);
 }
 
 /* Exact products serve few rows, so the columns alone are shared out: tiles of 16 to 256. */

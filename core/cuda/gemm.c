@@ -48,14 +48,19 @@ enum rt_status rt_cuda_gemm(struct rt_queue *q, const struct rt_cuda_gemm_args *
     if (g.k > 0 && q->dev->lt != NULL) {
         RT_TRY(bias_of_type(q, &g, &bias, err));
         /* row-major d = a b is column-major d^T = b^T a^T */
-        const struct rt_lt_call c = {.a = g.b, .b = g.a, .bias = bias != NULL ? bias : g.bias, .d = g.d, .M = g.n, .N = g.m, .K = g.k, .lda = g.ldb,
-                                     .ldb = g.lda, .ldd = g.ldd, .batch = g.batch, .a_stride = g.b_stride, .b_stride = g.a_stride,
+        const struct rt_lt_call c = {.a = g.b, .b = g.a, .bias = bias != NULL ? bias : g.bias, .add = g.add, .d = g.d, .M = g.n, .N = g.m, .K = g.k,
+                                     .lda = g.ldb, .ldb = g.lda, .ldd = g.ldd, .batch = g.batch, .a_stride = g.b_stride, .b_stride = g.a_stride,
                                      .d_stride = g.d_stride, .ta = g.b_t, .tb = g.a_t, .accumulate = g.accumulate, .d_f32 = g.d_f32, .f16 = g.f16,
                                      .bucket_n = !g.a_t, .bucket_k = g.a_t && !g.b_t};
         RT_TRY(rt_cuda_lt_matmul(q, &c, &done, err));
     }
     if (!done && g.f16)
         RT_FAIL(err, UNSUPPORTED, "no product of FP16 matrices %ld x %ld x %ld without cuBLASLt", (long)g.m, (long)g.n, (long)g.k);
+    if (!done && g.add != NULL) {
+        const size_t size = g.d_f32 ? 4 : 2, row = (size_t)g.ldd * size;
+        RT_CUDA_TRY(cudaMemcpy2DAsync(g.d, row, g.add, row, (size_t)g.n * size, (size_t)g.m, cudaMemcpyDeviceToDevice, q->stream));
+        g.accumulate = true;
+    }
     if (!done)
         RT_TRY(rt_cuda_gemm_mma(q, &g, err));
 out:

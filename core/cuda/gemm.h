@@ -1,5 +1,5 @@
 /* Products of the cuda backend: what its files call. Everything is row-major; sums are float32 and are rounded at the store (once, but for
- * cuBLASLt's += and bias into BF16: it rounds the product before it adds).
+ * cuBLASLt's +=, add and bias into BF16: it rounds the product before it adds).
  *
  * BF16 products go through cuBLASLt where it was found, else through a kernel of our own (gemm.cu). Products of e4m3 codes with block scales go
  * through cuBLASLt (12.9 or later) on compute capability 9.0; elsewhere both operands are dequantised to BF16 first. The algorithm depends on
@@ -14,14 +14,14 @@
 extern "C" {
 #endif
 
-/* d[m,n] = op(a)[m,k] op(b)[k,n] (+ bias[n]), or += with accumulate.
+/* d[m,n] = op(a)[m,k] op(b)[k,n] (+ bias[n]) (+ add[m,n], at d's row distance and of its type), or += with accumulate (add NULL, batch 1).
  *   a: [m,k] with row distance lda; a_t: stored as [k,m].     b: [k,n] with row distance ldb; b_t: stored as [n,k] (a weight).
  *   a, b BF16; d BF16, or float32 with d_f32; bias BF16, or float32 with bias_f32; NULL: none.
  *   f16: a, b, and d without d_f32, are FP16; no bias. The library alone does that: else UNSUPPORTED (dev->lt NULL says so beforehand).
  *   lda, ldb, ldd 0: dense. batch 0 counts as 1: `batch` products at distances *_stride (elements; bias is the same for all).
  *   k == 0: the product is 0. m, n or batch of nothing: nothing happens. 16-byte aligned operands and row distances run fastest; 2 is enough. */
 struct rt_cuda_gemm_args {
-    const void *a, *b, *bias;
+    const void *a, *b, *bias, *add;
     void *d;
     int64_t m, n, k, lda, ldb, ldd;
     bool a_t, b_t, accumulate, d_f32, bias_f32, f16;

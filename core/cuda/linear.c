@@ -28,6 +28,19 @@ out:
     return st;
 }
 
+/* add to y, and the product to that. */
+static enum rt_status add_first(struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err)
+{
+    enum rt_status st = RT_OK;
+    struct rt_linear_fwd_args onto = *a;
+    RT_CUDA_TRY(cudaMemcpyAsync(a->y, a->add, (size_t)(a->n * a->N) * 2, cudaMemcpyDeviceToDevice, q->stream));
+    onto.add = NULL;
+    onto.accumulate = true;
+    RT_TRY(rt_cuda_linear_fwd(dev, q, &onto, err));
+out:
+    return st;
+}
+
 enum rt_status rt_cuda_linear_fwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_linear_fwd_args *a, struct rt_err *err)
 {
     const void *w = NULL;
@@ -35,6 +48,8 @@ enum rt_status rt_cuda_linear_fwd(struct rt_dev *dev, struct rt_queue *q, const 
     enum rt_status st;
     RT_TRY(rt_cuda_weight_check(a->w, "linear_fwd", a->N, a->K, a->x.scale != NULL, err));
     RT_TRY(check_bias(a->bias, a->N, err));
+    if (a->add != NULL && (a->x.scale != NULL || rt_cuda_skinny_hopper_fits(dev, a) || rt_cuda_skinny_linear_fits(a)))
+        return add_first(dev, q, a, err);
     if (rt_cuda_skinny_hopper_fits(dev, a))
         return rt_cuda_skinny_hopper(q, a, err);
     if (rt_cuda_skinny_linear_fits(a))
@@ -44,7 +59,7 @@ enum rt_status rt_cuda_linear_fwd(struct rt_dev *dev, struct rt_queue *q, const 
         goto out;
     }
     RT_TRY(rt_cuda_weight_bf16(q, a->w, &w, &temp, err));
-    const struct rt_cuda_gemm_args g = {.a = a->x.data, .b = w, .d = a->y, .bias = a->bias != NULL ? a->bias->data : NULL, .m = a->n, .n = a->N,
+    const struct rt_cuda_gemm_args g = {.a = a->x.data, .b = w, .d = a->y, .bias = a->bias != NULL ? a->bias->data : NULL, .add = a->add, .m = a->n, .n = a->N,
                                         .k = a->K, .lda = a->ldx, .ldd = a->ldy, .b_t = true, .accumulate = a->accumulate, .d_f32 = a->y_f32,
                                         .bias_f32 = a->bias != NULL && a->bias->dtype == RT_F32};
     RT_TRY(rt_cuda_gemm(q, &g, err));

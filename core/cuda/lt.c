@@ -233,10 +233,10 @@ static struct rt_product_key key_of(const struct rt_lt_call *c, int64_t N, int64
     }
     k.align_a = alignment(c->a, c->lda, k.a_stride, in);
     k.align_b = alignment(c->b, c->ldb, k.b_stride, in);
-    k.align_d = alignment(c->d, c->ldd, k.d_stride, c->d_f32 ? 4 : 2);
+    k.align_d = alignment((const char *)((uintptr_t)c->d | (uintptr_t)c->add), c->ldd, k.d_stride, c->d_f32 ? 4 : 2);
     /* what a step adds to it begins with =: one choice for both */
-    k.flags = c->ta | c->tb << 1 | (c->accumulate && !c->bucket_k) << 2 | (c->d_f32 ? FLAG_F32 : 0) | (c->bias != NULL) << 4 | (c->a_scale != NULL ? FLAG_E4M3 : 0) |
-              (c->f16 ? FLAG_F16 : 0);
+    k.flags = c->ta | c->tb << 1 | (c->accumulate && !c->bucket_k) << 2 | (c->d_f32 ? FLAG_F32 : 0) | (c->bias != NULL) << 4 |
+              (c->a_scale != NULL ? FLAG_E4M3 : 0) | (c->f16 ? FLAG_F16 : 0) | (c->add != NULL) << 7;
     return k;
 }
 
@@ -288,8 +288,9 @@ static struct entry *find(struct rt_cuda_lt *lt, const struct rt_product_key *k)
 static cublasStatus_t multiply(struct rt_queue *q, const struct rt_lt_call *c, const struct plan *p, void *d, const cublasLtMatmulAlgo_t *algo)
 {
     const struct rt_cuda_lt *lt = q->dev->lt;
-    const float one = 1.0f, beta = c->accumulate ? 1.0f : 0.0f;
-    return lt->Matmul(lt->handle, p->op, &one, c->a, p->a, c->b, p->b, &beta, d, p->d, d, p->d, algo, q->workspace, RT_CUDA_WORKSPACE, q->stream);
+    const float one = 1.0f, beta = c->accumulate || c->add != NULL ? 1.0f : 0.0f;
+    const void *old = c->add != NULL ? c->add : d;
+    return lt->Matmul(lt->handle, p->op, &one, c->a, p->a, c->b, p->b, &beta, old, p->d, d, p->d, algo, q->workspace, RT_CUDA_WORKSPACE, q->stream);
 }
 
 /* ---- our own product among the library's algorithms ---- */
@@ -305,8 +306,8 @@ static bool is_own(const cublasLtMatmulAlgo_t *algo)
 /* The call as gemm.h has it. */
 static struct rt_cuda_gemm_args row_major(const struct rt_lt_call *c, void *d)
 {
-    return (struct rt_cuda_gemm_args){.a = c->b, .b = c->a, .bias = c->bias, .d = d, .m = c->N, .n = c->M, .k = c->K, .lda = c->ldb, .ldb = c->lda, .ldd = c->ldd,
-                                      .a_t = c->tb, .b_t = c->ta, .accumulate = c->accumulate, .d_f32 = c->d_f32, .f16 = c->f16, .batch = c->batch};
+    return (struct rt_cuda_gemm_args){.a = c->b, .b = c->a, .bias = c->bias, .add = c->add, .d = d, .m = c->N, .n = c->M, .k = c->K, .lda = c->ldb,
+                                      .ldb = c->lda, .ldd = c->ldd, .a_t = c->tb, .b_t = c->ta, .accumulate = c->accumulate, .d_f32 = c->d_f32, .f16 = c->f16, .batch = c->batch};
 }
 
 static bool own_fits(const struct rt_queue *q, const struct rt_lt_call *c)

@@ -17,11 +17,11 @@
 extern "C" {
 #endif
 
-/* d[M,N] = op(a)[M,K] op(b)[K,N] + beta d, column-major; op(a) = a^T where ta. a, b BF16, or with a_scale and b_scale e4m3: then ta, not tb,
- * a_scale [ceil(M/128)][K/128 rounded up to 4] of 128x128 blocks, b_scale [K/128][N] of runs of 128, M and N multiples of 4, everything 16-byte
+/* d[M,N] = op(a)[M,K] op(b)[K,N] + beta d, or + add (as d lies), column-major; op(a) = a^T where ta. a, b BF16, or with a_scale and b_scale e4m3: then
+ * ta, not tb, a_scale [ceil(M/128)][K/128 rounded up to 4] of 128x128 blocks, b_scale [K/128][N] of runs of 128, M and N multiples of 4, everything 16-byte
  * aligned. bias [M] of d's type or NULL. bucket_n: N counts tokens; bucket_k: K does. f16: FP16 takes the place of BF16. */
 struct rt_lt_call {
-    const void *a, *b, *bias;
+    const void *a, *b, *bias, *add;
     void *d;
     const float *a_scale, *b_scale;
     int64_t M, N, K, lda, ldb, ldd, batch, a_stride, b_stride, d_stride;

@@ -76,8 +76,8 @@ bool even_rows(const void *p, int64_t ld, int64_t cols)
 bool rt_cuda_product_sm90_fits(const struct rt_dev *dev, const struct rt_cuda_gemm_args *g)
 {
     const int64_t most = INT32_MAX - 1024;
-    return dev->cc == 90 && dev->encode_map != NULL && g->bias == NULL && !g->d_f32 && g->batch <= 1 && g->m > 0 && g->n > 0 && g->k > 0 && g->m < most &&
-           g->n < most && g->k < most && !(g->a_t && g->b_t) && (!g->f16 || (!g->a_t && g->b_t && !g->accumulate)) &&
+    return dev->cc == 90 && dev->encode_map != NULL && g->bias == NULL && g->add == NULL && !g->d_f32 && g->batch <= 1 && g->m > 0 && g->n > 0 &&
+           g->k > 0 && g->m < most && g->n < most && g->k < most && !(g->a_t && g->b_t) && (!g->f16 || (!g->a_t && g->b_t && !g->accumulate)) &&
            even_rows(g->a, g->lda, g->a_t ? g->m : g->k) && even_rows(g->b, g->ldb, g->b_t ? g->k : g->n) && even_rows(g->d, g->ldd, g->n);
 }
 

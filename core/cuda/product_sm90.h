@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-/* The device has these instructions, and g is what the kernel does: BF16 (or FP16: a plain, b_t, no +=), no bias, no batch, not both transposed, no float32
- * result; rows 16-byte aligned. Any m, n, k. */
+/* The device has these instructions, and g is what the kernel does: BF16 (or FP16: a plain, b_t, no +=), no bias, nothing to add, no batch, not both
+ * transposed, no float32 result; rows 16-byte aligned. Any m, n, k. */
 bool rt_cuda_product_sm90_fits(const struct rt_dev *dev, const struct rt_cuda_gemm_args *g);
 /* For arguments that fit. */
 enum rt_status rt_cuda_product_sm90(struct rt_queue *q, const struct rt_cuda_gemm_args *g, struct rt_err *err);

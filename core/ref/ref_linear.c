@@ -38,7 +38,8 @@ REF_OP(linear_fwd)
     for (int64_t o = 0; o < a->N; o++) {
         const real *w_row = a->x.scale == NULL ? REF(weight_row)(a->w, o, tmp) : NULL;
         for (int64_t t = 0; t < a->n; t++) {
-            const double y = REF(dot_row)(&a->x, ldx, t, a->n, a->w, o, w_row, a->K) + (bias != NULL ? (double)bias[o] : 0.0);
+            const double add = a->add != NULL ? (double)((const real *)a->add)[t * a->N + o] : 0.0;
+            const double y = REF(dot_row)(&a->x, ldx, t, a->n, a->w, o, w_row, a->K) + (bias != NULL ? (double)bias[o] : 0.0) + add;
             if (a->y_f32) {
                 float *at = (float *)a->y + t * ldy + o;
                 *at = (float)(a->accumulate ? *at + y : y);
