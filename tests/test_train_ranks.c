@@ -25,25 +25,24 @@ struct fate {
     const char *extra[3]; /* options of that rank alone */
 };
 
-static int asked;
+static int asked, listened; /* listened: sockets that did before the command, inherited */
 static struct fate mine;
 
-/* A process whose ranks still meet listens. */
-static bool is_meeting(void)
+static int listening(void)
 {
+    int sockets = 0;
     for (int fd = 0; fd < 256; fd++) {
         int on = 0;
         socklen_t n = sizeof on;
-        if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &n) == 0 && on != 0)
-            return true;
+        sockets += getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &n) == 0 && on != 0;
     }
-    return false;
+    return sockets;
 }
 
 static bool stop(void *self)
 {
     (void)self;
-    if (is_meeting())
+    if (listening() > listened) /* while the ranks meet */
         return false;
     asked++;
     if (mine.kill_at > 0 && asked == mine.kill_at)
@@ -79,6 +78,7 @@ static void be_rank(int rank, int size, int port, const char *const *args, const
         all[n] = args[n];
     mine = (struct fate){.rank = -1};
     asked = 0;
+    listened = listening();
     if (fate != NULL && fate->rank == rank) {
         mine = *fate;
         for (int i = 0; i < 3 && fate->extra[i] != NULL; i++)
