@@ -57,11 +57,12 @@ size_t rt_train_plan_need(const struct rt_train_plan *t)
 
 /* ---- how a step is cut ---- */
 
-/* What a product does while memory moves a byte (H100 and H200 in long runs: 650 TFLOP/s, 3 to 4 TB/s; two cores: 100 GFLOP/s, 15 GB/s), what it does while
- * an operation begins, and the rows that a product's last wave of tiles wastes. */
+/* What a product does while memory moves a byte (H100 and H200 in long runs: 650 TFLOP/s, 3 to 4 TB/s; two cores: 100 GFLOP/s, 15 GB/s), what it does for a
+ * byte that moves beside it, what it does while an operation begins and ends, and the rows that a product's last wave of tiles wastes. The last three are
+ * from steps of 16,384 tokens on an H200: in two micro-batches they take 1.1 % longer (1.5B) and 5 % (0.5B), in eight 7 % (1.5B); at level 1 1.2 % (1.5B). */
 static const struct pace {
-    double byte, begin, rows;
-} paces[2] = {{7, 0, 16}, {180, 6e8, 256}};
+    double byte, beside, begin, rows;
+} paces[2] = {{7, 7, 0, 16}, {180, 20, 1.3e9, 32}};
 enum { OPERATIONS_OF_A_LAYER = 32 };
 
 double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_params *p, int64_t longest, bool gpu, const struct rt_train_cuts *x)
@@ -69,15 +70,15 @@ double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_par
     const struct pace *pace = &paces[gpu];
     const double L = c->layers, H = (double)c->hidden, I = (double)c->intermediate, V = (double)c->vocab_size, m = (double)x->micro_tokens, act = gpu ? 2 : 4,
                  len = (double)longest, head = V * H, all = (double)p->matmul, operations = (double)x->operations;
-    /* of a token: two norms, and SwiGLU's output written once more; gate and up; all else of the layers */
-    const double again[] = {pace->byte * act * L * (4 * H + I), 4 * H * I * L + pace->byte * act * L * 2 * I,
+    /* of a token: two normed states and SwiGLU's output written once more; gate and up; all else of the layers */
+    const double again[] = {pace->byte * act * L * (2 * H + I), 4 * H * I * L + pace->byte * act * L * 2 * I,
                             2 * (all - head) - 4 * H * I * L + 2 * L * c->heads * c->head_dim * len + pace->byte * act * L * (8 * H + 3 * I)};
     double a_token = rt_student_flops_per_token(c, p, len), a_micro;
     for (int i = 0; i < x->recompute; i++)
         a_token += again[i] * (i == x->recompute - 1 ? (L - x->less) / L : 1);
     a_token *= 1 + pace->rows / m;
     /* weights are read twice, gradients read and written once a micro-batch */
-    a_micro = pace->byte * (double)p->count * 4 * act + pace->begin * OPERATIONS_OF_A_LAYER * L;
+    a_micro = pace->beside * (double)p->count * 4 * act + pace->begin * OPERATIONS_OF_A_LAYER * L;
     if (gpu) { /* head_loss.c: the head's gradient is added to once a chunk, in float32 where that has room; logits are float32 where its copy has none */
         const bool f32 = 2 * head > operations / 4;
         const double room = operations - (f32 ? 0 : 2 * head), rows = (room > 8 * head ? room - 4 * head : room) / (2 * V);

@@ -39,8 +39,8 @@ static void test_cost(void **state)
             assert_true(cost(&k, m, 1, 6) < cost(&k, m / 2, 1, 6));
     }
     assert_true(cost(&k, 16384, 0, 1) > cost(&k, 16384, 0, 3) && cost(&k, 16384, 0, 3) > cost(&k, 16384, 0, 6));
-    /* gate and up again are 15 % of a step's products, half the micro-batch some 5 %, norms 2 %, less room for operations 1 % */
-    assert_true(cost(&k, 8192, 1, 3) < cost(&k, 16384, 2, 6) && cost(&k, 16384, 1, 3) < cost(&k, 8192, 0, 6));
+    /* gate and up again are 15 % of a step's products, what level 1 writes again 1.2 %, half the micro-batch 1.1 % at 8,192 tokens, a quarter 3.4 % */
+    assert_true(cost(&k, 8192, 1, 3) < cost(&k, 16384, 2, 6) && cost(&k, 8192, 0, 6) < cost(&k, 16384, 1, 6) && cost(&k, 16384, 1, 6) < cost(&k, 4096, 0, 6));
     assert_true(cost(&k, 512, 2, 6) > cost(&k, 16384, 3, 6)); /* micro-batches of 512 would be the worst of all */
     for (int level = 1; level < 4; level++) { /* layers a level below: from one level's cost to the other's in equal parts */
         const double below = cost(&k, 8192, level - 1, 6), whole = cost(&k, 8192, level, 6);
