@@ -162,6 +162,8 @@ static void print_plan(const struct values *v, const char *data, const struct rt
     if (p->answer)
         printf("  to answer     %ld prompts, %ld tokens\n  samples       %ld (%ld each), at most %ld new tokens\n", (long)p->prompts, (long)p->prompt_tokens,
                (long)p->samples, (long)v->samples, (long)p->new_tokens);
+    if (p->dropped > 0)
+        printf("  left out      %ld prompts that the student cannot hold\n", (long)p->dropped);
     printf("  operations    at most %.3g\n", p->flops);
 }
 
@@ -175,6 +177,7 @@ static enum rt_status plan_json(const struct rt_eval_plan *p, const char *data, 
     RT_TRY(rt_json_set_int(o, "tokens", p->tokens, err));
     RT_TRY(rt_json_set_int(o, "left_out", p->left_out, err));
     RT_TRY(rt_json_set_int(o, "prompts", p->prompts, err));
+    RT_TRY(rt_json_set_int(o, "n_dropped", p->dropped, err));
     RT_TRY(rt_json_set_int(o, "prompt_tokens", p->prompt_tokens, err));
     RT_TRY(rt_json_set_int(o, "samples", p->samples, err));
     RT_TRY(rt_json_set_int(o, "most_new_tokens", p->new_tokens, err));

@@ -34,16 +34,19 @@ static enum rt_status answering(const struct rt_loaded_student *l, const struct 
 {
     enum rt_status st;
     struct rt_dataset *data = NULL;
+    struct rt_eval_prompts prompts;
     struct rt_prompt at;
     bool end;
     const int64_t most = l->c.max_position;
-    const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl, .max_length = most - 1};
+    const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl};
     RT_TRY(rt_dataset_open(o->data, &d, &data, err));
+    RT_TRY(rt_eval_measure_prompts(data, most - 1, &prompts, err));
+    p->dropped = prompts.dropped;
     for (;;) {
         RT_TRY(rt_dataset_next_prompt(data, &at, &end, err));
         if (end)
             break;
-        if (at.answer == NULL)
+        if (at.answer == NULL || at.n > most - 1)
             continue;
         const int64_t n = o->sampling.max_tokens < most - at.n ? o->sampling.max_tokens : most - at.n, all = n * o->sampling.samples;
         p->prompts++;

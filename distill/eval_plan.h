@@ -8,6 +8,7 @@ struct rt_eval_plan {
     bool score, answer;
     int64_t sequences, tokens, left_out;               /* to score */
     int64_t prompts, prompt_tokens, samples, new_tokens; /* to answer; of all samples, new_tokens at most */
+    int64_t dropped;                                   /* prompts that the student cannot hold */
     double flops;                                      /* at most, nothing shared between the samples of a prompt but its own tokens */
 };
 /* Reads o->data as rt_eval_run would, with l opened and no device; the same refusals of data. */

@@ -10,6 +10,7 @@
 #include "distill/losses.h"
 #include "distill/loaded_student.h"
 #include "distill/stats.h"
+#include "formats/dataset.h"
 #include "formats/json.h"
 
 /* What the losses run with; of a trainer, or made by rt_eval_room. */
@@ -66,6 +67,12 @@ struct rt_eval_answers {
 enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err);
 /* Unbiased pass@k of c right answers among n: 1 - C(n-c, k) / C(n, k); k <= n. */
 double rt_pass_at(int64_t n, int64_t c, int64_t k);
+/* Of the lines with an "answer": how many have a prompt of at most `most` tokens, and how many the longest of those has; how many are longer. */
+struct rt_eval_prompts {
+    int64_t problems, longest, dropped;
+};
+/* USAGE where no problem is left; rewinds. */
+enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, struct rt_eval_prompts *out, struct rt_err *err);
 /* Generates for each prompt line of path that has an "answer", and checks. Prompts that the student cannot hold are left out, with a warning.
  * USAGE: no such line, or none that the student can hold. */
 enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,

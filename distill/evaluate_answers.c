@@ -160,15 +160,13 @@ out:
     return st;
 }
 
-/* Of the lines with an answer: how many have a prompt of at most `most` tokens, and how many of them the longest; how many are longer. USAGE where no
- * prompt is left; rewinds. */
-static enum rt_status measure_prompts(struct rt_dataset *data, int64_t most, int64_t *longest, int64_t *problems, int64_t *dropped, struct rt_err *err)
+enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, struct rt_eval_prompts *out, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_prompt p;
     int64_t shortest = INT64_MAX;
     bool end;
-    *longest = *problems = *dropped = 0;
+    *out = (struct rt_eval_prompts){0};
     for (;;) {
         RT_TRY(rt_dataset_next_prompt(data, &p, &end, err));
         if (end)
@@ -177,18 +175,18 @@ static enum rt_status measure_prompts(struct rt_dataset *data, int64_t most, int
             continue;
         shortest = p.n < shortest ? p.n : shortest;
         if (p.n > most) {
-            ++*dropped;
+            out->dropped++;
             continue;
         }
-        *longest = p.n > *longest ? p.n : *longest;
-        ++*problems;
+        out->longest = p.n > out->longest ? p.n : out->longest;
+        out->problems++;
     }
-    if (*problems == 0 && *dropped == 0)
+    if (out->problems == 0 && out->dropped == 0)
         RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", rt_dataset_path(data));
-    if (*problems == 0)
+    if (out->problems == 0)
         RT_FAIL(err, USAGE,
                 "%s: all %ld prompts are too long for the student: the shortest has %ld tokens, expected at most %ld; shorter prompts, or a student of more "
-                "positions", rt_dataset_path(data), (long)*dropped, (long)shortest, (long)most);
+                "positions", rt_dataset_path(data), (long)out->dropped, (long)shortest, (long)most);
     RT_TRY(rt_dataset_rewind(data, err));
 out:
     return st;
@@ -217,7 +215,8 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     struct answers a = {.l = l, .o = o};
     struct rt_generator g = {0};
     int32_t stop_ids[RT_GENERATE_MAX_STOP];
-    int64_t n_ids, longest, problems, dropped, memory;
+    struct rt_eval_prompts prompts;
+    int64_t n_ids, memory;
     uint8_t digest[32];
     *out = (struct rt_eval_answers){0};
     rt_sha256_init(&a.hash);
@@ -228,15 +227,15 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     const int64_t most = rt_student_max_length(l->s);
     a.longest = most - 1;
     RT_TRY(rt_dataset_open(path, &d, &a.data, err));
-    RT_TRY(measure_prompts(a.data, a.longest, &longest, &problems, &dropped, err));
-    if (dropped > 0)
-        rt_warn(log, "%s: %ld of %ld problems have prompts of more than %ld tokens and are left out: pass@k is over the others", path, (long)dropped,
-                (long)(problems + dropped), (long)a.longest);
+    RT_TRY(rt_eval_measure_prompts(a.data, a.longest, &prompts, err));
+    if (prompts.dropped > 0)
+        rt_warn(log, "%s: %ld of %ld problems have prompts of more than %ld tokens and are left out: pass@k is over the others", path, (long)prompts.dropped,
+                (long)(prompts.problems + prompts.dropped), (long)a.longest);
     RT_TRY(decoder_memory(l, o, &memory, err));
-    const struct rt_generator_options go = {.memory = memory, .max_len = longest + o->max_tokens < most ? longest + o->max_tokens : most,
-                                            .sequences = problems * o->samples};
+    const struct rt_generator_options go = {.memory = memory, .sequences = prompts.problems * o->samples,
+                                            .max_len = prompts.longest + o->max_tokens < most ? prompts.longest + o->max_tokens : most};
     RT_TRY(rt_generator_student(l->s, &go, &g, err));
-    rt_progress_begin(&a.progress, log, "answering", "samples", problems * o->samples);
+    rt_progress_begin(&a.progress, log, "answering", "samples", prompts.problems * o->samples);
     const double start = rt_now();
     const struct rt_generate_options options = {
         .seed = o->seed, .sample = {o->temperature, 0, o->top_p}, .max_new = o->max_tokens, .n_ids = n_ids, .stop_ids = stop_ids,
@@ -246,7 +245,7 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     rt_progress_end(&a.progress);
     rt_info(log, "%s: %ld samples with %ld tokens, %.0f tokens/s in %d slots", path, (long)a.samples_done, (long)a.tokens,
             (double)a.tokens / (rt_now() - start + 1e-9), g.slots);
-    out->dropped = dropped;
+    out->dropped = prompts.dropped;
     RT_TRY(summarise(&a, rows, out, err));
     rt_sha256_final(&a.hash, digest);
     rt_hex(out->sha256, digest, sizeof digest);

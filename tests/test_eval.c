@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "distill/eval_plan.h"
 #include "distill/eval_run.h"
 #include "tests/student_fixture.h"
 
@@ -120,6 +121,18 @@ static void answers(void **state)
     rt_buf_free(&rows);
 }
 
+static enum rt_status plan_of(const char *data, struct rt_eval_plan *p, struct rt_err *why)
+{
+    struct rt_err err = {0};
+    struct rt_loaded_student l = {0};
+    const struct rt_student_source source = {.student = "examples/tiny_student"};
+    const struct rt_eval_run_options o = {.data = data, .T = 1, .sampling = {.samples = SAMPLES, .max_tokens = 10}};
+    assert_ok(rt_loaded_student_open(&l, &source, NULL, &err));
+    const enum rt_status st = rt_eval_make_plan(&l, &o, p, why);
+    rt_loaded_student_close(&l);
+    return st;
+}
+
 /* Problems that the student cannot hold are counted and said; where none is left, the error says so. */
 static void too_long(void **state)
 {
@@ -151,6 +164,12 @@ static void too_long(void **state)
     free(said);
     rt_json_free(line);
     line = NULL;
+    struct rt_eval_plan p;
+    assert_ok(plan_of(data, &p, &err));
+    assert_true(p.prompts == PROBLEMS && p.dropped == 1 && p.samples == PROBLEMS * SAMPLES);
+    assert_int_equal(plan_of(all, &p, &err), RT_USAGE);
+    assert_non_null(strstr(err.msg, "too long"));
+    rt_err_clear(&err);
     assert_int_equal(try_evaluate(backend, all, 0.6, NULL, &line, &rows, &err), RT_USAGE);
     assert_non_null(strstr(err.msg, "too long"));
     rt_json_free(line);
