@@ -59,18 +59,19 @@ RT_INLINE void norm_row_bwd(const float *dy, const float *x, const float *w, flo
 struct partial {
     float *part, *dw; /* [runs, cols], [cols] */
     int64_t rows, runs, cols;
-    bool first; /* dw = instead of += */
 };
 
-/* Runs for n rows; part NULL without dw. */
+/* Runs for n rows; part NULL without dw, which is zeroed where this is its first sum. */
 static enum rt_status partial_begin(struct rt_dev *dev, struct partial *p, void *dw, bool first, int64_t n, int64_t cols, struct rt_err *err)
 {
-    *p = (struct partial){.dw = dw, .first = first, .rows = rt_max64(DW_ROWS, rt_ceil_div(n, DW_RUNS)), .cols = cols};
+    *p = (struct partial){.dw = dw, .rows = rt_max64(DW_ROWS, rt_ceil_div(n, DW_RUNS)), .cols = cols};
+    if (dw != NULL && first)
+        memset(dw, 0, (size_t)cols * sizeof(float));
     p->runs = rt_ceil_div(n, p->rows);
     return dw != NULL ? rt_cpu_shared(dev, (size_t)p->runs * (size_t)cols * sizeof(float), &p->part, err) : RT_OK;
 }
 
-RT_SIMD static void add_runs(float *dw, const float *part, int64_t n, int64_t stride, int64_t runs, bool first)
+RT_SIMD static void add_runs(float *dw, const float *part, int64_t n, int64_t stride, int64_t runs)
 {
     float sum[64];
     for (int64_t i = 0; i < n; i += 64) {
@@ -81,7 +82,7 @@ RT_SIMD static void add_runs(float *dw, const float *part, int64_t n, int64_t st
             for (int64_t j = 0; j < len; j++)
                 sum[j] += part[r * stride + i + j];
         for (int64_t j = 0; j < len; j++)
-            dw[i + j] = (first ? 0 : dw[i + j]) + sum[j];
+            dw[i + j] += sum[j];
     }
 }
 
@@ -89,7 +90,7 @@ static void add_cols(void *ctx, int64_t c0, int64_t c1, int worker)
 {
     const struct partial *p = ctx;
     (void)worker;
-    add_runs(p->dw + c0, p->part + c0, c1 - c0, p->cols, p->runs, p->first);
+    add_runs(p->dw + c0, p->part + c0, c1 - c0, p->cols, p->runs);
 }
 
 static void partial_end(struct rt_dev *dev, struct partial *p)

@@ -162,7 +162,7 @@ enum rt_status rt_cpu_linear_dgrad(struct rt_dev *dev, UNUSED struct rt_queue *q
 
 /* ---- dw += (or =) dy^T x ---- */
 /* db += column sums; in double, so that the error does not grow with the rows. */
-RT_SIMD static void column_sums(float *restrict db, const float *restrict dy, int64_t lddy, int64_t m, int64_t n, bool first)
+RT_SIMD static void column_sums(float *restrict db, const float *restrict dy, int64_t lddy, int64_t m, int64_t n)
 {
     enum { WIDE = 64 };
     for (int64_t j0 = 0; j0 < n; j0 += WIDE) {
@@ -172,7 +172,7 @@ RT_SIMD static void column_sums(float *restrict db, const float *restrict dy, in
             for (int64_t j = 0; j < w; j++)
                 sum[j] += (double)dy[i * lddy + j0 + j];
         for (int64_t j = 0; j < w; j++)
-            db[j0 + j] = (first ? 0 : db[j0 + j]) + (float)sum[j];
+            db[j0 + j] += (float)sum[j];
     }
 }
 
@@ -190,8 +190,12 @@ static void wgrad_item(void *ctx, int64_t item, UNUSED int worker)
     const float *dy = (const float *)a->dy + t.i;
     rt_cpu_gemm_tn(t.m, t.n, a->n, 1, dy, job->lddy, (const float *)a->x + t.j, job->ldx, a->first ? 0 : 1, (float *)a->dw + t.i * a->K + t.j,
                    a->K);
-    if (a->db != NULL && t.j == 0)
-        column_sums((float *)a->db + t.i, dy, job->lddy, a->n, t.m, a->first);
+    if (a->db == NULL || t.j > 0)
+        return;
+    float *db = (float *)a->db + t.i;
+    if (a->first)
+        memset(db, 0, (size_t)t.m * sizeof *db);
+    column_sums(db, dy, job->lddy, a->n, t.m);
 }
 
 enum rt_status rt_cpu_linear_wgrad(struct rt_dev *dev, UNUSED struct rt_queue *q, const struct rt_linear_wgrad_args *a,

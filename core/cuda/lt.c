@@ -307,7 +307,8 @@ static bool is_own(const cublasLtMatmulAlgo_t *algo)
 static struct rt_cuda_gemm_args row_major(const struct rt_lt_call *c, void *d)
 {
     return (struct rt_cuda_gemm_args){.a = c->b, .b = c->a, .bias = c->bias, .add = c->add, .d = d, .m = c->N, .n = c->M, .k = c->K, .lda = c->ldb,
-                                      .ldb = c->lda, .ldd = c->ldd, .a_t = c->tb, .b_t = c->ta, .accumulate = c->accumulate, .d_f32 = c->d_f32, .f16 = c->f16, .batch = c->batch};
+                                      .ldb = c->lda, .ldd = c->ldd, .a_t = c->tb, .b_t = c->ta, .accumulate = c->accumulate, .d_f32 = c->d_f32,
+                                      .f16 = c->f16, .batch = c->batch};
 }
 
 static bool own_fits(const struct rt_queue *q, const struct rt_lt_call *c)
