@@ -158,3 +158,10 @@ void rt_hex(char *out, const uint8_t *data, size_t n)
     }
     out[2 * n] = '\0';
 }
+
+void rt_sha256_final_hex(struct rt_sha256 *s, char out[65])
+{
+    uint8_t digest[32];
+    rt_sha256_final(s, digest);
+    rt_hex(out, digest, sizeof digest);
+}

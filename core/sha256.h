@@ -18,6 +18,7 @@ void rt_sha256_init(struct rt_sha256 *s);
 void rt_sha256_update(struct rt_sha256 *s, const void *data, size_t n);
 void rt_sha256_update_u32(struct rt_sha256 *s, uint32_t x); /* its four bytes, the lowest first */
 void rt_sha256_final(struct rt_sha256 *s, uint8_t out[32]);
+void rt_sha256_final_hex(struct rt_sha256 *s, char out[65]); /* as rt_hex writes it */
 void rt_sha256(const void *data, size_t n, uint8_t out[32]);
 /* h = the state after n blocks of 64 bytes, in plain C: what the processor's own instructions, where it has them, are held against. */
 void rt_sha256_plain(uint32_t h[8], const uint8_t *blocks, size_t n);

@@ -85,7 +85,6 @@ static enum rt_status survey(struct job *j, struct rt_err *err)
 {
     struct rt_sha256 sha;
     struct rt_prompt p;
-    uint8_t digest[32];
     struct rt_buf text = {0};
     bool end = false;
     enum rt_status st;
@@ -105,8 +104,7 @@ static enum rt_status survey(struct job *j, struct rt_err *err)
         j->prompt_tokens += p.n;
         j->longest = p.n > j->longest ? p.n : j->longest;
     }
-    rt_sha256_final(&sha, digest);
-    rt_hex(j->sha256, digest, 32);
+    rt_sha256_final_hex(&sha, j->sha256);
     j->dropped = rt_dataset_counts(j->data).dropped;
     if (j->dropped > 0)
         rt_warn(j->ctx->log, "%ld prompts of more than %ld tokens are left out", (long)j->dropped, (long)j->config.max_position);

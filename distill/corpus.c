@@ -131,9 +131,7 @@ static enum rt_status rewind_corpus(struct rt_corpus *c, struct rt_err *err)
 static void digest_so_far(const struct rt_corpus *c, char hex[65])
 {
     struct rt_sha256 sha = c->whole;
-    uint8_t digest[32];
-    rt_sha256_final(&sha, digest);
-    rt_hex(hex, digest, sizeof digest);
+    rt_sha256_final_hex(&sha, hex);
 }
 
 enum rt_status rt_corpus_survey(struct rt_corpus *c, struct rt_corpus_survey *out, struct rt_err *err)

@@ -217,7 +217,6 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     int32_t stop_ids[RT_GENERATE_MAX_STOP];
     struct rt_eval_prompts prompts;
     int64_t n_ids, memory;
-    uint8_t digest[32];
     *out = (struct rt_eval_answers){0};
     rt_sha256_init(&a.hash);
     if (l->model.tok == NULL)
@@ -247,8 +246,7 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
             (double)a.tokens / (rt_now() - start + 1e-9), g.slots);
     out->dropped = prompts.dropped;
     RT_TRY(summarise(&a, rows, out, err));
-    rt_sha256_final(&a.hash, digest);
-    rt_hex(out->sha256, digest, sizeof digest);
+    rt_sha256_final_hex(&a.hash, out->sha256);
 out:
     for (int64_t i = 0; i < a.n; i++) {
         rt_free(problem_at(&a, i)->answer);

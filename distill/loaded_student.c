@@ -165,12 +165,10 @@ static enum rt_status add_bytes(void *ctx, const void *data, uint64_t bytes, str
 enum rt_status rt_loaded_student_hash(const struct rt_loaded_student *l, char out[65], struct rt_err *err)
 {
     struct rt_sha256 h;
-    uint8_t digest[32];
     rt_sha256_init(&h);
     for (int i = 0; i < l->p.n; i++)
         rt_sha256_update(&h, l->p.at[i].name, strlen(l->p.at[i].name) + 1);
     const enum rt_status st = rt_params_put(&l->p, l->d, rt_param_block(l->d, rt_student_block(l->s)), RT_F32, add_bytes, &h, err);
-    rt_sha256_final(&h, digest);
-    rt_hex(out, digest, sizeof digest);
+    rt_sha256_final_hex(&h, out);
     return st;
 }

@@ -113,7 +113,6 @@ const struct rt_row_identity *rt_retarget_run_identity(const struct rt_retarget_
 void rt_retarget_run_sha256(const struct rt_retarget_run *r, char out[65])
 {
     struct rt_sha256 h;
-    uint8_t digest[32];
     rt_sha256_init(&h);
     for (int64_t i = 0; i < rt_retarget_run_input(r)->sequences; i++) {
         const struct rt_seq_info *q = rt_shard_set_seq(r->set[0], i);
@@ -121,8 +120,7 @@ void rt_retarget_run_sha256(const struct rt_retarget_run *r, char out[65])
         rt_sha256_update(&h, q->key, sizeof q->key);
         rt_sha256_update(&h, n, sizeof n);
     }
-    rt_sha256_final(&h, digest);
-    rt_hex(out, digest, sizeof digest);
+    rt_sha256_final_hex(&h, out);
 }
 
 /* ---- open ---- */

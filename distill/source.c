@@ -141,13 +141,6 @@ static enum rt_status check_identity(const struct rt_train_set *s, struct rt_err
     return RT_OK;
 }
 
-static void end_hash(struct rt_sha256 *h, char hex[65])
-{
-    uint8_t digest[32];
-    rt_sha256_final(h, digest);
-    rt_hex(hex, digest, sizeof digest);
-}
-
 /* Both hashes, from what is known without reading a shard's rows. */
 static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
 {
@@ -176,8 +169,8 @@ static enum rt_status hash(struct rt_train_set *s, struct rt_err *err)
         else if (it->kept != NULL)
             rt_sha256_update(&content, it->kept->loss_mask, (size_t)it->n_tokens);
     }
-    end_hash(&keys, s->info.sha256);
-    end_hash(&content, s->info.content_sha256);
+    rt_sha256_final_hex(&keys, s->info.sha256);
+    rt_sha256_final_hex(&content, s->info.content_sha256);
 out:
     rt_json_free(json);
     rt_buf_free(&text);

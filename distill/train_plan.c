@@ -319,7 +319,6 @@ static enum rt_status count_steps(struct rt_train_run *r, struct rt_err *err)
     const struct rt_train_values *v = r->v;
     struct rt_order order = {0};
     struct rt_sha256 h;
-    uint8_t digest[32];
     const struct rt_order_item *item;
     int64_t n, *given = NULL;
     double squares = 0;
@@ -344,8 +343,7 @@ static enum rt_status count_steps(struct rt_train_run *r, struct rt_err *err)
     }
     RT_TRY(check_given(r, given, rt_order_epoch(&order), err));
     r->document_length = squares / (double)r->total_tokens;
-    rt_sha256_final(&h, digest);
-    rt_hex(r->order_sha256, digest, sizeof digest);
+    rt_sha256_final_hex(&h, r->order_sha256);
     rt_schedule_from_name(v->schedule, &r->schedule.kind);
     r->schedule.lr = v->lr;
     r->schedule.min_ratio = v->min_lr;

@@ -13,7 +13,6 @@ static enum rt_status identity(const struct rt_train_run *r, char hex[65], struc
     struct rt_json *config = NULL;
     struct rt_buf text = {0};
     struct rt_sha256 h;
-    uint8_t digest[32];
     RT_TRY(rt_command_config(&rt_cmd_train, r->v, &config, err));
     RT_TRY(rt_train_contents(r, config, err));
     RT_TRY(rt_json_dump(rt_json_get(config, "options"), 0, &text, err));
@@ -21,8 +20,7 @@ static enum rt_status identity(const struct rt_train_run *r, char hex[65], struc
     rt_sha256_init(&h);
     rt_sha256_update(&h, text.data, text.len);
     rt_sha256_update(&h, r->order_sha256, sizeof r->order_sha256);
-    rt_sha256_final(&h, digest);
-    rt_hex(hex, digest, sizeof digest);
+    rt_sha256_final_hex(&h, hex);
 out:
     rt_json_free(config);
     rt_buf_free(&text);

@@ -294,7 +294,6 @@ static enum rt_status check_file(const char *dir, const struct rt_json *o, struc
     char path[4096], hex[65], *buf = NULL;
     int64_t bytes;
     uint64_t size;
-    uint8_t digest[32];
     struct rt_sha256 sha;
     const size_t chunk = 1 << 20;
     int fd = -1;
@@ -314,8 +313,7 @@ static enum rt_status check_file(const char *dir, const struct rt_json *o, struc
         RT_TRY(rt_file_pread(fd, path, buf, n, at, err));
         rt_sha256_update(&sha, buf, n);
     }
-    rt_sha256_final(&sha, digest);
-    rt_hex(hex, digest, sizeof digest);
+    rt_sha256_final_hex(&sha, hex);
     if (strcmp(hex, sum) != 0)
         RT_FAIL(err, FORMAT, "%s: damaged: sha256 %s, the checkpoint's MANIFEST says %.64s", path, hex, sum);
 out:

@@ -243,7 +243,6 @@ enum rt_status rt_tensors_open(const char *path, struct rt_tensors **out, struct
     struct rt_json *index = NULL;
     const struct rt_json *map = NULL;
     struct rt_sha256 sha;
-    uint8_t digest[32];
     rt_sha256_init(&sha);
     RT_TRY(rt_alloc(1, sizeof *t, "an index of tensors", &t, err));
     RT_TRY(copy_string(path, &t->path, err));
@@ -254,8 +253,7 @@ enum rt_status rt_tensors_open(const char *path, struct rt_tensors **out, struct
         RT_TRY(add_file(t, NULL, path, &sha, err));
     }
     RT_TRY(gather(t, map, err));
-    rt_sha256_final(&sha, digest);
-    rt_hex(t->sha, digest, sizeof digest);
+    rt_sha256_final_hex(&sha, t->sha);
     *out = t;
     t = NULL;
 out:

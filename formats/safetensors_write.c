@@ -156,14 +156,12 @@ static enum rt_status write_bytes(struct rt_tensor_writer *w, const void *data, 
 
 static enum rt_status close_shard(struct rt_tensor_writer *w, struct rt_err *err)
 {
-    uint8_t digest[32];
     const enum rt_status st = rt_publish_commit(&w->out, err);
     w->open = false;
     if (st != RT_OK)
         return st;
     w->shard++;
-    rt_sha256_final(&w->sha, digest);
-    rt_hex(w->digest, digest, sizeof digest);
+    rt_sha256_final_hex(&w->sha, w->digest);
     return RT_OK;
 }
 

@@ -345,7 +345,6 @@ static enum rt_status check_sha(struct rt_shard_set *s, int i, struct rt_err *er
     enum rt_status st;
     struct shard *sh = shard_at(s, i);
     struct rt_sha256 sha;
-    uint8_t digest[32];
     char hex[65], *buf = NULL;
     const size_t chunk = 1 << 20;
     int fd;
@@ -357,8 +356,7 @@ static enum rt_status check_sha(struct rt_shard_set *s, int i, struct rt_err *er
         RT_TRY(rt_file_pread(fd, sh->path, buf, n, at, err));
         rt_sha256_update(&sha, buf, n);
     }
-    rt_sha256_final(&sha, digest);
-    rt_hex(hex, digest, sizeof digest);
+    rt_sha256_final_hex(&sha, hex);
     if (strcmp(hex, sh->sha256) != 0)
         RT_FAIL(err, FORMAT, "%s: damaged: sha256 %s, the manifest says %s", sh->path, hex, sh->sha256);
 out:

@@ -106,7 +106,6 @@ static enum rt_status hold_path(const struct rt_shard_sink *s, int64_t shard, ch
 static enum rt_status close_shard(struct rt_shard_sink *s, struct rt_err *err)
 {
     enum rt_status st;
-    uint8_t digest[32];
     char path[4096];
     const struct rt_seq_info *seq = (const void *)s->seq.data;
     struct rt_manifest_line line = {.sequences = s->n_seq, .tokens = s->tokens, .rows = s->rows};
@@ -114,8 +113,7 @@ static enum rt_status close_shard(struct rt_shard_sink *s, struct rt_err *err)
     RT_TRY(rt_shard_index_pack(s->out.written, s->header_bytes, s->header_crc, seq, s->n_seq, s->id.n_lse, &s->buf, err));
     RT_TRY(write_bytes(s, &s->buf, err));
     rt_shard_name(s->opt.part, s->opt.n_parts, s->manifest.n, line.file);
-    rt_sha256_final(&s->sha, digest);
-    rt_hex(line.sha256, digest, sizeof digest);
+    rt_sha256_final_hex(&s->sha, line.sha256);
     line.bytes = s->out.written;
     line.first = s->manifest.sequences;
     line.last = line.first + s->n_seq - 1;
@@ -391,12 +389,10 @@ enum rt_status rt_shard_sink_hold(struct rt_shard_sink *s, struct rt_err *err)
     struct rt_json *v = NULL;
     struct rt_state_writer *w = NULL;
     struct rt_sha256 sha = s->sha; /* of the bytes so far; the shard's own goes on */
-    uint8_t digest[32];
     char hex[65], path[4096];
     if (s->broken || !s->open || s->n_seq == s->held)
         return s->broken ? rt_fail(err, RT_REFUSED, "%s: writing failed before", s->dir) : RT_OK;
-    rt_sha256_final(&sha, digest);
-    rt_hex(hex, digest, sizeof digest);
+    rt_sha256_final_hex(&sha, hex);
     if (fsync(s->out.fd) != 0)
         RT_TRY(rt_fail_errno(err, "cannot sync '%s'", s->out.tmp));
     RT_TRY(rt_json_new_object(&v, err));
@@ -426,7 +422,6 @@ static enum rt_status hash_held(struct rt_shard_sink *s, const char *path, uint6
 {
     enum rt_status st;
     char tmp[4096 + 8], hex[65], *buf = NULL;
-    uint8_t digest[32];
     uint64_t have;
     int fd = -1;
     snprintf(tmp, sizeof tmp, "%s.tmp", path);
@@ -442,8 +437,7 @@ static enum rt_status hash_held(struct rt_shard_sink *s, const char *path, uint6
         rt_sha256_update(&s->sha, buf, n);
     }
     struct rt_sha256 copy = s->sha;
-    rt_sha256_final(&copy, digest);
-    rt_hex(hex, digest, sizeof digest);
+    rt_sha256_final_hex(&copy, hex);
     if (strcmp(hex, want) != 0)
         RT_FAIL(err, FORMAT, "%s: sha256 %s, %s was held", tmp, hex, want);
 out:

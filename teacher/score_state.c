@@ -27,7 +27,6 @@ static enum rt_status identify(struct rt_score_state *s, const struct rt_rows *s
     const struct rt_teacher *t = s->t;
     struct rt_buf text = {0};
     struct rt_sha256 sha;
-    uint8_t digest[32];
     enum rt_status st;
     RT_TRY(rt_buf_printf(&text, err,
                          "window %" PRId64 " tokens %" PRId64 " of %" PRId64 " chunk %" PRId64 " teacher %s %s act %d w8a8 %d load %d seed %" PRIu64,
@@ -43,8 +42,7 @@ static enum rt_status identify(struct rt_score_state *s, const struct rt_rows *s
         rt_sha256_update(&sha, &seqs[i].occurrence, sizeof seqs[i].occurrence);
         rt_sha256_update(&sha, &seqs[i].n_tokens, sizeof seqs[i].n_tokens);
     }
-    rt_sha256_final(&sha, digest);
-    rt_hex(s->identity, digest, sizeof digest);
+    rt_sha256_final_hex(&sha, s->identity);
 out:
     rt_buf_free(&text);
     return st;
