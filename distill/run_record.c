@@ -35,24 +35,34 @@ static void file_name(char out[256], const char *name, int64_t step, int n)
         snprintf(out, 256, RT_EVAL_DIR "/%s.%d-%" PRId64 ".jsonl", name, n, step);
 }
 
-/* What DIR/eval.jsonl holds beside the measurement of `key` at `step`. */
-struct others {
-    struct rt_buf kept;      /* their lines */
-    struct rt_json *files;   /* their per-sequence files: names of an object */
+/* What stays of DIR/eval.jsonl. */
+struct stays {
+    const struct rt_eval_key *key; /* all but the measurement of `key` at `step`; NULL: those of steps up to `step` */
+    int64_t step;
+    struct rt_buf kept;      /* lines */
+    struct rt_json *files;   /* NULL, or their per-sequence files: names of an object */
     bool changed;            /* there is a line that was not kept, or a torn one */
 };
 
-static enum rt_status read_others(const char *path, const struct rt_eval_key *key, int64_t step, struct others *o, struct rt_err *err)
+static bool stays(const struct stays *o, const struct rt_json *line, int64_t step)
+{
+    struct rt_eval_key was;
+    if (o->key == NULL)
+        return step <= o->step;
+    rt_eval_key_read(line, &was);
+    return step != o->step || !rt_eval_key_same(&was, o->key);
+}
+
+static enum rt_status read_stays(const char *path, struct stays *o, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
     struct rt_buf text = {0};
     struct rt_json *line = NULL;
-    struct rt_eval_key was;
     if (!rt_path_exists(path))
         goto out;
     RT_TRY(rt_file_read_all(path, max_eval_bytes, &text, err));
     for (size_t at = 0; at < text.len;) {
-        const char *end = memchr(text.data + at, '\n', text.len - at), *file;
+        const char *end = memchr(text.data + at, '\n', text.len - at), *file = "";
         int64_t s;
         if (end == NULL)
             break;
@@ -61,9 +71,9 @@ static enum rt_status read_others(const char *path, const struct rt_eval_key *ke
         line = NULL;
         RT_TRY(rt_json_parse(text.data + at, len, path, &line, err));
         RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &s, err));
-        RT_TRY(rt_json_string_or(line, "per_sequence", "", &file, err));
-        rt_eval_key_read(line, &was);
-        if (s != step || !rt_eval_key_same(&was, key)) {
+        if (o->files != NULL)
+            RT_TRY(rt_json_string_or(line, "per_sequence", "", &file, err));
+        if (stays(o, line, s)) {
             RT_TRY(rt_buf_append(&o->kept, text.data + at, len + 1, err));
             if (file[0] != '\0' && rt_json_get(o->files, file) == NULL)
                 RT_TRY(rt_json_set_bool(o->files, file, true, err));
@@ -81,17 +91,16 @@ enum rt_status rt_record_eval(const char *dir, struct rt_json *line, const struc
 {
     enum rt_status st = RT_OK;
     struct rt_buf text = {0};
-    struct others o = {0};
     struct rt_eval_key key;
+    struct stays o = {.key = &key};
     char path[PATH_CAP], file[256];
-    int64_t step;
     rt_eval_key_read(line, &key);
-    RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &step, err));
+    RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &o.step, err));
     RT_TRY(rt_json_new_object(&o.files, err));
     RT_TRY(rt_path_join(path, sizeof path, dir, RT_EVAL_FILE, err));
-    RT_TRY(read_others(path, &key, step, &o, err));
+    RT_TRY(read_stays(path, &o, err));
     for (int n = 1; n == 1 || rt_json_get(o.files, file) != NULL; n++)
-        file_name(file, key.name, step, n);
+        file_name(file, key.name, o.step, n);
     RT_TRY(rt_json_set_string(line, "per_sequence", file, err));
     RT_TRY(rt_path_join(path, sizeof path, dir, RT_EVAL_DIR, err));
     RT_TRY(rt_mkdirs(path, err));
@@ -112,34 +121,15 @@ out:
 
 enum rt_status rt_record_eval_truncate(const char *dir, int64_t step, struct rt_err *err)
 {
-    enum rt_status st = RT_OK;
-    struct rt_buf text = {0}, kept = {0};
-    struct rt_json *line = NULL;
+    enum rt_status st;
+    struct stays o = {.step = step};
     char path[PATH_CAP];
     RT_TRY(rt_path_join(path, sizeof path, dir, RT_EVAL_FILE, err));
-    if (!rt_path_exists(path))
-        goto out;
-    RT_TRY(rt_file_read_all(path, max_eval_bytes, &text, err));
-    for (size_t at = 0; at < text.len;) {
-        const char *end = memchr(text.data + at, '\n', text.len - at);
-        int64_t s;
-        if (end == NULL)
-            break;
-        const size_t len = (size_t)(end - text.data) - at;
-        RT_TRY(rt_json_parse(text.data + at, len, path, &line, err));
-        RT_TRY(rt_json_int(line, "step", 0, INT64_MAX, &s, err));
-        if (s <= step)
-            RT_TRY(rt_buf_append(&kept, text.data + at, len + 1, err));
-        rt_json_free(line);
-        line = NULL;
-        at += len + 1;
-    }
-    if (kept.len < text.len)
-        RT_TRY(rt_publish_bytes(path, kept.data, kept.len, err));
+    RT_TRY(read_stays(path, &o, err));
+    if (o.changed)
+        RT_TRY(rt_publish_bytes(path, o.kept.data, o.kept.len, err));
 out:
-    rt_json_free(line);
-    rt_buf_free(&text);
-    rt_buf_free(&kept);
+    rt_buf_free(&o.kept);
     return st;
 }
 
