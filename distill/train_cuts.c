@@ -45,14 +45,9 @@ static void plan_loader(struct rt_train_plan *t)
     t->o->loader_bytes = two < room ? two : room;
 }
 
-static size_t on_device(const struct rt_trainer_memory *m)
-{
-    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations + m->recorded + m->measured;
-}
-
 size_t rt_train_plan_need(const struct rt_train_plan *t)
 {
-    return on_device(&t->memory) + (t->d->be->own_memory ? 0 : t->memory.host);
+    return rt_trainer_memory_on_device(&t->memory) + (t->d->be->own_memory ? 0 : t->memory.host);
 }
 
 /* ---- how a step is cut ---- */

@@ -8,8 +8,7 @@
 
 size_t rt_train_memory_planned(const struct rt_train_run *r)
 {
-    const struct rt_trainer_memory *m = &r->memory;
-    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations + m->recorded + m->measured + m->host;
+    return rt_trainer_memory_on_device(&r->memory) + r->memory.host;
 }
 
 /* Micro-batches of an earlier part of the run are kept, and what operations may take: sums depend on the cuts. 0: there was none. */

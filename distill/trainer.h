@@ -48,6 +48,11 @@ struct rt_trainer_options {
 struct rt_trainer_memory {
     size_t weights, grads, moments, activations, losses, projectors, operations, recorded, measured, host;
 };
+/* Of the kinds that lie where the student does: all but host. */
+static inline size_t rt_trainer_memory_on_device(const struct rt_trainer_memory *m)
+{
+    return m->weights + m->grads + m->moments + m->activations + m->losses + m->projectors + m->operations + m->recorded + m->measured;
+}
 
 struct rt_trainer {
     struct rt_trainer_options o;
