@@ -357,6 +357,12 @@ enum rt_status rt_path_join(char *out, size_t cap, const char *dir, const char *
     return RT_OK;
 }
 
+bool rt_path_has(const char *dir, const char *name)
+{
+    char path[4096];
+    return rt_path_join(path, sizeof path, dir, name, NULL) == RT_OK && rt_path_exists(path);
+}
+
 enum rt_status rt_disk_free(const char *path, uint64_t *bytes, struct rt_err *err)
 {
     char at[4096];

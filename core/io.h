@@ -47,6 +47,7 @@ enum rt_status rt_fsync_dir(const char *path, struct rt_err *err);
 enum rt_status rt_mkdirs(const char *path, struct rt_err *err); /* like mkdir -p */
 bool rt_path_exists(const char *path);
 bool rt_path_is_dir(const char *path);
+bool rt_path_has(const char *dir, const char *name); /* DIR/NAME exists */
 /* out = dir "/" name; USAGE if it does not fit. */
 enum rt_status rt_path_join(char *out, size_t cap, const char *dir, const char *name, struct rt_err *err);
 /* Free bytes of the file system that holds path (or its nearest existing parent). */

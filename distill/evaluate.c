@@ -206,12 +206,11 @@ enum rt_status rt_eval_kind(const char *path, const struct rt_model_dir *model, 
     enum rt_status st = RT_OK;
     struct rt_dataset *d = NULL;
     struct rt_prompt p;
-    char file[4096];
     bool end = false;
     const size_t n = strlen(path);
     *losses = true;
     *answers = false;
-    if (rt_path_is_dir(path) && rt_path_join(file, sizeof file, path, "identity.json", NULL) == RT_OK && rt_path_exists(file))
+    if (rt_path_is_dir(path) && rt_path_has(path, "identity.json"))
         return RT_OK;
     if (n > 8 && strcmp(path + n - 8, ".msgpack") == 0)
         return RT_OK;

@@ -15,12 +15,6 @@ const char *rt_kind_name(enum rt_kind k)
     return names[k];
 }
 
-static bool has(const char *dir, const char *name)
-{
-    char path[PATH_CAP];
-    return rt_path_join(path, sizeof path, dir, name, NULL) == RT_OK && rt_path_exists(path);
-}
-
 static bool ends(const char *s, const char *suffix)
 {
     const size_t n = strlen(s), m = strlen(suffix);
@@ -60,11 +54,11 @@ static enum rt_status dir_kind(const char *dir, enum rt_kind *out, struct rt_err
     } sign[] = {{RT_EXPERIMENT_FILE, RT_KIND_EXPERIMENT}, {RT_RUN_FILE, RT_KIND_RUN}, {"MANIFEST", RT_KIND_CHECKPOINT},
                 {"identity.json", RT_KIND_SHARDS}};
     for (size_t i = 0; i < sizeof sign / sizeof sign[0]; i++)
-        if (has(dir, sign[i].name)) {
+        if (rt_path_has(dir, sign[i].name)) {
             *out = sign[i].kind;
             return RT_OK;
         }
-    if (has(dir, "config.json")) {
+    if (rt_path_has(dir, "config.json")) {
         RT_TRY(rt_path_join(path, sizeof path, dir, "config.json", err));
         RT_TRY(config_kind(path, &found, out, err));
         if (found)
@@ -79,9 +73,9 @@ static enum rt_status dir_kind(const char *dir, enum rt_kind *out, struct rt_err
         *out = RT_KIND_SHARDS;
     else if (tensors)
         *out = RT_KIND_TENSORS;
-    else if (has(dir, "accepted.jsonl") || has(dir, "traces.jsonl"))
+    else if (rt_path_has(dir, "accepted.jsonl") || rt_path_has(dir, "traces.jsonl"))
         *out = RT_KIND_DATASET;
-    else if (has(dir, "tokenizer.json"))
+    else if (rt_path_has(dir, "tokenizer.json"))
         *out = RT_KIND_TOKENIZER;
     else
         RT_FAIL(err, FORMAT, "%s: nothing that is known: looked for config.json with model_type (a model), tokenizer.json, model.safetensors, identity.json or "

@@ -90,17 +90,11 @@ out:
     return st;
 }
 
-static bool has(const char *dir, const char *name)
-{
-    char path[PATH_CAP];
-    return rt_path_join(path, sizeof path, dir, name, NULL) == RT_OK && rt_path_exists(path);
-}
-
 /* Opens the weights of a model directory; *t NULL where it holds none. */
 static enum rt_status open_weights(const char *dir, struct rt_tensors **t, struct rt_err *err)
 {
     *t = NULL;
-    return has(dir, "model.safetensors") || has(dir, "model.safetensors.index.json") ? rt_tensors_open(dir, t, err) : RT_OK;
+    return rt_path_has(dir, "model.safetensors") || rt_path_has(dir, "model.safetensors.index.json") ? rt_tensors_open(dir, t, err) : RT_OK;
 }
 
 static void sum_layers(const struct rt_tensors *t, struct layer_sum *sum, int n)

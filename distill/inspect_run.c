@@ -126,8 +126,7 @@ static bool is_running(const char *dir)
 {
     int fd = -1;
     struct rt_err ignored = {0};
-    char lock[PATH_CAP];
-    if (rt_path_join(lock, sizeof lock, dir, ".lock", NULL) != RT_OK || !rt_path_exists(lock))
+    if (!rt_path_has(dir, ".lock"))
         return false;
     const enum rt_status st = rt_lock_dir(dir, &fd, &ignored);
     if (st == RT_OK)

@@ -21,14 +21,6 @@ static void dir_of(const char *file, char out[4096])
         *(slash == out ? slash + 1 : slash) = '\0';
 }
 
-static enum rt_status has_tokenizer(const char *dir, bool *yes, struct rt_err *err)
-{
-    char file[4096];
-    const enum rt_status st = rt_path_join(file, sizeof file, dir, "tokenizer.json", err);
-    *yes = st == RT_OK && rt_path_exists(file);
-    return st;
-}
-
 /* Of CKPT/../config.json: where the run had its tokenizer from. "": it does not say, or that is gone. */
 static enum rt_status run_tokenizer(const char *config, char out[4096], struct rt_err *err)
 {
@@ -40,14 +32,11 @@ static enum rt_status run_tokenizer(const char *config, char out[4096], struct r
     const struct rt_json *options = rt_json_get(v, "options");
     for (int i = 0; i < 3 && out[0] == '\0'; i++) {
         const char *path = rt_json_as_string(rt_json_get(options, keys[i]), NULL);
-        bool yes = false;
         if (path == NULL || path[0] == '\0' || !rt_path_exists(path))
             continue;
         if (i != 1)
             dir_of(path, out);
-        if (i != 1 || rt_record_student(path, out, 4096, NULL) == RT_OK)
-            RT_TRY(has_tokenizer(out, &yes, err));
-        if (!yes)
+        if ((i == 1 && rt_record_student(path, out, 4096, NULL) != RT_OK) || !rt_path_has(out, "tokenizer.json"))
             out[0] = '\0';
     }
 out:
@@ -59,25 +48,19 @@ out:
  * where neither is there. */
 static enum rt_status checkpoint_text_dir(const char *checkpoint, char dir[4096], struct rt_err *err)
 {
-    enum rt_status st;
-    char path[4096];
-    bool yes;
-    RT_TRY(has_tokenizer(checkpoint, &yes, err));
-    if (yes)
+    enum rt_status st = RT_OK;
+    char path[4096], found[4096];
+    if (rt_path_has(checkpoint, "tokenizer.json"))
         goto out;
-    RT_TRY(rt_path_join(path, sizeof path, checkpoint, "../" RT_MODEL_DIR, err));
-    RT_TRY(has_tokenizer(path, &yes, err));
-    if (!yes) {
+    RT_TRY(rt_path_join(found, sizeof found, checkpoint, "../" RT_MODEL_DIR, err));
+    if (!rt_path_has(found, "tokenizer.json")) {
         RT_TRY(rt_path_join(path, sizeof path, checkpoint, "../config.json", err));
         if (!rt_path_exists(path))
             goto out;
-        char found[4096];
         RT_TRY(run_tokenizer(path, found, err));
-        yes = found[0] != '\0';
-        snprintf(path, sizeof path, "%s", found);
     }
-    if (yes)
-        snprintf(dir, 4096, "%s", path);
+    if (found[0] != '\0')
+        snprintf(dir, 4096, "%s", found);
 out:
     return st;
 }

@@ -307,10 +307,9 @@ out:
 
 static bool is_shards(const char *path)
 {
-    char file[4096];
     const size_t n = strlen(path);
     if (rt_path_is_dir(path))
-        return rt_path_join(file, sizeof file, path, "identity.json", NULL) == RT_OK && rt_path_exists(file);
+        return rt_path_has(path, "identity.json");
     return n > 8 && strcmp(path + n - 8, ".msgpack") == 0;
 }
 

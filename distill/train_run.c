@@ -82,24 +82,12 @@ out:
     return st;
 }
 
-static enum rt_status in_model(const struct rt_train_run *r, const char *name, bool *yes, struct rt_err *err)
-{
-    char dir[4096], path[4096];
-    enum rt_status st;
-    RT_TRY(rt_path_join(dir, sizeof dir, r->v->out, RT_MODEL_DIR, err));
-    RT_TRY(rt_path_join(path, sizeof path, dir, name, err));
-    *yes = rt_path_exists(path);
-out:
-    return st;
-}
-
 /* Is RUN/run.json of a finished run, and its model still there? */
 static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *v = NULL;
-    char path[4096];
-    bool config, single, index;
+    char path[4096], model[4096];
     *yes = false;
     if (r->rank.rank > 0)
         return rt_train_from_first(r, yes, sizeof *yes, err);
@@ -108,10 +96,8 @@ static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struc
         goto out;
     RT_TRY(rt_json_load(path, 64 << 20, &v, err));
     RT_TRY(rt_json_bool_or(v, "finished", false, yes, err));
-    RT_TRY(in_model(r, "config.json", &config, err));
-    RT_TRY(in_model(r, "model.safetensors", &single, err));
-    RT_TRY(in_model(r, "model.safetensors.index.json", &index, err));
-    if (*yes && (!config || !(single || index))) {
+    RT_TRY(rt_path_join(model, sizeof model, r->v->out, RT_MODEL_DIR, err));
+    if (*yes && !(rt_path_has(model, "config.json") && (rt_path_has(model, "model.safetensors") || rt_path_has(model, "model.safetensors.index.json")))) {
         rt_warn(r->ctx->log, "%s was finished, but its model is gone: training goes on from the last checkpoint, or anew", r->v->out);
         *yes = false;
     }
