@@ -14,6 +14,15 @@ const char *rt_cmp_text(const struct rt_json *v, const char *object, const char 
     return s != NULL ? s : "";
 }
 
+const char *rt_cmp_tail(const char *text, size_t most)
+{
+    const size_t len = strlen(text);
+    const char *at = text + (len > most ? len - most : 0);
+    while (((unsigned char)*at & 0xc0) == 0x80)
+        at++;
+    return at;
+}
+
 /* ---- options ---- */
 static bool among(const char *const *list, size_t n, const char *s)
 {
@@ -132,10 +141,7 @@ static void name_arm(const struct rt_comparison *c, const int *first, int i, cha
             if (!has_rival(c, first, j) && strcmp(c->run[j].arm, name) == 0)
                 name = c->run[i].real;
     }
-    const size_t len = strlen(name);
-    for (name += len >= RT_CMP_NAME ? len - RT_CMP_NAME + 1 : 0; ((unsigned char)*name & 0xc0) == 0x80;) /* whole characters */
-        name++;
-    snprintf(out, RT_CMP_NAME, "%s", name);
+    snprintf(out, RT_CMP_NAME, "%s", rt_cmp_tail(name, RT_CMP_NAME - 1));
 }
 
 enum rt_status rt_compare_group(struct rt_comparison *c, struct rt_err *err)

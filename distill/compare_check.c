@@ -36,8 +36,7 @@ static bool differ(const char *a, const char *b)
 
 static bool number_of(const struct rt_cmp_run *r, const char *key, int64_t *v)
 {
-    const struct rt_json *x = rt_json_get(r->run, key);
-    return x != NULL && rt_json_as_int(x, v);
+    return rt_json_as_int(rt_json_get(r->run, key), v);
 }
 
 static enum rt_status check_recipe(const struct rt_cmp_run *r, const struct rt_cmp_run *p, struct rt_json *list, struct rt_err *err)

@@ -24,13 +24,6 @@ const struct rt_cmp_curve_info rt_cmp_curve_info[RT_CURVES] = {
     {"feature", "Feature loss", "as configured"}, {"grad_norm", "Gradient norm", "before clipping"},
 };
 
-static double number(const struct rt_json *obj, const char *key)
-{
-    double v;
-    const struct rt_json *x = rt_json_get(obj, key);
-    return x != NULL && rt_json_as_double(x, &v) ? v : NAN;
-}
-
 static void copy(char *out, size_t cap, const char *s)
 {
     snprintf(out, cap, "%s", s);
@@ -56,18 +49,18 @@ static enum rt_status unit_of(const struct rt_json *v, struct rt_cmp_unit *u, st
         int64_t line;
         RT_TRY(rt_json_int(v, "line", 0, INT64_MAX, &line, err));
         snprintf(u->id, sizeof u->id, "p%" PRId64, line);
-        const double n = number(v, "samples");
-        share(u, RT_CMP_PASS1, number(v, "correct"), n);
+        const double n = rt_eval_number(v, "samples");
+        share(u, RT_CMP_PASS1, rt_eval_number(v, "correct"), n);
     } else {
         const char *key;
         int64_t occurrence;
         RT_TRY(rt_json_string(v, "key", &key, err));
         RT_TRY(rt_json_int(v, "occurrence", 0, UINT32_MAX, &occurrence, err));
         snprintf(u->id, sizeof u->id, "s%.32s %" PRId64, key, occurrence);
-        share(u, RT_CMP_CE, number(v, "ce"), number(v, "targets"));
-        share(u, RT_CMP_ACCURACY, number(v, "correct"), number(v, "targets"));
-        share(u, RT_CMP_KL, number(v, "kl"), number(v, "kl_rows"));
-        share(u, RT_CMP_AGREEMENT, number(v, "agree"), number(v, "kl_rows"));
+        share(u, RT_CMP_CE, rt_eval_number(v, "ce"), rt_eval_number(v, "targets"));
+        share(u, RT_CMP_ACCURACY, rt_eval_number(v, "correct"), rt_eval_number(v, "targets"));
+        share(u, RT_CMP_KL, rt_eval_number(v, "kl"), rt_eval_number(v, "kl_rows"));
+        share(u, RT_CMP_AGREEMENT, rt_eval_number(v, "agree"), rt_eval_number(v, "kl_rows"));
     }
 out:
     return st;
@@ -131,8 +124,8 @@ static void read_values(const struct rt_json *v, struct rt_cmp_eval *e)
     char key[32];
     for (int m = 0; m < RT_CMP_METRICS; m++) {
         const struct rt_json *ci;
-        e->value[m] = number(v, rt_cmp_metric_info[m].key);
-        e->count[m] = number(v, count[m]);
+        e->value[m] = rt_eval_number(v, rt_cmp_metric_info[m].key);
+        e->count[m] = rt_eval_number(v, count[m]);
         e->lo[m] = e->hi[m] = NAN;
         snprintf(key, sizeof key, "%s_ci", rt_cmp_metric_info[m].key);
         ci = rt_json_get(v, key);
@@ -215,7 +208,7 @@ static enum rt_status load_curves(struct rt_cmp_run *r, struct rt_err *err)
         RT_TRY(rt_jsonl_next(&f, &v, err));
         if (v == NULL)
             break;
-        const double step = number(v, "step");
+        const double step = rt_eval_number(v, "step");
         bool skipped = false;
         if (isnan(step))
             RT_FAIL(err, FORMAT, "%s: \"step\" is missing: expected a number", rt_json_source(v));
@@ -224,7 +217,7 @@ static enum rt_status load_curves(struct rt_cmp_run *r, struct rt_err *err)
             continue;
         RT_TRY(rt_buf_append(&r->step, &step, sizeof step, err));
         for (int c = 0; c < RT_CURVES; c++) {
-            const double y = number(v, rt_cmp_curve_info[c].key);
+            const double y = rt_eval_number(v, rt_cmp_curve_info[c].key);
             RT_TRY(rt_buf_append(&r->curve[c], &y, sizeof y, err));
         }
     }

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "distill/compare.h"
+#include "distill/compare_parts.h"
 
 const struct rt_cmp_eval *rt_cmp_eval_at(const struct rt_cmp_run *r, int e)
 {
@@ -38,6 +38,7 @@ const char *rt_cmp_path_name(const char *const *paths, int n, int i)
 struct variants {
     const struct rt_eval_key *key[RT_CMP_MAX_EVALS];
     int n;
+    bool twice; /* a run has two of this name */
 };
 
 static bool has_name(const struct rt_cmp_run *r, int i, const char *name)
@@ -45,37 +46,37 @@ static bool has_name(const struct rt_cmp_run *r, int i, const char *name)
     return strcmp(r->eval[i].key.name, name) == 0;
 }
 
-/* Whether a run has two evaluations of this name, or with data and all. */
-static bool is_twice(const struct rt_comparison *c, const struct rt_eval_key *key, bool all)
+/* Whether a run has two evaluations of this name; with a key, two that are the same but for who measured. */
+static bool is_twice(const struct rt_comparison *c, const char *name, const struct rt_eval_key *key)
 {
     for (int r = 0; r < c->n_runs; r++) {
         int n = 0;
         for (int i = 0; i < c->run[r].n_evals; i++)
-            n += has_name(&c->run[r], i, key->name) && (!all || rt_eval_key_same_but_by(&c->run[r].eval[i].key, key));
+            n += has_name(&c->run[r], i, name) && (key == NULL || rt_eval_key_same_but_by(&c->run[r].eval[i].key, key));
         if (n > 1)
             return true;
     }
     return false;
 }
 
-/* Whether two evaluations of one name stand in one table. */
-static bool go_together(const struct rt_comparison *c, const struct rt_eval_key *a, const struct rt_eval_key *b)
+/* Whether two evaluations of the name stand in one table. */
+static bool go_together(const struct rt_comparison *c, const struct variants *v, const struct rt_eval_key *a, const struct rt_eval_key *b)
 {
-    if (!is_twice(c, a, false))
+    if (!v->twice)
         return true;
-    return is_twice(c, a, true) ? rt_eval_key_same(a, b) : rt_eval_key_same_but_by(a, b);
+    return is_twice(c, a->name, a) ? rt_eval_key_same(a, b) : rt_eval_key_same_but_by(a, b);
 }
 
 static enum rt_status find_variants(const struct rt_comparison *c, const char *name, struct variants *v, struct rt_err *err)
 {
-    v->n = 0;
+    *v = (struct variants){.twice = is_twice(c, name, NULL)};
     for (int r = 0; r < c->n_runs; r++)
         for (int i = 0; i < c->run[r].n_evals; i++) {
             const struct rt_eval_key *key = &c->run[r].eval[i].key;
             int k = 0;
             if (!has_name(&c->run[r], i, name))
                 continue;
-            while (k < v->n && !go_together(c, v->key[k], key))
+            while (k < v->n && !go_together(c, v, v->key[k], key))
                 k++;
             if (k < v->n)
                 continue;
@@ -140,10 +141,7 @@ static void set_title(struct rt_comparison *c, int e, const struct variants *v, 
     }
     tell_apart(v, k, paths_do, parts, &c->trained[e]);
     const char *name = paths_do ? rt_cmp_path_name(paths, v->n, k) : v->key[k]->name;
-    const size_t most = sizeof c->eval[e] - sizeof parts - 4, len = strlen(name);
-    for (name += len > most ? len - most : 0; ((unsigned char)*name & 0xc0) == 0x80;) /* whole characters */
-        name++;
-    snprintf(title, sizeof c->eval[e], parts[0] != '\0' ? "%s (%s)" : "%s", name, parts);
+    snprintf(title, sizeof c->eval[e], parts[0] != '\0' ? "%s (%s)" : "%s", rt_cmp_tail(name, sizeof c->eval[e] - sizeof parts - 4), parts);
 }
 
 static enum rt_status add_name(struct rt_comparison *c, const char *name, struct rt_err *err)
@@ -158,7 +156,7 @@ static enum rt_status add_name(struct rt_comparison *c, const char *name, struct
         set_title(c, e, &v, k);
         for (int r = 0; r < c->n_runs; r++)
             for (int i = 0; i < c->run[r].n_evals; i++)
-                if (has_name(&c->run[r], i, name) && go_together(c, v.key[k], &c->run[r].eval[i].key)) {
+                if (has_name(&c->run[r], i, name) && go_together(c, &v, v.key[k], &c->run[r].eval[i].key)) {
                     c->run[r].at[e] = i;
                     for (int m = 0; m < RT_CMP_METRICS; m++)
                         c->has[e][m] |= !isnan(c->run[r].eval[i].value[m]);

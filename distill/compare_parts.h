@@ -6,6 +6,8 @@
 
 /* A text member of v, or of its member `object`; "" where there is none. */
 const char *rt_cmp_text(const struct rt_json *v, const char *object, const char *key);
+/* The last `most` bytes of a text at most, beginning with a whole character. */
+const char *rt_cmp_tail(const char *text, size_t most);
 /* Appends a sentence to a list. */
 enum rt_status rt_cmp_say(struct rt_json *list, struct rt_err *err, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 

@@ -10,11 +10,10 @@ static void text(const struct rt_json *line, const char *key, char *out, size_t 
     snprintf(out, cap, "%s", s != NULL ? s : "");
 }
 
-static double number(const struct rt_json *line, const char *key)
+double rt_eval_number(const struct rt_json *line, const char *key)
 {
     double v;
-    const struct rt_json *x = rt_json_get(line, key);
-    return x != NULL && rt_json_as_double(x, &v) ? v : NAN;
+    return rt_json_as_double(rt_json_get(line, key), &v) ? v : NAN;
 }
 
 void rt_eval_key_read(const struct rt_json *line, struct rt_eval_key *out)
@@ -27,9 +26,9 @@ void rt_eval_key_read(const struct rt_json *line, struct rt_eval_key *out)
     text(line, "data_sha256", out->sequences, sizeof out->sequences);
     text(line, "problems_sha256", out->problems, sizeof out->problems);
     text(line, "verify", verify, sizeof verify);
-    out->T = number(line, "kd_temperature");
+    out->T = rt_eval_number(line, "kd_temperature");
     for (int i = 0; i < RT_KEY_EXACT; i++)
-        out->sampling[i] = number(line, sampling[i]);
+        out->sampling[i] = rt_eval_number(line, sampling[i]);
     out->sampling[RT_KEY_EXACT] = verify[0] != '\0' ? strcmp(verify, "exact") == 0 : NAN;
 }
 

@@ -14,6 +14,8 @@ struct rt_eval_key {
     double sampling[RT_KEY_SAMPLING];   /* of answers. NaN: none, or not known */
 };
 
+/* A member of a line; NaN where it is missing or no number. */
+double rt_eval_number(const struct rt_json *line, const char *key);
 /* From a line; members that are missing or of another type are left open. Longer texts are cut. */
 void rt_eval_key_read(const struct rt_json *line, struct rt_eval_key *out);
 /* Everything the same, what is open in both included. */

@@ -35,28 +35,24 @@ static enum rt_status answering(const struct rt_loaded_student *l, const struct 
     enum rt_status st;
     struct rt_dataset *data = NULL;
     struct rt_eval_prompts prompts;
-    struct rt_prompt at;
-    bool end;
+    struct rt_buf lengths = {0};
     const int64_t most = l->c.max_position;
     const struct rt_dataset_options d = {.tok = l->model.tok, .tmpl = l->model.tmpl};
     RT_TRY(rt_dataset_open(o->data, &d, &data, err));
-    RT_TRY(rt_eval_measure_prompts(data, most - 1, &prompts, err));
+    RT_TRY(rt_eval_measure_prompts(data, most - 1, &prompts, &lengths, err));
+    p->prompts = prompts.problems;
     p->dropped = prompts.dropped;
-    for (;;) {
-        RT_TRY(rt_dataset_next_prompt(data, &at, &end, err));
-        if (end)
-            break;
-        if (at.answer == NULL || at.n > most - 1)
-            continue;
-        const int64_t n = o->sampling.max_tokens < most - at.n ? o->sampling.max_tokens : most - at.n, all = n * o->sampling.samples;
-        p->prompts++;
-        p->prompt_tokens += at.n;
+    for (int64_t i = 0; i < p->prompts; i++) {
+        const int64_t len = ((const int64_t *)(const void *)lengths.data)[i];
+        const int64_t n = o->sampling.max_tokens < most - len ? o->sampling.max_tokens : most - len, all = n * o->sampling.samples;
+        p->prompt_tokens += len;
         p->new_tokens += all;
-        p->flops += (double)at.n * forward_flops(l, (double)at.n) + (double)all * forward_flops(l, (double)(2 * at.n + n));
+        p->flops += (double)len * forward_flops(l, (double)len) + (double)all * forward_flops(l, (double)(2 * len + n));
     }
     p->samples = p->prompts * o->sampling.samples;
 out:
     rt_dataset_close(data);
+    rt_buf_free(&lengths);
     return st;
 }
 
@@ -67,8 +63,6 @@ enum rt_status rt_eval_make_plan(const struct rt_loaded_student *l, const struct
     RT_TRY(rt_eval_kind(o->data, &l->model, &out->score, &out->answer, err));
     if (out->score)
         RT_TRY(scoring(l, o, out, err));
-    if (out->answer && l->model.tok == NULL)
-        RT_FAIL(err, UNSUPPORTED, "%s: answers need a tokenizer, the student has none; --tokenizer DIR names one", o->data);
     if (out->answer)
         RT_TRY(answering(l, o, out, err));
 out:

@@ -65,14 +65,12 @@ struct rt_eval_answers {
 };
 /* "1,8,64" into o; NULL: none. USAGE unless they are whole numbers from 1 to o->samples, 16 at most. */
 enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err);
-/* Unbiased pass@k of c right answers among n: 1 - C(n-c, k) / C(n, k); k <= n. */
-double rt_pass_at(int64_t n, int64_t c, int64_t k);
 /* Of the lines with an "answer": how many have a prompt of at most `most` tokens, and how many the longest of those has; how many are longer. */
 struct rt_eval_prompts {
     int64_t problems, longest, dropped;
 };
-/* USAGE where no problem is left; rewinds. */
-enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, struct rt_eval_prompts *out, struct rt_err *err);
+/* USAGE where no problem is left; rewinds. lengths: NULL, or int64_t of each problem's prompt are appended. */
+enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, struct rt_eval_prompts *out, struct rt_buf *lengths, struct rt_err *err);
 /* Generates for each prompt line of path that has an "answer", and checks. Prompts that the student cannot hold are left out, with a warning.
  * USAGE: no such line, or none that the student can hold. */
 enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, const struct rt_eval_sampling *o, struct rt_log *log,

@@ -97,16 +97,6 @@ out:
     return st;
 }
 
-double rt_pass_at(int64_t n, int64_t c, int64_t k)
-{
-    double miss = 1;
-    if (n - c < k)
-        return 1;
-    for (int64_t i = 0; i < k; i++)
-        miss *= (double)(n - c - i) / (double)(n - i);
-    return 1 - miss;
-}
-
 enum rt_status rt_eval_parse_k(const char *text, struct rt_eval_sampling *o, struct rt_err *err)
 {
     o->n_k = 0;
@@ -139,7 +129,7 @@ static enum rt_status summarise(struct answers *a, struct rt_buf *rows, struct r
         out->tokens += q->tokens;
         rt_ratio_add(&out->pass1, (double)q->correct, (double)q->samples);
         for (int j = 0; j < out->n_k; j++)
-            rt_ratio_add(&out->passk[j], rt_pass_at(q->samples, q->correct, out->k[j]), 1);
+            rt_ratio_add(&out->passk[j], rt_stats_pass_at_k(q->samples, q->correct, out->k[j]), 1);
         if (rows == NULL)
             continue;
         rt_json_free(line);
@@ -160,7 +150,7 @@ out:
     return st;
 }
 
-enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, struct rt_eval_prompts *out, struct rt_err *err)
+enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, struct rt_eval_prompts *out, struct rt_buf *lengths, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_prompt p;
@@ -180,6 +170,8 @@ enum rt_status rt_eval_measure_prompts(struct rt_dataset *data, int64_t most, st
         }
         out->longest = p.n > out->longest ? p.n : out->longest;
         out->problems++;
+        if (lengths != NULL)
+            RT_TRY(rt_buf_append(lengths, &p.n, sizeof p.n, err));
     }
     if (out->problems == 0 && out->dropped == 0)
         RT_FAIL(err, USAGE, "%s: no line with an \"answer\" to check", rt_dataset_path(data));
@@ -226,7 +218,7 @@ enum rt_status rt_eval_answers(struct rt_loaded_student *l, const char *path, co
     const int64_t most = rt_student_max_length(l->s);
     a.longest = most - 1;
     RT_TRY(rt_dataset_open(path, &d, &a.data, err));
-    RT_TRY(rt_eval_measure_prompts(a.data, a.longest, &prompts, err));
+    RT_TRY(rt_eval_measure_prompts(a.data, a.longest, &prompts, NULL, err));
     if (prompts.dropped > 0)
         rt_warn(log, "%s: %ld of %ld problems have prompts of more than %ld tokens and are left out: pass@k is over the others", path, (long)prompts.dropped,
                 (long)(prompts.problems + prompts.dropped), (long)a.longest);

@@ -87,8 +87,8 @@ static void check_answers(const struct rt_json *line, const struct rt_buf *rows)
         assert_ok(rt_json_parse(rows->data + at, (size_t)(end - rows->data) - at, "rows", &row, &err));
         const int64_t correct = (int64_t)number(rt_json_get(row, "correct"));
         assert_true(number(rt_json_get(row, "samples")) == SAMPLES);
-        pass[0] += rt_pass_at(SAMPLES, correct, 1) / PROBLEMS;
-        pass[1] += rt_pass_at(SAMPLES, correct, 3) / PROBLEMS;
+        pass[0] += rt_stats_pass_at_k(SAMPLES, correct, 1) / PROBLEMS;
+        pass[1] += rt_stats_pass_at_k(SAMPLES, correct, 3) / PROBLEMS;
         limit += number(rt_json_get(row, "limit")) / (SAMPLES * PROBLEMS);
         tokens += number(rt_json_get(row, "tokens")) / (SAMPLES * PROBLEMS);
         rt_json_free(row);

@@ -583,7 +583,7 @@ static void test_statistics(void **state)
                         all++;
                         hit += (set & ((1 << c) - 1)) != 0;
                     }
-                assert_true(fabs(rt_pass_at(n, c, k) - (double)hit / all) < 1e-12);
+                assert_true(fabs(rt_stats_pass_at_k(n, c, k) - (double)hit / all) < 1e-12);
             }
 }
 
