@@ -24,8 +24,7 @@ static const void *field_const(const struct rt_opt *o, const void *values)
     return (const char *)values + o->offset;
 }
 
-/* The option of this name; *index counts over the chained tables. */
-static const struct rt_opt *find(const struct rt_opt *const *tables, int n_tables, const char *name, size_t len, int *index)
+const struct rt_opt *rt_options_find(const struct rt_opt *const *tables, int n_tables, const char *name, size_t len, int *index)
 {
     int at = 0;
     for (int t = 0; t < n_tables; t++) {
@@ -273,7 +272,7 @@ enum rt_status rt_options_set(const struct rt_opt *const *tables, int n_tables, 
 {
     char head[256];
     snprintf(head, sizeof head, "%.250s: ", source);
-    const struct rt_opt *o = find(tables, n_tables, name, strlen(name), NULL);
+    const struct rt_opt *o = rt_options_find(tables, n_tables, name, strlen(name), NULL);
     return o == NULL ? unknown(tables, n_tables, name, strlen(name), head, err) : set(o, text, head, values, err);
 }
 
@@ -305,11 +304,11 @@ static enum rt_status parse_one(const struct rt_opt *const *tables, int n_tables
     const char *name = argv[*i] + 2, *text = NULL;
     const size_t len = strcspn(name, "=");
     int index = 0;
-    const struct rt_opt *o = find(tables, n_tables, name, len, &index);
+    const struct rt_opt *o = rt_options_find(tables, n_tables, name, len, &index);
     if (name[len] == '=')
         text = name + len + 1;
     if (o == NULL && len > 3 && memcmp(name, "no-", 3) == 0) {
-        o = find(tables, n_tables, name + 3, len - 3, &index);
+        o = rt_options_find(tables, n_tables, name + 3, len - 3, &index);
         if (o != NULL && (o->type != RT_OPT_FLAG || text != NULL))
             return rt_fail(err, RT_USAGE, "option --no-%s: %s", o->name,
                            text != NULL ? "it takes no value" : "only a switch can be turned off by 'no-'");

@@ -59,6 +59,8 @@ struct rt_positionals {
  * values and *pos may be freed by rt_options_free all the same. */
 enum rt_status rt_options_parse(const struct rt_opt *const *tables, int n_tables, int argc, char *const *argv, void *values,
                                 struct rt_positionals *pos, bool seen[128], struct rt_err *err);
+/* The option of the name of `len` bytes; NULL: there is none. *index (may be NULL) counts over the chained tables, as seen does. */
+const struct rt_opt *rt_options_find(const struct rt_opt *const *tables, int n_tables, const char *name, size_t len, int *index);
 /* Sets one option from text; source ("config.json") is for messages. The text must outlive values. A flag takes true, false,
  * yes, no, 1, 0; a string or choice is unset by ""; a list gets one item more for each line of the text. */
 enum rt_status rt_options_set(const struct rt_opt *const *tables, int n_tables, const char *name, const char *text,

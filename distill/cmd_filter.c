@@ -1,7 +1,6 @@
 /* retort filter: verifies and filters traces. */
 #include <stdio.h>
 
-#include "core/mem.h"
 #include "distill/command.h"
 #include "distill/filter.h"
 

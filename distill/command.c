@@ -36,6 +36,14 @@ const struct rt_opt *rt_common_options(void)
     return common_options;
 }
 
+int rt_command_own_options(const struct rt_command *cmd)
+{
+    int own = 0;
+    while (cmd->options[own].name != NULL)
+        own++;
+    return own;
+}
+
 bool rt_command_takes(const struct rt_command *cmd, int index)
 {
     return common_takes[index] == 0 || (cmd->takes & common_takes[index]) != 0;

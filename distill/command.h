@@ -55,6 +55,8 @@ extern const struct rt_command rt_cmd_inspect, rt_cmd_doctor, rt_cmd_tokenize, r
 
 /* The common table, whose offsets are into struct rt_common. */
 const struct rt_opt *rt_common_options(void);
+/* How many options cmd has before those of the common table. */
+int rt_command_own_options(const struct rt_command *cmd);
 /* Does cmd take the option of the common table at `index`? Those that it does not have their defaults in its values. */
 bool rt_command_takes(const struct rt_command *cmd, int index);
 /* USAGE: the common option at `index`, which cmd does not take, was given. source: "" or "FILE: ". */

@@ -13,20 +13,6 @@ struct config {
     bool of_run; /* a run's config.json: it names options too that the command does not take */
 };
 
-static const struct rt_opt *find(const struct config *c, const char *key, int *at, int *in_common)
-{
-    *at = 0;
-    for (int t = 0; t < 2; t++) {
-        int i = 0;
-        for (const struct rt_opt *o = c->tables[t]; o->name != NULL; o++, i++, ++*at)
-            if (strcmp(o->name, key) == 0) {
-                *in_common = t == 1 ? i : -1;
-                return o;
-            }
-    }
-    return NULL;
-}
-
 /* A value as an option's text; numbers go into `text`. */
 static enum rt_status text_of(const struct rt_json *value, struct rt_buf *text, const char **out, struct rt_err *err)
 {
@@ -66,15 +52,16 @@ static enum rt_status apply(const struct config *c, const struct rt_json *object
     const char *key, *s;
     const struct rt_json *value;
     char source[256];
+    const int own = rt_command_own_options(c->cmd);
     snprintf(source, sizeof source, "%.250s: ", c->path);
     for (size_t i = 0; rt_json_member(object, i, &key, &value); i++) {
-        int at = 0, in_common = -1;
-        const struct rt_opt *o = find(c, key, &at, &in_common);
-        const bool taken = in_common < 0 || rt_command_takes(c->cmd, in_common);
+        int at = 0;
+        const struct rt_opt *o = rt_options_find(c->tables, 2, key, strlen(key), &at);
+        const bool taken = o == NULL || at < own || rt_command_takes(c->cmd, at - own);
         if (o != NULL && (c->seen[at] || (!taken && c->of_run)))
             continue;
         if (!taken)
-            RT_TRY(rt_command_not_taken(c->cmd, in_common, source, err));
+            RT_TRY(rt_command_not_taken(c->cmd, at - own, source, err));
         if (o != NULL && o->type == RT_OPT_LIST && rt_json_typeof(value) == RT_JSON_ARRAY) {
             RT_TRY(set_items(c, key, value, &text, err));
             continue;

@@ -1,6 +1,5 @@
 /* Which runs are one arm: the same treatment under other seeds. */
 #include <inttypes.h>
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 

@@ -282,19 +282,18 @@ out:
     return st;
 }
 
-/* Where `traces` is, or was, at work: how far it came. */
-static enum rt_status traces_state(const char *dir, struct rt_json *obj, struct rt_err *err)
+/* Where `traces` is, or was, at work: how far it came. traces: what its file holds, where that is known. */
+static enum rt_status traces_state(const char *dir, const struct counted *traces, struct rt_json *obj, struct rt_err *err)
 {
     enum rt_status st;
     char path[PATH_CAP];
     struct counted c = {0};
-    RT_TRY(rt_path_join(path, sizeof path, dir, "config.json", err));
-    if (!rt_path_exists(path))
+    if (!rt_path_has(dir, "config.json"))
         return RT_OK;
     RT_TRY(rt_path_join(path, sizeof path, dir, "traces.jsonl", err));
-    if (rt_path_exists(path))
+    if (traces == NULL && rt_path_exists(path))
         RT_TRY(count_lines(path, &c, err));
-    RT_TRY(rt_inspect_traces(dir, c.lines, obj, err));
+    RT_TRY(rt_inspect_traces(dir, traces != NULL ? traces->lines : c.lines, obj, err));
 out:
     return st;
 }
@@ -304,17 +303,23 @@ enum rt_status rt_inspect_dataset(const char *path, const struct rt_inspect_opti
     enum rt_status st;
     char file[PATH_CAP];
     struct counted c = {0};
+    bool counted = false;
     struct rt_json *forms;
     snprintf(file, sizeof file, "%s", path);
     if (rt_path_is_dir(path)) {
         RT_TRY(rt_path_join(file, sizeof file, path, "accepted.jsonl", err));
-        if (!rt_path_exists(file))
+        if (!rt_path_exists(file)) {
             RT_TRY(rt_path_join(file, sizeof file, path, "traces.jsonl", err));
-        RT_TRY(traces_state(path, obj, err));
+            counted = rt_path_exists(file);
+        }
+        if (counted)
+            RT_TRY(count_lines(file, &c, err));
+        RT_TRY(traces_state(path, counted ? &c : NULL, obj, err));
         if (rt_json_get(obj, "state") != NULL && !rt_path_exists(file)) /* nothing of it yet */
             goto out;
     }
-    RT_TRY(count_lines(file, &c, err));
+    if (!counted)
+        RT_TRY(count_lines(file, &c, err));
     if (c.lines == 0 && rt_json_get(obj, "state") == NULL)
         RT_FAIL(err, FORMAT, "%s: no line in it", file);
     RT_TRY(rt_json_set_string(obj, "file", file, err));

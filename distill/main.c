@@ -80,9 +80,7 @@ out:
 /* Common options that were given to a command that does not take them. */
 static enum rt_status check_taken(const struct rt_command *cmd, const bool *seen, struct rt_err *err)
 {
-    int own = 0;
-    while (cmd->options[own].name != NULL)
-        own++;
+    const int own = rt_command_own_options(cmd);
     for (int i = 0; rt_common_options()[i].name != NULL; i++)
         if (seen[own + i] && !rt_command_takes(cmd, i))
             return rt_command_not_taken(cmd, i, "", err);
