@@ -47,8 +47,8 @@ static void prompts_are_read_back(void **state)
     read_back(QWEN, one, 1, "<think>\n\n</think>\n\ny", 1, "<think>\n\n</think>\n\n");
     read_back(LLAMA, one, 1, "y", 1, "");
     read_back(LLAMA, two, 4, "y", 4, "");
-    read_back("tests/data/tokenizers/smollm2", one, 1, "y", 1, ""); /* a default system message is the template's */
-    read_back("tests/data/tokenizers/smollm2", two, 4, "y", 4, "");
+    read_back(SMOLLM, one, 1, "y", 1, ""); /* a default system message is the template's */
+    read_back(SMOLLM, two, 4, "y", 4, "");
 }
 
 /* An answer without a thought, out of a conversation, where a sampler's prompt would open one: the student's has none either, whether its template knows

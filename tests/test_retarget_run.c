@@ -10,35 +10,39 @@
 #include "tests/ops.h"
 #include "tests/retarget_fixture.h"
 
-#define DEEPSEEK "tests/data/tokenizers/deepseek"
-#define QWEN "tests/data/tokenizers/qwen"
-#define LLAMA "tests/data/tokenizers/llama3"
 enum { SEQUENCES = 24, NFD = 5, K = 16 };
 
 static const char *const completions[] = {"So x = 42</think>\n\nThe answer is 42", "first, 12 and 201</think>\n\n\\boxed{3}", "the\r\n  lazy fox \xf0\x9f\x98\x80 \xe5\xad\xa6\xe4\xb9\xa0",
                                           "def f(x):\n    return x</think>ok", ""};
 
-/* A set of SEQUENCES conversations in shards of few rows; sequence NFD is not in NFC. */
-static void write_set(const char *dir, const struct rt_model_dir *teacher)
+/* rows_per_shard 0: the default. */
+static void put_set(const char *dir, const struct rf_rows *r, int n, int64_t rows_per_shard)
 {
     struct rt_err err = {0};
     struct rt_shard_sink *shards = NULL;
     struct rt_row_sink sink;
     struct rt_shard_resume resume;
-    const struct rt_shard_options so = {.rows_per_shard = 90};
+    assert_ok(rt_shard_sink_open(dir, &r[0].id, &(struct rt_shard_options){.rows_per_shard = rows_per_shard}, &shards, &sink, &resume, &err));
+    for (int i = 0; i < n; i++)
+        assert_ok(sink.put(sink.self, &r[i].rows, &err));
+    assert_ok(sink.finish(sink.self, &err));
+    rt_shard_sink_free(shards);
+}
+
+/* A set of SEQUENCES conversations in shards of few rows; sequence NFD is not in NFC. */
+static void write_set(const char *dir, const struct rt_model_dir *teacher)
+{
+    struct rf_rows r[SEQUENCES];
     for (int i = 0; i < SEQUENCES; i++) {
         char prompt[64], completion[256];
         snprintf(prompt, sizeof prompt, "Question %d?", i / 2);
         snprintf(completion, sizeof completion, "%s%s", completions[i % 5], i == NFD ? " e\xcc\x81" : "");
-        struct rf_rows r = rf_render(teacher, prompt, completion, K);
-        r.rows.source_line = i + 1;
-        if (i == 0)
-            assert_ok(rt_shard_sink_open(dir, &r.id, &so, &shards, &sink, &resume, &err));
-        assert_ok(sink.put(sink.self, &r.rows, &err));
-        rf_rows_free(&r);
+        r[i] = rf_render(teacher, prompt, completion, K);
+        r[i].rows.source_line = i + 1;
     }
-    assert_ok(sink.finish(sink.self, &err));
-    rt_shard_sink_free(shards);
+    put_set(dir, r, SEQUENCES, 90);
+    for (int i = 0; i < SEQUENCES; i++)
+        rf_rows_free(&r[i]);
 }
 
 struct stopper {
@@ -105,13 +109,19 @@ struct world {
     struct rt_retarget_counts counts;
 };
 
-static void open_world(struct world *w, const char *name, const char *student)
+/* Without a set. */
+static void open_models(struct world *w, const char *student)
 {
     struct rt_err err = {0};
     *w = (struct world){.t = rf_model(test_data(DEEPSEEK)), .s = rf_model(test_data(student))};
+    assert_ok(rt_retarget_counts_init(&w->counts, rt_tokenizer_n_ids(w->s.tok), &err));
+}
+
+static void open_world(struct world *w, const char *name, const char *student)
+{
+    open_models(w, student);
     snprintf(w->shards, sizeof w->shards, "%s", test_tmp(name));
     write_set(w->shards, &w->t);
-    assert_ok(rt_retarget_counts_init(&w->counts, rt_tokenizer_n_ids(w->s.tok), &err));
 }
 
 static void close_world(struct world *w)
@@ -200,18 +210,12 @@ static void occurrences_are_counted(void **state)
     struct rt_err err = {0};
     struct rt_model_dir t = rf_model(test_data(DEEPSEEK)), s = rf_model(test_data(QWEN));
     struct rt_retarget_counts counts;
-    struct rt_shard_sink *shards = NULL;
-    struct rt_row_sink sink;
-    struct rt_shard_resume resume;
     struct rt_shard_set *set;
     struct rf_rows r = rf_render(&t, "Q", "So x", K);
-    assert_ok(rt_shard_sink_open(test_tmp("twice"), &r.id, &(struct rt_shard_options){.rows_per_shard = 1}, &shards, &sink, &resume, &err));
-    for (uint32_t i = 0; i < 3; i++) {
-        r.rows.occurrence = i;
-        assert_ok(sink.put(sink.self, &r.rows, &err));
-    }
-    assert_ok(sink.finish(sink.self, &err));
-    rt_shard_sink_free(shards);
+    struct rf_rows three[] = {r, r, r}; /* r owns what they point to */
+    for (uint32_t i = 0; i < 3; i++)
+        three[i].rows.occurrence = i;
+    put_set(test_tmp("twice"), three, 3, 1);
     assert_ok(rt_retarget_counts_init(&counts, rt_tokenizer_n_ids(s.tok), &err));
     assert_ok(run(test_tmp("twice"), &t, &s, test_tmp("twice-out"), (struct run_options){0}, &counts, &err));
     assert_ok(rt_shard_set_open(test_tmp("twice-out"), &set, &err));
@@ -294,19 +298,6 @@ static void one_tokenizer_keeps_the_set(void **state)
     close_world(&w);
 }
 
-static void put_set(const char *dir, const struct rf_rows *r, int n)
-{
-    struct rt_err err = {0};
-    struct rt_shard_sink *shards = NULL;
-    struct rt_row_sink sink;
-    struct rt_shard_resume resume;
-    assert_ok(rt_shard_sink_open(dir, &r[0].id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
-    for (int i = 0; i < n; i++)
-        assert_ok(sink.put(sink.self, &r[i].rows, &err));
-    assert_ok(sink.finish(sink.self, &err));
-    rt_shard_sink_free(shards);
-}
-
 /* Text that is not there, or is not what the tokens' bytes spell, is left out and counted, with one tokenizer on both sides too. */
 static void text_that_is_not_the_tokens(void **state)
 {
@@ -315,14 +306,14 @@ static void text_that_is_not_the_tokens(void **state)
     struct world w;
     static const char *const students[] = {DEEPSEEK, QWEN};
     struct rf_rows r[3];
-    open_world(&w, "source-g", DEEPSEEK);
+    open_models(&w, DEEPSEEK);
     for (int i = 0; i < 3; i++)
         r[i] = rf_render(&w.t, (const char *[]){"One?", "Two?", "Three?"}[i], "So x = 42", K);
     r[1].rows.text = NULL;
     r[1].rows.byte_end = NULL;
     r[1].rows.text_len = 0;
     ((char *)(uintptr_t)r[2].rows.text)[r[2].rows.text_len - 1] ^= 1;
-    put_set(test_tmp("no-text"), r, 3);
+    put_set(test_tmp("no-text"), r, 3, 0);
     for (int i = 0; i < 2; i++) {
         struct rt_model_dir s = rf_model(test_data(students[i]));
         assert_ok(run(test_tmp("no-text"), &w.t, &s, test_tmp(i == 0 ? "no-text-a" : "no-text-b"), (struct run_options){0}, &w.counts, &err));
@@ -341,7 +332,7 @@ static void ids_beyond_the_tokenizer(void **state)
     (void)state;
     struct rt_err err = {0};
     struct world w;
-    open_world(&w, "source-h", DEEPSEEK);
+    open_models(&w, DEEPSEEK);
     struct rf_rows r = rf_render(&w.t, "One?", "So x = 42", K);
     r.id.n_ids = r.id.vocab_size = 1 << 20;
     const uint32_t far = (1 << 20) - 1;
@@ -351,7 +342,7 @@ static void ids_beyond_the_tokenizer(void **state)
         if (j == (int)r.rows.next_rank[last])
             ((uint32_t *)(uintptr_t)r.rows.topk_ids)[last * K + j] = far;
     rt_rows_key(r.rows.ids, r.rows.n_tokens, r.rows.key);
-    put_set(test_tmp("far"), &r, 1);
+    put_set(test_tmp("far"), &r, 1, 0);
     assert_status(run(test_tmp("far"), &w.t, &w.s, test_tmp("far-out"), (struct run_options){0}, &w.counts, &err), REFUSED);
     rf_rows_free(&r);
     close_world(&w);
@@ -379,14 +370,8 @@ static void nothing_to_take(void **state)
     struct rt_err err = {0};
     struct rt_model_dir t = rf_model(test_data(DEEPSEEK)), s = rf_model(test_data(QWEN));
     struct rt_retarget_counts counts;
-    struct rt_shard_sink *shards = NULL;
-    struct rt_row_sink sink;
-    struct rt_shard_resume resume;
     struct rf_rows r = rf_render(&t, "Q", "e\xcc\x81", K);
-    assert_ok(rt_shard_sink_open(test_tmp("nothing"), &r.id, &(struct rt_shard_options){0}, &shards, &sink, &resume, &err));
-    assert_ok(sink.put(sink.self, &r.rows, &err));
-    assert_ok(sink.finish(sink.self, &err));
-    rt_shard_sink_free(shards);
+    put_set(test_tmp("nothing"), &r, 1, 0);
     assert_ok(rt_retarget_counts_init(&counts, rt_tokenizer_n_ids(s.tok), &err));
     const enum rt_status st = run(test_tmp("nothing"), &t, &s, test_tmp("nothing-out"), (struct run_options){0}, &counts, &err);
     assert_int_equal(st, RT_FORMAT);

@@ -123,7 +123,7 @@ static void split_characters_and_spaces(void **state)
     static const char *const texts[] = {"\xf0\x9f\x98\x80\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x92\xbb", "\xe5\xad\xa6\xe4\xb9\xa0 \xe3\x81\x93\xe3\x82\x8c\xe6\x96\x87\xe5\xad\x97",
                                         "a\r\nb\r\n\r\n c", " leading  spaces\tand\n\n\nlines ", "the \\boxed{42} and \\boxed{\\frac{1}{2}}", "na\xc3\xafve \xc3\xa9t\xc3\xa9 201 3 42",
                                         "def f(x):\n    return x\n"};
-    static const char *const students[] = {QWEN, LLAMA, "tests/data/tokenizers/smollm2"};
+    static const char *const students[] = {QWEN, LLAMA, SMOLLM};
     for (size_t s = 0; s < sizeof students / sizeof students[0]; s++)
         for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
             struct rf_both b;
