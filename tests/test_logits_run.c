@@ -128,6 +128,7 @@ static void a_corpus_that_changes_is_noticed(void **state)
 
 /* ---- devices ---- */
 
+/* more: behind these, and so instead of those given again. */
 static enum rt_status logits(const char *out, const char *const *more, struct rt_err *err)
 {
     const char *args[40] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=4", "--features", "1,final:128",
@@ -254,9 +255,7 @@ static void dense_sets_have_their_head(void **state)
     struct rt_rows r;
     char out[512], path[600];
     snprintf(out, sizeof out, "%s", test_tmp("dense"));
-    const char *args[] = {"--teacher", CASES "v3_fp8", "--data", ids_file(), "--out", out, "--cache", "topk=0", "--features", "final",
-                          "--memory", "400M", "--device", "cpu", NULL};
-    assert_ok(test_command(&rt_cmd_logits, args, &err));
+    assert_ok(logits(out, (const char *const[]){"--cache", "topk=0", "--features", "final", NULL}, &err));
     snprintf(path, sizeof path, "%s/head.safetensors", out);
     assert_ok(rt_tensors_open(path, &t, &err));
     assert_ok(rt_shard_set_open(out, &set, &err));
@@ -324,24 +323,23 @@ static void other_targets_are_other_data(void **state)
     static const char *const mask[] = {"0, 0, 1, 1", "0, 1, 1, 1"};
     struct rt_err err = {0};
     char data[512], out[512], text[600];
+    const char *const more[] = {"--data", data, "--features", "", NULL}; /* rows alone */
     snprintf(data, sizeof data, "%s", test_tmp("masked.jsonl"));
     snprintf(out, sizeof out, "%s", test_tmp("masked"));
     for (int i = 0; i < 2; i++) {
-        const char *args[] = {"--teacher", CASES "v3_fp8", "--data", data, "--out", out, "--cache", "topk=4", "--memory", "400M", "--device", "cpu", NULL};
         snprintf(text, sizeof text, "{\"input_ids\": [1, 2, 3, 4], \"loss_mask\": [%s]}\n", mask[i]);
         assert_ok(rt_publish_bytes(data, text, strlen(text), &err));
         if (i == 0)
-            assert_ok(test_command(&rt_cmd_logits, args, &err));
+            assert_ok(logits(out, more, &err));
         else
-            assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_REFUSED);
+            assert_int_equal(logits(out, more, &err), RT_REFUSED);
     }
     assert_non_null(strstr(err.msg, "input_sha256"));
     rt_err_clear(&err);
     /* nor without the file that tells */
-    const char *args[] = {"--teacher", CASES "v3_fp8", "--data", data, "--out", out, "--cache", "topk=4", "--memory", "400M", "--device", "cpu", NULL};
     snprintf(text, sizeof text, "%s/logits.json", out);
     assert_int_equal(remove(text), 0);
-    assert_int_equal(test_command(&rt_cmd_logits, args, &err), RT_REFUSED);
+    assert_int_equal(logits(out, more, &err), RT_REFUSED);
     assert_non_null(strstr(err.msg, "logits.json, which says"));
 }
 
