@@ -39,18 +39,23 @@ static void copy_file(const char *from_dir, const char *to_dir, const char *name
     rt_buf_free(&b);
 }
 
-static void open_doctor(struct rt_doctor *d)
+static void open_doctor_on(struct rt_doctor *d, const char *backend, int64_t memory, int64_t batch_tokens)
 {
     struct rt_err err = {0};
     const struct rt_backend *be;
     const struct rt_dev_options o = {.threads = 1};
     d->out = ".";
-    d->memory = (int64_t)2 << 30;
-    d->batch_tokens = 1024;
+    d->memory = memory;
+    d->batch_tokens = batch_tokens;
     d->top_k = 64;
-    assert_ok(rt_backend_select("ref", NULL, 0, &be, &err));
+    assert_ok(rt_backend_select(backend, NULL, 0, &be, &err));
     assert_ok(rt_device_open(be, &o, &d->device, &err));
     assert_ok(rt_doctor_run(d, &err));
+}
+
+static void open_doctor(struct rt_doctor *d)
+{
+    open_doctor_on(d, "ref", (int64_t)2 << 30, 1024);
 }
 
 static void close_doctor(struct rt_doctor *d)
@@ -276,25 +281,11 @@ static void rescoring_needs_teacher_and_shards(void **state)
     assert_status(test_command(&rt_cmd_doctor, without_teacher, &err), USAGE);
 }
 
-static void open_doctor_within(struct rt_doctor *d, int64_t memory)
-{
-    struct rt_err err = {0};
-    const struct rt_backend *be;
-    const struct rt_dev_options o = {.threads = 1};
-    d->out = ".";
-    d->memory = memory;
-    d->batch_tokens = 16384;
-    d->top_k = 64;
-    assert_ok(rt_backend_select("cpu", NULL, 0, &be, &err));
-    assert_ok(rt_device_open(be, &o, &d->device, &err));
-    assert_ok(rt_doctor_run(d, &err));
-}
-
 static void too_little_memory_fails(void **state)
 {
     (void)state;
     struct rt_doctor d = {.teacher = TEACHER, .student = STUDENT};
-    open_doctor_within(&d, 1 << 20);
+    open_doctor_on(&d, "cpu", 1 << 20, 16384);
     expect(&d, RT_CHECK_FAIL, "memory.teacher", "--memory");
     expect(&d, RT_CHECK_FAIL, "memory.student", "--memory");
     close_doctor(&d);
@@ -314,7 +305,7 @@ static void memory_is_planned_as_train_does(void **state)
                                      NULL};
         const bool runs = test_command(&rt_cmd_train, train, &err) == RT_OK;
         struct rt_doctor d = {.student = STUDENT, .data = data};
-        open_doctor_within(&d, mib << 20);
+        open_doctor_on(&d, "cpu", mib << 20, 16384);
         expect(&d, runs ? RT_CHECK_PASS : RT_CHECK_FAIL, "memory.student", runs ? "training takes" : "M or more");
         level[runs]++;
         close_doctor(&d);
