@@ -1,7 +1,6 @@
 /* The student's side of a text: alignment, special tokens, bytes that tokens split, and what is rejected. */
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "core/io.h"
