@@ -255,7 +255,7 @@ static void dense_sets_have_their_head(void **state)
     struct rt_rows r;
     char out[512], path[600];
     snprintf(out, sizeof out, "%s", test_tmp("dense"));
-    assert_ok(logits(out, (const char *const[]){"--cache", "topk=0", "--features", "final", NULL}, &err));
+    assert_ok(logits(out, (const char *const[]){"--cache", "topk=0", "--features", "final", "--rows-per-shard", "0", NULL}, &err));
     snprintf(path, sizeof path, "%s/head.safetensors", out);
     assert_ok(rt_tensors_open(path, &t, &err));
     assert_ok(rt_shard_set_open(out, &set, &err));
