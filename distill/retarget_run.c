@@ -162,9 +162,12 @@ static enum rt_status check_templates(const struct rt_retarget_run *r, struct rt
     enum rt_status st = RT_OK;
     struct rt_rows rows;
     struct rt_err bad = {0};
-    const bool all = r->same || (r->o.teacher->tmpl != NULL && r->o.student->tmpl != NULL);
+    const bool all = r->same || (r->o.teacher->tmpl != NULL && r->o.student->tmpl != NULL), targets = rt_shard_set_identity(r->set[0])->completion_only;
     for (int64_t i = 0; !all && i < rt_retarget_run_input(r)->sequences; i++) {
+        const struct rt_seq_info *q = rt_shard_set_seq(r->set[0], i);
         RT_TRY(check_stop(r, err));
+        if (targets && q->n_rows == q->n_tokens - 1) /* every token is one: no conversation, as the index says already */
+            continue;
         if (rt_shard_set_get(r->set[0], i, &rows, &bad) == RT_OK) /* else it will be said where it is left out */
             RT_TRY(rt_retarget_text_templates(&r->pair, &rows, err));
         rt_err_clear(&bad);
