@@ -215,7 +215,7 @@ static void count_bytes(struct rt_train_set *s)
     s->info.held += (size_t)s->info.shards->sequences * sizeof(struct rt_seq_info);
     for (int64_t i = 0; i < s->info.sequences; i++) {
         const struct rt_seq_info *q = rt_shard_set_seq(s->shards, s->item[i].at);
-        struct rt_rows r = {.n_tokens = q->n_tokens, .n_rows = q->n_rows, .k = id->top_k < id->n_ids ? id->top_k : (int)id->n_ids, .n_lse = id->n_lse,
+        struct rt_rows r = {.n_tokens = q->n_tokens, .n_rows = q->n_rows, .k = rt_row_identity_k(id), .n_lse = id->n_lse,
                             .n_features = id->n_features, .feature_mask = id->origin.mode[0] != '\0' ? &some_mask : NULL,
                             .span = rt_row_identity_spans(id) ? &some_span : NULL};
         struct rt_rows_layout l;

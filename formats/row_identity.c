@@ -111,6 +111,11 @@ bool rt_row_identity_spans(const struct rt_row_identity *id)
     return strcmp(id->origin.mode, "alm") == 0;
 }
 
+int rt_row_identity_k(const struct rt_row_identity *id)
+{
+    return id->top_k < id->n_ids ? id->top_k : (int)id->n_ids;
+}
+
 void rt_row_identity_temperatures(const struct rt_row_identity *id, char out[128])
 {
     size_t at = 0;

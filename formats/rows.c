@@ -197,7 +197,7 @@ static enum rt_status check_spans(const struct rt_rows *r, const struct rt_row_i
 enum rt_status rt_rows_check(const struct rt_rows *r, const struct rt_row_identity *id, const char *where, struct rt_err *err)
 {
     enum rt_status st;
-    const int64_t k = id->top_k < id->n_ids ? id->top_k : id->n_ids;
+    const int64_t k = rt_row_identity_k(id);
     struct seen seen = {NULL, 0};
     if (r->k != k || r->n_lse != id->n_lse || r->n_features != id->n_features)
         RT_FAIL(err, FORMAT, "%s: rows with k %d, %d temperatures, %d features, the identity has %" PRId64 ", %d, %d", where, r->k,

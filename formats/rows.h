@@ -110,6 +110,8 @@ static inline int rt_row_entries(const struct rt_rows *r, int64_t i)
 
 /* Rows of spans in place of distributions: origin.mode is "alm". They have no entries (k 0). */
 bool rt_row_identity_spans(const struct rt_row_identity *id);
+/* Entries of a row, the ids that exist at most. */
+int rt_row_identity_k(const struct rt_row_identity *id);
 /* Its temperatures, as people read them: "1, 2". */
 void rt_row_identity_temperatures(const struct rt_row_identity *id, char out[128]);
 /* Fills key from ids. */

@@ -18,7 +18,7 @@ struct spec {
 /* The columns of a set, in file order. */
 static int columns(const struct rt_row_identity *id, struct spec out[RT_BLOCK_COLUMNS])
 {
-    const int64_t k = id->top_k < id->n_ids ? id->top_k : id->n_ids;
+    const int64_t k = rt_row_identity_k(id);
     const struct spec fixed[FEATURES] = {
         [IDS] = {"ids", true, 4, 1, NONE},
         [LOSS] = {"loss", true, 1, 1, NONE},
