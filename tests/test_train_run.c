@@ -1,7 +1,5 @@
 /* Training runs on disk: refusals before the first step, resume after an interrupt and after a kill, evaluation, experiments. */
-#include <fcntl.h>
 #include <math.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -11,85 +9,6 @@
 #include "distill/eval_run.h"
 #include "distill/run_record.h"
 #include "tests/train_command.h"
-
-enum { MAX_ARGS = 64 };
-
-/* A command with its values, from words; what it logs lies in text. */
-struct command {
-    const struct rt_command *cmd;
-    void *values;
-    struct rt_positionals pos;
-    struct rt_log log;
-    char *text;
-    size_t text_len;
-    int asked, stop_at, kill_at; /* questions of the stop callback */
-    const char *block;           /* a file that is made when it stops: no checkpoint can take that name */
-};
-
-static bool stop(void *self)
-{
-    struct command *c = self;
-    c->asked++;
-    if (c->kill_at > 0 && c->asked >= c->kill_at)
-        raise(SIGKILL);
-    if (c->block != NULL && c->asked == c->stop_at)
-        rt_publish_bytes(c->block, "", 0, NULL);
-    return c->stop_at > 0 && c->asked >= c->stop_at;
-}
-
-static void command_open(struct command *c, const struct rt_command *cmd, const char *const *argv)
-{
-    struct rt_err err = {0};
-    const struct rt_opt *const tables[] = {cmd->options, rt_common_options()};
-    int n = 0;
-    memset(c, 0, sizeof *c);
-    while (argv[n] != NULL)
-        n++;
-    c->cmd = cmd;
-    c->values = calloc(1, cmd->values_size);
-    assert_ok(rt_options_parse(tables, 2, n, (char *const *)(uintptr_t)argv, c->values, &c->pos, NULL, &err));
-    test_on_cpu(c->values);
-    rt_log_init(&c->log, open_memstream(&c->text, &c->text_len), RT_LOG_INFO);
-}
-
-static void command_close(struct command *c)
-{
-    const struct rt_opt *const tables[] = {c->cmd->options, rt_common_options()};
-    rt_options_free(tables, 2, c->values, &c->pos);
-    fclose(c->log.out);
-    free(c->text);
-    free(c->values);
-}
-
-static const char *prints = "/dev/null"; /* the file that takes what a command prints */
-
-static enum rt_status command_run(struct command *c, struct rt_err *err)
-{
-    struct rt_context ctx = {.log = &c->log, .command = c->cmd, .stop = stop, .stop_self = c};
-    fflush(stdout);
-    const int shown = dup(STDOUT_FILENO), nothing = open(prints, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    dup2(nothing, STDOUT_FILENO);
-    const enum rt_status st = c->cmd->run(&ctx, c->values, &c->pos, err);
-    fflush(stdout);
-    dup2(shown, STDOUT_FILENO);
-    close(shown);
-    close(nothing);
-    fflush(c->log.out);
-    return st;
-}
-
-/* Runs train with these words; *logged (may be NULL) is the log, to be freed. */
-static enum rt_status train(const char *const *argv, int stop_at, char **logged, struct rt_err *err)
-{
-    struct command c;
-    command_open(&c, &rt_cmd_train, argv);
-    c.stop_at = stop_at;
-    const enum rt_status st = command_run(&c, err);
-    if (logged != NULL)
-        *logged = strdup(c.text);
-    command_close(&c);
-    return st;
-}
 
 static void assert_same_file(const char *a, const char *b, const char *name)
 {
@@ -160,7 +79,7 @@ static void test_refusals(void **state)
     assert_false(rt_path_exists(out));
     assert_ok(rt_publish_bytes(file, "x", 1, &err));
     snprintf(below, sizeof below, "%s/run", file);
-    assert_int_not_equal(train(ARGS("--student", files.student, "--data", files.shards, "--out", below), 0, NULL, &err), RT_OK);
+    assert_int_not_equal(train_command(ARGS("--student", files.student, "--data", files.shards, "--out", below), 0, NULL, &err), RT_OK);
     rt_err_clear(&err);
     struct rt_buf b = {0};
     for (int i = 0; i < 70; i++)
@@ -195,8 +114,8 @@ static void test_tail_warning(void **state)
     snprintf(mass, sizeof mass, "hold %.3f", rt_shard_set_info(set)->mass[1]);
     assert_true(rt_shard_set_info(set)->mass[1] < 0.95);
     rt_shard_set_free(set);
-    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--out", test_tmp("run-dry"), "--w-kl", "1", "--kd-temperature", "2", "--tail", "renorm",
-                         "--dry-run", "--quiet", "--json"), 0, &log, &err));
+    assert_ok(train_command(ARGS("--student", files.student, "--data", files.shards, "--out", test_tmp("run-dry"), "--w-kl", "1",
+                                 "--kd-temperature", "2", "--tail", "renorm", "--dry-run", "--quiet", "--json"), 0, &log, &err));
     assert_non_null(strstr(log, mass));
     assert_non_null(strstr(log, "renorm"));
     free(log);
@@ -215,8 +134,8 @@ static void test_mix(void **state)
     snprintf(a, sizeof a, "%s:.5", files.shards);
     snprintf(b, sizeof b, "%s:2", files.lines);
     train_refused(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out, "--w-ce", "0", "--w-kl", "1"), RT_REFUSED, "nothing would be learnt from it");
-    assert_ok(train(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out, "--w-ce", "0.25", "--w-kl", "0.75", "--kd-temperature", "2",
-                         "--batch-tokens", "80", "--epochs", "2"), 0, &log, &err));
+    assert_ok(train_command(ARGS("--student", files.student, "--data", a, "--data", b, "--out", out, "--w-ce", "0.25", "--w-kl", "0.75",
+                                 "--kd-temperature", "2", "--batch-tokens", "80", "--epochs", "2"), 0, &log, &err));
     assert_non_null(strstr(log, "take the cross-entropy alone"));
     assert_non_null(strstr(log, "(20.0 % of an epoch's tokens)")); /* 0.5 of 2.5 */
     free(log);
@@ -246,16 +165,16 @@ static void test_recompute(void **state)
     bool level[4] = {false}, refused_once = false;
     const char *const asked[] = {"0", "3"};
     for (int i = 0; i < 2; i++) {
-        assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--out", out[i], "--steps", "4", "--batch-tokens", "80", "--lr", "1e-2", "--recompute", asked[i]),
-                        0, &log, &err));
+        assert_ok(train_command(ARGS("--student", files.student, "--data", files.shards, "--out", out[i], "--steps", "4",
+                                     "--batch-tokens", "80", "--lr", "1e-2", "--recompute", asked[i]), 0, &log, &err));
         assert_non_null(strstr(log, i == 0 ? "nothing is computed again" : "layers are computed again"));
         free(log);
     }
     assert_same_file(out[0], out[1], "model/model.safetensors");
     for (int64_t memory = 4 << 20; memory > 100000; memory -= memory / 50) {
         snprintf(need, sizeof need, "%ld", (long)memory);
-        const enum rt_status st = train(ARGS("--student", files.student, "--data", files.shards, "--out", out[2], "--batch-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"),
-                                        0, &log, &err);
+        const enum rt_status st = train_command(ARGS("--student", files.student, "--data", files.shards, "--out", out[2],
+                                                     "--batch-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"), 0, &log, &err);
         if (st == RT_NOMEM)
             refused_once = strstr(err.msg, "training needs") != NULL;
         else
@@ -275,8 +194,8 @@ static void test_recompute(void **state)
     bool seen[2] = {false};
     for (int64_t memory = 64 << 20; memory > 28 << 20; memory -= memory / 50) {
         snprintf(need, sizeof need, "%ld", (long)memory);
-        if (train(ARGS("--student", deep, "--data", files.lines, "--out", out[2], "--batch-tokens", "4000", "--micro-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"), 0,
-                  &log, &err) == RT_OK) {
+        if (train_command(ARGS("--student", deep, "--data", files.lines, "--out", out[2],
+                               "--batch-tokens", "4000", "--micro-tokens", "4000", "--dry-run", "--memory", need, "--threads", "1"), 0, &log, &err) == RT_OK) {
             seen[0] |= strstr(log, "; 1 of 3 layers at level 1: ") != NULL;
             seen[1] |= strstr(log, "; 1 of 3 layers at level 2: ") != NULL;
         }
@@ -297,16 +216,11 @@ static void test_unsaved(void **state)
 {
     (void)state;
     struct rt_err err = {0};
-    struct command c;
     char block[4096];
     const char *out = test_tmp("run-unsaved");
     assert_ok(rt_path_join(block, sizeof block, out, "ckpt-00000000", &err));
-    command_open(&c, &rt_cmd_train, ARGS(RECIPE, "--out", out));
-    c.stop_at = 1;
-    c.block = block;
-    assert_int_equal(command_run(&c, &err), RT_IO);
+    assert_int_equal(test_command_with(&rt_cmd_train, ARGS(RECIPE, "--out", out), &(struct test_run){.stop_at = 1, .block = block}, &err), RT_IO);
     assert_non_null(strstr(err.msg, "ckpt-00000000"));
-    command_close(&c);
 }
 
 /* Interrupted, or killed at any point, and started again: every byte of what an undisturbed run gives. */
@@ -315,25 +229,21 @@ static void test_resume(void **state)
     (void)state;
     struct rt_err err = {0};
     const char *whole = test_tmp("run-whole"), *parts = test_tmp("run-parts"), *killed = test_tmp("run-killed");
-    assert_ok(train(ARGS(RECIPE, "--out", whole, "--threads", "2"), 0, NULL, &err));
-    assert_int_equal(train(ARGS(RECIPE, "--out", parts, "--threads", "1"), 6, NULL, &err), RT_INTERRUPTED);
+    assert_ok(train_command(ARGS(RECIPE, "--out", whole, "--threads", "2"), 0, NULL, &err));
+    assert_int_equal(train_command(ARGS(RECIPE, "--out", parts, "--threads", "1"), 6, NULL, &err), RT_INTERRUPTED);
     assert_non_null(strstr(err.msg, "the same command goes on"));
     rt_err_clear(&err);
-    assert_status(train(ARGS(RECIPE, "--out", parts, "--clip", "2"), 0, NULL, &err), REFUSED);
-    assert_ok(train(ARGS(RECIPE, "--out", parts), 0, NULL, &err));
+    assert_status(train_command(ARGS(RECIPE, "--out", parts, "--clip", "2"), 0, NULL, &err), REFUSED);
+    assert_ok(train_command(ARGS(RECIPE, "--out", parts), 0, NULL, &err));
     for (int at = 3; at < 30; at += 4) { /* more and more of it is done */
         const pid_t child = fork();
-        if (child == 0) {
-            struct command c;
-            command_open(&c, &rt_cmd_train, ARGS(RECIPE, "--out", killed, "--threads", "1"));
-            c.kill_at = at;
-            _exit(command_run(&c, &err) == RT_OK ? 0 : 1);
-        }
+        if (child == 0)
+            _exit(test_command_with(&rt_cmd_train, ARGS(RECIPE, "--out", killed, "--threads", "1"), &(struct test_run){.kill_at = at}, &err) == RT_OK ? 0 : 1);
         int status;
         assert_int_equal(waitpid(child, &status, 0), child);
         assert_true(WIFSIGNALED(status) || WEXITSTATUS(status) == 0);
     }
-    assert_ok(train(ARGS(RECIPE, "--out", killed), 0, NULL, &err));
+    assert_ok(train_command(ARGS(RECIPE, "--out", killed), 0, NULL, &err));
     for (size_t i = 0; i < sizeof compared / sizeof compared[0]; i++) {
         assert_same_file(whole, parts, compared[i]);
         assert_same_file(whole, killed, compared[i]);
@@ -474,8 +384,8 @@ static void test_records(void **state)
     assert_string_equal(name, "x");
     rt_eval_name("x-1.5", name);
     assert_string_equal(name, "x-1.5");
-    assert_ok(train(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--batch-tokens", "80", "--steps", "2", "--eval-data", a, "--eval-data", b,
-                         "--threads", "1"), 0, NULL, &err));
+    assert_ok(train_command(ARGS("--student", files.student, "--data", files.shards, "--out", out, "--batch-tokens", "80", "--steps", "2",
+                                 "--eval-data", a, "--eval-data", b, "--threads", "1"), 0, NULL, &err));
     struct rt_json *run = run_json(out, RT_RUN_FILE);
     assert_string_equal(rt_json_as_string(rt_json_get(run, "name"), NULL), "soft-0.5");
     rt_json_free(run);
@@ -515,11 +425,9 @@ static void test_told(void **state)
     struct rt_json *v;
     snprintf(printed, sizeof printed, "%s", test_tmp("run-told.json"));
     for (int again = 0; again < 2; again++) {
-        prints = printed;
-        const enum rt_status st = train(ARGS("--student", files.student, "--data", files.lines, "--batch-tokens", "5", "--micro-tokens", "6", "--steps", "2",
-                                             "--json", "--out", out), 0, &log, &err);
-        prints = "/dev/null";
-        assert_ok(st);
+        assert_ok(test_command_with(&rt_cmd_train, ARGS("--student", files.student, "--data", files.lines, "--batch-tokens", "5", "--micro-tokens", "6",
+                                                        "--steps", "2", "--json", "--out", out),
+                                    &(struct test_run){.prints = printed, .logged = &log}, &err));
         assert_non_null(strstr(log, "--batch-tokens 5: the longest sequence has "));
         assert_non_null(strstr(log, "--micro-tokens 6: the longest sequence has "));
         snprintf(rate, sizeof rate, "%.0f tokens/s", run_metric(out, 1, "tokens_per_second"));
@@ -543,14 +451,13 @@ static void test_experiment(void **state)
     struct rt_err err = {0};
     const char *out = test_tmp("run-experiment");
     struct rt_json *v[2];
-    char path[600];
-    struct command c;
+    char path[600], *log;
     for (int again = 0; again < 2; again++) {
-        command_open(&c, &rt_cmd_experiment, ARGS("--student", files.student, "--data", files.shards, "--arms", "hard,soft", "--kd-temperature", "2", "--seeds", "2", "--steps",
-                                                  "3", "--batch-tokens", "60", "--lr", "1e-2", "--eval-data", files.shards, "--out", out));
-        assert_ok(command_run(&c, &err));
-        assert_true(again == 0 || strstr(c.text, "finished already") != NULL);
-        command_close(&c);
+        assert_ok(test_command_logged(&rt_cmd_experiment, ARGS("--student", files.student, "--data", files.shards, "--arms", "hard,soft", "--seeds", "2",
+                                                               "--kd-temperature", "2", "--steps", "3", "--batch-tokens", "60", "--lr", "1e-2",
+                                                               "--eval-data", files.shards, "--out", out), 0, &log, &err));
+        assert_true(again == 0 || strstr(log, "finished already") != NULL);
+        free(log);
     }
     for (int i = 0; i < 2; i++) {
         snprintf(path, sizeof path, "%s/arms/%s-seed1", out, i == 0 ? "hard" : "soft");
