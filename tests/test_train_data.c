@@ -8,21 +8,7 @@
 #include "student/describe.h"
 #include "tests/train_command.h"
 
-static struct tf_files files;
-
-static int set_up(void **state)
-{
-    (void)state;
-    tf_files_make(&files, "data");
-    return 0;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    tf_files_free(&files);
-    return 0;
-}
+TF_FILES("data")
 
 /* Shards whose making was cut off are used, and what is missing is said. */
 static void test_unfinished_shards(void **state)

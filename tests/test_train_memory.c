@@ -5,8 +5,7 @@
 
 #include "core/io.h"
 #include "distill/run_record.h"
-#include "tests/run_command.h"
-#include "tests/train_fixture.h"
+#include "tests/train_command.h"
 
 static const char qwen[] = "{\"model_type\": \"qwen2\", \"vocab_size\": 151936, \"hidden_size\": 1536, \"intermediate_size\": 8960, \"num_hidden_layers\": 28, "
                            "\"num_attention_heads\": 12, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, "
@@ -71,7 +70,6 @@ static void test_memory_advice(void **state)
     char text[32], other[32], run[4096];
     struct tf_files files = {0};
     tf_files_make(&files, "memory");
-#define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
 #define DEEP "--device", "cpu", "--student", deep, "--data", files.lines, "--batch-tokens", "4000"
 #define PLAN(...) test_command(&rt_cmd_train, ARGS(DEEP, "--out", none, "--threads", "2", "--dry-run", __VA_ARGS__), &err)
 #define ASKED "--micro-tokens", "4000", "--recompute", "1"

@@ -12,8 +12,7 @@
 #include "core/log.h"
 #include "core/net.h"
 #include "distill/run_record.h"
-#include "tests/run_command.h"
-#include "tests/train_fixture.h"
+#include "tests/train_command.h"
 
 enum { MAX_RANKS = 3 };
 
@@ -146,25 +145,10 @@ static void run_well(int size, const char *const *args)
             fail_msg("rank %d of %d: status %d: %s", i, size, status[i], said[i]);
 }
 
-#define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
 #define RECIPE "--student", files.student, "--data", files.shards, "--data", files.lines, "--w-ce", "0.5", "--w-kl", "0.5", "--kd-temperature", "2", "--batch-tokens", "80", \
     "--lr", "3e-3", "--weight-decay", "0.1", "--w-feature", "0.1", "--layer-map", "1:1,final:final", "--rank-timeout", "20", "--threads", "1", "--grad-norms", "50"
 
-static struct tf_files files;
-
-static int set_up(void **state)
-{
-    (void)state;
-    tf_files_make(&files, "ranks");
-    return 0;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    tf_files_free(&files);
-    return 0;
-}
+TF_FILES("ranks")
 
 /* The greatest relative difference of a member over the lines of two runs' metrics; *n lines. */
 static double worst(const char *a, const char *b, const char *key, int *n)

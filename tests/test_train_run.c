@@ -44,22 +44,7 @@ static void assert_same_metrics(const char *a, const char *b)
     rt_buf_free(&y);
 }
 
-/* One student, its own rows as shards, and the same sequences as lines. */
-static struct tf_files files;
-
-static int set_up(void **state)
-{
-    (void)state;
-    tf_files_make(&files, "run");
-    return 0;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    tf_files_free(&files);
-    return 0;
-}
+TF_FILES("run")
 
 static void test_refusals(void **state)
 {

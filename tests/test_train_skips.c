@@ -8,21 +8,7 @@
 #include "student/save.h"
 #include "tests/train_command.h"
 
-static struct tf_files files;
-
-static int set_up(void **state)
-{
-    (void)state;
-    tf_files_make(&files, "skips");
-    return 0;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    tf_files_free(&files);
-    return 0;
-}
+TF_FILES("skips")
 
 /* A learning rate that bursts everything: skipped steps end the run, --on-nan stop at once; the good checkpoint stays. */
 static void test_nan(void **state)

@@ -53,6 +53,21 @@ struct tf_files {
 };
 void tf_files_make(struct tf_files *f, const char *suite); /* does nothing where they are there */
 void tf_files_free(struct tf_files *f);
+/* A suite's `files`: set_up, of every test that takes them, makes them, tear_down, of the last one, frees them. */
+#define TF_FILES(suite) \
+    static struct tf_files files; \
+    static int set_up(void **state) \
+    { \
+        (void)state; \
+        tf_files_make(&files, suite); \
+        return 0; \
+    } \
+    static int tear_down(void **state) \
+    { \
+        (void)state; \
+        tf_files_free(&files); \
+        return 0; \
+    }
 /* A whole file of a directory. */
 struct rt_buf tf_read(const char *dir, const char *name);
 
