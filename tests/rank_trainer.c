@@ -6,7 +6,7 @@
 
 #include "core/collective.h"
 #include "core/io.h"
-#include "core/net.h"
+#include "tests/rank_fixture.h"
 
 struct thread {
     pthread_t thread;
@@ -34,12 +34,8 @@ static void *run_thread(void *p)
 enum rt_status rank_threads(int size, double timeout, rank_fn fn, void *self, struct rt_err err[RANK_TRAINERS], enum rt_status st[RANK_TRAINERS])
 {
     struct thread t[RANK_TRAINERS];
-    struct rt_err ignored = {0};
     enum rt_status first = RT_OK;
-    int fd, port;
-    if (rt_net_listen(0, &fd, &port, &ignored) != RT_OK)
-        return RT_IO;
-    rt_net_close(fd);
+    const int port = rk_free_port();
     memset(t, 0, sizeof t);
     for (int i = 0; i < size; i++) {
         t[i] = (struct thread){.rank = i, .size = size, .port = port, .timeout = timeout, .fn = fn, .self = self};

@@ -7,8 +7,6 @@
 #include "core/backend.h"
 #include "core/collective.h"
 #include "core/log.h"
-#include "core/mem.h"
-#include "core/net.h"
 #include "core/rng.h"
 #include "tests/rank_fixture.h"
 

@@ -2,7 +2,6 @@
 #include "tests/suite.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 #include "core/rng.h"
 #include "distill/stats.h"

@@ -63,14 +63,18 @@ static void test_small_weights(void **state)
     rt_loaded_student_close(&l);
 }
 
-static void copy_file(const char *from, const char *to, const char *name)
+/* Lays the files of a set over those of another. */
+static void replace_set(const char *from, const char *to)
 {
+    static const char *const names[] = {"identity.json", "manifest.jsonl", "rows-000000.msgpack"};
     struct rt_err err = {0};
-    struct rt_buf b = tf_read(from, name);
     char path[4096];
-    assert_ok(rt_path_join(path, sizeof path, to, name, &err));
-    assert_ok(rt_publish_bytes(path, b.data, b.len, &err));
-    rt_buf_free(&b);
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        struct rt_buf b = tf_read(from, names[i]);
+        assert_ok(rt_path_join(path, sizeof path, to, names[i], &err));
+        assert_ok(rt_publish_bytes(path, b.data, b.len, &err));
+        rt_buf_free(&b);
+    }
 }
 
 /* Other rows or masks of the same tokens are other data, of training and of evaluation. A directory of before contents were kept goes on. */
@@ -80,7 +84,6 @@ static void test_changed_data(void **state)
     struct rt_err err = {0};
     const char *out = test_tmp("data-changed"), *shards, *lines, *eval;
     struct tf_data *data = malloc(sizeof *data);
-    static const char *const files_of[] = {"identity.json", "manifest.jsonl", "rows-000000.msgpack"};
     *data = *files.data;
     shards = tf_write_shards("data-changed-shards", data);
     lines = tf_write_lines("data-changed-lines.jsonl", data);
@@ -96,15 +99,11 @@ static void test_changed_data(void **state)
     train_refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.eval-data 1: was ");
     tf_write_lines("data-changed-eval.jsonl", files.data);
     data->logits[5][TF_K - 1] -= 0.5f; /* the least of its row still */
-    const char *other = tf_write_shards("data-changed-rows", data);
-    for (int i = 0; i < 3; i++)
-        copy_file(other, shards, files_of[i]);
+    replace_set(tf_write_shards("data-changed-rows", data), shards);
     train_refused(ARGS(CHANGED), RT_REFUSED, "content_sha256.data 1: was ");
     *data = *files.data;
     strcpy(data->id.teacher_name, "moved"); /* the same rows */
-    other = tf_write_shards("data-changed-name", data);
-    for (int i = 0; i < 3; i++)
-        copy_file(other, shards, files_of[i]);
+    replace_set(tf_write_shards("data-changed-name", data), shards);
     assert_status(train_command(ARGS(CHANGED), 2, NULL, &err), INTERRUPTED);
     char path[600];
     struct rt_buf text = {0};

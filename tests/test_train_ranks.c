@@ -1,5 +1,4 @@
 /* Training runs of several processes on one machine: the losses of one process, the same bytes after an interrupt, and no hang where one is lost. */
-#include <fcntl.h>
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -10,8 +9,8 @@
 
 #include "core/io.h"
 #include "core/log.h"
-#include "core/net.h"
 #include "distill/run_record.h"
+#include "tests/rank_fixture.h"
 #include "tests/train_command.h"
 
 enum { MAX_RANKS = 3 };
@@ -100,9 +99,8 @@ static void run_ranks(int size, const char *const *args, const struct fate *fate
     struct rt_err err = {0};
     pid_t pid[MAX_RANKS];
     char file[MAX_RANKS][600];
-    int fd, port, left = size;
-    assert_ok(rt_net_listen(0, &fd, &port, &err));
-    rt_net_close(fd);
+    const int port = rk_free_port();
+    int left = size;
     fflush(stdout);
     for (int i = 0; i < size; i++) {
         char name[32];
