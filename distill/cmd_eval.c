@@ -142,7 +142,7 @@ static enum rt_status evaluate(struct rt_context *ctx, const struct values *v, s
     RT_TRY(rt_json_new_object(&line, err));
     RT_TRY(rt_eval_run(l, d, &o, line, &rows, err));
     if (v->record && step >= 0)
-        recorded = rt_eval_record(v->student, step, data, line, &rows, &e);
+        recorded = rt_eval_record(v->student, step, line, &rows, &e);
     RT_TRY(print_line(line, v->common.json, err)); /* recorded or not: it was paid for */
     if (recorded != RT_OK)
         st = cannot_record(v->student, "printed, but not recorded: ", &e, err);

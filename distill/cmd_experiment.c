@@ -261,7 +261,7 @@ static enum rt_status answer(struct job *j, const struct rt_train_values *t, str
         rows.len = 0;
         RT_TRY(rt_json_new_object(&line, err));
         RT_TRY(rt_eval_run(&l, &d, &o, line, &rows, err));
-        RT_TRY(rt_eval_record(t->out, step, o.data, line, &rows, err));
+        RT_TRY(rt_eval_record(t->out, step, line, &rows, err));
         if (rt_json_as_double(rt_json_get(line, "pass1"), &pass1))
             rt_info(j->ctx->log, "%s: %s: pass@1 %.3f", t->name, o.data, pass1);
     }

@@ -106,13 +106,9 @@ out:
     return st;
 }
 
-enum rt_status rt_eval_record(const char *run, int64_t step, const char *data, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err)
+enum rt_status rt_eval_record(const char *run, int64_t step, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err)
 {
     enum rt_status st;
-    char name[128];
-    rt_eval_name(data, name);
-    RT_TRY(rt_json_set_string(line, "name", name, err));
-    RT_TRY(rt_json_set_string(line, "data", data, err));
     RT_TRY(rt_json_set_string(line, "by", "eval", err));
     RT_TRY(rt_json_set_int(line, "step", step, err));
     RT_TRY(rt_record_eval(run, line, rows, err));

@@ -18,9 +18,9 @@ struct rt_eval_run_options {
  * file to rows. */
 enum rt_status rt_eval_run(struct rt_loaded_student *l, const struct rt_device *d, const struct rt_eval_run_options *o, struct rt_json *line,
                            struct rt_buf *rows, struct rt_err *err);
-/* Adds `line` and rows to the run's record as "by": "eval" (rt_record_eval): beside what training measured, and in place of a line of the
+/* Adds `line` of rt_eval_run, and rows, to the run's record as "by": "eval" (rt_record_eval): beside what training measured, and in place of a line of the
  * same step alone that measures the same. */
-enum rt_status rt_eval_record(const char *run, int64_t step, const char *data, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err);
+enum rt_status rt_eval_record(const char *run, int64_t step, struct rt_json *line, const struct rt_buf *rows, struct rt_err *err);
 /* Whether RUN/eval.jsonl has a line of this step and path of data, by `eval`. */
 enum rt_status rt_eval_recorded(const char *run, int64_t step, const char *data, bool *yes, struct rt_err *err);
 /* A finished run's last step; -1: path is no run. */
