@@ -50,17 +50,24 @@ static int64_t fewest(int from, int64_t window)
     return best;
 }
 
+static struct rt_corpus *open_corpus(const char *data, int n_parts, struct rt_corpus_survey *survey)
+{
+    static const struct rt_model_dir model = {0};
+    struct rt_err err = {0};
+    struct rt_corpus *c;
+    const struct rt_corpus_options o = {.data = data, .model = &model, .n_ids = 96, .max_length = 64, .n_parts = n_parts};
+    assert_ok(rt_corpus_open(&o, &c, &err));
+    assert_ok(rt_corpus_survey(c, survey, &err));
+    return c;
+}
+
 static void windows_are_as_few_as_can_be_and_even(void **state)
 {
     (void)state;
     struct rt_err err = {0};
-    struct rt_corpus *c;
     struct rt_corpus_survey survey;
     struct rt_corpus_window w = {0};
-    const struct rt_model_dir model = {0};
-    const struct rt_corpus_options o = {.data = ids_file(), .model = &model, .n_ids = 96, .max_length = 64, .n_parts = 1};
-    assert_ok(rt_corpus_open(&o, &c, &err));
-    assert_ok(rt_corpus_survey(c, &survey, &err));
+    struct rt_corpus *c = open_corpus(ids_file(), 1, &survey);
     assert_int_equal(survey.sequences, LINES);
     for (int64_t tokens = 16; tokens <= survey.tokens; tokens += 3) {
         const int64_t n = rt_corpus_windows(c, tokens), even = rt_corpus_even_window(c, tokens);
@@ -96,16 +103,12 @@ static void a_corpus_that_changes_is_noticed(void **state)
 {
     (void)state;
     struct rt_err err = {0};
-    struct rt_corpus *c;
     struct rt_corpus_survey survey;
     struct rt_corpus_window w = {0};
-    const struct rt_model_dir model = {0};
     const char *path = test_tmp("written-over.jsonl");
-    const struct rt_corpus_options o = {.data = path, .model = &model, .n_ids = 96, .max_length = 64, .n_parts = 2};
     static const char *const text[] = {"{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4, 5, 6]}\n", "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4, 5, 7]}\n"};
     assert_ok(rt_publish_bytes(path, text[0], strlen(text[0]), &err));
-    assert_ok(rt_corpus_open(&o, &c, &err));
-    assert_ok(rt_corpus_survey(c, &survey, &err));
+    struct rt_corpus *c = open_corpus(path, 2, &survey);
     FILE *f = fopen(path, "r+");
     fputs(text[1], f);
     fclose(f);
@@ -116,8 +119,7 @@ static void a_corpus_that_changes_is_noticed(void **state)
     fputs(text[0], f);
     fclose(f);
     rt_corpus_close(c);
-    assert_ok(rt_corpus_open(&o, &c, &err));
-    assert_ok(rt_corpus_survey(c, &survey, &err));
+    c = open_corpus(path, 2, &survey);
     for (int i = 0; i < 3; i++) { /* and again behind the end */
         assert_ok(rt_corpus_next(c, 20, &w, &err));
         assert_int_equal(w.n, i == 0);
