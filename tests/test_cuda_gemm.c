@@ -137,17 +137,17 @@ static void test_gemm(void **state)
     cuda_pair_close(&p);
 }
 
-/* The kernel of compute capability 9.0 alone: edges of its tiles of 128 x 256, more tiles than blocks, in one band of rows and, where the L2 holds little, in
- * two; sums shorter than its ring and longer. */
+/* The kernel of compute capability 9.0 alone: edges of its tiles of 192 x 256, more tiles than blocks, in one band of rows and, where the L2 holds little, in
+ * two; sums shorter than its ring and longer; a tile in parts along k behind whole ones. */
 static void test_sm90(void **state)
 {
-    static const int64_t sizes[][4] = {{128, 256, 64, 0}, {1, 8, 8, 0}, {136, 264, 72, 8}, {384, 512, 256, 0}, {304, 896, 200, 0}, {2312, 2600, 16, 16},
+    static const int64_t sizes[][4] = {{192, 256, 64, 0}, {1, 8, 8, 0}, {200, 264, 72, 8}, {384, 512, 256, 0}, {304, 896, 200, 0}, {2312, 2600, 16, 16},
                                        {136, 264, 4104, 0}}; /* the last in parts along k */
     struct cuda_pair p;
     (void)state;
     if (!cuda_pair_open(&p))
         TEST_SKIP("no GPU");
-    const bool there = rt_cuda_product_sm90_fits(p.gpu.dev, &(struct rt_cuda_gemm_args){.m = 128, .n = 256, .k = 64});
+    const bool there = rt_cuda_product_sm90_fits(p.gpu.dev, &(struct rt_cuda_gemm_args){.m = 192, .n = 256, .k = 64});
     const size_t l2_bytes = p.gpu.dev->l2_bytes;
     for (size_t i = 0; there && i < 2 * (sizeof sizes / sizeof *sizes); i++)
         for (int flags = 0; flags < 8; flags++) {
@@ -158,9 +158,11 @@ static void test_sm90(void **state)
                 gemm_case(&p, &s, BY_SM90);
         }
     p.gpu.dev->l2_bytes = l2_bytes;
+    for (int i = 0; there && i < 3; i++) /* where 66 clusters run: 66 tiles, and parts of another */
+        gemm_case(&p, &(struct shape){8, 66 * 256 + 8, 4104, 0, i == 2, i == 1, i == 0, false, 0, 1, false}, BY_SM90);
     /* what it does not do */
     for (int i = 0; i < 6; i++) {
-        struct rt_cuda_gemm_args g = {.m = 128, .n = 256, .k = 64, .a_t = i == 0, .b_t = i == 0, .d_f32 = i == 1, .batch = i == 2 ? 2 : 1, .lda = i == 3 ? 68 : 0};
+        struct rt_cuda_gemm_args g = {.m = 192, .n = 256, .k = 64, .a_t = i == 0, .b_t = i == 0, .d_f32 = i == 1, .batch = i == 2 ? 2 : 1, .lda = i == 3 ? 68 : 0};
         if (i == 4)
             g.d = (char *)8; /* never read: not 16-byte aligned */
         if (i == 5)

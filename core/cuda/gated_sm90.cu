@@ -1,9 +1,9 @@
-/* gated_sm90.h: a product of product_sm90.cuh whose tiles are gated while the next one is multiplied. Forward, a tile is 128 columns of the gate and the same 128
+/* gated_sm90.h: a product of taken_sm90.cuh whose tiles are gated while the next one is multiplied. Forward, a tile is 128 columns of the gate and the same 128
  * of up: they go out by bulk copies, h from the registers of the warps that take tiles. Backward, what belongs to dh in gate_up comes in, and both
  * gradients (and h) go out. */
 #include "core/cuda/gated_sm90.h"
 
-#include "core/cuda/product_sm90.cuh"
+#include "core/cuda/taken_sm90.cuh"
 
 namespace {
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ void put(bf16 *p, const uint4 &v)
 /* ---- forward ---- */
 
 struct forward {
-    enum { WARPS = 3, ARRIVALS = WARPS, SPLIT = 0, SHARED = 0, GROUP = 4 }; /* rows that a warp gates together */
+    enum { WARPS = 3, ARRIVALS = WARPS, SHARED = 0, GROUP = 4 }; /* rows that a warp gates together */
     int64_t I;
     bf16 *h; /* NULL: not wanted */
     bool store; /* gate and up are wanted: m.out */
@@ -73,7 +73,7 @@ struct forward {
         const bool leads = warp == 0 && lane == 0 && p.store;
         uint32_t done = 0;
         for (int t = first_tile(); t < w.tiles; t += tile_step(), done++) {
-            const place at = place_of(w, t, rank);
+            const place at = place_of<BM>(w, t, rank);
             const int column = at.column * (BN / 2);
             hopper::wait_or_trap(bar.tile_full(), done & 1);
             if (leads && at.row < w.rows) {
@@ -86,7 +86,7 @@ struct forward {
                 gate(tile, warp, lane, p.h + (int64_t)at.row * p.I + column + lane % 16 * 8, p.I, w.rows - at.row);
             __syncwarp();
             if (leads)
-                boxes_read();
+                boxes_read<0>();
             if (lane == 0)
                 hopper::barrier_arrive(bar.tile_empty());
         }
@@ -104,10 +104,10 @@ struct forward {
  * not soon: they are the first to leave the L2, where a and w stay, which every wave of tiles would read from memory again otherwise. */
 struct backward {
     enum {
-        WARPS = 7, GROUP = 6, ARRIVALS = GROUP, SPLIT = 0,
+        WARPS = 7, GROUP = 6, ARRIVALS = GROUP,
         GROUPS = (BM + GROUP - 1) / GROUP, LAST = BM - (GROUPS - 1) * GROUP, /* of a tile; rows of its last one */
         ROW = 2 * BN * 2, SLOT = GROUP * ROW, SLOTS = 3, /* bytes; for which there is room */
-        SLOT_BARS = PRODUCT_SHARED, SLOTS_AT = (SLOT_BARS + 2 * SLOTS * 8 + 127) / 128 * 128, SHARED = SLOTS_AT + SLOTS * SLOT - PRODUCT_SHARED
+        SLOT_BARS = TAKEN_SHARED, SLOTS_AT = (SLOT_BARS + 2 * SLOTS * 8 + 127) / 128 * 128, SHARED = SLOTS_AT + SLOTS * SLOT - TAKEN_SHARED
     };
     CUtensorMap in, in_last, out, out_last; /* [n][2][I]: gate_up and d_gate_up by groups, and by the last ones */
     int64_t I;
@@ -151,7 +151,7 @@ struct backward {
             return;
         g.i = 0;
         g.t += tile_step();
-        g.at = place_of(w, g.t, rank);
+        g.at = place_of<BM>(w, g.t, rank);
     }
     static __device__ __forceinline__ void load(const backward &p, const group &g, uint32_t to, uint32_t bar)
     {
@@ -171,7 +171,7 @@ struct backward {
     /* One thread. */
     template <bool H> static __device__ __forceinline__ void serve(const walk &w, const backward &p, uint32_t base, uint32_t rank)
     {
-        group in = {first_tile(), 0, place_of(w, first_tile(), rank)}, out = in;
+        group in = {first_tile(), 0, place_of<BM>(w, first_tile(), rank)}, out = in;
         int slot = 0;
         uint32_t parity = 1; /* of what was done before in the slot */
 #pragma unroll 1
@@ -183,7 +183,7 @@ struct backward {
                     store(p, out, at);
                     next(out, w, rank);
                     if (in.t < w.tiles)
-                        boxes_read();
+                        boxes_read<0>();
                 }
             }
             if (in.t < w.tiles) {
@@ -226,7 +226,7 @@ struct backward {
         int slot = 0;
         uint32_t parity = 0, tiles = 0;
         for (int t = first_tile(); t < w.tiles; t += tile_step()) {
-            const place here = place_of(w, t, rank);
+            const place here = place_of<BM>(w, t, rank);
             int row = warp;
             uint32_t to_h = (uint32_t)(here.row + row) * I + (uint32_t)here.column * BN + lane * 8, to = to_h + (uint32_t)(here.row + row) * I;
             hopper::wait_or_trap(bar.tile_full(), tiles++ & 1);
@@ -306,7 +306,7 @@ enum rt_status run_forward(struct rt_queue *q, const struct rt_cuda_gated *g, st
     f.I = g->I;
     f.h = (bf16 *)g->h;
     f.store = g->gate_up != NULL;
-    st = product_launch<forward, false, false, false>(q, &m, &w, &f, "gated forward", err);
+    st = taken_launch<forward, false>(q, &m, &w, &f, "gated forward", err);
 out:
     return st;
 }
@@ -338,7 +338,7 @@ enum rt_status run_backward(struct rt_queue *q, const struct rt_cuda_gated *g, s
     b.I = g->I;
     b.d_gate_up = (bf16 *)g->d_gate_up;
     b.h = (bf16 *)g->h;
-    st = product_launch<backward, false, false, true>(q, &m, &w, &b, "gated backward", err);
+    st = taken_launch<backward, true>(q, &m, &w, &b, "gated backward", err);
 out:
     return st;
 }

@@ -296,7 +296,7 @@ static cublasStatus_t multiply(struct rt_queue *q, const struct rt_lt_call *c, c
 /* ---- our own product among the library's algorithms ---- */
 
 /* What stands for it where an algorithm is kept: a name that no algorithm of the library has, and a number that changes with its results. */
-static const uint64_t own[RT_ALGO_WORDS] = {0x6e776f /* "own" */, 2};
+static const uint64_t own[RT_ALGO_WORDS] = {0x6e776f /* "own" */, 3};
 
 static bool is_own(const cublasLtMatmulAlgo_t *algo)
 {
