@@ -164,6 +164,7 @@ static enum rt_status check(struct mlp *m, int64_t n, struct rt_err *err)
     printf("  %s, n %lld\n", back ? "backward" : "forward", (long long)n);
     (void)cudaMemset(wide, 0x5a, (size_t)(n * 2 * I) * 2 + behind * (size_t)I * 4);
     (void)cudaMemset(m->h2, 0x5a, (size_t)(n * I) * 2 + behind * (size_t)I * 2);
+    (void)cudaDeviceSynchronize(); /* queues do not wait for the default stream */
     m->back = false;
     RT_TRY(pair(m, err));
     m->back = back;
@@ -226,10 +227,12 @@ static enum rt_status product(struct mlp *m, const char *name, struct rt_cuda_ge
     m->product = &p;
     (void)cudaMemset(p.lib.d, 0, (size_t)(g.m * g.n) * 2);
     (void)cudaMemset(p.own.d, 0, (size_t)(g.m * g.n) * 2);
+    (void)cudaDeviceSynchronize();
     printf("  %s: [%lld, %lld] of %lld%s\n", name, (long long)g.m, (long long)g.n, (long long)g.k, g.accumulate ? ", +=" : "");
     RT_TRY(by_library(m, err)); /* measures: what it adds meanwhile does not count */
     RT_TRY(rt_device_sync(m->d, err));
     (void)cudaMemset(p.lib.d, 0, (size_t)(g.m * g.n) * 2);
+    (void)cudaDeviceSynchronize();
     RT_TRY(by_library(m, err));
     RT_TRY(by_own(m, err));
     RT_TRY(rt_device_sync(m->d, err));

@@ -120,6 +120,23 @@ void cuda_free(struct cuda_pair *p, void *dev)
     (void)err;
 }
 
+void cuda_set(struct cuda_pair *p, void *dst, int value, size_t bytes)
+{
+    struct rt_err err = {0};
+    char *all;
+    assert_ok(rt_alloc(bytes, 1, "test", &all, &err));
+    memset(all, value, bytes);
+    assert_ok(rt_device_upload(&p->gpu, dst, all, bytes, &err));
+    rt_free(all);
+}
+
+void cuda_copy_rows(struct cuda_pair *p, void *dst, size_t dst_ld, const void *src, size_t src_ld, size_t row, size_t rows)
+{
+    struct rt_err err = {0};
+    for (size_t i = 0; i < rows; i++)
+        assert_ok(p->gpu.be->copy(p->gpu.dev, p->gpu.q, (char *)dst + i * dst_ld, (const char *)src + i * src_ld, row, &err));
+}
+
 void cuda_get(struct cuda_pair *p, void *x, const void *dev, size_t bytes)
 {
     struct rt_err err = {0};

@@ -35,6 +35,9 @@ void cuda_poison(float *y, int64_t rows, int64_t cols, int64_t ld);
 void *cuda_act(struct cuda_pair *p, const float *x, int64_t n);          /* x NULL: poisoned with NaN */
 void *cuda_bytes(struct cuda_pair *p, const void *x, size_t bytes);      /* as they are; x NULL: poisoned with 0xff */
 void cuda_free(struct cuda_pair *p, void *dev);
+/* On the queue of p->gpu, which does not wait for the default stream: bytes = value; rows of `row` bytes, each at its distance. */
+void cuda_set(struct cuda_pair *p, void *dst, int value, size_t bytes);
+void cuda_copy_rows(struct cuda_pair *p, void *dst, size_t dst_ld, const void *src, size_t src_ld, size_t row, size_t rows);
 /* Back to the host: act as floats; bytes. */
 void cuda_get_act(struct cuda_pair *p, float *x, const void *dev, int64_t n);
 void cuda_get(struct cuda_pair *p, void *x, const void *dev, size_t bytes);

@@ -336,8 +336,7 @@ static void hopper_many(struct cuda_pair *p, const struct layout *l, const int32
     for (int i = 0; i < REPEAT; i++) {
         if (i == REPEAT - 1)
             p->gpu.be->set_scratch(p->gpu.dev, 1);
-        assert_ok(rt_device_sync(&p->gpu, &err));
-        assert_int_equal(cudaMemset(dq, 0xff, (size_t)qkv * 2), cudaSuccess);
+        cuda_set(p, dq, 0xff, (size_t)qkv * 2);
         assert_ok(rt_cuda_attn_bwd_by(RT_CUDA_ATTN_HOPPER, p->gpu.dev, p->gpu.q, &b, &err));
         cuda_get_act(p, i == 0 ? x : got, dq, qkv);
         if (i == 0) /* both sides round twice */
@@ -445,7 +444,7 @@ static void test_far(void **state)
     float *lse = cuda_bytes(&p, NULL, ROWS * sizeof *lse), *delta = cuda_bytes(&p, NULL, ROWS * sizeof *delta);
     for (int i = 0; i <= ROWS / LEN; i++)
         cu[i] = i * LEN;
-    assert_int_equal(cudaMemcpy2D(q_far, LD * 2, dev[0], D * 2, D * 2, ROWS, cudaMemcpyDeviceToDevice), cudaSuccess);
+    cuda_copy_rows(&p, q_far, LD * 2, dev[0], D * 2, D * 2, ROWS);
     const struct rt_attn_shape s = {.cu_seqlens = cu, .n = ROWS, .n_seq = ROWS / LEN, .nh = 1, .nkv = 1, .dqk = D, .dv = D, .scale = 0.125f};
     const enum rt_cuda_attn_path paths[2] = {RT_CUDA_ATTN_OWN, RT_CUDA_ATTN_HOPPER};
     for (int i = 0; i < (p.gpu.dev->encode_map != NULL ? 2 : 1); i++) {
@@ -462,8 +461,7 @@ static void test_far(void **state)
         cuda_get_act(&p, x, dev[5], ROWS * D);
         b.q = q_far, b.q_ld = LD, b.dq = dq_far;
         assert_ok(rt_cuda_attn_bwd_by(paths[i], p.gpu.dev, p.gpu.q, &b, &err));
-        assert_ok(rt_device_sync(&p.gpu, &err));
-        assert_int_equal(cudaMemcpy2D(dev[5], D * 2, dq_far, LD * 2, D * 2, ROWS, cudaMemcpyDeviceToDevice), cudaSuccess);
+        cuda_copy_rows(&p, dev[5], D * 2, dq_far, LD * 2, D * 2, ROWS);
         cuda_get_act(&p, got, dev[5], ROWS * D);
         assert_memory_equal(got, x, dense * sizeof *x);
     }

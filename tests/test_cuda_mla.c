@@ -28,8 +28,8 @@ enum { POSITIONS = 977 };
 static void mla_call(const struct mla *m, enum rt_cuda_attn_path path, struct rt_attn_fwd_args f)
 {
     struct rt_err err = {0};
-    assert_ok(rt_device_sync(&m->p->gpu, &err));
-    assert_int_equal(cudaMemcpy(m->q, m->given, (size_t)(m->s.n * m->s.nh * m->s.dqk) * 2, cudaMemcpyDeviceToDevice), cudaSuccess);
+    const size_t bytes = (size_t)(m->s.n * m->s.nh * m->s.dqk) * 2;
+    cuda_copy_rows(m->p, m->q, bytes, m->given, bytes, bytes, 1);
     f.cos = m->cos, f.sin = m->sin, f.position = m->position;
     assert_ok(rt_cuda_attn_fwd_by(path, m->p->gpu.dev, m->p->gpu.q, &f, &err));
 }
@@ -52,9 +52,8 @@ static void mla_codes(const struct mla *m, enum rt_cuda_attn_path path, bool pow
     void *scratch = cuda_act(p, NULL, m->n_o);
     struct rt_attn_fwd_args f = mla_args(m, m->q, m->k, (char *)m->k + (m->s.dqk - m->dr) * 2, m->pe, scratch);
     assert_ok(rt_cuda_quant(p->gpu.dev, p->gpu.q, &(const struct rt_quant_args){.x = m->o, .q = want, .n = n, .cols = cols, .pow2 = pow2}, &err));
-    assert_ok(rt_device_sync(&p->gpu, &err));
-    assert_int_equal(cudaMemset(got.data, 0x55, codes), cudaSuccess);
-    assert_int_equal(cudaMemset(got.scale, 0x55, scales), cudaSuccess);
+    cuda_set(p, got.data, 0x55, codes);
+    cuda_set(p, got.scale, 0x55, scales);
     f.oq = got, f.pow2 = pow2;
     mla_call(m, path, f);
     cuda_get(p, a, got.data, codes), cuda_get(p, a + codes, got.scale, scales);
