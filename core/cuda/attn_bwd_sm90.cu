@@ -107,10 +107,11 @@ struct keys_pass {
         if (ahead == 0 && first_of_wg())
             hopper::barrier_arrive(bar().v_empty());
     }
-    /* ahead: of the block's first key, the tile's first query is. */
+    /* Of the eights From .. To - 1 of queries. ahead: of the block's first key, the tile's first query is. */
+    template <int From, int To>
     __device__ __forceinline__ void to_weights(float (&s)[QT / 2], const stats_at &lse2, int ahead)
     {
-        if (ahead < 64 * wg + 64) { /* queries before a key; those beyond the sequence have lse2 inf */
+        if (From == 0 && ahead < 64 * wg + 64) { /* queries before a key; those beyond the sequence have lse2 inf */
             const int key = threadIdx.x / 32 * 16 + own_lane() / 4 - own_lane() % 4 * 2 - ahead;
 #pragma unroll
             for (int i = 0; i < QT / 2; i++)
@@ -118,7 +119,7 @@ struct keys_pass {
                     s[i] = -INFINITY;
         }
 #pragma unroll
-        for (int j = 0; j < QT / 8; j++) {
+        for (int j = From; j < To; j++) {
             const float2 b = lse2[j];
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -195,12 +196,13 @@ struct keys_pass {
         hopper::mma_wait<First ? 0 : 1>();
         pin(s);
         k_read(ahead);
-        to_weights(s, lse_of(n), ahead);
+        to_weights<0, QT / 16>(s, lse_of(n), ahead); /* half of them: by then dK is there, and the next queries may come */
         if constexpr (!First) {
             hopper::mma_wait<0>();
             pin(dk);
             q_read(n - 1);
         }
+        to_weights<QT / 16, QT / 8>(s, lse_of(n), ahead);
         pack_all<QT / 2>(a, s);
         ask_dp(dp, n, First, it);
         ask_dv(n);
@@ -286,9 +288,10 @@ __global__ __launch_bounds__(THREADS, 1) void attn_bwd_sm90_kernel(const __grid_
             hopper::barrier_init(bar.do_empty(i), CONSUMERS);
             for (int p = 0; p < PARTS; p++) {
                 hopper::barrier_init(bar.dq_full(p, i), 4); /* warps */
-                hopper::barrier_init(bar.dq_there(p, i), 1);
-                hopper::barrier_init(bar.dq_empty(p, i), 2);
+                hopper::barrier_init(bar.dq_empty(p, i), 1);
             }
+            hopper::barrier_init(bar.dq_there(i), 1);
+            hopper::barrier_init(bar.dq_counted(i), 1);
         }
         for (int i = 0; i < 2; i++) {
             hopper::barrier_init(bar.ds_full(i), 4 * CONSUMERS);
@@ -312,8 +315,8 @@ __global__ __launch_bounds__(THREADS, 1) void attn_bwd_sm90_kernel(const __grid_
             return;
         if (mover == 0)
             produce<D>(c, m);
-        else if (mover <= PARTS)
-            bring_dq<D>(c, mover - 1);
+        else if (mover <= STAGES)
+            bring_dq<D>(c, (uint32_t)mover - 1);
         else
             count_dq<D>(c);
     }

@@ -47,7 +47,8 @@ struct barriers {
     __device__ __forceinline__ uint32_t do_empty(uint32_t i) const { return at + 32 + (3 * STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t dq_full(int p, uint32_t i) const { return at + 32 + (4 * STAGES + p * STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t dq_empty(int p, uint32_t i) const { return at + 32 + (6 * STAGES + p * STAGES + i % STAGES) * 8; }
-    __device__ __forceinline__ uint32_t dq_there(int p, uint32_t i) const { return at + 32 + (8 * STAGES + p * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_there(uint32_t i) const { return at + 32 + (8 * STAGES + i % STAGES) * 8; }
+    __device__ __forceinline__ uint32_t dq_counted(uint32_t i) const { return at + 32 + (9 * STAGES + i % STAGES) * 8; }
     __device__ __forceinline__ uint32_t ds_full(uint32_t i) const { return at + 32 + (10 * STAGES + i % 2) * 8; }
     __device__ __forceinline__ uint32_t ds_empty(uint32_t i) const { return at + 32 + (10 * STAGES + 2 + i % 2) * 8; }
     __device__ __forceinline__ uint32_t item_full(int i) const { return at + 32 + (10 * STAGES + 4 + i % 2) * 8; }
@@ -162,15 +163,14 @@ __device__ __forceinline__ rt_attn_bwd_item next_work(const barriers &bar, int i
     hopper::barrier_arrive(bar.item_empty(it));
     return item;
 }
-/* One thread for the p-th parts, but for the block's own rows: the first key block stores, the others add. Whether the next part may be
- * added to is asked while this one is on its way. */
+/* One thread for the parts of every STAGES-th step, but for the block's own rows: the first key block stores, the others add. An addition takes longer than a
+ * step; whether the thread's next parts may be added to is asked while these are on their way. */
 template <int D>
-__device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int p)
+__device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, uint32_t stage)
 {
     typedef layout<D> L;
     const uint32_t base = pool_at();
     const barriers bar = {base + L::bar_from};
-    const uint32_t from = base + L::dq_from + p * STAGES * L::part;
     uint32_t n = 0;
     for (int it = 0;; it++) {
         const rt_attn_bwd_item item = next_work<D>(bar, it);
@@ -179,23 +179,32 @@ __device__ __forceinline__ void bring_dq(const rt_attn_bwd_call &c, int p)
         const int level = item.row / ROWS, t_last = (item.row + ROWS) / L::QT;
         bool may = level == 0;
         for (int t = tiles_of(item.len, L::QT) - 1; t >= t_last; t--, n++) {
-            const int64_t part = part_of<D>(c, item, t, p);
+            if (n % STAGES != stage)
+                continue;
+            const int64_t part = part_of<D>(c, item, t, 0); /* both lie side by side, and are counted together */
             if (!may)
                 wait_added(c.added + part, level);
-            hopper::wait_or_trap(bar.dq_full(p, n), n / STAGES & 1);
-            /* between what the warpgroup wrote, or other blocks added, and the bulk addition; here, since four warps would wait for it there */
-            asm volatile("fence.proxy.async.shared::cta;\nfence.proxy.async.global;" ::: "memory");
-            put_part(c.sums + part * PART, from + n % STAGES * L::part, level > 0);
-            may = level == 0 || (t > t_last && is_added(c.added + part - 2, level));
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+                hopper::wait_or_trap(bar.dq_full(p, n), n / STAGES & 1);
+                /* between what the warpgroup wrote, or other blocks added, and the bulk addition; here, since four warps would wait for it there */
+                asm volatile("fence.proxy.async.shared::cta;\nfence.proxy.async.global;" ::: "memory");
+                put_part(c.sums + (part + p) * PART, base + L::dq_from + (p * STAGES + stage) * L::part, level > 0);
+            }
+            may = level == 0 || (t - STAGES >= t_last && is_added(c.added + part - STAGES * PARTS, level));
+            asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+            hopper::barrier_arrive(bar.dq_empty(0, n));
             asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-            hopper::barrier_arrive(bar.dq_empty(p, n));
+            hopper::barrier_arrive(bar.dq_empty(1, n));
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-            hopper::barrier_arrive(bar.dq_there(p, n));
+            if (n >= STAGES)
+                hopper::wait_or_trap(bar.dq_counted(n), (n / STAGES - 1) & 1); /* dq_there is never two phases ahead */
+            hopper::barrier_arrive(bar.dq_there(n));
         }
     }
 }
 /* One thread: counts the parts of a step that are in device memory. The release takes as long as an addition: the threads that bring them go on
- * meanwhile, two steps at most. */
+ * meanwhile. */
 template <int D>
 __device__ __forceinline__ void count_dq(const rt_attn_bwd_call &c)
 {
@@ -207,13 +216,10 @@ __device__ __forceinline__ void count_dq(const rt_attn_bwd_call &c)
         if (item.head < 0)
             break;
         for (int t = tiles_of(item.len, L::QT) - 1; t >= (item.row + ROWS) / L::QT; t--, n++) {
-            int32_t *added = c.added + part_of<D>(c, item, t, 0);
-            for (int p = 0; p < PARTS; p++) {
-                hopper::wait_or_trap(bar.dq_there(p, n), n / STAGES & 1);
-                hopper::barrier_arrive(bar.dq_empty(p, n)); /* both have arrived: dq_there is never two phases ahead */
-            }
             const uint64_t level = (uint64_t)(item.row / ROWS + 1); /* of both parts, which lie side by side at an even place */
-            asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(added), "l"(level << 32 | level) : "memory");
+            hopper::wait_or_trap(bar.dq_there(n), n / STAGES & 1);
+            hopper::barrier_arrive(bar.dq_counted(n));
+            asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(c.added + part_of<D>(c, item, t, 0)), "l"(level << 32 | level) : "memory");
         }
     }
 }
