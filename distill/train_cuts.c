@@ -54,11 +54,12 @@ size_t rt_train_plan_need(const struct rt_train_plan *t)
 
 /* What a product does while memory moves a byte (H100 and H200 in long runs: 650 TFLOP/s, 3 to 4 TB/s; two cores: 100 GFLOP/s, 15 GB/s), what it does for a
  * byte that moves beside it, what it does while an operation begins and ends, and the rows that a product's last wave of tiles wastes. The last three are
- * from steps of 16,384 tokens on an H200: in two micro-batches they take 1.1 % longer (1.5B) and 5 % (0.5B), in eight 7 % (1.5B); at level 1 1.2 % (1.5B). */
+ * from steps of 16,384 tokens on an H200: in two micro-batches they take 1.1 % longer (1.5B) and 5 % (0.5B), in eight 7 % (1.5B); at level 1 1.2 % (1.5B).
+ * An operation's beginning and end last 5 microseconds; where products are wide the GPU is at its power limit, and makes most of them up by its clock. */
 static const struct pace {
     double byte, beside, begin, rows;
-} paces[2] = {{7, 7, 0, 16}, {180, 20, 1.3e9, 32}};
-enum { OPERATIONS_OF_A_LAYER = 32 };
+} paces[2] = {{7, 7, 0, 16}, {180, 20, 3.3e9, 32}};
+enum { OPERATIONS_OF_A_LAYER = 32, NARROW = 896 /* hidden_size up to which they count in full */ };
 
 double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_params *p, int64_t longest, bool gpu, const struct rt_train_cuts *x)
 {
@@ -68,12 +69,13 @@ double rt_train_cuts_cost(const struct rt_student_config *c, const struct rt_par
     /* of a token: two normed states and SwiGLU's output written once more; gate and up; all else of the layers */
     const double again[] = {pace->byte * act * L * (2 * H + I), 4 * H * I * L + pace->byte * act * L * 2 * I,
                             2 * (all - head) - 4 * H * I * L + 2 * L * c->heads * c->head_dim * len + pace->byte * act * L * (8 * H + 3 * I)};
+    const double narrow = fmin(1, NARROW / H), begin = pace->begin * narrow * narrow;
     double a_token = rt_student_flops_per_token(c, p, len), a_micro;
     for (int i = 0; i < x->recompute; i++)
         a_token += again[i] * (i == x->recompute - 1 ? (L - x->less) / L : 1);
     a_token *= 1 + pace->rows / m;
     /* weights are read twice, gradients read and written once a micro-batch */
-    a_micro = pace->beside * (double)p->count * 4 * act + pace->begin * OPERATIONS_OF_A_LAYER * L;
+    a_micro = pace->beside * (double)p->count * 4 * act + begin * OPERATIONS_OF_A_LAYER * L;
     if (gpu) { /* head_loss.c: the head's gradient is added to once a chunk, in float32 where that has room; logits are float32 where its copy has none */
         const bool f32 = 2 * head > operations / 4;
         const double room = operations - (f32 ? 0 : 2 * head), rows = (room > 8 * head ? room - 4 * head : room) / (2 * V);

@@ -7,9 +7,12 @@
 #include "distill/run_record.h"
 #include "tests/train_command.h"
 
-static const char qwen[] = "{\"model_type\": \"qwen2\", \"vocab_size\": 151936, \"hidden_size\": 1536, \"intermediate_size\": 8960, \"num_hidden_layers\": 28, "
-                           "\"num_attention_heads\": 12, \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, "
-                           "\"tie_word_embeddings\": true, \"rope_theta\": 1000000.0}";
+/* Qwen2.5-1.5B and 0.5B. */
+#define QWEN(hidden, intermediate, layers, heads) \
+    "{\"model_type\": \"qwen2\", \"vocab_size\": 151936, \"hidden_size\": " hidden ", \"intermediate_size\": " intermediate ", \"num_hidden_layers\": " layers \
+    ", \"num_attention_heads\": " heads ", \"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-6, \"max_position_embeddings\": 32768, " \
+    "\"tie_word_embeddings\": true, \"rope_theta\": 1000000.0}"
+static const char qwen[] = QWEN("1536", "8960", "28", "12"), small[] = QWEN("896", "4864", "24", "14");
 
 struct costs {
     struct rt_student_config c;
@@ -23,13 +26,25 @@ static double cost(const struct costs *k, int64_t micro, int level, double gib)
     return rt_train_cuts_cost(&k->c, &k->p, 2048, k->gpu, &x);
 }
 
+static void costs_open(struct costs *k, const char *config)
+{
+    struct rt_err err = {0};
+    *k = (struct costs){.gpu = true};
+    assert_ok(rt_student_config_parse(config, strlen(config), "qwen", &k->c, &err));
+    assert_ok(rt_params_create(&k->c, &k->p, &err));
+}
+
+static void costs_close(struct costs *k)
+{
+    rt_params_free(&k->p);
+    rt_student_config_free(&k->c);
+}
+
 static void test_cost(void **state)
 {
-    struct costs k = {0};
-    struct rt_err err = {0};
+    struct costs k;
     (void)state;
-    assert_ok(rt_student_config_parse(qwen, strlen(qwen), "qwen", &k.c, &err));
-    assert_ok(rt_params_create(&k.c, &k.p, &err));
+    costs_open(&k, qwen);
     for (int gpu = 0; gpu < 2; gpu++) {
         k.gpu = gpu == 1;
         for (int level = 0; level < 3; level++)
@@ -49,8 +64,10 @@ static void test_cost(void **state)
             assert_true(mixed > want * (1 - 1e-12) && mixed < want * (1 + 1e-12));
         }
     }
-    rt_params_free(&k.p);
-    rt_student_config_free(&k.c);
+    costs_close(&k);
+    costs_open(&k, small); /* half the micro-batch 5 %, what level 1 writes again and the logits in two parts 2.7 % */
+    assert_true(cost(&k, 16384, 1, 3) < cost(&k, 8192, 0, 6));
+    costs_close(&k);
 }
 
 /* The number behind a word of the error; -1: it is not there. */
