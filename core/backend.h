@@ -226,9 +226,10 @@ struct rt_headnorm_rope_fwd_args {
     const void *x; int64_t ldx; const struct rt_weight *w; void *y; int64_t ldy; float *rstd;
     const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps;
 };
-/* dx = gradient at x from dy (dx may alias dy); dw += (act [d]; NULL where w is). x is the forward's input. */
+/* dx = gradient at x from dy (dx may alias dy); dw += (act [d]; NULL where w is). x is the forward's input. db [n_db] += the sums over the rows of dx's
+ * elements 0 .. n_db - 1 (NULL: none), n_db >= heads d, lddx >= n_db: the gradient of a projection's bias, of which what lies behind the heads is there already. */
 struct rt_headnorm_rope_bwd_args {
-    const void *dy, *x; int64_t lddy, ldx; const struct rt_weight *w; const float *rstd; void *dx; int64_t lddx; void *dw;
+    const void *dy, *x; int64_t lddy, ldx; const struct rt_weight *w; const float *rstd; void *dx; int64_t lddx; void *dw, *db; int64_t n_db;
     const float *cos, *sin; const int32_t *position; int64_t n; int heads, d; float eps; bool first;
 };
 /* dx += (or = without accumulate) gradient of norm_fwd at s, dw += (NULL where w is). x is s, the normalised sum. rstd is what

@@ -169,6 +169,49 @@ static void one_heads_bwd(struct cuda_pair *p, const struct head_case *c, bool i
     free(scratch);
 }
 
+/* A projection's gradient: heads that were rotated, and `behind` that were not; the gradient of its bias. Every other case writes it anew. */
+static void one_heads_bias(struct cuda_pair *p, int i, int64_t n, int heads, int behind, int d, bool norm)
+{
+    struct rt_err err = {0};
+    char what[64];
+    const int64_t cols = (int64_t)(heads + behind) * d;
+    float *x = cuda_numbers(n * cols, 1, 1.5f), *dx = cuda_numbers(n * cols, 2, 0.01f), *db = cuda_numbers(cols, 3, 0.05f), *got = cuda_floats(n * cols);
+    struct cuda_weight w = {0};
+    struct rope r = make_rope(p, n, d);
+    if (norm)
+        w = cuda_weight_bf16(p, 1, d, 4, 1.0f);
+    void *gx = cuda_act(p, x, n * cols), *gdx = cuda_act(p, dx, n * cols), *gdb = cuda_act(p, db, cols);
+    assert_ok(RT_OP(&p->gpu, headnorm_rope_bwd, &err, .dy = gdx, .lddy = cols, .x = gx, .ldx = cols, .w = w.gpu, .dx = gdx, .lddx = cols, .db = gdb,
+                    .n_db = cols, .cos = r.dev_cos, .sin = r.dev_sin, .position = r.dev_pos, .n = n, .heads = heads, .d = d, .eps = 1e-6f,
+                    .first = i % 2 == 0));
+    assert_ok(RT_OP(&p->ref, headnorm_rope_bwd, &err, .dy = dx, .lddy = cols, .x = x, .ldx = cols, .w = w.ref, .dx = dx, .lddx = cols, .db = db,
+                    .n_db = cols, .cos = r.cos, .sin = r.sin, .position = r.pos, .n = n, .heads = heads, .d = d, .eps = 1e-6f, .first = i % 2 == 0));
+    cuda_get_act(p, got, gdx, n * cols);
+    snprintf(what, sizeof what, "heads backward %ld x (%d + %d) x %d%s, bias", (long)n, heads, behind, d, norm ? " norm" : "");
+    cuda_close(what, got, dx, n * (heads + behind), d, cuda_once(n * cols), 0x1p-8);
+    cuda_get_act(p, got, gdb, cols);
+    cuda_close("  db", got, db, 1, cols, 0x1p-8, 0); /* of rounded gradients, and rounded itself */
+    cuda_free(p, gx), cuda_free(p, gdx), cuda_free(p, gdb);
+    cuda_weight_free(p, &w);
+    free_rope(p, &r);
+    rt_free(x), rt_free(dx), rt_free(db), rt_free(got);
+}
+
+static void test_heads_bias(void **state)
+{
+    static const int cases[][5] = { /* rows, heads, behind, elements, norm; columns in more than one block, and a part of one */
+        {1, 3, 1, 128, 0}, {700, 14, 2, 128, 0}, {700, 14, 2, 128, 0}, {1000, 16, 2, 64, 0}, {65, 3, 2, 16, 0}, {130, 2, 1, 256, 0}, {2100, 17, 0, 32, 0},
+        {90, 3, 1, 96, 0}, {90, 3, 1, 24, 0}, {70, 5, 1, 64, 1}, /* these in two passes */
+    };
+    struct cuda_pair p;
+    (void)state;
+    if (!cuda_pair_open(&p))
+        TEST_SKIP("no GPU");
+    for (int i = 0; i < (int)(sizeof cases / sizeof *cases); i++)
+        one_heads_bias(&p, i, cases[i][0], cases[i][1], cases[i][2], cases[i][3], cases[i][4] != 0);
+    cuda_pair_close(&p);
+}
+
 static void test_heads(void **state)
 {
     struct cuda_pair p;
@@ -353,6 +396,7 @@ static void test_embed_bwd(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_heads),
+    cmocka_unit_test(test_heads_bias),
     cmocka_unit_test(test_norm_bwd),
     cmocka_unit_test(test_swiglu_bwd),
     cmocka_unit_test(test_embed_bwd),

@@ -214,8 +214,8 @@ static enum rt_status run_heads_bwd(struct rt_device *d, const void *ctx, float 
     const struct rows *t = ctx;
     WITH_WEIGHT(d, t->w, 1, t->d,
                 RT_OP(d, headnorm_rope_bwd, err, .dy = t->dy, .x = t->x, .lddy = t->ld, .ldx = t->ld, .w = w, .rstd = t->rstd,
-                      .dx = out[0], .lddx = t->ld, .dw = t->w != NULL ? out[1] : NULL, .cos = t->cos, .sin = t->sin,
-                      .position = t->position, .n = t->n, .heads = t->heads, .d = t->d, .eps = 1e-6f));
+                      .dx = out[0], .lddx = t->ld, .dw = t->w != NULL ? out[1] : NULL, .db = out[2], .n_db = t->ld != 0 ? t->ld : 3 * t->d,
+                      .cos = t->cos, .sin = t->sin, .position = t->position, .n = t->n, .heads = t->heads, .d = t->d, .eps = 1e-6f));
 }
 
 static void heads_norm_rope(void **state)
@@ -241,11 +241,11 @@ static void heads_norm_rope(void **state)
                 t.cos[j] = cosf(t.cos[j] * 3);
             }
             hold(all, "headnorm_rope_fwd", run_heads_fwd, &t, 2, (const int64_t[]){size, N * 3}, 1e-6);
-            hold(all, "headnorm_rope_bwd", run_heads_bwd, &t, 2, (const int64_t[]){size, t.d}, 1e-6);
+            hold(all, "headnorm_rope_bwd", run_heads_bwd, &t, 3, (const int64_t[]){size, t.d, size / N}, 1e-6);
             float *y = randoms(size, 6, 1);
             t.rstd = randoms(N * 3, 7, 1);
             assert_ok(run_heads_fwd(&all->ref, &t, (float *[]){y, t.rstd}, &err));
-            hold(all, "headnorm_rope_bwd, saved rstd", run_heads_bwd, &t, 2, (const int64_t[]){size, t.d}, 1e-6);
+            hold(all, "headnorm_rope_bwd, saved rstd", run_heads_bwd, &t, 3, (const int64_t[]){size, t.d, size / N}, 1e-6);
             free(t.x), free(t.dy), free(t.w), free(t.cos), free(t.sin), free(t.rstd), free(y);
         }
 }

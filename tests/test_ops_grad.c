@@ -105,6 +105,22 @@ static void headnorm_rope_backward(void **state)
     assert_ok(RT_OP(&d, headnorm_rope_bwd, &err, .dy = c, .x = x, .ldx = LDX, .dx = dx, .lddx = LDX, .cos = cs, .sin = sn,
                     .position = position, .n = N, .heads = HEADS, .d = D));
     ops_check_grad("rope dx", head_loss_of, &k, x, COUNT(x), dx);
+
+    /* the columns of dx, and of what lies behind the heads, are summed: onto what was there, or anew */
+    double db[LDX], sum[LDX] = {0};
+    for (int first = 0; first < 2; first++) {
+        for (int j = 0; j < LDX; j++) {
+            db[j] = j;
+            sum[j] = first ? 0 : j;
+            for (int t = 0; t < N; t++) {
+                dx[t * LDX + j] = j < HEADS * D ? dx[t * LDX + j] : t - j;
+                sum[j] += dx[t * LDX + j];
+            }
+        }
+        assert_ok(RT_OP(&d, headnorm_rope_bwd, &err, .dy = c, .x = x, .ldx = LDX, .dx = dx, .lddx = LDX, .db = db, .n_db = LDX, .cos = cs, .sin = sn,
+                        .position = position, .n = N, .heads = HEADS, .d = D, .first = first != 0));
+        assert_close(db, sum, LDX, 1e-12);
+    }
     rt_device_close(&d);
 }
 

@@ -242,6 +242,13 @@ static void heads_run(void *ctx, int64_t run, int worker)
     heads_bwd(b->a, run * b->p.rows, rt_min64(b->a->n, (run + 1) * b->p.rows), rt_cpu_tile(b->dev, worker), dw);
 }
 
+static void sum_columns(void *ctx, int64_t c0, int64_t c1, int worker)
+{
+    const struct rt_headnorm_rope_bwd_args *a = ((const struct heads_bwd *)ctx)->a;
+    (void)worker;
+    rt_cpu_column_sums((float *)a->db + c0, (const float *)a->dx + c0, a->lddx != 0 ? a->lddx : a->heads * a->d, a->n, c1 - c0, a->first);
+}
+
 enum rt_status rt_cpu_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *queue, const struct rt_headnorm_rope_bwd_args *a,
                                         struct rt_err *err)
 {
@@ -254,6 +261,8 @@ enum rt_status rt_cpu_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *que
     (void)queue;
     rt_pool_run(dev->pool, b.p.runs, heads_run, &b);
     partial_end(dev, &b.p);
+    if (a->db != NULL && a->n > 0)
+        rt_cpu_rows(dev, a->n_db, 64, sum_columns, &b);
     return RT_OK;
 }
 

@@ -127,6 +127,8 @@ enum rt_status rt_cpu_blas_setup(struct rt_pool *pool, struct rt_err *err);
 const char *rt_cpu_blas_core(void);
 
 /* ---- operations: each as core/backend.h says ---- */
+/* db [cols] += (or, with `first`, =) the sums over the rows of dy. */
+void rt_cpu_column_sums(float *db, const float *dy, int64_t lddy, int64_t rows, int64_t cols, bool first);
 /* Rows t0 .. t1 of headnorm_rope_fwd, by the calling thread. */
 void rt_cpu_heads_fwd(const struct rt_headnorm_rope_fwd_args *a, int64_t t0, int64_t t1);
 

@@ -161,7 +161,7 @@ enum rt_status rt_cpu_linear_dgrad(struct rt_dev *dev, UNUSED struct rt_queue *q
 }
 
 /* ---- dw += (or =) dy^T x ---- */
-/* db += column sums; in double, so that the error does not grow with the rows. */
+/* In double, so that the error does not grow with the rows. */
 RT_SIMD static void column_sums(float *restrict db, const float *restrict dy, int64_t lddy, int64_t m, int64_t n)
 {
     enum { WIDE = 64 };
@@ -174,6 +174,13 @@ RT_SIMD static void column_sums(float *restrict db, const float *restrict dy, in
         for (int64_t j = 0; j < w; j++)
             db[j0 + j] += (float)sum[j];
     }
+}
+
+void rt_cpu_column_sums(float *db, const float *dy, int64_t lddy, int64_t rows, int64_t cols, bool first)
+{
+    if (first)
+        memset(db, 0, (size_t)cols * sizeof *db);
+    column_sums(db, dy, lddy, rows, cols);
 }
 
 struct wgrad_job {
@@ -192,10 +199,7 @@ static void wgrad_item(void *ctx, int64_t item, UNUSED int worker)
                    a->K);
     if (a->db == NULL || t.j > 0)
         return;
-    float *db = (float *)a->db + t.i;
-    if (a->first)
-        memset(db, 0, (size_t)t.m * sizeof *db);
-    column_sums(db, dy, job->lddy, a->n, t.m);
+    rt_cpu_column_sums((float *)a->db + t.i, dy, job->lddy, a->n, t.m, a->first);
 }
 
 enum rt_status rt_cpu_linear_wgrad(struct rt_dev *dev, UNUSED struct rt_queue *q, const struct rt_linear_wgrad_args *a,

@@ -17,8 +17,6 @@ enum rt_status rt_cuda_copy_scales(struct rt_queue *q, const float *src, int64_t
 /* y[i,j] = bias[j], or += with accumulate; y [n,N] with row distance ldy, BF16 or float32; bias BF16 or float32. */
 enum rt_status rt_cuda_fill_bias(struct rt_queue *q, void *y, bool y_f32, int64_t ldy, int64_t n, int64_t N, const void *bias, bool bias_f32,
                                  bool accumulate, struct rt_err *err);
-/* out[j] +=, or = with `first`, sum over i of x[i,j]; x [n,N] BF16 with row distance ldx, out BF16. Rows are added in a fixed order. */
-enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ldx, int64_t n, int64_t N, void *out, bool first, struct rt_err *err);
 
 #ifdef __cplusplus
 }

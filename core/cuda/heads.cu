@@ -443,18 +443,16 @@ enum rt_status rt_cuda_headnorm_rope_fwd(struct rt_dev *dev, struct rt_queue *q,
     return rt_cuda_launched("headnorm_rope_fwd", err);
 }
 
-enum rt_status rt_cuda_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_headnorm_rope_bwd_args *a, struct rt_err *err)
+/* dx and dw. */
+static enum rt_status heads_bwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_headnorm_rope_bwd_args *a, struct rt_err *err)
 {
-    enum rt_status st;
+    enum rt_status st = RT_OK;
     const int64_t dense = (int64_t)a->heads * a->d;
     struct heads k = {};
     bool wide;
     unsigned blocks;
     size_t shared;
     void (*kernel)(const struct heads);
-    RT_TRY(check_heads("headnorm_rope_bwd", a->d, a->w, err));
-    if (a->n <= 0)
-        return RT_OK;
     k.x = (const bf16 *)a->x;
     k.dy = (const bf16 *)a->dy;
     k.out = (bf16 *)a->dx;
@@ -486,5 +484,20 @@ enum rt_status rt_cuda_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *q,
         RT_TRY(rt_cuda_add_columns(q, k.part, (int)blocks, a->d, a->dw, a->first, err));
 out:
     rt_cuda_temp_free(q, k.part);
+    return st;
+}
+
+enum rt_status rt_cuda_headnorm_rope_bwd(struct rt_dev *dev, struct rt_queue *q, const struct rt_headnorm_rope_bwd_args *a, struct rt_err *err)
+{
+    enum rt_status st;
+    RT_TRY(check_heads("headnorm_rope_bwd", a->d, a->w, err));
+    if (a->n <= 0)
+        return RT_OK;
+    if (rt_cuda_turn_sums_fits(a))
+        return rt_cuda_turn_sums(q, a, err);
+    RT_TRY(heads_bwd(dev, q, a, err));
+    if (a->db != NULL)
+        RT_TRY(rt_cuda_column_sums(q, a->dx, a->lddx != 0 ? a->lddx : (int64_t)a->heads * a->d, a->n, a->n_db, a->db, a->first, err));
+out:
     return st;
 }

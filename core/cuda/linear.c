@@ -2,6 +2,7 @@
 #include "core/cuda/gemm.h"
 #include "core/cuda/gemm_kernels.h"
 #include "core/cuda/skinny.h"
+#include "core/cuda/student_rows.h"
 
 #define UNUSED __attribute__((unused))
 

@@ -234,6 +234,13 @@ REF_OP(headnorm_rope_bwd)
             norm_row_bwd(dx, x, w, saved_rstd(a->rstd, t * a->heads + h, x, a->d, a->eps), dx, a->dw, a->d, false);
         }
     }
+    begin_dw(a->db, a->n_db, a->first);
+    for (int64_t j = 0; a->db != NULL && j < a->n_db; j++) {
+        double sum = ((real *)a->db)[j];
+        for (int64_t t = 0; t < a->n; t++)
+            sum += ((const real *)a->dx)[t * lddx + j];
+        ((real *)a->db)[j] = (real)sum;
+    }
     rt_free(w_own);
     return RT_OK;
 }
