@@ -88,6 +88,8 @@ struct feed {
     }
 };
 
+static_assert(sizeof(feed) <= SHARED - FEED_AT, "");
+
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
 
 /* The warpgroup's sums to memory, and from there. at: the thread's first float4. */
@@ -157,8 +159,8 @@ template <bool F16> __device__ __forceinline__ void leave(const work &o, const m
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 v[i] = pack_pair<F16>(acc[32 * b + 8 * j + 2 * i], acc[32 * b + 8 * j + 2 * i + 1]);
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + ((2 * j + lane / 16) ^ (row & 7)) * 16), "r"(v[0]), "r"(v[1]),
-                         "r"(v[2]), "r"(v[3]) : "memory");
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + ((2 * j + lane / 16) ^ (row & 7)) * 16), "r"(v[0]),
+                         "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
         }
         hopper::fence_async(); /* the copy reads it */
         group_sync(group);
@@ -209,7 +211,8 @@ __global__ __launch_bounds__(THREADS, 1) void product_sm90_kernel(const __grid_c
 #pragma unroll 1
         for (int k = it.k0; k < it.k1; k++) {
             const uint32_t at_a = base + r.stage * STAGE + group * (A_BYTES / GROUPS), at_b = base + r.stage * STAGE + A_BYTES;
-            const uint64_t a = TA ? hopper::descriptor_t(at_a, BK * 128) : hopper::descriptor(at_a), b = TB ? hopper::descriptor_t(at_b, BK * 128) : hopper::descriptor(at_b);
+            const uint64_t a = TA ? hopper::descriptor_t(at_a, BK * 128) : hopper::descriptor(at_a);
+            const uint64_t b = TB ? hopper::descriptor_t(at_b, BK * 128) : hopper::descriptor(at_b);
             hopper::wait_or_trap(full_bar(base, r.stage), r.phase);
             hopper::mma_fence();
 #pragma unroll

@@ -116,8 +116,8 @@ __device__ __forceinline__ uint4 from_tile(uint32_t tile, int row, int block, in
 #endif
 
 /* TAKER: struct with WARPS, how many take tiles, 3 or 7; ARRIVALS, how many arrive on tile_empty when they have read a tile; SHARED, bytes of shared memory
- * of its own behind TAKEN_SHARED; `static void init(base)`, which one thread calls to initialise barriers of its own; and `static void take(walk, maps, taker, base, rank,
- * warp)`, which the WARPS warps enter whole. */
+ * of its own behind TAKEN_SHARED; `static void init(base)`, which one thread calls to initialise barriers of its own; and `static void take(walk, maps,
+ * taker, base, rank, warp)`, which the WARPS warps enter whole. */
 template <class TAKER> struct shape {
     enum { THREADS = 32 * (4 * CONSUMERS + 1 + TAKER::WARPS), MANY = TAKER::WARPS > 3, TAKE = MANY ? 80 : 136, MULTIPLY = MANY ? 176 : 184 /* registers */ };
 };

@@ -92,10 +92,8 @@ __device__ __forceinline__ void load_b(const walk &w, const maps &m, uint32_t ds
 template <bool F16, int TA, int TB, bool HALVES>
 __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b, int add)
 {
-    if (HALVES && F16) {
-        RT_MMA_128("f16", 0);
-        RT_MMA_128("f16", 64);
-    } else if (HALVES) {
+    static_assert(!(HALVES && F16), "");
+    if (HALVES) {
         RT_MMA_128("bf16", 0);
         RT_MMA_128("bf16", 64);
     } else if (F16) {
@@ -166,7 +164,8 @@ inline void walk_tiles(struct rt_queue *q, walk *w, int bm, int *clusters)
 
 /* Blocks of so many threads in `clusters` clusters, with dynamic shared memory. */
 template <class... P, class... A>
-enum rt_status launch_clusters(struct rt_queue *q, void (*kernel)(P...), int clusters, int threads, int shared, const char *name, struct rt_err *err, const A &...args)
+enum rt_status launch_clusters(struct rt_queue *q, void (*kernel)(P...), int clusters, int threads, int shared, const char *name, struct rt_err *err,
+                               const A &...args)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute cluster = {};
