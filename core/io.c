@@ -72,6 +72,22 @@ enum rt_status rt_file_pread(int fd, const char *path, void *dst, size_t n, uint
     return RT_OK;
 }
 
+enum rt_status rt_file_hash(int fd, const char *path, uint64_t n, struct rt_sha256 *sha, struct rt_err *err)
+{
+    enum rt_status st;
+    const size_t piece = 1 << 20;
+    char *buf = NULL;
+    RT_TRY(rt_alloc(piece, 1, "a read buffer", &buf, err));
+    for (uint64_t at = 0; at < n; at += piece) {
+        const size_t take = n - at < piece ? (size_t)(n - at) : piece;
+        RT_TRY(rt_file_pread(fd, path, buf, take, at, err));
+        rt_sha256_update(sha, buf, take);
+    }
+out:
+    rt_free(buf);
+    return st;
+}
+
 enum rt_status rt_file_read_all(const char *path, size_t max, struct rt_buf *out, struct rt_err *err)
 {
     enum rt_status st;

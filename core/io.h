@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "core/mem.h"
+#include "core/sha256.h"
 #include "core/status.h"
 
 #ifdef __cplusplus
@@ -22,6 +23,8 @@ enum rt_status rt_file_open(const char *path, int *fd, uint64_t *size, struct rt
 void rt_file_close(int fd); /* fd < 0 is fine */
 /* Exactly n bytes at off; a short file is FORMAT with offset, expected and found. path is for messages. */
 enum rt_status rt_file_pread(int fd, const char *path, void *dst, size_t n, uint64_t off, struct rt_err *err);
+/* Hashes the first n bytes, as rt_sha256_update does. Errors of rt_file_pread. */
+enum rt_status rt_file_hash(int fd, const char *path, uint64_t n, struct rt_sha256 *sha, struct rt_err *err);
 /* Appends the whole file to *out and a terminating 0 (not counted). Refuses more than max bytes with FORMAT. */
 enum rt_status rt_file_read_all(const char *path, size_t max, struct rt_buf *out, struct rt_err *err);
 

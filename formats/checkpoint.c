@@ -291,11 +291,10 @@ static enum rt_status check_file(const char *dir, const struct rt_json *o, struc
 {
     enum rt_status st;
     const char *name, *sum;
-    char path[4096], hex[65], *buf = NULL;
+    char path[4096], hex[65];
     int64_t bytes;
     uint64_t size;
     struct rt_sha256 sha;
-    const size_t chunk = 1 << 20;
     int fd = -1;
     RT_TRY(rt_json_string(o, "name", &name, err));
     RT_TRY(rt_json_string(o, "sha256", &sum, err));
@@ -306,19 +305,13 @@ static enum rt_status check_file(const char *dir, const struct rt_json *o, struc
     RT_TRY(rt_file_open(path, &fd, &size, err));
     if (size != (uint64_t)bytes)
         RT_FAIL(err, FORMAT, "%s: %" PRIu64 " bytes, the checkpoint's MANIFEST says %" PRId64, path, size, bytes);
-    RT_TRY(rt_alloc(chunk, 1, "a read buffer", &buf, err));
     rt_sha256_init(&sha);
-    for (uint64_t at = 0; at < size; at += chunk) {
-        const size_t n = size - at < chunk ? (size_t)(size - at) : chunk;
-        RT_TRY(rt_file_pread(fd, path, buf, n, at, err));
-        rt_sha256_update(&sha, buf, n);
-    }
+    RT_TRY(rt_file_hash(fd, path, size, &sha, err));
     rt_sha256_final_hex(&sha, hex);
     if (strcmp(hex, sum) != 0)
         RT_FAIL(err, FORMAT, "%s: damaged: sha256 %s, the checkpoint's MANIFEST says %.64s", path, hex, sum);
 out:
     rt_file_close(fd);
-    rt_free(buf);
     return st;
 }
 

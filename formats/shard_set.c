@@ -345,22 +345,15 @@ static enum rt_status check_sha(struct rt_shard_set *s, int i, struct rt_err *er
     enum rt_status st;
     struct shard *sh = shard_at(s, i);
     struct rt_sha256 sha;
-    char hex[65], *buf = NULL;
-    const size_t chunk = 1 << 20;
+    char hex[65];
     int fd;
     rt_sha256_init(&sha);
     RT_TRY(shard_fd(s, i, &fd, err));
-    RT_TRY(rt_alloc(chunk, 1, "a read buffer", &buf, err));
-    for (uint64_t at = 0; at < sh->size; at += chunk) {
-        const size_t n = sh->size - at < chunk ? (size_t)(sh->size - at) : chunk;
-        RT_TRY(rt_file_pread(fd, sh->path, buf, n, at, err));
-        rt_sha256_update(&sha, buf, n);
-    }
+    RT_TRY(rt_file_hash(fd, sh->path, sh->size, &sha, err));
     rt_sha256_final_hex(&sha, hex);
     if (strcmp(hex, sh->sha256) != 0)
         RT_FAIL(err, FORMAT, "%s: damaged: sha256 %s, the manifest says %s", sh->path, hex, sh->sha256);
 out:
-    rt_free(buf);
     return st;
 }
 

@@ -421,27 +421,20 @@ out:
 static enum rt_status hash_held(struct rt_shard_sink *s, const char *path, uint64_t size, const char *want, struct rt_err *err)
 {
     enum rt_status st;
-    char tmp[4096 + 8], hex[65], *buf = NULL;
+    char tmp[4096 + 8], hex[65];
     uint64_t have;
     int fd = -1;
     snprintf(tmp, sizeof tmp, "%s.tmp", path);
     RT_TRY(rt_file_open(tmp, &fd, &have, err));
     if (size > have)
         RT_FAIL(err, FORMAT, "%s: %" PRIu64 " bytes, %" PRIu64 " were held", tmp, have, size);
-    const size_t piece = 1 << 20;
-    RT_TRY(rt_alloc(piece, 1, "a read buffer", &buf, err));
     rt_sha256_init(&s->sha);
-    for (uint64_t at = 0; at < size; at += piece) {
-        const size_t n = size - at < piece ? (size_t)(size - at) : piece;
-        RT_TRY(rt_file_pread(fd, tmp, buf, n, at, err));
-        rt_sha256_update(&s->sha, buf, n);
-    }
+    RT_TRY(rt_file_hash(fd, tmp, size, &s->sha, err));
     struct rt_sha256 copy = s->sha;
     rt_sha256_final_hex(&copy, hex);
     if (strcmp(hex, want) != 0)
         RT_FAIL(err, FORMAT, "%s: sha256 %s, %s was held", tmp, hex, want);
 out:
-    rt_free(buf);
     rt_file_close(fd);
     return st;
 }
