@@ -1,7 +1,6 @@
 /* retort train: trains a student on text, on a teacher's rows and states, or on any mix of them. */
 #include <stdio.h>
 
-#include "core/io.h"
 #include "core/pool.h"
 #include "distill/run_record.h"
 #include "distill/train_local.h"
@@ -29,9 +28,9 @@ static enum rt_status print_run(const char *run, struct rt_err *err)
 {
     enum rt_status st;
     struct rt_json *v = NULL;
-    char path[4096];
-    RT_TRY(rt_path_join(path, sizeof path, run, RT_RUN_FILE, err));
-    RT_TRY(rt_json_load(path, (size_t)64 << 20, &v, err));
+    RT_TRY(rt_record_run(run, &v, err));
+    if (v == NULL)
+        RT_FAIL(err, IO, "%s: " RT_RUN_FILE " is gone", run);
     RT_TRY(rt_command_print_json(v, err));
 out:
     rt_json_free(v);

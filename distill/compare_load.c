@@ -241,7 +241,7 @@ static enum rt_status resolve(struct rt_comparison *c, struct rt_cmp_run *r, str
 static enum rt_status add_run(struct rt_comparison *c, const char *path, const char *arm, const char *description, struct rt_err *err)
 {
     enum rt_status st;
-    char file[PATH_CAP], base[128];
+    char base[128];
     const char *name, *own;
     if (c->n_runs == RT_CMP_MAX_RUNS)
         RT_FAIL(err, USAGE, "more than %d runs", RT_CMP_MAX_RUNS);
@@ -253,10 +253,9 @@ static enum rt_status add_run(struct rt_comparison *c, const char *path, const c
         r->path[--n] = '\0';
     RT_TRY(resolve(c, r, err));
     rt_record_name(r->path, base);
-    RT_TRY(rt_path_join(file, sizeof file, r->path, RT_RUN_FILE, err));
-    RT_TRY(rt_json_load(file, max_record, &r->run, err));
-    if (rt_json_typeof(r->run) != RT_JSON_OBJECT)
-        RT_FAIL(err, FORMAT, "%s: expected a JSON object", file);
+    RT_TRY(rt_record_run(r->path, &r->run, err));
+    if (r->run == NULL)
+        RT_FAIL(err, IO, "%s: expected " RT_RUN_FILE " there", r->path);
     RT_TRY(rt_json_string_or(r->run, "name", base, &name, err));
     RT_TRY(rt_json_string_or(r->run, "arm", name, &own, err));
     RT_TRY(rt_json_int_or(r->run, "seed", INT64_MIN, INT64_MAX, 0, &r->seed, err));

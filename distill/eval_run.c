@@ -120,13 +120,10 @@ enum rt_status rt_eval_run_step(const char *path, int64_t *step, struct rt_err *
 {
     enum rt_status st;
     struct rt_json *v = NULL;
-    char file[4096];
     *step = -1;
-    RT_TRY(rt_path_join(file, sizeof file, path, RT_RUN_FILE, err));
-    if (!rt_path_exists(file))
-        goto out;
-    RT_TRY(rt_json_load(file, 64 << 20, &v, err));
-    RT_TRY(rt_json_int_or(v, "steps", 0, INT64_MAX, -1, step, err));
+    RT_TRY(rt_record_run(path, &v, err));
+    if (v != NULL)
+        RT_TRY(rt_json_int_or(v, "steps", 0, INT64_MAX, -1, step, err));
 out:
     rt_json_free(v);
     return st;

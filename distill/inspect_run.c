@@ -162,15 +162,12 @@ enum rt_status rt_inspect_run(const char *path, struct rt_json *obj, struct rt_e
                                        "tokens_per_second", "peak_memory", "flops", "device", "parameters", "weights", "kd_temperature",
                                        "teacher_temperature", "tail", "init", "data", "final", "model"};
     enum rt_status st;
-    char file[PATH_CAP];
     struct rt_json *run = NULL;
     bool finished = false;
     int64_t lines;
-    RT_TRY(rt_path_join(file, sizeof file, path, RT_RUN_FILE, err));
-    if (rt_path_exists(file)) {
-        RT_TRY(rt_json_load(file, max_record, &run, err));
+    RT_TRY(rt_record_run(path, &run, err));
+    if (run != NULL)
         RT_TRY(rt_json_bool_or(run, "finished", false, &finished, err));
-    }
     const bool running = !finished && is_running(path);
     RT_TRY(rt_json_set_string(obj, "state", state_of(finished, running), err));
     if (run != NULL)

@@ -154,6 +154,25 @@ void rt_record_name(const char *path, char out[128])
     snprintf(out, 128, "%.*s", (int)len, path + begin);
 }
 
+enum rt_status rt_record_run(const char *run, struct rt_json **out, struct rt_err *err)
+{
+    enum rt_status st;
+    char file[PATH_CAP];
+    *out = NULL;
+    RT_TRY(rt_path_join(file, sizeof file, run, RT_RUN_FILE, err));
+    if (!rt_path_exists(file))
+        goto out;
+    RT_TRY(rt_json_load(file, (size_t)64 << 20, out, err));
+    if (rt_json_typeof(*out) != RT_JSON_OBJECT)
+        RT_FAIL(err, FORMAT, "%s: expected a JSON object", file);
+out:
+    if (st != RT_OK) {
+        rt_json_free(*out);
+        *out = NULL;
+    }
+    return st;
+}
+
 enum rt_status rt_record_student(const char *path, char *out, size_t cap, struct rt_err *err)
 {
     enum rt_status st = RT_OK;

@@ -76,6 +76,8 @@
 #define RT_MODEL_DIR "model"
 #define RT_EXPERIMENT_FILE "experiment.json"
 
+/* *out = RUN/run.json, an object; NULL: there is none. Free with rt_json_free. */
+enum rt_status rt_record_run(const char *run, struct rt_json **out, struct rt_err *err);
 /* Publishes root as DIR/name. */
 enum rt_status rt_record_publish(const char *dir, const char *name, const struct rt_json *root, struct rt_err *err);
 /* Adds one evaluation, durably: rows as DIR/eval/NAME-STEP.jsonl (NAME.2, NAME.3, ... where another measurement has that file) and `line`,

@@ -2,7 +2,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/io.h"
 #include "distill/run_record.h"
 #include "distill/train_run.h"
 
@@ -16,12 +15,10 @@ static enum rt_status earlier_cuts(const struct rt_train_run *r, int64_t *micro,
 {
     enum rt_status st;
     struct rt_json *was = NULL;
-    char path[4096];
     *micro = *operations = 0;
-    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_RUN_FILE, err));
-    if (!rt_path_exists(path))
+    RT_TRY(rt_record_run(r->v->out, &was, err));
+    if (was == NULL)
         goto out;
-    RT_TRY(rt_json_load(path, 64 << 20, &was, err));
     RT_TRY(rt_json_int_or(was, "micro_tokens", 1, INT64_MAX, 0, micro, err));
     RT_TRY(rt_json_int_or(was, "operations", 0, INT64_MAX, 0, operations, err));
 out:

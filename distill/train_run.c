@@ -87,14 +87,13 @@ static enum rt_status is_finished(const struct rt_train_run *r, bool *yes, struc
 {
     enum rt_status st;
     struct rt_json *v = NULL;
-    char path[4096], model[4096];
+    char model[4096];
     *yes = false;
     if (r->rank.rank > 0)
         return rt_train_from_first(r, yes, sizeof *yes, err);
-    RT_TRY(rt_path_join(path, sizeof path, r->v->out, RT_RUN_FILE, err));
-    if (!rt_path_exists(path))
+    RT_TRY(rt_record_run(r->v->out, &v, err));
+    if (v == NULL)
         goto out;
-    RT_TRY(rt_json_load(path, 64 << 20, &v, err));
     RT_TRY(rt_json_bool_or(v, "finished", false, yes, err));
     RT_TRY(rt_path_join(model, sizeof model, r->v->out, RT_MODEL_DIR, err));
     if (*yes && !(rt_path_has(model, "config.json") && (rt_path_has(model, "model.safetensors") || rt_path_has(model, "model.safetensors.index.json")))) {
