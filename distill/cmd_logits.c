@@ -35,7 +35,7 @@ static enum rt_status read_data(struct rt_logits_job *j, struct rt_err *err)
 {
     const struct rt_logits_values *v = j->v;
     enum rt_status st;
-    const int64_t most = v->max_length > 0 && v->max_length < j->config.max_position ? v->max_length : j->config.max_position;
+    const int64_t most = rt_length_limit(v->max_length, j->config.max_position);
     RT_TRY(rt_model_dir_open(v->teacher, v->template_name, j->ctx->log, &j->model, err));
     RT_TRY(rt_model_dir_n_ids(&j->model, j->config.vocab_size, &j->so.n_ids, err));
     if (j->so.top_k > j->so.n_ids)

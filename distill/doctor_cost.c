@@ -11,7 +11,7 @@
 static int64_t length_of(const struct rt_doctor *d, int64_t max_position)
 {
     const int64_t n = d->longest > 0 ? d->longest : max_position;
-    const int64_t limit = d->max_length > 0 && d->max_length < max_position ? d->max_length : max_position;
+    const int64_t limit = rt_length_limit(d->max_length, max_position);
     return n < limit ? n : limit;
 }
 

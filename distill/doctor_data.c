@@ -224,7 +224,7 @@ static enum rt_status by_model(struct rt_doctor *d, const char *who, const struc
     struct rt_err bad = {0}, worse = {0};
     struct findings f = {0};
     struct rt_dataset_counts c = {0};
-    const int64_t limit = d->max_length > 0 && d->max_length < max_position ? d->max_length : max_position;
+    const int64_t limit = rt_length_limit(d->max_length, max_position);
     int64_t prompts, longest;
     bool alone;
     st = read_lines(d, m, limit, &f, &c, n_ids, &bad);

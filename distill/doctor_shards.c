@@ -119,7 +119,7 @@ static enum rt_status contents(struct rt_doctor *d, const struct rt_row_identity
     for (int64_t i = 0; i < info->sequences; i++)
         longest = rt_shard_set_seq(d->set, i)->n_tokens > longest ? rt_shard_set_seq(d->set, i)->n_tokens : longest;
     if (d->have_student) {
-        const int64_t limit = d->max_length > 0 && d->max_length < d->sc.max_position ? d->max_length : d->sc.max_position;
+        const int64_t limit = rt_length_limit(d->max_length, d->sc.max_position);
         if (longest <= limit)
             RT_TRY(rt_check_add(k, err, RT_CHECK_PASS, "shards.length", "longest %" PRId64 " of %" PRId64 " tokens", longest, limit));
         else if (d->max_length > 0)

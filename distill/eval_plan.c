@@ -13,9 +13,8 @@ static enum rt_status scoring(const struct rt_loaded_student *l, const struct rt
 {
     enum rt_status st;
     struct rt_train_set *set = NULL;
-    const int64_t max = l->c.max_position;
     const struct rt_train_set_options so = {.model = &l->model, .vocab = l->c.vocab_size, .drop_long = o->max_length > 0,
-                                            .max_length = o->max_length > 0 && o->max_length < max ? o->max_length : max};
+                                            .max_length = rt_length_limit(o->max_length, l->c.max_position)};
     RT_TRY(rt_train_set_open(o->data, &so, o->log, &set, err));
     const struct rt_train_info *info = rt_train_set_info(set);
     p->sequences = info->sequences;

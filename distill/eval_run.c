@@ -30,9 +30,8 @@ static enum rt_status losses(struct rt_loaded_student *l, const struct rt_device
     struct rt_train_set *set = NULL;
     struct rt_eval_own own = {0};
     struct rt_eval_losses e;
-    const int64_t max = l->c.max_position;
     const struct rt_train_set_options so = {.model = &l->model, .vocab = l->c.vocab_size, .drop_long = o->max_length > 0,
-                                            .max_length = o->max_length > 0 && o->max_length < max ? o->max_length : max};
+                                            .max_length = rt_length_limit(o->max_length, l->c.max_position)};
     RT_TRY(rt_train_set_open(o->data, &so, o->log, &set, err));
     const struct rt_train_info *info = rt_train_set_info(set);
     if (info->top_k > 0 && rt_train_set_lse(set, o->T) < 0)

@@ -25,5 +25,10 @@ enum rt_status rt_model_dir_keep(const struct rt_model_dir *m, const char *dir, 
 /* Ids that exist: below 1 + the largest id of tokenizer.json, or vocab_size where there is no tokenizer. FORMAT where the tokenizer has
  * more ids than the model has rows. */
 enum rt_status rt_model_dir_n_ids(const struct rt_model_dir *m, int64_t vocab_size, int64_t *n_ids, struct rt_err *err);
+/* Tokens that a sequence may have: --max-length where that is less than the model's maximum; 0: it was not given. */
+static inline int64_t rt_length_limit(int64_t max_length, int64_t max_position)
+{
+    return max_length > 0 && max_length < max_position ? max_length : max_position;
+}
 
 #endif

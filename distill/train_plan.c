@@ -43,9 +43,8 @@ static enum rt_status open_sets(struct rt_train_run *r, struct rt_err *err)
 {
     enum rt_status st;
     const struct rt_train_values *v = r->v;
-    const int64_t max = r->student.c.max_position;
     struct rt_train_set_options o = {.model = &r->student.model, .vocab = r->student.c.vocab_size,
-                                     .max_length = v->max_length > 0 && v->max_length < max ? v->max_length : max,
+                                     .max_length = rt_length_limit(v->max_length, r->student.c.max_position),
                                      .drop_long = v->max_length > 0, .features = v->w_feature > 0};
     RT_TRY(rt_alloc((size_t)v->data.n, sizeof *r->set, "data", &r->set, err));
     RT_TRY(rt_alloc((size_t)v->data.n, sizeof *r->weight, "data", &r->weight, err));
