@@ -221,20 +221,15 @@ __global__ __launch_bounds__(THREADS, 1) void product_sm90_kernel(const __grid_c
             hopper::mma_commit();
             hopper::mma_wait<1>(); /* the stage before is read */
             if (k > it.k0) {
-                if (threadIdx.x % 128 < CLUSTER)
-                    hopper::barrier_arrive_at(empty_bar(base, before), threadIdx.x % 128);
+                stage_read(empty_bar(base, before));
                 if (brings)
                     f.bring<TA, TB>(o, m, base, rank);
             }
             before = r.stage;
             r.next();
         }
-        hopper::mma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < 128; i++)
-            asm volatile("" : "+f"(acc[i])::"memory"); /* not read before the wait */
-        if (threadIdx.x % 128 < CLUSTER)
-            hopper::barrier_arrive_at(empty_bar(base, before), threadIdx.x % 128);
+        mma_done(acc);
+        stage_read(empty_bar(base, before));
         if (brings)
             f.bring<TA, TB>(o, m, base, rank);
         if (it.slot < 0 || join_parts(o, it, acc, rank, group))

@@ -86,17 +86,13 @@ __device__ __forceinline__ void multiply(const walk &w, uint32_t base, uint32_t 
                 mma<false, false, TB, HALVES>(acc, a + 2 * i, b + (TB ? 16 * 8 : 2) * i, k > 0 || i > 0);
             hopper::mma_commit();
             hopper::mma_wait<1>(); /* the stage before is read */
-            if (k > 0 && threadIdx.x % 128 < CLUSTER)
-                hopper::barrier_arrive_at(bar.empty(before), threadIdx.x % 128);
+            if (k > 0)
+                stage_read(bar.empty(before));
             before = r.stage;
             r.next();
         }
-        hopper::mma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < 128; i++)
-            asm volatile("" : "+f"(acc[i])::"memory"); /* not read before the wait */
-        if (threadIdx.x % 128 < CLUSTER)
-            hopper::barrier_arrive_at(bar.empty(before), threadIdx.x % 128);
+        mma_done(acc);
+        stage_read(bar.empty(before));
         hopper::wait_or_trap(bar.tile_empty(), (done++ & 1) ^ 1);
         leave(acc, base + TILE_AT, wg);
         hopper::fence_async(); /* bulk copies read it */

@@ -107,6 +107,21 @@ __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b, int
 #undef RT_MMA_256
 #undef RT_MMA_128
 
+/* The products so far are done; acc is not read before. */
+__device__ __forceinline__ void mma_done(float (&acc)[128])
+{
+    hopper::mma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 128; i++)
+        asm volatile("" : "+f"(acc[i])::"memory");
+}
+/* To both blocks of the cluster: the warpgroup has read the stage. empty: its barrier. */
+__device__ __forceinline__ void stage_read(uint32_t empty)
+{
+    if (threadIdx.x % 128 < CLUSTER)
+        hopper::barrier_arrive_at(empty, threadIdx.x % 128);
+}
+
 template <bool F16> __device__ __forceinline__ uint32_t pack_pair(float lo, float hi)
 {
     if (!F16)
