@@ -213,10 +213,7 @@ enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ld
     enum rt_status st;
     if (n <= 0 || N <= 0)
         return RT_OK;
-    /* chunks: of the shape alone, about a thousand blocks, 64 rows at least */
-    int64_t chunk = (n * tiles + 1023) / 1024;
-    chunk = chunk < 64 ? 64 : chunk;
-    const int64_t chunks = (n + chunk - 1) / chunk;
+    const int64_t chunk = rt_cuda_sum_rows(n, tiles), chunks = (n + chunk - 1) / chunk;
     const dim3 grid((unsigned)tiles, (unsigned)chunks), block(SUM_COLS, SUM_LANES);
     RT_TRY(rt_cuda_temp(q, (size_t)(chunks * N) * sizeof(float), &part, err));
     if (wide)

@@ -9,7 +9,7 @@
 #include "core/cuda/cuda.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/student_rows.h"
-#include "core/cuda/vec8.cuh"
+#include "core/cuda/turn.cuh"
 
 namespace {
 
@@ -18,7 +18,6 @@ using vec8::blocks_for;
 using vec8::load_packed;
 using vec8::packed;
 using vec8::resident;
-typedef __nv_bfloat16 bf16;
 
 struct heads {
     const bf16 *x;       /* input of the forward */
@@ -35,27 +34,6 @@ struct heads {
     float eps;
 };
 
-/* Elements j and j + d/2 of a head, N of each: the pairs of the rotation. */
-template <int N> struct halves {
-    float lo[N], hi[N];
-};
-
-template <int N> __device__ void load_halves(const bf16 *p, int half, struct halves<N> *v)
-{
-    vec8::load<N>(p, v->lo);
-    vec8::load<N>(p + half, v->hi);
-}
-
-template <int N> __device__ void store_halves(bf16 *p, int half, const struct halves<N> *v)
-{
-    vec8::store<N>(p, v->lo);
-    vec8::store<N>(p + half, v->hi);
-}
-
-template <int N> struct angles {
-    float cos[N], sin[N];
-};
-
 /* sign 1: by the angle; -1: back. */
 template <int N> __device__ struct angles<N> load_angles(const struct heads &a, int64_t at, float sign)
 {
@@ -66,27 +44,6 @@ template <int N> __device__ struct angles<N> load_angles(const struct heads &a, 
     for (int i = 0; i < N; i++)
         by.sin[i] *= sign;
     return by;
-}
-
-template <int N> __device__ void turn_by(const struct angles<N> &by, struct halves<N> *v)
-{
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const float u = v->lo[i], w = v->hi[i];
-        v->lo[i] = u * by.cos[i] - w * by.sin[i];
-        v->hi[i] = u * by.sin[i] + w * by.cos[i];
-    }
-}
-
-/* Back by the angle; rounded the same wherever it stands. */
-template <int N> __device__ void turn_back_by(const struct angles<N> &by, struct halves<N> *v)
-{
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const float u = v->lo[i], w = v->hi[i];
-        v->lo[i] = fmaf(u, by.cos[i], __fmul_rn(w, by.sin[i]));
-        v->hi[i] = fmaf(w, by.cos[i], -__fmul_rn(u, by.sin[i]));
-    }
 }
 
 template <int N> __device__ void turn(const struct heads &a, int64_t at, float sign, struct halves<N> *v)

@@ -11,6 +11,13 @@ extern "C" {
 /* dw [cols] BF16 +=, or = with `first`, sum over the rows of part [rows, cols], in float32 and fixed order, rounded once. */
 enum rt_status rt_cuda_add_columns(struct rt_queue *q, const float *part, int rows, int64_t cols, void *dw, bool first, struct rt_err *err);
 
+/* Rows that a block adds up of n rows whose columns take `across` blocks: of the shape alone, about a thousand blocks, 64 rows at least. */
+static inline int64_t rt_cuda_sum_rows(int64_t n, int64_t across)
+{
+    const int64_t rows = (n * across + 1023) / 1024;
+    return rows < 64 ? 64 : rows;
+}
+
 /* out[j] +=, or = with `first`, sum over i of x[i,j]; x [n,N] BF16 with row distance ldx, out BF16. Rows are added in a fixed order. */
 enum rt_status rt_cuda_column_sums(struct rt_queue *q, const void *x, int64_t ldx, int64_t n, int64_t N, void *out, bool first, struct rt_err *err);
 

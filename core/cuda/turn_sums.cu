@@ -6,11 +6,10 @@
  */
 #include "core/cuda/launch.cuh"
 #include "core/cuda/student_rows.h"
-#include "core/cuda/vec8.cuh"
+#include "core/cuda/turn.cuh"
 
 namespace {
 
-typedef __nv_bfloat16 bf16;
 enum { SLAB = 256, LANES = SLAB / 16, STRIPS = 16, THREADS = LANES * STRIPS, AT_ONCE = 2 /* rows on their way to a thread */ };
 
 struct turn {
@@ -24,19 +23,15 @@ struct turn {
     unsigned slabs;
 };
 
-/* Back by the angles of cos, sin; rounded. */
-__device__ __forceinline__ void turn_back(uint4 *u, uint4 *w, const float (&cos)[8], const float (&sin)[8])
+/* Rounded again. */
+__device__ __forceinline__ void turn_back(uint4 *lo, uint4 *hi, const struct angles<8> &by)
 {
-    float a[8], b[8], lo[8], hi[8];
-    vec8::unpack(*u, a);
-    vec8::unpack(*w, b);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        lo[i] = fmaf(a[i], cos[i], b[i] * sin[i]);
-        hi[i] = fmaf(b[i], cos[i], -(a[i] * sin[i]));
-    }
-    *u = vec8::pack(lo);
-    *w = vec8::pack(hi);
+    struct halves<8> v;
+    vec8::unpack(*lo, v.lo);
+    vec8::unpack(*hi, v.hi);
+    turn_back_by<8>(by, &v);
+    *lo = vec8::pack(v.lo);
+    *hi = vec8::pack(v.hi);
 }
 
 __device__ __forceinline__ void add(float *sum, const uint4 &v)
@@ -66,7 +61,7 @@ __global__ void __launch_bounds__(THREADS, 3) turn_sums_kernel(const struct turn
     launch_after();
     for (int64_t row = chunk * a.chunk + strip; column < a.columns && row < end; row += STRIPS * AT_ONCE) {
         uint4 lo[AT_ONCE] = {}, hi[AT_ONCE] = {};
-        float cos[AT_ONCE][8], sin[AT_ONCE][8];
+        struct angles<8> by[AT_ONCE];
         int position[AT_ONCE] = {};
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
@@ -78,14 +73,14 @@ __global__ void __launch_bounds__(THREADS, 3) turn_sums_kernel(const struct turn
             }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            load_angles(a.cos + (int64_t)position[i] * half + j, cos[i]);
-            load_angles(a.sin + (int64_t)position[i] * half + j, sin[i]);
+            load_angles(a.cos + (int64_t)position[i] * half + j, by[i].cos);
+            load_angles(a.sin + (int64_t)position[i] * half + j, by[i].sin);
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             if (turned && row + i * STRIPS < end) {
                 bf16 *to = a.dx + (row + i * STRIPS) * a.lddx + column;
-                turn_back(&lo[i], &hi[i], cos[i], sin[i]);
+                turn_back(&lo[i], &hi[i], by[i]);
                 *(uint4 *)(void *)to = lo[i];
                 *(uint4 *)(void *)(to + half) = hi[i];
             }
@@ -120,8 +115,7 @@ bool rt_cuda_turn_sums_fits(const struct rt_headnorm_rope_bwd_args *a)
 
 enum rt_status rt_cuda_turn_sums(struct rt_queue *q, const struct rt_headnorm_rope_bwd_args *a, struct rt_err *err)
 {
-    const int64_t slabs = (a->n_db + SLAB - 1) / SLAB, even = (a->n * slabs + 1023) / 1024, chunk = even < 4 * STRIPS ? 4 * STRIPS : even;
-    const int64_t chunks = (a->n + chunk - 1) / chunk; /* of the shape alone: about a thousand blocks */
+    const int64_t slabs = (a->n_db + SLAB - 1) / SLAB, chunk = rt_cuda_sum_rows(a->n, slabs), chunks = (a->n + chunk - 1) / chunk;
     struct turn k = {};
     enum rt_status st;
     k.dy = (const bf16 *)a->dy;
