@@ -21,9 +21,9 @@ __device__ __forceinline__ void launch_after()
 #endif
 }
 
-/* kernel<<<grid, threads, shared>>>(arg...) in clusters of `cluster` blocks (1: none). The kernel calls launch_after. */
+/* kernel<<<grid, threads, shared>>>(arg...) in clusters of `cluster` blocks (1: none). early: it may begin so. */
 template <class... P, class... A>
-inline cudaError_t launch(struct rt_queue *q, void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared, int cluster, const A &...arg)
+inline cudaError_t launch_as(struct rt_queue *q, bool early, void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared, int cluster, const A &...arg)
 {
     cudaLaunchConfig_t c = {};
     cudaLaunchAttribute attr[2] = {};
@@ -38,12 +38,18 @@ inline cudaError_t launch(struct rt_queue *q, void (*kernel)(P...), dim3 grid, d
         attr[c.numAttrs].val.clusterDim.y = attr[c.numAttrs].val.clusterDim.z = 1;
         c.numAttrs++;
     }
-    if (q->dev->cc == 90) {
+    if (early) {
         attr[c.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attr[c.numAttrs].val.programmaticStreamSerializationAllowed = 1;
         c.numAttrs++;
     }
     return cudaLaunchKernelEx(&c, kernel, P(arg)...);
+}
+/* The same for a kernel that calls launch_after. */
+template <class... P, class... A>
+inline cudaError_t launch(struct rt_queue *q, void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared, int cluster, const A &...arg)
+{
+    return launch_as(q, q->dev->cc == 90, kernel, grid, threads, shared, cluster, arg...);
 }
 
 }

@@ -11,6 +11,7 @@
 #include <cooperative_groups.h>
 
 #include "core/cuda/hopper.cuh"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/loss_cluster.h"
 #include "core/cuda/loss_terms.cuh"
 
@@ -321,23 +322,12 @@ struct shape shape_of(const struct rt_head_loss_args *a)
 }
 
 template <class Z, enum temperature T>
-enum rt_status launch(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
+enum rt_status launch_rows(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
 {
     enum rt_status st;
     const struct shape s = shape_of(a);
-    cudaLaunchAttribute cluster = {};
-    cudaLaunchConfig_t c = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = s.blocks;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    c.gridDim = dim3((unsigned)t->rows * s.blocks);
-    c.blockDim = dim3(THREADS);
-    c.dynamicSmemBytes = s.shared;
-    c.stream = q->stream;
-    c.attrs = &cluster;
-    c.numAttrs = 1;
     RT_CUDA_TRY(cudaFuncSetAttribute((const void *)loss_cluster_kernel<Z, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)s.shared));
-    RT_CUDA_TRY(cudaLaunchKernelEx(&c, loss_cluster_kernel<Z, T>, *a, *t, s.in_part));
+    RT_CUDA_TRY(launch_as(q, false, loss_cluster_kernel<Z, T>, dim3((unsigned)t->rows * s.blocks), dim3(THREADS), s.shared, (int)s.blocks, *a, *t, s.in_part));
 out:
     return st;
 }
@@ -345,8 +335,8 @@ out:
 template <class Z> enum rt_status launch_for(struct rt_queue *q, const struct rt_head_loss_args *a, const struct rt_cuda_logits *t, struct rt_err *err)
 {
     if (a->T == 1)
-        return launch<Z, T_ONE>(q, a, t, err);
-    return a->T == 2 ? launch<Z, T_TWO>(q, a, t, err) : launch<Z, T_ANY>(q, a, t, err);
+        return launch_rows<Z, T_ONE>(q, a, t, err);
+    return a->T == 2 ? launch_rows<Z, T_TWO>(q, a, t, err) : launch_rows<Z, T_ANY>(q, a, t, err);
 }
 
 }

@@ -245,7 +245,7 @@ __global__ __launch_bounds__(THREADS, 1) void product_sm90_kernel(const __grid_c
 
 enum { SUMS = PARTIAL * 16 + 16 }; /* bytes of a tile's sums and what says that they are there */
 /* In how many parts r tiles that are left over take the least time, that of a whole tile being 1. Bringing sums away and back takes as long as some 15 + 3
- * parts blocks of k: 128 KB a block of threads and part. */
+ * parts blocks of k: 192 KB a block of threads and part. */
 int product_parts(int r, int clusters, int k_blocks)
 {
     int best = 1;

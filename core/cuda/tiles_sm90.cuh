@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include "core/cuda/hopper.cuh"
+#include "core/cuda/launch.cuh"
 #include "core/cuda/rows.cuh"
 #include "core/cuda/tensor_map.cuh"
 
@@ -163,7 +164,7 @@ inline enum rt_status product_map(struct rt_queue *q, CUtensorMap *map, bool f16
  * a turn then has columns. */
 inline int product_band(const walk *w, int bm, int clusters, int64_t l2_bytes)
 {
-    const int many = 4096 / (CLUSTER * bm) + (4096 % (CLUSTER * bm) != 0), some = 2048 / (CLUSTER * bm);
+    const int many = (4096 + CLUSTER * bm - 1) / (CLUSTER * bm), some = 2048 / (CLUSTER * bm);
     const int64_t bytes = (int64_t)many * CLUSTER * bm * BK * 2 * w->k_blocks;
     return bytes <= l2_bytes / 3 ? many : w->columns * some <= clusters ? clusters / w->columns : some;
 }
@@ -182,20 +183,9 @@ template <class... P, class... A>
 enum rt_status launch_clusters(struct rt_queue *q, void (*kernel)(P...), int clusters, int threads, int shared, const char *name, struct rt_err *err,
                                const A &...args)
 {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute cluster = {};
     enum rt_status st;
     RT_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = CLUSTER;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)(clusters * CLUSTER));
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = (size_t)shared;
-    config.stream = q->stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    RT_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, args...));
+    RT_CUDA_TRY(launch_as(q, false, kernel, dim3((unsigned)(clusters * CLUSTER)), dim3((unsigned)threads), (size_t)shared, CLUSTER, args...));
     RT_TRY(rt_cuda_launched(name, err));
 out:
     return st;
