@@ -66,11 +66,6 @@ out:
     return st;
 }
 
-static bool normed_heads(const struct rt_student_layer *l)
-{
-    return l->q_norm != NULL || l->k_norm != NULL;
-}
-
 /* d_qkv = gradient at the projection's output from d_o; that of its bias where heads are not normed. */
 static enum rt_status qkv_backward(struct rt_student *s, int i, bool first, struct rt_err *err)
 {
@@ -92,7 +87,7 @@ static enum rt_status qkv_backward(struct rt_student *s, int i, bool first, stru
                  .q = qk, .q_ld = ld_qk, .q_head = hd, .k = rt_student_at(s, qk, q), .k_ld = ld_qk, .k_head = hd,
                  .v = rt_student_at(s, v->qkv, q + kv), .v_ld = ld, .v_head = hd, .o = v->o, .dout = a->d_o, .lse = v->lse, .dq = d_qk,
                  .dk = rt_student_at(s, d_qk, q), .dv = rt_student_at(s, a->d_qkv, q + kv), .delta = a->delta));
-    if (!normed_heads(l)) /* as in rt_student_rotate */
+    if (!rt_student_normed_heads(l)) /* as in rt_student_rotate */
         return RT_OP(s->d, headnorm_rope_bwd, err, .dy = d_qk, .lddy = ld_qk, .x = v->qkv, .ldx = ld, .dx = a->d_qkv, .lddx = ld,
                      .db = grad_at(s, p->qkv_bias), .n_db = ld, .cos = s->cos, .sin = s->sin, .position = a->pos, .n = n,
                      .heads = c->heads + c->kv_heads, .d = hd, .eps = eps, .first = first);
@@ -126,7 +121,7 @@ static enum rt_status attention_backward(struct rt_student *s, int i, bool first
     RT_TRY(RT_OP(s->d, norm_bwd, err, .dy = a->d_normed, .x = a->hidden[i], .w = l->norm1, .rstd = v->rstd1, .dx = a->dx,
                  .dw = grad_at(s, p->norm1), .y = v->normed1 == NULL ? a->normed : NULL, .n = n, .cols = H, .eps = eps, .accumulate = true, .first = first));
     RT_TRY(RT_OP(s->d, linear_wgrad, err, .dy = a->d_qkv, .x = rt_student_own(v->normed1, a->normed), .dw = grad_at(s, p->qkv),
-                 .db = normed_heads(l) ? grad_at(s, p->qkv_bias) : NULL, .n = n, .K = H, .N = qkv, .first = first));
+                 .db = rt_student_normed_heads(l) ? grad_at(s, p->qkv_bias) : NULL, .n = n, .K = H, .N = qkv, .first = first));
 out:
     return st;
 }

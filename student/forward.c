@@ -161,8 +161,7 @@ enum rt_status rt_student_rotate(const struct rt_student *s, const struct rt_stu
     const struct rt_student_config *c = s->c;
     const int64_t q = rt_student_q_dim(c), kv = rt_student_kv_dim(c), ld = q + 2 * kv, ldy = qk == NULL ? ld : q + kv;
     void *y = qk == NULL ? qkv : qk;
-    const bool norms = l->q_norm != NULL || l->k_norm != NULL;
-    if (!norms) /* the heads of q and k lie side by side and are treated alike */
+    if (!rt_student_normed_heads(l)) /* the heads of q and k lie side by side and are treated alike */
         return RT_OP(s->d, headnorm_rope_fwd, err, .x = qkv, .ldx = ld, .y = y, .ldy = ldy, .cos = s->cos, .sin = s->sin, .position = pos, .n = n,
                      .heads = c->heads + c->kv_heads, .d = c->head_dim, .eps = (float)c->eps);
     RT_TRY(RT_OP(s->d, headnorm_rope_fwd, err, .x = qkv, .ldx = ld, .w = l->q_norm, .y = y, .ldy = ldy, .rstd = rstd_q, .cos = s->cos,

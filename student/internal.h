@@ -58,6 +58,8 @@ static inline int64_t rt_student_qkv_dim(const struct rt_student_config *c)
     return rt_student_q_dim(c) + 2 * rt_student_kv_dim(c);
 }
 
+static inline bool rt_student_normed_heads(const struct rt_student_layer *l) { return l->q_norm != NULL || l->k_norm != NULL; }
+
 /* What the layer keeps for itself, or else the shared scratch. */
 static inline void *rt_student_own(void *own, void *shared)
 {
