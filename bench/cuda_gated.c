@@ -225,14 +225,12 @@ static enum rt_status product(struct mlp *m, const char *name, struct rt_cuda_ge
     enum rt_status st;
     p.own.d = own;
     m->product = &p;
-    (void)cudaMemset(p.lib.d, 0, (size_t)(g.m * g.n) * 2);
-    (void)cudaMemset(p.own.d, 0, (size_t)(g.m * g.n) * 2);
-    (void)cudaDeviceSynchronize();
+    RT_TRY(rt_device_zero(m->d, p.lib.d, (size_t)(g.m * g.n) * 2, err));
+    RT_TRY(rt_device_zero(m->d, p.own.d, (size_t)(g.m * g.n) * 2, err));
     printf("  %s: [%lld, %lld] of %lld%s\n", name, (long long)g.m, (long long)g.n, (long long)g.k, g.accumulate ? ", +=" : "");
     RT_TRY(by_library(m, err)); /* measures: what it adds meanwhile does not count */
     RT_TRY(rt_device_sync(m->d, err));
-    (void)cudaMemset(p.lib.d, 0, (size_t)(g.m * g.n) * 2);
-    (void)cudaDeviceSynchronize();
+    RT_TRY(rt_device_zero(m->d, p.lib.d, (size_t)(g.m * g.n) * 2, err));
     RT_TRY(by_library(m, err));
     RT_TRY(by_own(m, err));
     RT_TRY(rt_device_sync(m->d, err));

@@ -197,9 +197,8 @@ static void wgrad_item(void *ctx, int64_t item, UNUSED int worker)
     const float *dy = (const float *)a->dy + t.i;
     rt_cpu_gemm_tn(t.m, t.n, a->n, 1, dy, job->lddy, (const float *)a->x + t.j, job->ldx, a->first ? 0 : 1, (float *)a->dw + t.i * a->K + t.j,
                    a->K);
-    if (a->db == NULL || t.j > 0)
-        return;
-    rt_cpu_column_sums((float *)a->db + t.i, dy, job->lddy, a->n, t.m, a->first);
+    if (a->db != NULL && t.j == 0)
+        rt_cpu_column_sums((float *)a->db + t.i, dy, job->lddy, a->n, t.m, a->first);
 }
 
 enum rt_status rt_cpu_linear_wgrad(struct rt_dev *dev, UNUSED struct rt_queue *q, const struct rt_linear_wgrad_args *a,
