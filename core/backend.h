@@ -279,7 +279,8 @@ enum rt_tail { RT_TAIL_BUCKET, RT_TAIL_RENORM };
 struct rt_head_loss_args {
     const void *x; const struct rt_weight *w; void *dx, *dw; int64_t n, H, V;
     const int32_t *label;                         /* [n] */
-    int k; const int32_t *top_ids; const float *top_logp; /* [n,k] ascending id not required; log p at T (not renormalised) */
+    int k, id_bits; const void *top_ids;          /* [n] rows of k ids as core/top_ids.h packs them, id_bits each (0: int32_t [n,k]), in any order */
+    const float *top_logp;                        /* [n,k] log p at T (not renormalised) */
     const uint8_t *kl_mask;                       /* [n] or NULL: none takes KL */
     enum rt_tail tail; double w_ce, w_kl, T;
     /* per row, double, each may be NULL: losses without w (kl with T^2), teacher and student mass on K at T, and whether argmax z (ties to

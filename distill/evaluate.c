@@ -13,7 +13,7 @@
 size_t rt_eval_own_bytes(const struct rt_student_config *c, int64_t micro_tokens, int k, size_t act_size)
 {
     return rt_student_activation_bytes(c, micro_tokens, RT_KEEP_FINAL, act_size) +
-           rt_losses_bytes(micro_tokens, c->hidden, k, NULL, act_size, false);
+           rt_losses_bytes(micro_tokens, c->hidden, c->vocab_size, k, NULL, act_size, false);
 }
 
 enum rt_status rt_eval_own_create(struct rt_eval_own *e, struct rt_student *s, int64_t micro_tokens, int k, double T, struct rt_err *err)
@@ -25,8 +25,8 @@ enum rt_status rt_eval_own_create(struct rt_eval_own *e, struct rt_student *s, i
     const struct rt_micro_options mo = {.tokens = micro_tokens, .k = k, .teacher_T = T, .tail = RT_TAIL_BUCKET, .vocab = c->vocab_size};
     *e = (struct rt_eval_own){0};
     RT_TRY(rt_device_arena(d, rt_student_activation_bytes(c, micro_tokens, RT_KEEP_FINAL, act), "activations", &e->acts, err));
-    RT_TRY(rt_device_arena(d, rt_losses_bytes(micro_tokens, c->hidden, k, NULL, act, false), "losses", &e->scratch, err));
-    RT_TRY(rt_losses_create(&e->losses, d, micro_tokens, c->hidden, k, NULL, false, &e->scratch, err));
+    RT_TRY(rt_device_arena(d, rt_losses_bytes(micro_tokens, c->hidden, c->vocab_size, k, NULL, act, false), "losses", &e->scratch, err));
+    RT_TRY(rt_losses_create(&e->losses, d, micro_tokens, c->hidden, c->vocab_size, k, NULL, false, &e->scratch, err));
     RT_TRY(rt_micro_create(&e->micro, &mo, err));
 out:
     if (st != RT_OK)

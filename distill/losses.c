@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "core/top_ids.h"
+
 struct rt_student_batch rt_losses_batch(const struct rt_micro *p)
 {
     return (struct rt_student_batch){.ids = p->ids, .cu_seqlens = p->cu, .n = p->n, .n_seq = p->n_seq};
@@ -46,7 +48,7 @@ static void lay_out_slot(const struct rt_losses *l, struct rt_loss_slot *s, stru
     s->index = cut(c, n, sizeof *s->index);
     s->label = cut(c, n, sizeof *s->label);
     s->kl_mask = cut(c, n, 1);
-    s->top_ids = cut(c, n * l->k, sizeof *s->top_ids);
+    s->top_ids = cut(c, n * rt_top_ids_words(l->k, l->id_bits), sizeof *s->top_ids);
     s->top_logp = cut(c, n * l->k, sizeof *s->top_logp);
     for (int i = 0; i < 4; i++)
         s->dev_row[i] = cut(c, n, sizeof(double));
@@ -79,9 +81,9 @@ static void lay_out(struct rt_losses *l, const struct rt_feature_map *map, bool 
         l->extra[i] = cut(c, n * H, l->act);
 }
 
-size_t rt_losses_bytes(int64_t tokens, int64_t H, int k, const struct rt_feature_map *map, size_t act_size, bool backward)
+size_t rt_losses_bytes(int64_t tokens, int64_t H, int64_t V, int k, const struct rt_feature_map *map, size_t act_size, bool backward)
 {
-    struct rt_losses l = {.tokens = tokens, .H = H, .k = k, .act = act_size};
+    struct rt_losses l = {.tokens = tokens, .H = H, .k = k, .id_bits = rt_top_ids_bits(V), .act = act_size};
     struct cut c = {0};
     lay_out(&l, map, backward, &c);
     return c.bytes;
@@ -110,11 +112,11 @@ out:
     return st;
 }
 
-enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int k,
+enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int64_t V, int k,
                                 const struct rt_feature_map *map, bool backward, struct rt_arena *arena, struct rt_err *err)
 {
     enum rt_status st = RT_OK;
-    *l = (struct rt_losses){.d = d, .tokens = tokens, .H = H, .k = k, .act = rt_device_act_size(d)};
+    *l = (struct rt_losses){.d = d, .tokens = tokens, .H = H, .k = k, .id_bits = rt_top_ids_bits(V), .act = rt_device_act_size(d)};
     struct cut c = {.arena = arena, .err = err};
     lay_out(l, map, backward, &c);
     RT_TRY(c.st);
@@ -158,14 +160,14 @@ struct rt_student_sent rt_losses_sent(const struct rt_losses *l, int slot)
 
 static enum rt_status send_rows(struct rt_losses *l, struct rt_loss_slot *s, struct rt_queue *q, const struct rt_micro *p, struct rt_err *err)
 {
-    const size_t n = (size_t)p->rows, k = (size_t)l->k, tokens = (size_t)p->n;
+    const size_t n = (size_t)p->rows, k = (size_t)l->k, words = (size_t)rt_top_ids_words(l->k, l->id_bits), tokens = (size_t)p->n;
     const struct {
         void *to;
         const void *from;
         size_t bytes;
     } part[] = {
         {s->ids, p->ids, tokens * sizeof *p->ids}, {s->pos, s->host_pos, tokens * sizeof *s->host_pos}, {s->index, p->index, n * sizeof *p->index},
-        {s->label, p->label, n * sizeof *p->label}, {s->kl_mask, p->kl_mask, n}, {s->top_ids, p->top_ids, n * k * sizeof *p->top_ids},
+        {s->label, p->label, n * sizeof *p->label}, {s->kl_mask, p->kl_mask, n}, {s->top_ids, p->top_ids, n * words * sizeof *p->top_ids},
         {s->top_logp, p->top_logp, n * k * sizeof *p->top_logp},
         {s->feature_index, p->feature_index, l->pairs > 0 ? (size_t)p->feature_rows * sizeof *p->feature_index : 0},
     };
@@ -185,6 +187,8 @@ enum rt_status rt_losses_send(struct rt_losses *l, int slot, const struct rt_mic
     struct rt_queue *q = l->copies != NULL ? l->copies : l->d->q;
     if (s->started || slot >= l->slots)
         RT_FAIL(err, USAGE, "a micro-batch is sent to slot %d, whose results were not collected, of %d", slot, l->slots);
+    if (l->k > 0 && (p->o.k != l->k || p->id_bits != l->id_bits))
+        RT_FAIL(err, USAGE, "a micro-batch of %d ids of %d bits a row is sent where %d of %d bits are expected", p->o.k, p->id_bits, l->k, l->id_bits);
     s->p = p;
     s->with_states = p->feature_rows > 0 && l->pairs > 0;
     for (int64_t i = 0; i < p->n_seq; i++)
@@ -213,10 +217,10 @@ static enum rt_status run_head(struct rt_losses *l, const struct rt_loss_slot *a
         goto out;
     RT_TRY(RT_OP(d, gather, err, .x = rt_student_hidden(s, RT_LAYER_FINAL), .index = at->index, .out = l->x, .n = p->rows, .cols = l->H));
     RT_TRY(RT_OP(d, head_loss, err, .x = l->x, .w = head.w, .dx = backward ? l->dx : NULL, .dw = backward ? head.dw : NULL, .n = p->rows,
-                 .H = l->H, .V = head.V, .label = at->label, .k = p->kl_rows > 0 ? l->k : 0, .top_ids = at->top_ids, .top_logp = at->top_logp,
-                 .kl_mask = p->kl_rows > 0 ? at->kl_mask : NULL, .tail = w->tail, .w_ce = w->ce / (double)items, .w_kl = w->kl / (double)items,
-                 .T = w->T, .ce = at->dev_row[0], .kl = at->dev_row[1], .teacher_mass = at->dev_row[2], .student_mass = at->dev_row[3],
-                 .hit = at->dev_hit));
+                 .H = l->H, .V = head.V, .label = at->label, .k = p->kl_rows > 0 ? l->k : 0, .id_bits = l->id_bits, .top_ids = at->top_ids,
+                 .top_logp = at->top_logp, .kl_mask = p->kl_rows > 0 ? at->kl_mask : NULL, .tail = w->tail, .w_ce = w->ce / (double)items,
+                 .w_kl = w->kl / (double)items, .T = w->T, .ce = at->dev_row[0], .kl = at->dev_row[1], .teacher_mass = at->dev_row[2],
+                 .student_mass = at->dev_row[3], .hit = at->dev_hit));
     if (backward)
         RT_TRY(RT_OP(d, scatter, err, .y = l->dx, .index = at->index, .x = l->d_final, .n = p->rows, .cols = l->H));
 out:

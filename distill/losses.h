@@ -32,7 +32,8 @@ struct rt_loss_sums {
 
 /* What goes to the device with a micro-batch, and what comes back of its rows. Host arrays are such that copies do not wait (rt_backend.host_alloc). */
 struct rt_loss_slot {
-    int32_t *ids, *pos, *index, *label, *top_ids, *feature_index; /* device */
+    int32_t *ids, *pos, *index, *label, *feature_index; /* device */
+    uint32_t *top_ids;
     float *top_logp;
     uint8_t *kl_mask;
     double *dev_row[4], *dev_feature; /* dev_feature [pairs, tokens] */
@@ -51,7 +52,7 @@ enum { RT_LOSS_SLOTS = 2 };
 struct rt_losses {
     const struct rt_device *d;
     int64_t tokens, H;
-    int k, slots;
+    int k, id_bits, slots; /* id_bits: of a teacher's id (core/top_ids.h) */
     size_t act;
     struct rt_loss_slot slot[RT_LOSS_SLOTS];
     struct rt_queue *copies; /* uploads run on it; NULL: on the device's own */
@@ -68,9 +69,9 @@ struct rt_losses {
     struct rt_span_losses *spans; /* borrowed; NULL: w.alm is not used */
 };
 
-size_t rt_losses_bytes(int64_t tokens, int64_t H, int k, const struct rt_feature_map *map, size_t act_size, bool backward);
+size_t rt_losses_bytes(int64_t tokens, int64_t H, int64_t V, int k, const struct rt_feature_map *map, size_t act_size, bool backward);
 /* Cuts the device buffers from arena (rt_losses_bytes). map NULL: no states. */
-enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int k,
+enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int64_t V, int k,
                                 const struct rt_feature_map *map, bool backward, struct rt_arena *arena, struct rt_err *err);
 /* Waits for what is under way. A zeroed one is fine. */
 void rt_losses_free(struct rt_losses *l);

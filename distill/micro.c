@@ -5,10 +5,17 @@
 
 #include "core/row_loops.h"
 #include "core/mem.h"
+#include "core/top_ids.h"
+
+/* Of a row's ids. */
+static size_t words_of(const struct rt_micro_options *o)
+{
+    return (size_t)rt_top_ids_words(o->k, rt_top_ids_bits(o->vocab));
+}
 
 size_t rt_micro_bytes(const struct rt_micro_options *o)
 {
-    size_t row = 4 + 4 + 1 + 8 * (size_t)o->k + 4 + (o->spans ? 9 : 0), n;
+    size_t row = 4 + 4 + 1 + 4 * (size_t)o->k + 4 * words_of(o) + 4 + (o->spans ? 9 : 0), n;
     for (int i = 0; o->map != NULL && i < o->map->n; i++)
         row += 4 * (size_t)o->map->pair[i].dim;
     return rt_mul_size((size_t)o->tokens, row + 8 + sizeof(struct rt_micro_seq), &n) ? n : SIZE_MAX;
@@ -41,14 +48,14 @@ enum rt_status rt_micro_create(struct rt_micro *p, const struct rt_micro_options
 {
     enum rt_status st;
     const size_t n = (size_t)o->tokens, k = (size_t)o->k;
-    *p = (struct rt_micro){.o = *o};
+    *p = (struct rt_micro){.o = *o, .id_bits = rt_top_ids_bits(o->vocab)};
     RT_TRY(take(o, n, sizeof *p->ids, &p->ids, err));
     RT_TRY(take(o, n + 1, sizeof *p->cu, &p->cu, err));
     RT_TRY(take(o, n, sizeof *p->seq, &p->seq, err));
     RT_TRY(take(o, n, sizeof *p->index, &p->index, err));
     RT_TRY(take(o, n, sizeof *p->label, &p->label, err));
     RT_TRY(take(o, n, 1, &p->kl_mask, err));
-    RT_TRY(take(o, n * k, sizeof *p->top_ids, &p->top_ids, err));
+    RT_TRY(take(o, n * words_of(o), sizeof *p->top_ids, &p->top_ids, err));
     RT_TRY(take(o, n * k, sizeof *p->top_logp, &p->top_logp, err));
     RT_TRY(take(o, n, sizeof *p->feature_index, &p->feature_index, err));
     if (o->spans) {
@@ -103,13 +110,19 @@ static void row_logp(const struct rt_micro *p, const struct rt_rows *r, int64_t 
     rt_row_logp(z, k, T, norm, out);
 }
 
-/* Entries from `from` on of a row are empty. */
-static void fill_empty(struct rt_micro *p, int64_t row, int from)
+static void begin_ids(struct rt_micro *p, int64_t row, struct rt_top_ids_row *ids)
 {
-    for (int64_t j = row * p->o.k + from; j < (row + 1) * p->o.k; j++) {
-        p->top_ids[j] = -1;
-        p->top_logp[j] = 0;
+    rt_top_ids_begin(ids, p->top_ids + row * rt_top_ids_words(p->o.k, p->id_bits), p->id_bits);
+}
+
+/* Entries from `from` on of a row are empty, and the row is written. */
+static void fill_empty(struct rt_micro *p, int64_t row, struct rt_top_ids_row *ids, int from)
+{
+    for (int j = from; j < p->o.k; j++) {
+        rt_top_ids_add(ids, -1);
+        p->top_logp[row * p->o.k + j] = 0;
     }
+    rt_top_ids_end(ids);
 }
 
 static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
@@ -117,19 +130,19 @@ static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, i
 {
     const int k = p->o.k, stored_k = ids_of(p, r);
     const uint32_t *from = r->topk_ids + stored * r->k;
-    int32_t *ids = p->top_ids + row * k;
-    float *logp = p->top_logp + row * k;
+    struct rt_top_ids_row ids;
     if (stored_k > k)
         return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, stored_k, k);
+    begin_ids(p, row, &ids);
     for (int j = 0; j < stored_k; j++) {
         const bool entry = from[j] != RT_NO_ID;
-        ids[j] = entry ? (int32_t)from[j] : -1;
+        rt_top_ids_add(&ids, entry ? (int32_t)from[j] : -1);
         if (entry && from[j] >= (uint64_t)p->o.vocab)
             return rt_fail(err, RT_REFUSED, "%s: line %ld: teacher id %u, the student's vocabulary has %ld rows", path, (long)r->source_line, from[j],
                            (long)p->o.vocab);
     }
-    row_logp(p, r, stored, lse, logp);
-    fill_empty(p, row, stored_k);
+    row_logp(p, r, stored, lse, p->top_logp + row * k);
+    fill_empty(p, row, &ids, stored_k);
     p->kl_mask[row] = 1;
     p->kl_rows++;
     return RT_OK;
@@ -206,6 +219,7 @@ enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, 
     const bool teacher = p->o.k > 0 && info->top_k > 0 && (lse >= 0 || p->o.tail == RT_TAIL_RENORM);
     const bool spans = p->o.spans && info->identity != NULL && rt_row_identity_spans(info->identity);
     int column[RT_MAX_FEATURES];
+    struct rt_top_ids_row none;
     bool states;
     int64_t stored = 0;
     *full = p->n + r->n_tokens > p->o.tokens;
@@ -231,7 +245,8 @@ enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, 
             if (p->o.ce_rest)
                 p->label[row] = -1;
         } else {
-            fill_empty(p, row, 0);
+            begin_ids(p, row, &none);
+            fill_empty(p, row, &none, 0);
         }
         if (spans && here)
             RT_TRY(add_span(p, info, r, stored, row, q->row0, err));
@@ -267,7 +282,7 @@ static void append(void *base, int64_t at, const void *src, int64_t n, size_t si
 
 void rt_micro_append(struct rt_micro *p, const struct rt_micro *part, bool *full)
 {
-    const int64_t k = p->o.k, rows = p->rows;
+    const int64_t k = p->o.k, words = (int64_t)words_of(&p->o), rows = p->rows;
     *full = p->n + part->n > p->o.tokens;
     if (*full)
         return;
@@ -275,7 +290,7 @@ void rt_micro_append(struct rt_micro *p, const struct rt_micro *part, bool *full
     append(p->seq, p->n_seq, part->seq, part->n_seq, sizeof *p->seq);
     append(p->label, rows, part->label, part->rows, sizeof *p->label);
     append(p->kl_mask, rows, part->kl_mask, part->rows, 1);
-    append(p->top_ids, rows * k, part->top_ids, part->rows * k, sizeof *p->top_ids);
+    append(p->top_ids, rows * words, part->top_ids, part->rows * words, sizeof *p->top_ids);
     append(p->top_logp, rows * k, part->top_logp, part->rows * k, sizeof *p->top_logp);
     if (p->o.spans) {
         append(p->span, rows, part->span, part->rows, sizeof *p->span);

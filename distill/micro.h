@@ -41,7 +41,8 @@ struct rt_micro {
     struct rt_micro_seq *seq; /* [n_seq] */
     int32_t *index, *label;  /* [rows] token, next token (-1: no cross-entropy) */
     uint8_t *kl_mask;        /* [rows] */
-    int32_t *top_ids;        /* [rows, k], -1: empty */
+    int id_bits;             /* of a teacher's id: as many as o.vocab needs */
+    uint32_t *top_ids;       /* [rows] of k ids, id_bits each (core/top_ids.h) */
     float *top_logp;         /* [rows, k] */
     int32_t *span;           /* [rows] rows of the span that ends here, 0: none; NULL without o.spans, as the next two */
     float *span_logp;        /* [rows] the teacher's */

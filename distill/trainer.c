@@ -38,7 +38,7 @@ void rt_trainer_plan(const struct rt_student_config *c, const struct rt_params *
         .moments = rt_optimizer_shard_bytes(p, ranks, o->bucket, act_size, o->adamw.bf16_moments) -
                    (o->adamw.no_master ? rt_optimizer_master_bytes(p, ranks, o->bucket, act_size) : 0),
         .activations = rt_student_kept_bytes(c, o->micro_tokens, &k, act_size),
-        .losses = rt_losses_bytes(o->micro_tokens, c->hidden, o->k, &o->map, act_size, true) +
+        .losses = rt_losses_bytes(o->micro_tokens, c->hidden, c->vocab_size, o->k, &o->map, act_size, true) +
                   (o->boundary != NULL ? rt_span_losses_bytes(o->micro_tokens, c->vocab_size) : 0),
         .recorded = records(c, p, o) ? rt_recorded_bytes(c, o->micro_tokens, act_size) : 0,
         .projectors = o->map.n > 0 ? rt_projectors_bytes(&o->map, c->hidden, act_size, o->adamw.bf16_moments) : 0,
@@ -63,7 +63,7 @@ enum rt_status rt_trainer_open(struct rt_trainer *t, struct rt_student *s, struc
     RT_TRY(rt_optimizer_init_shard(&t->opt, s, &o->adamw, &(struct rt_optimizer_ranks){o->comm, o->bucket, o->overlap, o->early}, &t->moments, err));
     RT_TRY(rt_device_arena(t->d, mem.activations, "activations", &t->acts, err));
     RT_TRY(rt_device_arena(t->d, mem.losses + mem.projectors, "losses", &t->scratch, err));
-    RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, o->k, &t->o.map, true, &t->scratch, err));
+    RT_TRY(rt_losses_create(&t->losses, t->d, o->micro_tokens, c->hidden, c->vocab_size, o->k, &t->o.map, true, &t->scratch, err));
     if (o->boundary != NULL) {
         RT_TRY(rt_span_losses_create(&t->spans, t->d, o->micro_tokens, c->vocab_size, o->boundary, &t->scratch, err));
         t->losses.spans = &t->spans;

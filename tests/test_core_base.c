@@ -1,4 +1,4 @@
-/* Random numbers, SHA-256, ranks, log. */
+/* Random numbers, SHA-256, ranks, log, packed ids. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,6 +9,7 @@
 #include "core/rank.h"
 #include "core/rng.h"
 #include "core/sha256.h"
+#include "core/top_ids.h"
 #include "tests/suite.h"
 
 static void philox_known_answers(void **state)
@@ -287,10 +288,50 @@ static void human_numbers(void **state)
     assert_true(rt_now() <= rt_now());
 }
 
+static void packed_ids(void **state)
+{
+    enum { ROWS = 3, MOST = 70 };
+    uint32_t at[ROWS * MOST + 1];
+    struct rt_top_ids_row w;
+    (void)state;
+    assert_int_equal(rt_top_ids_bits(1), 1);
+    assert_int_equal(rt_top_ids_bits(3), 2);
+    assert_int_equal(rt_top_ids_bits(4), 3); /* all ones is none of them */
+    assert_int_equal(rt_top_ids_bits(151936), 18);
+    assert_int_equal(rt_top_ids_bits(INT32_MAX), 31);
+    assert_int_equal(rt_top_ids_words(64, 18), 36);
+    assert_int_equal(rt_top_ids_words(3, 0), 3);
+    rt_top_ids_begin(&w, at, 3);
+    for (int j = 0; j < 3; j++)
+        rt_top_ids_add(&w, (const int32_t[]){5, -1, 2}[j]);
+    rt_top_ids_end(&w);
+    assert_true(at[0] == (5 | 7 << 3 | 2 << 6));
+    for (int bits = 0; bits <= 32; bits++)
+        for (int k = 1; k <= MOST; k += 23) {
+            const int64_t words = rt_top_ids_words(k, bits), most = ((int64_t)1 << (bits == 0 || bits == 32 ? 31 : bits)) - 1;
+            memset(at, 0xa5, sizeof at);
+            for (int pass = 0; pass < 2; pass++)
+                for (int i = 0; i < ROWS; i++) {
+                    rt_top_ids_begin(&w, at + i * words, bits);
+                    for (int j = 0; j < k; j++) {
+                        const uint64_t x = rt_rng_u64(11, (uint64_t)bits, (uint64_t)(i * k + j));
+                        const int32_t id = x % 5 == 0 ? -1 : (int32_t)(x / 8 % (uint64_t)most);
+                        if (pass == 0)
+                            rt_top_ids_add(&w, id);
+                        else
+                            assert_int_equal(rt_top_ids_get(at, k, bits, i, j), id);
+                    }
+                    if (pass == 0)
+                        rt_top_ids_end(&w);
+                }
+            assert_true(at[ROWS * words] == 0xa5a5a5a5);
+        }
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(philox_known_answers), cmocka_unit_test(uniform_and_normal_moments), cmocka_unit_test(permutations),
     cmocka_unit_test(streams),              cmocka_unit_test(sha256_known_answers),       cmocka_unit_test(sha256_in_pieces), cmocka_unit_test(sha256_either_way),
     cmocka_unit_test(ranks),                cmocka_unit_test(log_lines),                  cmocka_unit_test(progress_lines),
-    cmocka_unit_test(human_numbers),
+    cmocka_unit_test(human_numbers),      cmocka_unit_test(packed_ids),
 };
 RT_SUITE(core_base, tests)

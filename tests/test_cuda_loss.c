@@ -6,6 +6,7 @@
 
 #include "core/rng.h"
 #include "tests/cuda_ops.h"
+#include "tests/pack_ids.h"
 #ifdef RT_CUDA
 #include "core/cuda/loss.h"
 #endif
@@ -167,7 +168,10 @@ static void one_loss(struct cuda_pair *p, const struct loss_case *c)
                                   .T = c->T, .ce = want.ce, .kl = want.kl, .teacher_mass = want.tm, .student_mass = want.sm, .hit = want.hit};
     assert_ok(run_loss(&p->ref, c, &a, &err));
     void *x = cuda_act(p, d.x, c->n * c->H);
-    int32_t *label = cuda_bytes(p, d.label, (size_t)c->n * 4), *ids = cuda_bytes(p, d.ids, nk * 4);
+    uint32_t *packed = pack_ids(d.ids, c->n, c->k, c->V); /* the reference took them as they are */
+    a.id_bits = rt_top_ids_bits(c->V);
+    void *ids = cuda_bytes(p, packed, (size_t)(c->n * rt_top_ids_words(c->k, a.id_bits)) * 4);
+    int32_t *label = cuda_bytes(p, d.label, (size_t)c->n * 4);
     float *logp = cuda_bytes(p, d.logp, nk * 4);
     uint8_t *mask = cuda_bytes(p, d.mask, (size_t)c->n);
     a.x = x, a.w = d.w.gpu, a.dx = gpu.dx, a.dw = gpu.dw, a.label = label, a.top_ids = ids, a.top_logp = logp, a.kl_mask = c->k > 0 ? mask : NULL;
@@ -185,7 +189,7 @@ static void one_loss(struct cuda_pair *p, const struct loss_case *c)
     void *const dev[] = {x, label, ids, logp, mask, gpu.ce, gpu.kl, gpu.tm, gpu.sm, gpu.hit, gpu.dx, gpu.dw, ce};
     for (size_t i = 0; i < sizeof dev / sizeof dev[0]; i++)
         cuda_free(p, dev[i]);
-    void *const host[] = {d.x, d.logp, d.label, d.ids, d.mask, got, got_dw, a_ce, b_ce};
+    void *const host[] = {d.x, d.logp, d.label, d.ids, d.mask, packed, got, got_dw, a_ce, b_ce};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++)
         free(host[i]);
     free_out(&want);

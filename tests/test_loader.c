@@ -4,6 +4,7 @@
 
 #include "core/io.h"
 #include "core/sha256.h"
+#include "core/top_ids.h"
 #include "tests/train_fixture.h"
 
 enum { BATCHES = 13, MICRO = 40, BATCH = 70 };
@@ -53,7 +54,7 @@ static void hash_micro(struct rt_sha256 *h, const struct rt_micro *p)
     rt_sha256_update(h, p->index, rows * 4);
     rt_sha256_update(h, p->label, rows * 4);
     rt_sha256_update(h, p->kl_mask, rows);
-    rt_sha256_update(h, p->top_ids, rows * k * 4);
+    rt_sha256_update(h, p->top_ids, rows * (size_t)rt_top_ids_words(p->o.k, p->id_bits) * 4);
     rt_sha256_update(h, p->top_logp, rows * k * 4);
     rt_sha256_update(h, p->feature_index, (size_t)p->feature_rows * 4);
     for (int i = 0; i < p->o.map->n; i++)

@@ -1,5 +1,6 @@
 /* The cpu backend's losses against the reference (see tests/ops_cpu.h). */
 #include "tests/ops_cpu.h"
+#include "tests/pack_ids.h"
 
 /* ---- head ---- */
 struct head {
@@ -19,14 +20,18 @@ struct head_out {
     uint8_t *hit;
 };
 
+/* The reference takes the ids as they are, the others packed. */
 static void run_head(struct rt_device *d, const struct head *t, const struct head_out *o, struct rt_err *err)
 {
     struct rt_weight *w = ops_param(d, t->w, t->V, t->H);
+    uint32_t *packed = d->be == &rt_backend_ref ? NULL : pack_ids(t->ids, t->n, t->k, t->V);
     const enum rt_status st = RT_OP(d, head_loss, err, .x = t->x, .w = w, .dx = o->dx, .dw = o->dw, .n = t->n, .H = t->H, .V = t->V,
-                                    .label = t->label, .k = t->k, .top_ids = t->ids, .top_logp = t->logp, .kl_mask = t->mask,
+                                    .label = t->label, .k = t->k, .id_bits = packed != NULL ? rt_top_ids_bits(t->V) : 0,
+                                    .top_ids = packed != NULL ? (const void *)packed : t->ids, .top_logp = t->logp, .kl_mask = t->mask,
                                     .tail = t->tail, .w_ce = t->w_ce, .w_kl = t->w_kl, .T = t->T, .ce = o->row[0], .kl = o->row[1],
                                     .teacher_mass = o->row[2], .student_mass = o->row[3], .hit = o->hit);
     d->be->weight_free(d->dev, w);
+    free(packed);
     if (st != RT_OK)
         fail_msg("%s", err->msg);
 }
@@ -310,8 +315,12 @@ static void head_loss_refuses(void **state)
     assert_status(d->be->head_loss(d->dev, d->q, &a, &err), SHAPE);
     t.label[2] = 0, t.ids[9] = 50, t.mask[2] = 1;
     assert_status(d->be->head_loss(d->dev, d->q, &a, &err), SHAPE);
+    uint32_t *packed = pack_ids(t.ids, 3, 4, 50);
+    a.top_ids = packed, a.id_bits = rt_top_ids_bits(50);
+    assert_status(d->be->head_loss(d->dev, d->q, &a, &err), SHAPE);
     t.mask[2] = 0; /* not read then */
     assert_ok(d->be->head_loss(d->dev, d->q, &a, &err));
+    free(packed);
     d->be->weight_free(d->dev, w);
     d->be->weight_free(d->dev, wrong);
     free_head(&t);

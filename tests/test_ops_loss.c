@@ -1,5 +1,6 @@
 /* The losses against finite differences in float64, against their definitions, and at their edges. */
 #include "tests/ops.h"
+#include "tests/pack_ids.h"
 
 enum { N = 5, H = 4, V = 9, K = 3 };
 
@@ -19,10 +20,12 @@ struct loss_case {
 static void run(struct loss_case *c, bool grads)
 {
     struct rt_err err = {0};
+    uint32_t *packed = pack_ids(c->ids, N, K, V);
     assert_ok(RT_OP(c->d, head_loss, &err, .x = c->x, .w = c->w, .dx = grads ? c->dx : NULL, .dw = grads ? c->dw : NULL, .n = N, .H = H,
-                    .V = V, .label = c->label, .k = K, .top_ids = c->ids, .top_logp = c->logp, .kl_mask = c->mask, .tail = c->tail,
-                    .w_ce = c->w_ce, .w_kl = c->w_kl, .T = c->T, .ce = c->ce, .kl = c->kl, .teacher_mass = c->teacher,
+                    .V = V, .label = c->label, .k = K, .id_bits = rt_top_ids_bits(V), .top_ids = packed, .top_logp = c->logp, .kl_mask = c->mask,
+                    .tail = c->tail, .w_ce = c->w_ce, .w_kl = c->w_kl, .T = c->T, .ce = c->ce, .kl = c->kl, .teacher_mass = c->teacher,
                     .student_mass = c->student, .hit = c->hit));
+    free(packed);
 }
 
 static double total(void *ctx)

@@ -5,6 +5,7 @@
 
 #include "core/io.h"
 #include "core/rng.h"
+#include "core/top_ids.h"
 #include "tests/train_fixture.h"
 
 static void open_trainer(struct rt_trainer *t, struct tf *f, struct rt_train_set **set, const struct rt_trainer_options *o)
@@ -87,10 +88,10 @@ static void test_alignment(void **state)
             assert_int_equal(m.kl_mask[row], 1);
             for (int j = 0; j < TF_K; j++) {
                 const double logp = data->logits[s][(i - 1) * TF_K + j] / 2.0 - data->lse[s][(i - 1) * 2 + 1];
-                assert_int_equal(m.top_ids[row * (TF_K + 2) + j], data->top_ids[s][(i - 1) * TF_K + j]);
+                assert_int_equal(rt_top_ids_get(m.top_ids, TF_K + 2, m.id_bits, row, j), data->top_ids[s][(i - 1) * TF_K + j]);
                 assert_true(fabs(m.top_logp[row * (TF_K + 2) + j] - logp) < 1e-6);
             }
-            assert_int_equal(m.top_ids[row * (TF_K + 2) + TF_K], -1); /* fewer ids than the widest set */
+            assert_int_equal(rt_top_ids_get(m.top_ids, TF_K + 2, m.id_bits, row, TF_K), -1); /* fewer ids than the widest set */
         }
         assert_ok(rt_train_set_targets(set, s, &targets, &err));
         assert_int_equal(targets, data->len[s] - first);

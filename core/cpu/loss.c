@@ -91,16 +91,16 @@ static enum rt_status check(const struct rt_head_loss_args *a, struct rt_err *er
 {
     if (!(a->T > 0))
         return rt_fail(err, RT_SHAPE, "head_loss: temperature %g, expected above 0", a->T);
-    if (a->k < 0 || a->k > RT_CPU_TILE / 8)
-        return rt_fail(err, RT_SHAPE, "head_loss: %d ids a row, expected 0 .. %d", a->k, RT_CPU_TILE / 8);
+    if (a->k < 0 || a->k > RT_CPU_LOSS_IDS)
+        return rt_fail(err, RT_SHAPE, "head_loss: %d ids a row, expected 0 .. %d", a->k, RT_CPU_LOSS_IDS);
     for (int64_t i = 0; i < a->n; i++) {
         if (a->label[i] >= a->V)
             return rt_fail(err, RT_SHAPE, "head_loss: label %d at row %lld, expected below %lld", (int)a->label[i], (long long)i,
                            (long long)a->V);
         for (int j = 0; j < a->k && a->kl_mask != NULL && a->kl_mask[i] != 0; j++)
-            if (a->top_ids[i * a->k + j] >= a->V)
+            if (rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j) >= a->V)
                 return rt_fail(err, RT_SHAPE, "head_loss: teacher id %d at row %lld, expected below %lld",
-                               (int)a->top_ids[i * a->k + j], (long long)i, (long long)a->V);
+                               (int)rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j), (long long)i, (long long)a->V);
     }
     return rt_cpu_weight_is(a->w, a->V, a->H, "head_loss", "w", err);
 }

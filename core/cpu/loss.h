@@ -3,6 +3,9 @@
 #define RT_CORE_CPU_LOSS_H
 
 #include "core/cpu/cpu.h"
+#include "core/top_ids.h"
+
+enum { RT_CPU_LOSS_IDS = RT_CPU_TILE / 9 }; /* ids of a row at most: its scratch is the worker's tile */
 
 /* What the tiles need of an operation: z = x w^T [n, V], row() on each, which leaves dL/dz in z. */
 struct rt_cpu_head_tiles {
@@ -15,7 +18,7 @@ struct rt_cpu_head_tiles {
 };
 
 /* Writes the outputs of row i from its logits z [V]; with `gradient` z becomes dL/dz, else its values are unspecified.
- * scratch: 4 k doubles. */
+ * scratch: 4 k doubles, and behind them k ids. */
 void rt_cpu_loss_row(const struct rt_head_loss_args *a, int64_t i, float *z, bool gradient, double *scratch);
 /* The same for head_likelihood. */
 void rt_cpu_likelihood_row(const struct rt_head_likelihood_args *a, int64_t i, float *z, bool gradient);

@@ -264,7 +264,10 @@ void rt_cpu_loss_row(const struct rt_head_loss_args *a, int64_t i, float *z, boo
                     .e_1 = scratch + 3 * (int64_t)a->k};
     double kl = 0, teacher_mass = 0, student_mass = 0;
     if (has_kl) {
-        r.ids = a->top_ids + i * a->k;
+        int32_t *ids = (int32_t *)(void *)(scratch + 4 * (int64_t)a->k);
+        for (int j = 0; j < a->k; j++)
+            ids[j] = rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j);
+        r.ids = ids;
         r.logp = a->top_logp + i * a->k;
     }
     take_out(&r, z, a->V, label);
