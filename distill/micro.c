@@ -124,6 +124,12 @@ static void fill_empty(struct rt_micro *p, int64_t row, struct rt_top_ids_row *i
     }
     rt_top_ids_end(ids);
 }
+static void no_entries(struct rt_micro *p, int64_t row)
+{
+    struct rt_top_ids_row ids;
+    begin_ids(p, row, &ids);
+    fill_empty(p, row, &ids, 0);
+}
 
 static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, int64_t stored, int lse, int64_t row, const char *path,
                                   struct rt_err *err)
@@ -219,7 +225,6 @@ enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, 
     const bool teacher = p->o.k > 0 && info->top_k > 0 && (lse >= 0 || p->o.tail == RT_TAIL_RENORM);
     const bool spans = p->o.spans && info->identity != NULL && rt_row_identity_spans(info->identity);
     int column[RT_MAX_FEATURES];
-    struct rt_top_ids_row none;
     bool states;
     int64_t stored = 0;
     *full = p->n + r->n_tokens > p->o.tokens;
@@ -245,8 +250,7 @@ enum rt_status rt_micro_put(struct rt_micro *p, const struct rt_train_set *set, 
             if (p->o.ce_rest)
                 p->label[row] = -1;
         } else {
-            begin_ids(p, row, &none);
-            fill_empty(p, row, &none, 0);
+            no_entries(p, row);
         }
         if (spans && here)
             RT_TRY(add_span(p, info, r, stored, row, q->row0, err));
