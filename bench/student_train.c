@@ -497,8 +497,10 @@ int main(int argc, char **argv)
     struct rt_err err = {0};
     b.args = &args;
     enum rt_status st = bench_command(options, argc, argv, &b.v, &b.v.help, &b.extra, &err);
-    if (st == RT_OK && b.v.help)
+    if (st == RT_OK && b.v.help) {
+        printf("  -- OPTIONS                  options of `retort train`: -- --moments bf16\n");
         return 0;
+    }
     rt_log_init(&b.log, stderr, b.v.verbose ? RT_LOG_INFO : RT_LOG_WARN);
     if (st == RT_OK)
         st = make_place(&b, &err);
