@@ -6,7 +6,7 @@
 #ifndef RT_TOP_IDS_H
 #define RT_TOP_IDS_H
 
-#include <stdint.h>
+#include "core/backend.h"
 
 #ifdef __CUDACC__
 #define RT_TOP_IDS_FN __host__ __device__ static inline
@@ -41,15 +41,21 @@ RT_TOP_IDS_FN int32_t rt_top_ids_get(const void *rows, int k, int bits, int64_t 
     return id == none ? -1 : (int32_t)id;
 }
 
-/* Writes a row: begin, as many as it has (id < 0: empty; else below 2^bits - 1), end. */
+/* Entry j of row i of a loss's arguments. */
+RT_TOP_IDS_FN int32_t rt_head_loss_id(const struct rt_head_loss_args *a, int64_t i, int j)
+{
+    return rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j);
+}
+
+/* Writes row i of `rows`, k ids each: begin, k times add (id < 0: empty; else below 2^bits - 1), end. */
 struct rt_top_ids_row {
     uint32_t *to;
     uint64_t word; /* its `have` lowest bits are not written yet */
     int bits, have;
 };
-RT_TOP_IDS_FN void rt_top_ids_begin(struct rt_top_ids_row *w, uint32_t *row, int bits)
+RT_TOP_IDS_FN void rt_top_ids_begin(struct rt_top_ids_row *w, uint32_t *rows, int k, int bits, int64_t i)
 {
-    w->to = row;
+    w->to = rows + i * rt_top_ids_words(k, bits);
     w->word = 0;
     w->bits = bits > 0 ? bits : 32;
     w->have = 0;

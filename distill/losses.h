@@ -69,6 +69,7 @@ struct rt_losses {
     struct rt_span_losses *spans; /* borrowed; NULL: w.alm is not used */
 };
 
+/* V: the vocabulary's size, that of the micro-batches (rt_micro_options). */
 size_t rt_losses_bytes(int64_t tokens, int64_t H, int64_t V, int k, const struct rt_feature_map *map, size_t act_size, bool backward);
 /* Cuts the device buffers from arena (rt_losses_bytes). map NULL: no states. */
 enum rt_status rt_losses_create(struct rt_losses *l, const struct rt_device *d, int64_t tokens, int64_t H, int64_t V, int k,

@@ -110,11 +110,6 @@ static void row_logp(const struct rt_micro *p, const struct rt_rows *r, int64_t 
     rt_row_logp(z, k, T, norm, out);
 }
 
-static void begin_ids(struct rt_micro *p, int64_t row, struct rt_top_ids_row *ids)
-{
-    rt_top_ids_begin(ids, p->top_ids + row * rt_top_ids_words(p->o.k, p->id_bits), p->id_bits);
-}
-
 /* Entries from `from` on of a row are empty, and the row is written. */
 static void fill_empty(struct rt_micro *p, int64_t row, struct rt_top_ids_row *ids, int from)
 {
@@ -127,7 +122,7 @@ static void fill_empty(struct rt_micro *p, int64_t row, struct rt_top_ids_row *i
 static void no_entries(struct rt_micro *p, int64_t row)
 {
     struct rt_top_ids_row ids;
-    begin_ids(p, row, &ids);
+    rt_top_ids_begin(&ids, p->top_ids, p->o.k, p->id_bits, row);
     fill_empty(p, row, &ids, 0);
 }
 
@@ -139,7 +134,7 @@ static enum rt_status add_teacher(struct rt_micro *p, const struct rt_rows *r, i
     struct rt_top_ids_row ids;
     if (stored_k > k)
         return rt_fail(err, RT_REFUSED, "%s: a row with %d ids, expected at most %d", path, stored_k, k);
-    begin_ids(p, row, &ids);
+    rt_top_ids_begin(&ids, p->top_ids, p->o.k, p->id_bits, row);
     for (int j = 0; j < stored_k; j++) {
         const bool entry = from[j] != RT_NO_ID;
         rt_top_ids_add(&ids, entry ? (int32_t)from[j] : -1);

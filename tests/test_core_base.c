@@ -301,7 +301,7 @@ static void packed_ids(void **state)
     assert_int_equal(rt_top_ids_bits(INT32_MAX), 31);
     assert_int_equal(rt_top_ids_words(64, 18), 36);
     assert_int_equal(rt_top_ids_words(3, 0), 3);
-    rt_top_ids_begin(&w, at, 3);
+    rt_top_ids_begin(&w, at, 3, 3, 0);
     for (int j = 0; j < 3; j++)
         rt_top_ids_add(&w, (const int32_t[]){5, -1, 2}[j]);
     rt_top_ids_end(&w);
@@ -312,7 +312,7 @@ static void packed_ids(void **state)
             memset(at, 0xa5, sizeof at);
             for (int pass = 0; pass < 2; pass++)
                 for (int i = 0; i < ROWS; i++) {
-                    rt_top_ids_begin(&w, at + i * words, bits);
+                    rt_top_ids_begin(&w, at, k, bits, i);
                     for (int j = 0; j < k; j++) {
                         const uint64_t x = rt_rng_u64(11, (uint64_t)bits, (uint64_t)(i * k + j));
                         const int32_t id = x % 5 == 0 ? -1 : (int32_t)(x / 8 % (uint64_t)most);
@@ -332,6 +332,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(philox_known_answers), cmocka_unit_test(uniform_and_normal_moments), cmocka_unit_test(permutations),
     cmocka_unit_test(streams),              cmocka_unit_test(sha256_known_answers),       cmocka_unit_test(sha256_in_pieces), cmocka_unit_test(sha256_either_way),
     cmocka_unit_test(ranks),                cmocka_unit_test(log_lines),                  cmocka_unit_test(progress_lines),
-    cmocka_unit_test(human_numbers),      cmocka_unit_test(packed_ids),
+    cmocka_unit_test(human_numbers),        cmocka_unit_test(packed_ids),
 };
 RT_SUITE(core_base, tests)

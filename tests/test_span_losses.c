@@ -118,8 +118,8 @@ static void open_pass(struct pass *p, const struct rt_backend *be, bool boundary
     assert_ok(rt_device_arena(&p->f.d, rt_params_bytes(&p->f.p, act), "grads", &p->grads, &err));
     assert_ok(rt_student_attach_grads(p->f.s, &p->grads, &err));
     assert_ok(rt_device_arena(&p->f.d, rt_student_activation_bytes(&p->f.c, room, RT_KEEP_ALL, act), "acts", &p->acts, &err));
-    assert_ok(rt_device_arena(&p->f.d, rt_losses_bytes(room, p->f.c.hidden, p->f.c.vocab_size, 0, NULL, act, true) + rt_span_losses_bytes(room, p->f.c.vocab_size), "losses",
-                              &p->scratch, &err));
+    assert_ok(rt_device_arena(&p->f.d, rt_losses_bytes(room, p->f.c.hidden, p->f.c.vocab_size, 0, NULL, act, true) +
+                              rt_span_losses_bytes(room, p->f.c.vocab_size), "losses", &p->scratch, &err));
     assert_ok(rt_losses_create(&p->losses, &p->f.d, room, p->f.c.hidden, p->f.c.vocab_size, 0, NULL, true, &p->scratch, &err));
     assert_ok(rt_span_losses_create(&p->spans, &p->f.d, room, p->f.c.vocab_size, p->boundary, &p->scratch, &err));
     p->losses.spans = &p->spans;

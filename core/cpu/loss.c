@@ -98,9 +98,9 @@ static enum rt_status check(const struct rt_head_loss_args *a, struct rt_err *er
             return rt_fail(err, RT_SHAPE, "head_loss: label %d at row %lld, expected below %lld", (int)a->label[i], (long long)i,
                            (long long)a->V);
         for (int j = 0; j < a->k && a->kl_mask != NULL && a->kl_mask[i] != 0; j++)
-            if (rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j) >= a->V)
-                return rt_fail(err, RT_SHAPE, "head_loss: teacher id %d at row %lld, expected below %lld",
-                               (int)rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j), (long long)i, (long long)a->V);
+            if (rt_head_loss_id(a, i, j) >= a->V)
+                return rt_fail(err, RT_SHAPE, "head_loss: teacher id %d at row %lld, expected below %lld", (int)rt_head_loss_id(a, i, j),
+                               (long long)i, (long long)a->V);
     }
     return rt_cpu_weight_is(a->w, a->V, a->H, "head_loss", "w", err);
 }

@@ -266,7 +266,7 @@ void rt_cpu_loss_row(const struct rt_head_loss_args *a, int64_t i, float *z, boo
     if (has_kl) {
         int32_t *ids = (int32_t *)(void *)(scratch + 4 * (int64_t)a->k);
         for (int j = 0; j < a->k; j++)
-            ids[j] = rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j);
+            ids[j] = rt_head_loss_id(a, i, j);
         r.ids = ids;
         r.logp = a->top_logp + i * a->k;
     }

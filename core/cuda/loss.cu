@@ -32,7 +32,7 @@ __device__ struct on_k take_k(const struct rt_head_loss_args &a, int64_t i, Z *z
     struct on_k r = {empty(), 0, 0};
     const double inv = 1 / a.T;
     for (int j = (int)threadIdx.x; j < a.k; j += (int)blockDim.x) {
-        const int32_t id = top_id(a, i, j);
+        const int32_t id = rt_head_loss_id(&a, i, j);
         zk[j] = id >= 0 ? element(z + id) : -CUDART_INF_F;
         if (id < 0)
             continue;
@@ -45,9 +45,11 @@ __device__ struct on_k take_k(const struct rt_head_loss_args &a, int64_t i, Z *z
     r.z = block_join(r.z, s->slot, scale); /* and every logit of K, and the label's, has been read */
     r.mass = vec8::block_sum(r.mass, s->sum[0]);
     r.cross = vec8::block_sum(r.cross, s->sum[1]);
-    for (int j = (int)threadIdx.x; j < a.k; j += (int)blockDim.x)
-        if (top_id(a, i, j) >= 0)
-            set_element(z + top_id(a, i, j), -CUDART_INF_F);
+    for (int j = (int)threadIdx.x; j < a.k; j += (int)blockDim.x) {
+        const int32_t id = rt_head_loss_id(&a, i, j);
+        if (id >= 0)
+            set_element(z + id, -CUDART_INF_F);
+    }
     __syncthreads();
     return r;
 }
@@ -61,7 +63,7 @@ __device__ void fix_entries(const struct rt_head_loss_args &a, int64_t i, int32_
         label_in_k = 0;
     __syncthreads(); /* and the second walk is done */
     for (int j = (int)threadIdx.x; has_kl && j < a.k; j += (int)blockDim.x) {
-        const int32_t id = top_id(a, i, j);
+        const int32_t id = rt_head_loss_id(&a, i, j);
         if (id < 0)
             continue;
         float g = c.on * exp2_fast(zk[j] * scale - c.on_at) - c.p * expf(a.top_logp[i * a.k + j]);

@@ -134,7 +134,7 @@ template <class Z> __device__ struct entry entry_of(const struct rt_head_loss_ar
     struct entry e = {-1, 0, 0};
     if (j >= a.k)
         return e;
-    const int32_t id = top_id(a, i, j);
+    const int32_t id = rt_head_loss_id(&a, i, j);
     if (id < 0 || !p.has(id))
         return e;
     e.id = id;
@@ -160,7 +160,7 @@ __device__ void take_k(const struct rt_head_loss_args &a, int64_t i, const struc
     }
     __syncthreads(); /* every logit of K, and the label's, has been read */
     for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
-        const int32_t id = j == (int)threadIdx.x ? first.id : top_id(a, i, j);
+        const int32_t id = j == (int)threadIdx.x ? first.id : rt_head_loss_id(&a, i, j);
         if (id >= 0 && p.has(id))
             set_element(p.at(id), -CUDART_INF_F);
     }
@@ -204,7 +204,7 @@ __device__ void fix_part(const struct rt_head_loss_args &a, int64_t i, int32_t l
         label_in_k = 0;
     __syncthreads(); /* and the walk is done */
     for (int j = (int)threadIdx.x; has_kl && j < a.k; j += THREADS) {
-        const int32_t id = top_id(a, i, j);
+        const int32_t id = rt_head_loss_id(&a, i, j);
         if (id < 0 || !p.has(id))
             continue;
         float g = c.on * exp2_fast(zk[j] * scale - c.on_at) - c.p * expf(a.top_logp[i * a.k + j]);

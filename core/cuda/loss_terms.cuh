@@ -21,11 +21,6 @@ struct on_k {
     double mass, cross;
 };
 
-__device__ inline int32_t top_id(const struct rt_head_loss_args &a, int64_t i, int j)
-{
-    return rt_top_ids_get(a.top_ids, a.k, a.id_bits, i, j);
-}
-
 __device__ inline double lse_join(double a, double b)
 {
     const double top = fmax(a, b);
@@ -97,7 +92,7 @@ __device__ inline void finish_row(const struct rt_head_loss_args &a, int64_t i, 
         a.student_mass[i] = has_kl ? exp(lse_on - lse_all) : 0;
     if (a.hit != NULL) {
         const int32_t best = off.max > k.z.max ? off.best : k.z.max > off.max ? k.z.best : min(off.best, k.z.best);
-        a.hit[i] = (uint8_t)((best == label) | (has_kl && best == top_id(a, i, 0)) << 1);
+        a.hit[i] = (uint8_t)((best == label) | (has_kl && best == rt_head_loss_id(&a, i, 0)) << 1);
     }
 }
 

@@ -178,8 +178,8 @@ inline void walk_tiles(struct rt_queue *q, walk *w, int bm, int *clusters)
     w->band = product_band(w, bm, *clusters, (int64_t)q->dev->l2_bytes);
 }
 
-/* Blocks of so many threads in `clusters` clusters, with dynamic shared memory. Not before the kernel ahead has ended: with that, for attention as well, training
- * is as fast as without (one H200, in turns: Qwen2.5-1.5B 59,480 and 59,440 tokens/s, 0.5B 170,510 and 170,070), since the GPU is at its power limit. */
+/* Blocks of so many threads in `clusters` clusters, with dynamic shared memory. They begin when the kernel ahead has ended: beginning earlier gains
+ * nothing in training, where the GPU is at its power limit. */
 template <class... P, class... A>
 enum rt_status launch_clusters(struct rt_queue *q, void (*kernel)(P...), int clusters, int threads, int shared, const char *name, struct rt_err *err,
                                const A &...args)

@@ -37,11 +37,6 @@ static double lse_over(const double *z, int64_t V, double inv_temp, const uint8_
     return top + log(sum);
 }
 
-static int32_t top_id(const struct rt_head_loss_args *a, int64_t i, int j)
-{
-    return rt_top_ids_get(a->top_ids, a->k, a->id_bits, i, j);
-}
-
 /* What the KL part of a row needs. Gradient: c_all exp(s - lse_all) on all ids, c_on exp(s - lse_on) on K, c_off exp(s - lse_off)
  * off K, and -c_p p on K; each times w_kl T. */
 struct kl_row {
@@ -56,14 +51,14 @@ static void kl_of_row(const struct rt_head_loss_args *a, int64_t i, const double
     *r = (struct kl_row){.lse_all = lse_over(z, a->V, inv, in_k, -1), .lse_on = lse_over(z, a->V, inv, in_k, 1),
                          .lse_off = lse_over(z, a->V, inv, in_k, 0)};
     for (int j = 0; j < a->k; j++)
-        r->teacher_mass += top_id(a, i, j) >= 0 ? exp(logp[j]) : 0;
+        r->teacher_mass += rt_head_loss_id(a, i, j) >= 0 ? exp(logp[j]) : 0;
     r->student_mass = exp(r->lse_on - r->lse_all);
     const bool renorm = a->tail == RT_TAIL_RENORM;
     if (renorm && !(r->teacher_mass > 0))
         return;
     const double log_mass = renorm ? log(r->teacher_mass) : 0, lse = renorm ? r->lse_on : r->lse_all;
     for (int j = 0; j < a->k; j++) {
-        const int32_t id = top_id(a, i, j);
+        const int32_t id = rt_head_loss_id(a, i, j);
         const double p = id >= 0 ? exp(logp[j] - log_mass) : 0;
         if (p > 0)
             r->kl += p * (logp[j] - log_mass - (z[id] * inv - lse));
@@ -101,16 +96,20 @@ static void gradient_of_row(const struct rt_head_loss_args *a, int64_t i, double
     }
     if (has_ce)
         z[a->label[i]] -= a->w_ce;
-    for (int j = 0; j < a->k && has_kl; j++)
-        if (top_id(a, i, j) >= 0)
-            z[top_id(a, i, j)] -= c * r->c_p * exp(a->top_logp[i * a->k + j]);
+    for (int j = 0; j < a->k && has_kl; j++) {
+        const int32_t id = rt_head_loss_id(a, i, j);
+        if (id >= 0)
+            z[id] -= c * r->c_p * exp(a->top_logp[i * a->k + j]);
+    }
 }
 
 static void mark(uint8_t *in_k, const struct rt_head_loss_args *a, int64_t i, uint8_t value)
 {
-    for (int j = 0; j < a->k; j++)
-        if (top_id(a, i, j) >= 0)
-            in_k[top_id(a, i, j)] = value;
+    for (int j = 0; j < a->k; j++) {
+        const int32_t id = rt_head_loss_id(a, i, j);
+        if (id >= 0)
+            in_k[id] = value;
+    }
 }
 
 static void loss_of_row(const struct rt_head_loss_args *a, int64_t i, double *z, uint8_t *in_k)
@@ -136,7 +135,7 @@ static void loss_of_row(const struct rt_head_loss_args *a, int64_t i, double *z,
     if (a->student_mass != NULL)
         a->student_mass[i] = r.student_mass;
     if (a->hit != NULL)
-        a->hit[i] = (uint8_t)((best == label) | (has_kl && best == top_id(a, i, 0)) << 1);
+        a->hit[i] = (uint8_t)((best == label) | (has_kl && best == rt_head_loss_id(a, i, 0)) << 1);
     gradient_of_row(a, i, z, in_k, lse_1, &r, has_kl);
     if (has_kl)
         mark(in_k, a, i, 0);
@@ -151,9 +150,9 @@ static enum rt_status check_ids(const struct rt_head_loss_args *a, struct rt_err
             return rt_fail(err, RT_SHAPE, "head_loss: label %d at row %lld, expected below %lld", (int)a->label[i], (long long)i,
                            (long long)a->V);
         for (int j = 0; j < a->k && a->kl_mask != NULL && a->kl_mask[i] != 0; j++)
-            if (top_id(a, i, j) >= a->V)
-                return rt_fail(err, RT_SHAPE, "head_loss: teacher id %d at row %lld, expected below %lld", (int)top_id(a, i, j), (long long)i,
-                               (long long)a->V);
+            if (rt_head_loss_id(a, i, j) >= a->V)
+                return rt_fail(err, RT_SHAPE, "head_loss: teacher id %d at row %lld, expected below %lld", (int)rt_head_loss_id(a, i, j),
+                               (long long)i, (long long)a->V);
     }
     return REF(weight_check)(a->w, "head_loss", a->V, a->H, err);
 }
